@@ -1,0 +1,1162 @@
+"""Dynamic vector quantization: images as variable-length codes, and a transformer that writes them.
+
+After Huang, Mao, Chen, Zhang, "Towards Accurate Image Coding: Improved Autoregressive Image
+Generation with Dynamic Vector Quantization", CVPR 2023 (arXiv 2305.11718).
+
+The file reads in the order in which data flows:
+    1  configuration and presets      what can be chosen, and the choices that work
+    2  dynamic grained coding         routers pick a granularity for every region; the budget loss
+    3  codebook                       one for all granularities, learned by moving averages
+    4  encoder, decoder, DQVAE        image -> codes and grains -> image
+    5  sequences                      Layout: codes and grains <-> (position, content) pairs
+    6  DQ-Transformer                 a position stack and, on top of it, a content stack
+    7  sampling                       one step over explicit state, and the loop around it
+    8  files                          images in, pictures and checkpoints out
+
+Symbols, the same everywhere:
+    B batch   K granularities, k = 0 the coarsest   N regions = cells of the coarsest grid, h x w
+    s_k codes that a region of granularity k has (1, 4, 16)   H x W the finest grid   S image side
+    Z encoder channels   D code dimension   V codebook size
+    P position ids   L sequence length   C transformer width
+    grains (B, h, w): the granularity of every region
+    codes  (B, H, W): codebook ids on the finest grid, a coarse code repeated over its region
+"""
+import math
+import os
+import sys
+import zlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageOps
+
+
+# ------------------------------------------------------------------------------------------------
+# 1  Configuration and presets
+
+
+@dataclass
+class VAEConfig:
+    """Everything that fixes the architecture of a DQVAE (paper section 3.1)."""
+    size: int = 32                       # side of the square images, pixels
+    factors: tuple = (8, 4)              # downsampling factor of each granularity, coarse to fine
+    ratios: tuple = (0.5, 0.5)           # wanted share of the regions in each granularity
+    router: str = "learned"              # learned | entropy | random
+    codebook_size: int = 256             # V
+    code_dim: int = 8                    # D
+    channels: int = 64                   # Z, channels of the encoder's maps and the decoder's input
+    width: int = 32                      # channels at full resolution ...
+    multipliers: tuple = (1, 1, 2)       # ... times this at factor 1, 2, 4, ...; the last one repeats
+    encoder_blocks: int = 1              # residual blocks a level
+    decoder_blocks: int = 1
+    attention_from: int = 4              # attention at this downsampling factor and above
+
+    def __post_init__(self):
+        self.factors, self.ratios = tuple(self.factors), tuple(self.ratios)
+        self.multipliers = tuple(self.multipliers)
+        check_factors(self.size, self.factors)
+        if len(self.ratios) != len(self.factors):
+            raise ValueError(f"{len(self.factors)} factors need {len(self.factors)} ratios, coarse to fine, not {self.ratios}")
+        if min(self.ratios) < 0 or abs(sum(self.ratios) - 1) > 1e-6:
+            raise ValueError(f"ratios must be shares that sum to 1, not {self.ratios}")
+        if self.router not in ("learned", "entropy", "random"):
+            raise ValueError(f"router must be learned, entropy or random, not {self.router!r}")
+        for name in ("channels", "width"):
+            if getattr(self, name) % 32:
+                raise ValueError(f"{name} must be a multiple of 32 (GroupNorm has 32 groups), not {getattr(self, name)}")
+        for name in ("codebook_size", "code_dim", "channels", "width", "encoder_blocks", "decoder_blocks"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+
+    def level_width(self, level):
+        """Channels at downsampling factor 2**level."""
+        return self.width * self.multipliers[min(level, len(self.multipliers) - 1)]
+
+
+def check_factors(size, factors):
+    """ValueError unless factors are powers of two, coarse to fine, and fit an image of this size."""
+    if not factors or any(f < 1 or f & (f - 1) for f in factors):
+        raise ValueError(f"factors must be powers of two, not {factors}")
+    if any(a <= b for a, b in zip(factors, factors[1:])):
+        raise ValueError(f"factors must fall from coarse to fine, not {factors}")
+    if size < 1 or size % factors[0]:
+        raise ValueError(f"image size {size} is not a multiple of the largest factor {factors[0]}")
+
+
+@dataclass
+class TransformerConfig:
+    """Everything that fixes the architecture of a DQTransformer (paper section 3.2)."""
+    size: int = 32                       # these three come from the DQ-VAE whose codes are modelled
+    factors: tuple = (8, 4)
+    codebook_size: int = 256
+    classes: tuple = ()                  # names of the labels; none: unconditional
+    width: int = 192                     # C
+    heads: int = 6
+    position_layers: int = 2
+    content_layers: int = 4
+    dropout: float = 0.0
+    label_dropout: float = 0.1           # share of training images whose label is hidden, for guidance
+
+    def __post_init__(self):
+        self.factors, self.classes = tuple(self.factors), tuple(self.classes)
+        check_factors(self.size, self.factors)
+        if self.heads < 1 or self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of the number of heads, {self.heads}")
+        for name in ("dropout", "label_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 0 and below 1, not {getattr(self, name)}")
+        if self.position_layers < 1 or self.content_layers < 1:
+            raise ValueError("both stacks need at least one layer")
+
+
+@dataclass
+class TrainConfig:
+    """How a stage is trained: Adam(W), linear warm-up, then cosine to zero."""
+    steps: int
+    batch_size: int
+    lr: float
+    betas: tuple = (0.9, 0.99)
+    weight_decay: float = 0.0
+    warmup: int = 100                    # steps
+    eval_every: int = 250                # steps
+    budget_weight: float = 1.0           # stage 1: weight of the budget loss
+
+
+@dataclass
+class Preset:
+    vae: VAEConfig
+    transformer: TransformerConfig       # size, factors, codebook and classes are taken from the data
+    train_vae: TrainConfig
+    train_transformer: TrainConfig
+
+
+PRESETS = {
+    # minutes on two CPU cores: what the README's first command runs
+    "toy": Preset(
+        VAEConfig(), TransformerConfig(),
+        TrainConfig(steps=1000, batch_size=32, lr=2e-3),
+        TrainConfig(steps=1200, batch_size=32, lr=1.5e-3, weight_decay=0.05)),
+    # the same data at 64 x 64, 160 codes an image: an hour on two cores
+    "toy64": Preset(
+        VAEConfig(size=64, codebook_size=512),
+        TransformerConfig(size=64, codebook_size=512, width=256, heads=8, content_layers=6),
+        TrainConfig(steps=4000, batch_size=32, lr=2e-3),
+        TrainConfig(steps=6000, batch_size=64, lr=1e-3, weight_decay=0.05)),
+}
+
+
+# ------------------------------------------------------------------------------------------------
+# 2  Dynamic grained coding (paper section 3.1, equations 3 to 6)
+#
+# Every router has  score(x, maps) -> (B, h, w), higher where finer codes are wanted (what evaluation
+# compares with the truth), and  forward(x, maps, noise) -> gate (B, K, h, w), one-hot over K.
+
+
+class GrainRouter(nn.Module):
+    """The paper's learned gate: normalise each map, pool to the regions, and let an MLP choose."""
+
+    def __init__(self, channels, n_grains):
+        super().__init__()
+        self.norms = nn.ModuleList(nn.GroupNorm(32, channels, eps=1e-6) for _ in range(n_grains))
+        width = channels * n_grains
+        self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, n_grains))
+
+    def logits(self, maps):
+        """maps: K tensors (B, Z, H_k, W_k), coarse to fine -> (B, K, h, w)."""
+        regions = maps[0].shape[-2:]
+        pooled = [F.adaptive_avg_pool2d(norm(m), regions) for norm, m in zip(self.norms, maps)]  # K x (B, Z, h, w)
+        x = torch.cat(pooled, dim=1).permute(0, 2, 3, 1)                     # B, h, w, K Z
+        return self.mlp(x).permute(0, 3, 1, 2).float()                       # B, K, h, w
+
+    def score(self, x, maps):
+        p = self.logits(maps).softmax(dim=1)                                 # B, K, h, w
+        return sum(k * p[:, k] for k in range(p.shape[1]))                   # B, h, w: the expected granularity
+
+    def forward(self, x, maps, noise=1.0):
+        """In training a sample (hard Gumbel-softmax, its noise scaled by `noise`), else the argmax.
+
+        What the gate needs in order to learn. Its output multiplies the maps (DQVAE.mix), so
+        d loss / d gate_k says how the reconstruction would change if the region moved towards
+        granularity k; the softmax hands that on to the logits, since forward is one-hot but
+        backward sees `soft` (straight-through). For this to teach anything:
+        * both sides of the choice must be tried: the Gumbel noise is what samples them;
+        * the gate must reach the reconstruction with its own sign, so the one-hot must multiply
+          the maps and nothing may detach it on the way;
+        * the budget loss, which knows nothing of the image, must not drown that signal: it pulls
+          on all regions alike, and a weight that is too high leaves a gate at the right ratio
+          that chooses by chance;
+        * the noise must fade before training ends. With full noise the *sampled* ratio can meet
+          the budget while the *argmax*, the one that evaluation uses, is far from it.
+        """
+        logits = self.logits(maps)                                           # B, K, h, w
+        if not self.training:
+            return one_hot(logits.argmax(dim=1), logits.shape[1])
+        gumbel = -torch.empty_like(logits).exponential_().log()
+        soft = (logits + noise * gumbel).softmax(dim=1)
+        hard = one_hot(soft.argmax(dim=1), logits.shape[1])
+        return hard + soft - soft.detach()                                   # B, K, h, w
+
+
+class RandomRouter(nn.Module):
+    """Granularities drawn blindly at the wanted ratios: the control for every claim about routing."""
+
+    def __init__(self, ratios):
+        super().__init__()
+        self.register_buffer("thresholds", torch.tensor(ratios).cumsum(0)[:-1])  # K - 1
+
+    def score(self, x, maps):
+        return torch.rand(x.shape[0], *maps[0].shape[-2:], device=x.device)  # B, h, w
+
+    def forward(self, x, maps, noise=1.0):
+        grains = torch.bucketize(self.score(x, maps), self.thresholds)       # B, h, w
+        return one_hot(grains, len(self.thresholds) + 1)                     # B, K, h, w
+
+
+class EntropyRouter(nn.Module):
+    """Shannon entropy of the grey levels of each region, cut at quantiles of the training images."""
+
+    def __init__(self, ratios, factor):
+        super().__init__()
+        self.ratios, self.factor = ratios, factor
+        self.register_buffer("thresholds", torch.zeros(len(ratios) - 1))     # K - 1, in nats
+
+    def score(self, x, maps=None):
+        """x: (B, 3, S, S) in [-1, 1] -> entropy of each region in nats, (B, h, w).
+
+        The histogram has 32 bins, each a Gaussian of deviation 0.01 around its centre.
+        """
+        rgb = torch.tensor([0.2989, 0.5870, 0.1140], device=x.device)
+        grey = (x.float() * rgb[:, None, None]).sum(1, keepdim=True)         # B, 1, S, S
+        pixels = F.unfold(grey, self.factor, stride=self.factor)             # B, F F, N
+        bins = torch.linspace(-1, 1, 32, device=x.device)
+        hist = torch.stack([torch.exp(-0.5 * ((pixels - b) / 0.01) ** 2).mean(1) for b in bins], -1)  # B, N, 32
+        p = hist / (hist.sum(-1, keepdim=True) + 1e-10)
+        entropy = -(p * (p + 1e-10).log()).sum(-1)                           # B, N
+        return entropy.view(-1, x.shape[2] // self.factor, x.shape[3] // self.factor)
+
+    def calibrate(self, images):
+        """Set the thresholds from an iterable of training batches (B, 3, S, S).
+
+        Where many regions tie (blank surroundings), the ties go to the coarser side.
+        """
+        scores = torch.cat([self.score(x).flatten() for x in images])
+        cuts = torch.tensor(self.ratios, dtype=torch.float64).cumsum(0)[:-1].clamp(0, 1)
+        self.thresholds.copy_(torch.from_numpy(np.quantile(scores.cpu().double().numpy(), cuts.numpy())))
+
+    def forward(self, x, maps, noise=1.0):
+        grains = torch.bucketize(self.score(x), self.thresholds)             # B, h, w
+        return one_hot(grains, len(self.thresholds) + 1)                     # B, K, h, w
+
+
+def one_hot(grains, n):
+    """(B, h, w) -> (B, n, h, w), float."""
+    return F.one_hot(grains, n).permute(0, 3, 1, 2).float()
+
+
+def budget_loss(gate, ratios):
+    """How far the shares of the granularities in this batch are from the wanted ones.
+
+    gate: (B, K, h, w), one-hot; ratios: K wanted shares. The mean runs over the whole batch: images
+    may differ from each other, but not the data set from its budget. For K = 2 this times 10 is the
+    2 gamma (r - r*)^2 with gamma = 10 of the paper's equation 6.
+    """
+    share = gate.mean(dim=(0, 2, 3))                                         # K
+    return ((share - torch.tensor(ratios, device=gate.device)) ** 2).sum()
+
+
+# ------------------------------------------------------------------------------------------------
+# 3  Codebook
+
+
+class Codebook(nn.Module):
+    """Vector quantization with one codebook for all granularities, learned by moving averages.
+
+    forward(z (B, D, H, W), weight (B, H, W)) -> quantised z (B, D, H, W), ids (B, H, W), loss.
+    `weight` makes every *code* count once: a coarse code that is repeated over 4 cells gives each
+    of them 1/4, in the commitment loss and in the averages.
+    """
+
+    def __init__(self, size, dim, decay=0.99, commitment=0.25, dead_below=0.1):
+        super().__init__()
+        self.decay, self.commitment, self.dead_below = decay, commitment, dead_below
+        self.register_buffer("codes", torch.zeros(size, dim))
+        self.register_buffer("uses", torch.zeros(size))                      # moving average per batch
+        self.register_buffer("sums", torch.zeros(size, dim))                 # of the vectors that chose it
+
+    def assign(self, z):
+        """z: (M, D) -> ids of the nearest codes (M,)."""
+        # |z - e|^2 without the |z|^2 that is the same for every code
+        return (self.codes.square().sum(1) - 2 * z @ self.codes.t()).argmin(dim=1)
+
+    def forward(self, z, weight):
+        with torch.autocast(z.device.type, enabled=False):                   # distances need float32
+            B, D, H, W = z.shape
+            flat = z.float().permute(0, 2, 3, 1).reshape(-1, D)              # B H W, D
+            if self.training:
+                self.restart(flat.detach(), weight.reshape(-1))
+            ids = self.assign(flat.detach())                                 # B H W
+            if self.training:
+                self.update(flat.detach(), weight.reshape(-1), ids)
+            q = self.codes[ids]                                              # B H W, D
+            distance = (q - flat).square().mean(1).view(B, H, W)
+            loss = self.commitment * (weight * distance).mean()              # pulls z to its code
+            # Straight-through: forward gives q, backward hands the gradient of q to z unchanged,
+            # since the choice of the nearest code has no gradient of its own.
+            q = flat + (q - flat).detach()
+            return q.view(B, H, W, D).permute(0, 3, 1, 2).contiguous(), ids.view(B, H, W), loss
+
+    @torch.no_grad()
+    def update(self, z, weight, ids):
+        """Each code moves to the average of the vectors that chose it: one EMA step of k-means."""
+        uses = torch.zeros_like(self.uses).index_add_(0, ids, weight)        # V
+        sums = torch.zeros_like(self.sums).index_add_(0, ids, weight[:, None] * z)  # V, D
+        self.uses.lerp_(uses, 1 - self.decay)
+        self.sums.lerp_(sums, 1 - self.decay)
+        self.codes.copy_(self.sums / self.uses[:, None].clamp(min=1e-6))
+
+    @torch.no_grad()
+    def restart(self, z, weight):
+        """Codes that hardly anything chooses start anew at random vectors of the batch.
+
+        In the first batch all of them are dead: that is how the codebook is initialised.
+        """
+        mean_uses = weight.sum() / len(self.uses)
+        dead = (self.uses < self.dead_below * mean_uses)[:, None]            # V, 1
+        fresh = z[torch.multinomial(weight, len(self.uses), replacement=True)]  # V, D
+        self.codes.copy_(torch.where(dead, fresh, self.codes))
+        self.uses.copy_(torch.where(dead[:, 0], mean_uses, self.uses))
+        self.sums.copy_(torch.where(dead, fresh * mean_uses, self.sums))
+
+    def lookup(self, ids):
+        """(B, H, W) -> (B, D, H, W)."""
+        return self.codes[ids].permute(0, 3, 1, 2).contiguous()
+
+
+# ------------------------------------------------------------------------------------------------
+# 4  Encoder, decoder, DQVAE (the VQGAN trunk, with one head per granularity)
+
+
+def norm(channels):
+    return nn.GroupNorm(32, channels, eps=1e-6)
+
+
+class ResBlock(nn.Module):
+    def __init__(self, c_in, c_out):
+        super().__init__()
+        self.norm1, self.conv1 = norm(c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2, self.conv2 = norm(c_out), nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def forward(self, x):
+        h = self.conv1(F.silu(self.norm1(x)))                                # B, c_out, H, W
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.shortcut(x) + h
+
+
+class AttnBlock(nn.Module):
+    """Single-headed attention over all positions of the map."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.norm, self.qkv, self.proj = norm(c), nn.Conv2d(c, 3 * c, 1), nn.Conv2d(c, c, 1)
+
+    def forward(self, x):
+        B, c, H, W = x.shape
+        q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).chunk(3, dim=-1)  # each B, H W, c
+        y = F.scaled_dot_product_attention(q, k, v)                          # B, H W, c
+        return x + self.proj(y.transpose(1, 2).reshape(B, c, H, W).contiguous())
+
+
+def make_level(config, level, c_in, n_blocks):
+    """The blocks at downsampling factor 2**level, with attention after each where it is due."""
+    layers, c = [], config.level_width(level)
+    for _ in range(n_blocks):
+        layers.append(ResBlock(c_in, c))
+        if 2 ** level >= config.attention_from:
+            layers.append(AttnBlock(c))
+        c_in = c
+    return nn.Sequential(*layers)
+
+
+class Encoder(nn.Module):
+    """Image (B, 3, S, S) -> K maps (B, Z, S/F_k, S/F_k), coarse to fine."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.factors = config.factors
+        n_levels = int(math.log2(config.factors[0])) + 1
+        widths = [config.level_width(i) for i in range(n_levels)]
+        self.stem = nn.Conv2d(3, config.width, 3, padding=1)
+        self.levels = nn.ModuleList(
+            make_level(config, i, widths[max(i - 1, 0)] if i else config.width, config.encoder_blocks)
+            for i in range(n_levels))
+        self.downs = nn.ModuleList(nn.Conv2d(c, c, 3, stride=2) for c in widths[:-1])
+        self.heads = nn.ModuleList(self._head(widths[int(math.log2(f))], config.channels) for f in config.factors)
+
+    @staticmethod
+    def _head(c, channels):
+        return nn.Sequential(ResBlock(c, c), AttnBlock(c), ResBlock(c, c), norm(c), nn.SiLU(),
+                             nn.Conv2d(c, channels, 3, padding=1))
+
+    def forward(self, x):
+        h = self.stem(x)                                                     # B, width, S, S
+        maps = {}
+        for i, level in enumerate(self.levels):
+            h = level(h)                                                     # B, c_i, S/2^i, S/2^i
+            if 2 ** i in self.factors:
+                maps[2 ** i] = self.heads[self.factors.index(2 ** i)](h)     # B, Z, S/2^i, S/2^i
+            if i < len(self.downs):
+                h = self.downs[i](F.pad(h, (0, 1, 0, 1)))                    # B, c_i, S/2^(i+1), S/2^(i+1)
+        return [maps[f] for f in self.factors]
+
+
+class PositionEmbedding(nn.Module):
+    """Adds where a cell is: sines of a learned linear map of (x, y), then a row and a column vector."""
+
+    def __init__(self, channels, side):
+        super().__init__()
+        self.fourier = nn.Conv2d(2, channels, 1)
+        self.rows = nn.Parameter(torch.rand(side, channels))
+        self.columns = nn.Parameter(torch.rand(side, channels))
+        line = torch.linspace(-1, 1, side) if side > 1 else torch.zeros(1)
+        y, x = torch.meshgrid(line, line, indexing="ij")
+        self.register_buffer("grid", torch.stack([x, y])[None], persistent=False)  # 1, 2, H, W
+
+    def forward(self, z):
+        learned = self.rows[:, None] + self.columns[None]                    # H, W, Z
+        return z + torch.sin(self.fourier(self.grid)) + learned.permute(2, 0, 1)  # B, Z, H, W
+
+
+class Decoder(nn.Module):
+    """Quantised grid (B, Z, H, W) -> image (B, 3, S, S). It sees codes only, never the grains."""
+
+    def __init__(self, config):
+        super().__init__()
+        top = int(math.log2(config.factors[-1]))
+        c = config.level_width(top)
+        self.position = PositionEmbedding(config.channels, config.size // config.factors[-1])
+        self.stem = nn.Conv2d(config.channels, c, 3, padding=1)
+        self.mid = nn.Sequential(ResBlock(c, c), AttnBlock(c), ResBlock(c, c))
+        self.levels, self.ups = nn.ModuleList(), nn.ModuleList()
+        for i in range(top, -1, -1):
+            self.levels.append(make_level(config, i, c, config.decoder_blocks))
+            c = config.level_width(i)
+            if i:
+                self.ups.append(nn.Conv2d(c, c, 3, padding=1))
+        self.out = nn.Sequential(norm(c), nn.SiLU(), nn.Conv2d(c, 3, 3, padding=1))
+
+    def forward(self, z):
+        h = self.mid(self.stem(self.position(z)))                            # B, c, H, W
+        for i, level in enumerate(self.levels):
+            h = level(h)
+            if i < len(self.ups):
+                h = self.ups[i](F.interpolate(h, scale_factor=2))            # twice the side
+        return self.out(h)                                                   # B, 3, S, S
+
+
+class VAEOutput(NamedTuple):
+    reconstruction: torch.Tensor         # B, 3, S, S
+    codes: torch.Tensor                  # B, H, W
+    grains: torch.Tensor                 # B, h, w
+    gate: torch.Tensor                   # B, K, h, w
+    commitment: torch.Tensor             # scalar
+
+
+class DQVAE(nn.Module):
+    """Images to variable-length codes and back (paper section 3.1).
+
+    encode(x) -> codes, grains;  decode(codes) -> x.  Images are (B, 3, S, S) in [-1, 1].
+    K = 1 is the fixed-length VQGAN tokenizer.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        K = len(config.factors)
+        self.encoder, self.decoder = Encoder(config), Decoder(config)
+        self.router = {"learned": lambda: GrainRouter(config.channels, K),
+                       "entropy": lambda: EntropyRouter(config.ratios, config.factors[0]),
+                       "random": lambda: RandomRouter(config.ratios)}[config.router]()
+        self.pre_quant = nn.Conv2d(config.channels, config.code_dim, 1)
+        self.codebook = Codebook(config.codebook_size, config.code_dim)
+        self.post_quant = nn.Conv2d(config.code_dim, config.channels, 1)
+
+    def mix(self, maps, gate):
+        """sum_k gate_k map_k on the finest grid; the gradient reaches every gate. -> (B, Z, H, W)"""
+        side = maps[-1].shape[-1]
+        return sum(upsample(gate[:, k:k + 1], side) * upsample(m, side) for k, m in enumerate(maps))
+
+    def cell_weight(self, gate):
+        """1 / (how many cells of the finest grid share a code). -> (B, H, W)"""
+        share = torch.tensor([(self.config.factors[-1] / f) ** 2 for f in self.config.factors], device=gate.device)
+        weight = (gate.detach() * share[:, None, None]).sum(1, keepdim=True)  # B, 1, h, w
+        return upsample(weight, self.config.size // self.config.factors[-1])[:, 0]
+
+    def quantize(self, x, noise=1.0):
+        """Image -> quantised grid (B, D, H, W), codes, gate, commitment loss."""
+        maps = self.encoder(x)
+        gate = self.router(x, maps, noise)                                   # B, K, h, w
+        z = self.pre_quant(self.mix(maps, gate))                             # B, D, H, W
+        q, codes, commitment = self.codebook(z, self.cell_weight(gate))
+        return q, codes, gate, commitment
+
+    def forward(self, x, noise=1.0):
+        """noise: scale of the router's Gumbel noise in training."""
+        q, codes, gate, commitment = self.quantize(x, noise)
+        reconstruction = self.decoder(self.post_quant(q))                    # B, 3, S, S
+        return VAEOutput(reconstruction, codes, gate.argmax(dim=1), gate, commitment)
+
+    def encode(self, x):
+        _, codes, gate, _ = self.quantize(x)
+        return codes, gate.argmax(dim=1)                                     # B, H, W; B, h, w
+
+    def decode(self, codes):
+        return self.decoder(self.post_quant(self.codebook.lookup(codes)))    # B, 3, S, S
+
+
+def upsample(x, side):
+    """Repeat every cell of (B, c, h, h) so that the side becomes `side`, a multiple of h."""
+    return F.interpolate(x, size=(side, side)) if x.shape[-1] != side else x
+
+
+# ------------------------------------------------------------------------------------------------
+# 5  Sequences (paper section 3.2)
+
+
+class Layout(nn.Module):
+    """Between (codes, grains) and the sequence of (position, content) pairs of an image.
+
+    Granularity k owns the position ids  offset_k + r s_k + j  for region r and cell j in it, both in
+    raster order, and then one EOS id; the next granularity's ids follow. So an id names
+    granularity, place and order at once, and an image's sequence is its codes *sorted by id*, with
+    the EOS ids in place: coarse codes first, raster inside, the cells of a region together.
+    After its last EOS a sequence goes on with that EOS for ever: padding is an ordinary token
+    that is certain and so costs nothing. The content of an EOS is -1.
+    """
+
+    def __init__(self, size, factors):
+        super().__init__()
+        check_factors(size, factors)
+        self.side = size // factors[0]                                       # h
+        self.fine_side = size // factors[-1]                                 # H
+        self.n_regions = N = self.side ** 2
+        self.cells = [(factors[0] // f) ** 2 for f in factors]               # s_k
+        self.n_grains = K = len(factors)
+        self.max_len = N * self.cells[-1] + K                                # all fine, and the EOS ids
+        self.offsets, self.eos, P = [], [], 0
+        for s in self.cells:
+            self.offsets.append(P)
+            self.eos.append(P + N * s)
+            P += N * s + 1
+        self.n_positions = P
+        self.end = P - 1                                                     # the last EOS
+
+        # What an id says, as tables. Row P (also reached as row -1) stands for "before the first pair".
+        grain, region, cell = (torch.zeros(P + 1, dtype=torch.long) for _ in range(3))
+        after, forced = torch.zeros(P + 1, dtype=torch.long), torch.full((P + 1,), -1)
+        region.fill_(-1)
+        for k, s in enumerate(self.cells):
+            ids = torch.arange(N * s)
+            own = slice(self.offsets[k], self.eos[k])
+            grain[own], region[own], cell[own], after[own] = k, ids // s, ids % s, k
+            forced[own] = torch.where(ids % s < s - 1, ids + self.offsets[k] + 1, -1)
+            grain[self.eos[k]], after[self.eos[k]] = k, min(k + 1, K - 1)
+        forced[self.end] = self.end
+        tables = dict(grain=grain,                # its granularity
+                      region=region,              # its region, -1 for EOS and the start
+                      cell=cell,                  # its place in the region
+                      after=after,                # the granularity that is being written after it
+                      forced=forced,              # the one id that may follow, or -1 if there is a choice
+                      is_eos=torch.isin(torch.arange(P + 1), torch.tensor(self.eos)),
+                      index=torch.arange(P))
+        for name, table in tables.items():
+            self.register_buffer(name, table, persistent=False)
+
+    def pack(self, codes, grains):
+        """codes (B, H, W), grains (B, h, w) -> pos, code, each (B, max_len)."""
+        B, h, m = len(codes), self.side, self.fine_side // self.side         # m x m fine cells a region
+        blocks = codes.view(B, h, m, h, m).transpose(2, 3).reshape(B, self.n_regions, m, m)
+        flat = grains.reshape(B, -1, 1)                                      # B, N, 1
+        keys, contents = [], []
+        for k, s in enumerate(self.cells):
+            step = m // math.isqrt(s)                                        # one code fills step x step cells
+            content = blocks[:, :, ::step, ::step].reshape(B, self.n_regions, s)  # B, N, s_k
+            ids = self.index[self.offsets[k]:self.eos[k]].view(1, self.n_regions, s)
+            eos = self.index[self.eos[k]].expand(B, 1)
+            keys += [torch.where(flat == k, ids, self.end).flatten(1), eos]  # what is not there sorts last
+            contents += [torch.where(flat == k, content, -1).flatten(1), torch.full_like(eos, -1)]
+        pos, order = torch.cat(keys, 1).sort(dim=1)                          # B, P
+        code = torch.cat(contents, 1).gather(1, order)
+        return pos[:, :self.max_len], code[:, :self.max_len]
+
+    def unpack(self, pos, code):
+        """pos, code (B, L) -> codes (B, H, W), grains (B, h, w); -1 in regions that are not there (yet)."""
+        B, h, m = len(pos), self.side, self.fine_side // self.side
+        canvas = torch.full((B, self.n_positions), -1, device=pos.device)
+        canvas = canvas.scatter(1, pos, code)                                # B, P: a content per id
+        grains = self.grains(pos)                                            # B, N
+        codes = torch.full((B, self.n_regions, m, m), -1, device=pos.device)
+        for k, s in enumerate(self.cells):
+            c = math.isqrt(s)                                                # c x c codes a region
+            block = canvas[:, self.offsets[k]:self.eos[k]].view(B, self.n_regions, c, c)
+            block = block.repeat_interleave(m // c, 2).repeat_interleave(m // c, 3)  # B, N, m, m
+            codes = torch.where((grains == k)[..., None, None], block, codes)
+        codes = codes.view(B, h, h, m, m).transpose(2, 3).reshape(B, h * m, h * m)
+        return codes, grains.view(B, h, h)
+
+    def grains(self, pos):
+        """Granularity of the regions that the ids pos (B, L) cover, -1 elsewhere. -> (B, N)"""
+        known = torch.full((len(pos), self.n_regions + 1), -1, device=pos.device)
+        slot = torch.where(self.is_eos[pos], self.n_regions, self.region[pos])  # EOS writes to a spare column
+        return known.scatter(1, slot, self.grain[pos])[:, :-1]
+
+    def length(self, grains):
+        """Pairs in the sequence of each image, EOS ids included. (B, h, w) -> (B,)"""
+        cells = torch.tensor(self.cells, device=grains.device)
+        return cells[grains].sum(dim=(1, 2)) + self.n_grains
+
+    def legal(self, prev, grains):
+        """Which position ids may follow. prev: (B,) or (B, L) ids, -1 at the start; grains: (B, N)
+        granularities known so far, -1 elsewhere -> mask (B, P) or (B, L, P).
+
+        Inside a region: its next cell. Between regions: the first cell of any later region that is
+        not covered, or EOS; in the finest granularity, which must leave no hole, the first such
+        region, or EOS when there is none. What `prev` shows to lie in its future is not looked at,
+        so a whole training sequence can be masked with its final grains.
+        """
+        if prev.dim() == 2:
+            grains = grains[:, None]                                         # B, 1, N
+        prev = prev[..., None]                                               # B, (L,) 1
+        k, last = self.after[prev], self.region[prev]                        # last region written, -1 if none
+        regions = self.index[:self.n_regions]
+        covered = (grains >= 0) & (grains < k)                               # by a coarser code; N at the end
+        free = ~covered & (regions > last)                                   # B, (L,) N
+        finest = k == self.n_grains - 1
+        opens = free & (~finest | (free.cumsum(-1) == 1))                    # regions that may come next
+        place = self.region[:-1]                                             # P
+        choice = opens[..., place.clamp(min=0)] & (self.cell[:-1] == 0) & (place >= 0)
+        choice = choice | (self.is_eos[:-1] & ~(finest & free.any(-1, keepdim=True)))
+        choice = choice & (self.grain[:-1] == k)                             # B, (L,) P
+        forced = self.forced[prev]
+        return torch.where(forced >= 0, self.index == forced, choice)
+
+
+# ------------------------------------------------------------------------------------------------
+# 6  DQ-Transformer (paper section 3.2)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block, causal."""
+
+    def __init__(self, config):
+        super().__init__()
+        C = config.width
+        self.heads, self.dropout = config.heads, config.dropout
+        self.norm1, self.qkv, self.proj = nn.LayerNorm(C, bias=False), nn.Linear(C, 3 * C, bias=False), nn.Linear(C, C, bias=False)
+        self.norm2, self.up, self.down = nn.LayerNorm(C, bias=False), nn.Linear(C, 4 * C, bias=False), nn.Linear(4 * C, C, bias=False)
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, x, cache=None, t=None, end=None):
+        """x: (B, L, C). With a cache (2, B, L_max, heads, d): L = 1, image b is at step t[b] < end;
+        its key and value are written there and it attends to what the cache holds up to t[b]."""
+        B, L, C = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(B, L, 3, self.heads, C // self.heads).unbind(2)  # B, L, heads, d
+        mask = None
+        if cache is not None:
+            rows = torch.arange(B, device=x.device)
+            cache[0, rows, t], cache[1, rows, t] = k[:, 0], v[:, 0]
+            k, v = cache[0, :, :end], cache[1, :, :end]                      # B, end, heads, d
+            mask = (torch.arange(end, device=x.device) <= t[:, None])[:, None, None]  # B, 1, 1, end
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)    # B, heads, L, d
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=cache is None,
+                                           dropout_p=self.dropout if self.training else 0.0)
+        x = x + self.drop(self.proj(y.transpose(1, 2).reshape(B, L, C)))     # B, L, C
+        return x + self.drop(self.down(F.gelu(self.up(self.norm2(x)))))
+
+
+class DQTransformer(nn.Module):
+    """p(image) = prod_t p(pos_t | before) p(code_t | before, pos_t): where, then what, by two stacks.
+
+    The content embedding is shared between granularities; the position embeddings are not (every
+    id has its own row), and a granularity embedding tells them apart.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.layout = Layout(config.size, config.factors)
+        C, V, P = config.width, config.codebook_size, self.layout.n_positions
+        self.content = nn.Embedding(V + 1, C)                                # the last row is the content of an EOS
+        self.position = nn.Embedding(P, C)
+        self.granularity = nn.Embedding(self.layout.n_grains, C)
+        self.order = nn.Embedding(self.layout.max_len, C)
+        self.condition = nn.Embedding(len(config.classes) + 1, C)               # the last row: no label, the start vector
+        self.drop = nn.Dropout(config.dropout)
+        self.position_stack = nn.ModuleList(Block(config) for _ in range(config.position_layers))
+        self.content_stack = nn.ModuleList(Block(config) for _ in range(config.content_layers))
+        self.position_norm, self.position_head = nn.LayerNorm(C, bias=False), nn.Linear(C, P, bias=False)
+        self.content_norm, self.content_head = nn.LayerNorm(C, bias=False), nn.Linear(C, V, bias=False)
+        self.apply(self._init)
+        depth = config.position_layers + config.content_layers               # GPT-2: residual branches start small
+        for block in [*self.position_stack, *self.content_stack]:
+            for linear in (block.proj, block.down):
+                nn.init.normal_(linear.weight, std=0.02 / math.sqrt(2 * depth))
+
+    @staticmethod
+    def _init(module):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)
+
+    def embed(self, pos, code):
+        """A pair as a vector: content + position + granularity. pos, code (...) -> (..., C)"""
+        content = torch.where(code < 0, self.config.codebook_size, code)
+        return self.content(content) + self.position(pos) + self.granularity(self.layout.grain[pos])
+
+    def labels(self, label, B):
+        """(B,) labels or None -> (B,) rows of the condition embedding; negative labels mean none."""
+        none = len(self.config.classes)
+        if label is None:
+            return torch.full((B,), none, device=self.condition.weight.device)
+        return torch.where(label < 0, none, label)
+
+    def logits(self, pos, code, label=None):
+        """pos, code (B, L) -> position logits (B, L, P), -inf where not legal, and content logits (B, L, V).
+
+        Entry t of both is computed from the condition and the pairs before t; the content logits
+        also from pos[:, t].
+        """
+        B, L = pos.shape
+        label = self.labels(label, B)
+        if self.training and len(self.config.classes):
+            hide = torch.rand(B, device=pos.device) < self.config.label_dropout
+            label = torch.where(hide, len(self.config.classes), label)
+        start = self.condition(label)[:, None]                               # B, 1, C
+        x = torch.cat([start, self.embed(pos[:, :-1], code[:, :-1])], dim=1)  # B, L, C
+        h = self.drop(x + self.order.weight[:L])
+        for block in self.position_stack:
+            h = block(h)                                                     # B, L, C
+        prev = F.pad(pos[:, :-1], (1, 0), value=-1)                          # B, L
+        legal = self.layout.legal(prev, self.layout.grains(pos))             # B, L, P
+        position = self.position_head(self.position_norm(h)).float()         # B, L, P
+        h = h + self.position(pos)                                           # now it knows where
+        for block in self.content_stack:
+            h = block(h)
+        content = self.content_head(self.content_norm(h)).float()            # B, L, V
+        return position.masked_fill(~legal, -math.inf), content
+
+    def forward(self, pos, code, label=None):
+        """-> {"position": (B,), "content": (B,)}: negative log-likelihoods of the images, in nats."""
+        position, content = self.logits(pos, code, label)
+        position = F.cross_entropy(position.transpose(1, 2), pos, reduction="none")  # B, L; 0 where forced
+        content = F.cross_entropy(content.transpose(1, 2), code, reduction="none", ignore_index=-1)  # B, L; 0 at EOS
+        return {"position": position.sum(1), "content": content.sum(1)}
+
+
+# ------------------------------------------------------------------------------------------------
+# 7  Sampling
+
+
+class DecodeState(NamedTuple):
+    """All that changes while images are being written, preallocated; R = B, or 2 B with guidance."""
+    cache: torch.Tensor                  # layers, 2, R, L, heads, d: keys and values
+    t: torch.Tensor                      # B: pairs written so far
+    pos: torch.Tensor                    # B, L: ids written so far, the end id from t on
+    code: torch.Tensor                   # B, L: contents, -1 for EOS
+    grains: torch.Tensor                 # B, N + 1: granularities known so far; the last column is spare
+
+
+class SampleOptions(NamedTuple):
+    """temperature acts on positions and contents, top-k and top-p on contents; cfg = 1: no guidance."""
+    temperature: float = 1.0
+    top_k: int = 0                       # 0: all
+    top_p: float = 1.0
+    cfg: float = 1.0
+
+    def check(self):
+        for name, ok in (("temperature", self.temperature > 0), ("top_k", self.top_k >= 0),
+                         ("top_p", 0 < self.top_p <= 1), ("cfg", self.cfg >= 0)):
+            if not ok:
+                raise ValueError(f"{name} can't be {getattr(self, name)}")
+
+
+def filter_logits(logits, top_k, top_p):
+    """Keep the k likeliest entries, then the fewest whose probabilities reach p; the rest -> -inf. (B, V)"""
+    if 0 < top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
+    if top_p < 1:
+        probs, order = logits.softmax(-1).sort(-1, descending=True)
+        surplus = probs.cumsum(-1) - probs >= top_p                          # already reached without this one
+        logits = logits.masked_fill(torch.zeros_like(surplus).scatter(1, order, surplus), -math.inf)
+    return logits
+
+
+def draw(logits, generator):
+    """One id per row with probability softmax(logits), by the Gumbel-max trick. (B, V) -> (B,)"""
+    noise = torch.empty_like(logits).exponential_(generator=generator)
+    return (logits - noise.log()).argmax(-1)
+
+
+def decode_one(model, state, label, given, end, options, generator):
+    """Write one more pair of every image into `state`.
+
+    label: (R,) rows of the condition embedding; given: pos and code, (B, L) each, -1 where it is to
+    be drawn; end: how much of the cache to look at, more than every t. Reads nothing but its
+    arguments, changes nothing but `state`, and never asks the device for a value.
+    """
+    layout, B = model.layout, len(state.t)
+    rows, t = torch.arange(B, device=state.t.device), state.t
+    twice = len(label) // B                                                  # 2 with guidance: labelled, unlabelled
+    last, last_code = state.pos[rows, t - 1], state.code[rows, t - 1]        # B; not looked at when t = 0
+    x = model.embed(last, last_code).repeat(twice, 1)                        # R, C
+    t_all = t.repeat(twice)
+    x = torch.where((t_all == 0)[:, None], model.condition(label), x) + model.order(t_all)
+    h = x[:, None]                                                           # R, 1, C
+
+    def guide(logits):
+        logits = logits[:, 0].float()                                        # R, P or V
+        if twice == 2:
+            labelled, unlabelled = logits.chunk(2)
+            logits = unlabelled + options.cfg * (labelled - unlabelled)
+        return logits / options.temperature                                  # B, P or V
+
+    n = len(model.position_stack)
+    for block, cache in zip(model.position_stack, state.cache[:n]):
+        h = block(h, cache, t_all, end)
+    legal = layout.legal(torch.where(t == 0, -1, last), state.grains[:, :-1])  # B, P
+    pos = draw(guide(model.position_head(model.position_norm(h))).masked_fill(~legal, -math.inf), generator)
+    pos = torch.where(given[0][rows, t] >= 0, given[0][rows, t], pos)        # B
+    h = h + model.position(pos).repeat(twice, 1)[:, None]
+    for block, cache in zip(model.content_stack, state.cache[n:]):
+        h = block(h, cache, t_all, end)
+    code = draw(filter_logits(guide(model.content_head(model.content_norm(h))), options.top_k, options.top_p), generator)
+    code = torch.where(given[1][rows, t] >= 0, given[1][rows, t], code)
+    code = torch.where(layout.is_eos[pos], -1, code)                         # B
+
+    state.pos[rows, t], state.code[rows, t] = pos, code
+    slot = torch.where(layout.is_eos[pos], layout.n_regions, layout.region[pos])
+    state.grains[rows, slot] = layout.grain[pos]
+    state.t.add_(1).clamp_(max=layout.max_len - 1)
+
+
+@torch.inference_mode()
+def generate(model, label, options=SampleOptions(), seed=0, given=None):
+    """Draw images. label: (B,) classes, -1 for none -> pos, code, each (B, max_len); Layout.unpack reads them.
+
+    given: optional (pos, code), each (B, max_len), -1 where it is to be drawn. Two uses: the positions of a
+    grain map with all contents open choose where the detail goes, and the coarse part of a
+    photo's sequence with the rest open redraws its details (see `given_tiling` and `given_coarse`).
+    """
+    options.check()
+    config, layout, device = model.config, model.layout, label.device
+    B, L = len(label), layout.max_len
+    label = model.labels(label, B)
+    if options.cfg != 1:
+        label = torch.cat([label, torch.full_like(label, len(config.classes))])
+    if given is None:
+        given = (torch.full((B, L), -1, device=device),) * 2
+    layers = config.position_layers + config.content_layers
+    state = DecodeState(
+        cache=torch.zeros(layers, 2, len(label), L, config.heads, config.width // config.heads,
+                          device=device, dtype=torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type)
+                          else model.position_head.weight.dtype),
+        t=torch.zeros(B, dtype=torch.long, device=device),
+        pos=torch.full((B, L), layout.end, device=device),
+        code=torch.full((B, L), -1, device=device),
+        grains=torch.full((B, layout.n_regions + 1), -1, device=device))
+    generator = torch.Generator(device).manual_seed(seed)
+    for end in range(1, L + 1):
+        decode_one(model, state, label, given, end, options, generator)
+        if end % 16 == 0 and (state.pos[:, end - 1] == layout.end).all():
+            break
+    return state.pos, state.code
+
+
+def given_tiling(layout, grains):
+    """For `generate`: this grain map (B, h, w), every content open."""
+    H = layout.fine_side
+    pos, _ = layout.pack(torch.zeros(len(grains), H, H, dtype=torch.long, device=grains.device), grains)
+    return pos, torch.full_like(pos, -1)
+
+
+def given_coarse(layout, codes, grains, keep):
+    """For `generate`: the codes of the `keep` coarsest granularities of these images, the rest open."""
+    pos, code = layout.pack(codes, grains)
+    kept = layout.grain[pos] < keep
+    return torch.where(kept, pos, -1), torch.where(kept, code, -1)
+
+
+# ------------------------------------------------------------------------------------------------
+# 8  Files: images in, pictures and checkpoints out
+
+
+class ToyShapes(torch.utils.data.Dataset):
+    """Textured shapes (much information) on smooth gradients (little), any size, made on the fly.
+
+    self[i] -> image (3, S, S) in [-1, 1], label (the kind of shape, i % 4). Image i depends on
+    (seed, i mod n) alone. detail_mask(i) tells where the information is.
+    """
+    classes = ("circle", "square", "triangle", "cross")
+    backgrounds = np.array([[205, 226, 240], [240, 222, 206], [214, 236, 212], [232, 216, 240],
+                            [246, 238, 200], [150, 178, 206], [206, 160, 150], [150, 190, 160]]) / 255
+    inks = np.array([[[30, 60, 130], [250, 200, 60]], [[190, 40, 50], [250, 240, 225]], [[20, 110, 90], [250, 170, 140]],
+                     [[90, 40, 120], [150, 220, 210]], [[40, 40, 50], [245, 245, 245]], [[220, 100, 20], [40, 60, 100]]]) / 255
+
+    def __init__(self, size=32, n=8192, seed=0):
+        self.size, self.n, self.seed = size, n, seed
+        line = (np.arange(size) + 0.5) / size * 2 - 1                        # pixel centres in [-1, 1]
+        self.x, self.y = np.meshgrid(line, line)                             # S, S; y points down
+
+    def __len__(self):
+        return self.n
+
+    def _shape(self, i):
+        """Signed distance to the shape's edge (S, S), negative inside, and the generator for all the rest."""
+        rng = np.random.default_rng([self.seed, i % self.n])
+        r = rng.choice([0.6, 0.675, 0.75])
+        x, y = self.x - rng.integers(-2, 3) / 8, self.y - rng.integers(-2, 3) / 8  # on a grid: few codes say much
+        kind = self.classes[i % self.n % 4]
+        if kind == "circle":
+            d = np.hypot(x, y) - r
+        elif kind == "square":
+            d = np.maximum(abs(x), abs(y)) - 0.85 * r
+        elif kind == "triangle":
+            d = np.maximum(0.866 * abs(x) - 0.5 * y - 0.55 * r, y - 0.7 * r)
+        else:
+            a, b = np.maximum(abs(x), abs(y)), np.minimum(abs(x), abs(y))
+            d = np.maximum(a - r, b - 0.36 * r)
+        return d, x, y, rng
+
+    def detail_mask(self, i):
+        """Pixels of the textured shape: (S, S), bool."""
+        return torch.from_numpy(self._shape(i)[0] < 0)
+
+    def __getitem__(self, i):
+        d, x, y, rng = self._shape(i)
+        c0, c1 = self.backgrounds[rng.choice(len(self.backgrounds), 2, replace=False)]
+        angle = rng.uniform(0, 2 * np.pi)
+        t = 0.5 + (np.cos(angle) * self.x + np.sin(angle) * self.y) / 2.83   # S, S in [0, 1]
+        image = c0 + (c1 - c0) * t[..., None]                                # S, S, 3
+        turn, k = rng.integers(4) * np.pi / 4, 2 * np.pi / 0.5               # 4 periods across the image
+        u, v = k * (np.cos(turn) * x + np.sin(turn) * y), k * (np.cos(turn) * y - np.sin(turn) * x)
+        wave = (np.sin(u), np.sin(u) * np.sin(v) * 1.4, np.cos(u) * 0.6 + np.cos(v) * 0.6 - 0.3)[rng.integers(3)]
+        sharp = self.size * 0.5 / 8                                          # stripes, checks or dots; soft edges
+        ink0, ink1 = self.inks[rng.integers(len(self.inks))]
+        texture = ink0 + (ink1 - ink0) * np.clip(0.5 + sharp * wave, 0, 1)[..., None]
+        edge = np.clip(1.5 + (d + 0.06) * self.size / 2, 0, 1)[..., None]    # an outline that closes the shape
+        texture = texture + (ink0 - texture) * edge
+        cover = np.clip(0.5 - d * self.size / 2, 0, 1)[..., None]            # antialiased edge
+        image = image + (texture - image) * cover
+        return torch.from_numpy(image.transpose(2, 0, 1) * 2 - 1).float(), i % self.n % 4
+
+
+class ImageFolder(torch.utils.data.Dataset):
+    """Every image below a folder; the first level of sub-folders are classes if there are two or more.
+
+    self[i] -> image (3, S, S) in [-1, 1], label (-1 without classes). i may run past the length:
+    i // len(self) is then the epoch, which with the seed fixes the random crop and flip.
+    One file in 20, chosen by a hash of its name, is held out: split "val" has those, "train" the
+    rest. A file that can't be decoded is named in a warning and left out: the next one stands in.
+    """
+    suffixes = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+
+    def __init__(self, root, size, split="train", augment=False, seed=0):
+        self.root, self.size, self.augment, self.seed, self.broken = Path(root), size, augment, seed, set()
+        if not self.root.is_dir():
+            raise ValueError(f"no such folder: {root}")
+        files = sorted(p for p in self.root.rglob("*") if p.suffix.lower() in self.suffixes and p.is_file())
+        if not files:
+            raise ValueError(f"no images below {root} (looked for {', '.join(sorted(self.suffixes))})")
+        folder = [p.relative_to(self.root).parts[0] if p.parent != self.root else None for p in files]
+        names = sorted(set(folder) - {None})
+        self.classes = tuple(names) if len(names) > 1 else ()
+        label = {name: i for i, name in enumerate(self.classes)}
+        held = [zlib.crc32(os.fsencode(p.relative_to(self.root))) % 20 == 0 for p in files]
+        if len(set(held)) == 1:                                              # so few files that chance left one side empty
+            held = [i == 0 for i in range(len(files))]
+        chosen = [i for i in range(len(files)) if held[i] == (split == "val")] or [0]
+        self.files = [(files[i], label.get(folder[i], -1)) for i in chosen]
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, i):
+        for j in range(len(self)):
+            path, label = self.files[(i + j) % len(self)]
+            if path in self.broken:
+                continue
+            try:
+                return load_image(path, self.size, np.random.default_rng([self.seed, i]) if self.augment else None), label
+            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+                self.broken.add(path)
+                print(f"warning: left out {path}: {error}", file=sys.stderr)
+        raise ValueError(f"none of the {len(self)} images below {self.root} can be decoded")
+
+
+def load_image(path, size, rng=None):
+    """One file -> (3, S, S) in [-1, 1]: short side to S, then a centre crop, or a random crop and flip."""
+    with Image.open(path) as image:
+        image = to_rgb(ImageOps.exif_transpose(image))
+    w, h = image.size
+    scale = size / min(w, h)
+    w, h = max(size, round(w * scale)), max(size, round(h * scale))
+    image = image.resize((w, h), Image.Resampling.BICUBIC, reducing_gap=3.0)  # Pillow antialiases
+    x, y = ((w - size) // 2, (h - size) // 2) if rng is None else (rng.integers(w - size + 1), rng.integers(h - size + 1))
+    image = image.crop((x, y, x + size, y + size))
+    if rng is not None and rng.random() < 0.5:
+        image = ImageOps.mirror(image)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def to_rgb(image):
+    """A Pillow image of any mode -> RGB; transparency over white, 16 bits and floats scaled to 8."""
+    if image.mode.startswith("I") or image.mode == "F":
+        x = np.asarray(image).astype(np.float32)
+        top = 1.0 if image.mode == "F" and x.max() <= 1 else 65535.0 if x.max() > 255 or ";16" in image.mode else 255.0
+        image = Image.fromarray((x * (255 / top)).clip(0, 255).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def open_data(folder, size, split, augment=False, seed=0):
+    """The images of --data, or the toy data where there is no folder."""
+    if folder:
+        return ImageFolder(folder, size, split, augment, seed)
+    return ToyShapes(size, seed=seed) if split == "train" else ToyShapes(size, n=512, seed=seed + 1_000_003)
+
+
+def stream(dataset, batch_size, seed, start=0, workers=0):
+    """Endless batches in a fresh random order every epoch, from batch number `start` on.
+
+    Batch number b is a function of (seed, b) alone, so a resumed run sees what it would have seen.
+    """
+    class Order(torch.utils.data.Sampler):
+        def __iter__(self):
+            n, place = len(dataset), start * batch_size
+            while True:
+                epoch, skip = divmod(place, n)
+                order = np.random.default_rng([seed, epoch]).permutation(n)[skip:]
+                yield from (epoch * n + int(i) for i in order)
+                place += len(order)
+
+    loader = torch.utils.data.DataLoader(dataset, batch_size, sampler=Order(), num_workers=workers,
+                                         generator=torch.Generator(), pin_memory=torch.cuda.is_available())
+    return iter(loader)
+
+
+def save_checkpoint(path, kind, config, model, **state):
+    """One file: kind, config as a plain dict, weights, and whatever a trainer needs to go on.
+
+    Written under another name first, so that a crash leaves the former file whole.
+    """
+    path = Path(path)
+    config = asdict(config)
+    temporary = path.with_name(path.name + ".tmp")
+    torch.save(dict(kind=kind, config=config, weights=model.state_dict(), **state), temporary)
+    os.replace(temporary, path)
+
+
+def load_checkpoint(path, kind, map_location="cpu"):
+    """-> the dict that was saved. ValueError, in one line, when it is not a checkpoint of this kind."""
+    if not os.path.isfile(path):
+        raise ValueError(f"no such file: {path}")
+    try:
+        checkpoint = torch.load(path, map_location=map_location, weights_only=True)  # runs no code of the file's
+    except Exception as error:
+        raise ValueError(f"{path} is not a checkpoint, or is damaged ({type(error).__name__})") from None
+    found = checkpoint.get("kind") if isinstance(checkpoint, dict) else None
+    if found != kind:
+        raise ValueError(f"{path} holds {f'a {found}' if found else 'no dq checkpoint'}; a {kind} is needed")
+    return checkpoint
+
+
+def to_picture(x, side=128):
+    """(3, S, S) in [-1, 1] -> Pillow image, enlarged by whole pixels to about `side`. Never rescaled in brightness."""
+    pixels = ((x.detach().float().cpu() + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
+    image = Image.fromarray(pixels)
+    times = max(1, side // image.width)
+    return image.resize((image.width * times,) * 2, Image.Resampling.NEAREST)
+
+
+def draw_grains(picture, grains, factors):
+    """One box per code over a picture: blue for the coarsest granularity, orange, then red. grains: (h, w)"""
+    picture = Image.blend(picture, Image.new("RGB", picture.size, "white"), 0.35)
+    pen, region = ImageDraw.Draw(picture), picture.width / grains.shape[1]
+    grains = grains.tolist()
+    for k in range(len(factors)):                                            # finer boxes lie on top
+        cells = factors[0] // factors[k]
+        for y, x in [(y, x) for y, row in enumerate(grains) for x, g in enumerate(row) if g == k]:
+            for j in range(cells ** 2):
+                x0, y0 = (x + j % cells / cells) * region, (y + j // cells / cells) * region
+                pen.rectangle([x0, y0, x0 + region / cells, y0 + region / cells], outline=["#3a6ea5", "#e07b00", "#c01530"][k % 3])
+    return picture
+
+
+def save_grid(path, pictures, columns, captions=None):
+    """Pillow images of one size -> one picture, row by row, a caption above each."""
+    w, h = pictures[0].size
+    top, gap = 14 if captions else 0, 2
+    rows = -(-len(pictures) // columns)
+    sheet = Image.new("RGB", (columns * (w + gap) - gap, rows * (h + gap + top) - gap), "white")
+    for i, picture in enumerate(pictures):
+        x, y = i % columns * (w + gap), i // columns * (h + gap + top)
+        sheet.paste(picture, (x, y + top))
+        if captions:
+            ImageDraw.Draw(sheet).text((x + 2, y + 1), captions[i], fill="black")
+    sheet.save(path)
+
+
+def pick_device(name, dtype):
+    """--device and --dtype -> device and a function that opens an autocast context.
+
+    auto: the GPU if there is one; bfloat16 where the hardware computes in it, else float32.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"no such device here: {name}") from None
+    if dtype == "auto":
+        cpu = getattr(torch.cpu, "get_capabilities", dict)()
+        fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu.get("avx512_bf16") or cpu.get("amx_bf16")
+        dtype = "bf16" if fast else "fp32"
+    return device, lambda: torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16")
+
+
+def load_vae(path, device):
+    """A DQ-VAE for use, not for training -> model, its config."""
+    checkpoint = load_checkpoint(path, "dq-vae", device)
+    return frozen_vae(checkpoint["config"], checkpoint["weights"], device)
+
+
+def frozen_vae(config, weights, device):
+    config = VAEConfig(**config)
+    vae = DQVAE(config).to(device).eval().requires_grad_(False)
+    vae.load_state_dict(weights)
+    return vae, config
+
+
+def load_transformer(path, device):
+    """-> DQTransformer and the frozen DQVAE that its checkpoint carries."""
+    checkpoint = load_checkpoint(path, "dq-transformer", device)
+    model = DQTransformer(TransformerConfig(**checkpoint["config"])).to(device).eval().requires_grad_(False)
+    model.load_state_dict(checkpoint["weights"])
+    return model, frozen_vae(checkpoint["vae_config"], checkpoint["vae_weights"], device)[0]
+
+
+def run(main):
+    """Call a script's main; errors that the user can mend end in one line and exit status 1."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

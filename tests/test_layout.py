@@ -1,0 +1,130 @@
+"""Layout: packing is a sort, unpacking its inverse, and `legal` describes exactly the complete tilings."""
+import pytest
+import torch
+
+from dq import Layout
+
+CASES = [(8, (4,)), (8, (4, 2)), (16, (4, 2)), (16, (8, 4, 2)), (12, (4, 1)), (4, (4, 2, 1))]
+
+
+def random_image(layout, grains, V=7):
+    """Codes (B, H, W) that are constant over each coarse code's cells."""
+    B, h, H = len(grains), layout.side, layout.fine_side
+    codes = torch.randint(0, V, (B, H, H), device=grains.device)
+    for b in range(B):
+        for y in range(H):
+            for x in range(H):
+                m = H // h
+                k = int(grains[b, y // m, x // m])
+                c = m // int(layout.cells[k] ** 0.5)                         # side of one code in fine cells
+                codes[b, y, x] = codes[b, y // c * c, x // c * c]
+    return codes
+
+
+def naive_pack(layout, codes, grains):
+    """One image (H, W), (h, w) -> its pairs, by loops over granularities, regions and cells."""
+    h, m = layout.side, layout.fine_side // layout.side
+    pairs, start = [], 0
+    for k, s in enumerate(layout.cells):
+        c = int(s ** 0.5)
+        for r in range(h * h):
+            y, x = r // h, r % h
+            if grains[y, x] == k:
+                for j in range(s):
+                    fine_y, fine_x = y * m + j // c * (m // c), x * m + j % c * (m // c)
+                    pairs.append((start + r * s + j, int(codes[fine_y, fine_x])))
+        pairs.append((start + h * h * s, -1))
+        start += h * h * s + 1
+    return pairs
+
+
+def grain_maps(layout, device):
+    """All coarse, all fine, and four random maps."""
+    h, K = layout.side, layout.n_grains
+    return torch.cat([torch.zeros(1, h, h, dtype=torch.long), torch.full((1, h, h), K - 1), torch.randint(0, K, (4, h, h))]).to(device)
+
+
+@pytest.mark.parametrize("size, factors", CASES)
+def test_pack_equals_a_loop_and_unpack_is_its_inverse(size, factors, device):
+    layout = Layout(size, factors).to(device)
+    grains = grain_maps(layout, device)
+    codes = random_image(layout, grains)
+    pos, code = layout.pack(codes, grains)
+    assert pos.shape == code.shape == (len(codes), layout.max_len)
+    for b in range(len(codes)):
+        pairs = naive_pack(layout, codes[b], grains[b])
+        assert len(pairs) == layout.length(grains)[b]
+        pairs += [(layout.end, -1)] * (layout.max_len - len(pairs))
+        assert list(zip(pos[b].tolist(), code[b].tolist())) == pairs
+    codes2, grains2 = layout.unpack(pos, code)
+    assert torch.equal(codes, codes2) and torch.equal(grains, grains2)
+
+
+def test_sizes_of_the_paper():
+    layout = Layout(256, (16, 8))
+    assert (layout.n_regions, layout.cells, layout.n_positions) == (256, [1, 4], 256 + 1 + 1024 + 1)
+    half = torch.arange(256).view(1, 16, 16) % 2
+    assert layout.length(half) == 640 + 2
+
+
+def naive_legal(layout, prefix):
+    """Ids that may follow a list of ids, from the rules as the docstring tells them."""
+    K, N = layout.n_grains, layout.n_regions
+    covered, k, inside = {}, 0, None
+    for p in prefix:
+        if k == K:                                                           # the last EOS goes on for ever
+            break
+        if p == layout.eos[k]:
+            k, inside = k + 1, None
+            continue
+        s = layout.cells[k]
+        r, j = (p - layout.offsets[k]) // s, (p - layout.offsets[k]) % s
+        covered[r] = k
+        inside = p + 1 if j < s - 1 else None
+    if k == K:
+        return {layout.end}
+    if inside is not None:
+        return {inside}
+    s = layout.cells[k]
+    last = max([r for r, g in covered.items() if g == k], default=-1)
+    free = [r for r in range(N) if r not in covered]
+    later = [r for r in free if r > last]
+    if k < K - 1:
+        return {layout.offsets[k] + r * s for r in later} | {layout.eos[k]}
+    return {layout.offsets[k] + free[0] * s} if free else {layout.eos[k]}
+
+
+@pytest.mark.parametrize("size, factors", CASES)
+def test_packed_sequences_are_legal_at_each_step(size, factors, device):
+    layout = Layout(size, factors).to(device)
+    grains = grain_maps(layout, device)
+    pos, _ = layout.pack(random_image(layout, grains), grains)
+    prev = torch.nn.functional.pad(pos[:, :-1], (1, 0), value=-1)
+    mask = layout.legal(prev, grains.flatten(1))                             # as in training: final grains
+    assert mask.gather(2, pos[..., None]).all()
+    for b in range(len(pos)):
+        for t in range(layout.max_len):
+            prefix = pos[b, :t].tolist()
+            expected = naive_legal(layout, prefix)
+            assert set(mask[b, t].nonzero().flatten().tolist()) == expected
+            known = layout.grains(pos[b:b + 1, :t]) if t else torch.full((1, layout.n_regions), -1, device=device)
+            step = layout.legal(prev[b:b + 1, t], known)                     # as in sampling: grains so far
+            assert torch.equal(step[0], mask[b, t])
+
+
+@pytest.mark.parametrize("size, factors", CASES)
+def test_every_legal_walk_is_a_complete_tiling(size, factors, device):
+    layout, B = Layout(size, factors).to(device), 64
+    pos = torch.zeros(B, 0, dtype=torch.long, device=device)
+    for t in range(layout.max_len):
+        prev = pos[:, -1] if t else torch.full((B,), -1, device=device)
+        grains = layout.grains(pos) if t else torch.full((B, layout.n_regions), -1, device=device)
+        mask = layout.legal(prev, grains)
+        assert mask.any(1).all()
+        pos = torch.cat([pos, torch.multinomial(mask.float(), 1)], 1)
+    assert (pos[:, -1] == layout.end).all()
+    codes, grains = layout.unpack(pos, torch.where(layout.is_eos[pos], -1, 3))
+    assert (codes == 3).all() and (grains >= 0).all()
+    for row, g in zip(pos, grains):                                          # each region once
+        ids = row[row != layout.end].tolist()
+        assert len(set(ids)) == len(ids) == layout.length(g[None]) - 1
