@@ -1,0 +1,151 @@
+"""The three scripts, end to end, and what they say to wrong input."""
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import dq
+import train_transformer
+import train_vae
+
+ROOT = Path(__file__).resolve().parents[1]
+DEVICE = os.environ.get("DQ_TEST_DEVICE", "cpu")
+VAE = ["--size", "16", "--codebook-size", "16", "--batch-size", "4", "--device", DEVICE]
+TRANSFORMER = ["--width", "32", "--heads", "2", "--position-layers", "1", "--content-layers", "1", "--batch-size", "4", "--device", DEVICE]
+
+
+def script(name, *args, cwd=None):
+    return subprocess.run([sys.executable, str(ROOT / name), *map(str, args)], capture_output=True, text=True, cwd=cwd)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """A folder of toy images in one sub-folder per class."""
+    root, toy = tmp_path_factory.mktemp("images"), dq.ToyShapes(24, n=48)
+    for i in range(48):
+        x, y = toy[i]
+        (root / toy.classes[y]).mkdir(exist_ok=True)
+        dq.to_picture(x, 0).save(root / toy.classes[y] / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def run(images, tmp_path_factory):
+    """Both stages, trained for a few steps as a user would."""
+    out = tmp_path_factory.mktemp("run")
+    for name, flags in (("train_vae.py", VAE), ("train_transformer.py", TRANSFORMER)):
+        done = script(name, "--data", images, "--out", out, "--steps", 6, "--eval-every", 3, *flags)
+        assert done.returncode == 0, done.stderr
+    return out
+
+
+def test_training_writes_logs_pictures_and_checkpoints(run):
+    for stage, figures in (("vae", {"psnr", "l1", "share", "codebook_used", "perplexity"}), ("transformer", {"nats_per_image", "bits_per_code", "bits_per_pixel"})):
+        log = [json.loads(line) for line in (run / f"{stage}.jsonl").read_text().splitlines()]
+        assert figures <= set(log[-1]) and log[-1]["step"] == 6
+        assert Image.open(run / f"{stage}.png").width > 100
+    checkpoint = dq.load_checkpoint(run / "transformer.pt", "dq-transformer")
+    assert checkpoint["config"]["classes"] == ("circle", "cross", "square", "triangle")
+
+
+def test_sampling_with_every_option(run, images, tmp_path):
+    photo = next(images.rglob("*.png"))
+    Image.linear_gradient("L").save(tmp_path / "map.png")
+    for extra in (["--label", "cross", "--temperature", 0.9, "--top-k", 5, "--top-p", 0.9, "--cfg", 2, "--gif", tmp_path / "x.gif"],
+                  ["--label", "3", "--grain-map", tmp_path / "map.png"], ["--input", photo, "--keep", 1], ["--dtype", "fp32"]):
+        done = script("sample.py", run / "transformer.pt", "--n", 5, "--batch-size", 3, "--device", DEVICE,
+                      "--out", tmp_path / "grid.png", "--save-dir", tmp_path / "all", *extra)
+        assert done.returncode == 0, done.stderr
+        assert sorted(p.name for p in (tmp_path / "all").iterdir()) == [f"{i:06d}.png" for i in range(5)]
+        assert Image.open(tmp_path / "all/000004.png").size == (16, 16)
+    assert Image.open(tmp_path / "grid.png").width > 200
+    assert Image.open(tmp_path / "x.gif").n_frames > 4
+
+
+def test_the_toy_data_needs_no_folder(tmp_path):
+    done = script("train_vae.py", *VAE, "--steps", 2, "--router", "entropy", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((tmp_path / "out/vae.jsonl").read_text().splitlines()[-1])
+    assert 0 <= figures["auc"] <= 1 and abs(figures["share"][1] - 0.5) < 0.1
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stage", ["vae", "transformer"])
+def test_a_resumed_run_ends_at_the_same_weights(stage, run, images, tmp_path, monkeypatch):
+    module, flags = (train_vae, VAE) if stage == "vae" else (train_transformer, TRANSFORMER + ["--vae", str(run / "vae.pt"), "--dropout", "0.1"])
+
+    def train(out, *more):
+        module.main(["--data", str(images), "--out", str(tmp_path / out), "--steps", "6", "--eval-every", "3", *flags, *more])
+        return dq.load_checkpoint(tmp_path / out / f"{stage}.pt", f"dq-{stage}")["weights"]
+
+    whole = train("whole")
+    save = dq.save_checkpoint
+
+    def save_and_die(*args, **kwargs):
+        save(*args, **kwargs)
+        raise Killed
+    monkeypatch.setattr(dq, "save_checkpoint", save_and_die)
+    with pytest.raises(Killed):
+        train("halves")
+    monkeypatch.setattr(dq, "save_checkpoint", save)
+    assert dq.load_checkpoint(tmp_path / "halves" / f"{stage}.pt", f"dq-{stage}")["step"] == 3
+    halves = train("halves", "--resume")
+    for name in whole:
+        assert torch.equal(whole[name], halves[name]), name
+
+
+def test_starting_anew_keeps_the_former_checkpoint(run, images, tmp_path):
+    for steps in (1, 2):
+        train_vae.main(["--data", str(images), "--out", str(tmp_path), "--steps", str(steps), *VAE])
+    assert dq.load_checkpoint(tmp_path / "vae.former.pt", "dq-vae")["step"] == 1
+    assert dq.load_checkpoint(tmp_path / "vae.pt", "dq-vae")["step"] == 2
+
+
+@pytest.mark.parametrize("name, args, says", [
+    ("train_vae.py", ["--data", "nowhere"], "no such folder"),
+    ("train_vae.py", ["--data", "empty"], "no images"),
+    ("train_vae.py", ["--size", 20], "not a multiple"),
+    ("train_vae.py", ["--factors", 8, 4, "--ratios", 0.5], "need 2 ratios"),
+    ("train_vae.py", ["--ratios", 0.5, 0.6], "sum to 1"),
+    ("train_vae.py", ["--steps", 0], "--steps"),
+    ("train_vae.py", ["--device", "cuda:99"], "no such device"),
+    ("train_vae.py", ["--preset", "huge"], "invalid choice"),
+    ("train_vae.py", ["--resume"], "no such file"),
+    ("train_vae.py", ["--out", "file/x"], "file"),
+    ("train_transformer.py", ["--vae", "nowhere.pt"], "no such file"),
+    ("train_transformer.py", ["--vae", "file"], "not a checkpoint"),
+    ("sample.py", ["nowhere.pt"], "no such file"),
+    ("sample.py", ["file"], "not a checkpoint"),
+    ("sample.py", ["VAE"], "a dq-transformer is needed"),
+    ("sample.py", ["MODEL", "--label", "dog"], "no class"),
+    ("sample.py", ["MODEL", "--label", 4], "no class"),
+    ("sample.py", ["MODEL", "--n", 0], "--n"),
+    ("sample.py", ["MODEL", "--temperature", -1], "temperature"),
+    ("sample.py", ["MODEL", "--top-p", 0], "top_p"),
+    ("sample.py", ["MODEL", "--input", "file"], "file"),
+])
+def test_wrong_input_ends_in_one_line(name, args, says, run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("no checkpoint, no image")
+    args = [str({"VAE": run / "vae.pt", "MODEL": run / "transformer.pt"}.get(a, a)) for a in args]
+    with pytest.raises(SystemExit) as end:                                   # anything else would be a traceback
+        dq.run(lambda: importlib.import_module(name[:-3]).main(args))
+    if end.value.code == 2:                                                  # argparse has printed its line
+        assert says in capsys.readouterr().err.splitlines()[-1]
+    else:
+        assert end.value.code.startswith("error: ") and says in end.value.code and "\n" not in end.value.code
+
+
+def test_an_error_reaches_the_shell():
+    done = script("sample.py", "nowhere.pt")
+    assert done.returncode == 1 and done.stderr == "error: no such file: nowhere.pt\n"
