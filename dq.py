@@ -42,7 +42,7 @@ from PIL import Image, ImageDraw, ImageOps
 
 @dataclass
 class VAEConfig:
-    """Everything that fixes the architecture of a DQVAE (paper section 3.1)."""
+    """Everything that fixes the architecture of a DQVAE (stage 1)."""
     size: int = 32                       # side of the square images, pixels
     factors: tuple = (8, 4)              # downsampling factor of each granularity, coarse to fine
     ratios: tuple = (0.5, 0.5)           # wanted share of the regions in each granularity
@@ -60,18 +60,14 @@ class VAEConfig:
         self.factors, self.ratios = tuple(self.factors), tuple(self.ratios)
         self.multipliers = tuple(self.multipliers)
         check_factors(self.size, self.factors)
-        if len(self.ratios) != len(self.factors):
-            raise ValueError(f"{len(self.factors)} factors need {len(self.factors)} ratios, coarse to fine, not {self.ratios}")
-        if min(self.ratios) < 0 or abs(sum(self.ratios) - 1) > 1e-6:
-            raise ValueError(f"ratios must be shares that sum to 1, not {self.ratios}")
-        if self.router not in ("learned", "entropy", "random"):
-            raise ValueError(f"router must be learned, entropy or random, not {self.router!r}")
-        for name in ("channels", "width"):
-            if getattr(self, name) % 32:
-                raise ValueError(f"{name} must be a multiple of 32 (GroupNorm has 32 groups), not {getattr(self, name)}")
+        require(len(self.ratios) == len(self.factors),
+                f"{len(self.factors)} factors need {len(self.factors)} ratios, coarse to fine, not {self.ratios}")
+        require(min(self.ratios) >= 0 and abs(sum(self.ratios) - 1) < 1e-6, f"ratios must be shares that sum to 1, not {self.ratios}")
+        require(self.router in ("learned", "entropy", "random"), f"router must be learned, entropy or random, not {self.router!r}")
         for name in ("codebook_size", "code_dim", "channels", "width", "encoder_blocks", "decoder_blocks"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+            require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("channels", "width"):
+            require(getattr(self, name) % 32 == 0, f"{name} must be a multiple of 32, for GroupNorm's 32 groups, not {getattr(self, name)}")
 
     def level_width(self, level):
         """Channels at downsampling factor 2**level."""
@@ -80,17 +76,20 @@ class VAEConfig:
 
 def check_factors(size, factors):
     """ValueError unless factors are powers of two, coarse to fine, and fit an image of this size."""
-    if not factors or any(f < 1 or f & (f - 1) for f in factors):
-        raise ValueError(f"factors must be powers of two, not {factors}")
-    if any(a <= b for a, b in zip(factors, factors[1:])):
-        raise ValueError(f"factors must fall from coarse to fine, not {factors}")
-    if size < 1 or size % factors[0]:
-        raise ValueError(f"image size {size} is not a multiple of the largest factor {factors[0]}")
+    require(factors and all(f >= 1 and f & (f - 1) == 0 for f in factors), f"factors must be powers of two, not {factors}")
+    require(all(a > b for a, b in zip(factors, factors[1:])), f"factors must fall from coarse to fine, not {factors}")
+    require(size >= 1 and size % factors[0] == 0, f"image size {size} is not a multiple of the largest factor {factors[0]}")
+
+
+def require(condition, message):
+    """What a user can mend is a ValueError with one clear line."""
+    if not condition:
+        raise ValueError(message)
 
 
 @dataclass
 class TransformerConfig:
-    """Everything that fixes the architecture of a DQTransformer (paper section 3.2)."""
+    """Everything that fixes the architecture of a DQTransformer (stage 2)."""
     size: int = 32                       # these three come from the DQ-VAE whose codes are modelled
     factors: tuple = (8, 4)
     codebook_size: int = 256
@@ -105,13 +104,11 @@ class TransformerConfig:
     def __post_init__(self):
         self.factors, self.classes = tuple(self.factors), tuple(self.classes)
         check_factors(self.size, self.factors)
-        if self.heads < 1 or self.width % self.heads:
-            raise ValueError(f"width {self.width} is not a multiple of the number of heads, {self.heads}")
+        require(self.heads >= 1 and self.width % self.heads == 0,
+                f"width {self.width} is not a multiple of the number of heads, {self.heads}")
+        require(min(self.position_layers, self.content_layers) >= 1, "both stacks need at least one layer")
         for name in ("dropout", "label_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 0 and below 1, not {getattr(self, name)}")
-        if self.position_layers < 1 or self.content_layers < 1:
-            raise ValueError("both stacks need at least one layer")
+            require(0 <= getattr(self, name) < 1, f"{name} must be at least 0 and below 1, not {getattr(self, name)}")
 
 
 @dataclass
@@ -151,7 +148,7 @@ PRESETS = {
 
 
 # ------------------------------------------------------------------------------------------------
-# 2  Dynamic grained coding (paper section 3.1, equations 3 to 6)
+# 2  Dynamic grained coding (the paper's stage 1: "Dynamic Grained Coding" and "budget loss")
 #
 # Every router has  score(x, maps) -> (B, h, w), higher where finer codes are wanted (what evaluation
 # compares with the truth), and  forward(x, maps, noise) -> gate (B, K, h, w), one-hot over K.
@@ -263,7 +260,7 @@ def budget_loss(gate, ratios):
 
     gate: (B, K, h, w), one-hot; ratios: K wanted shares. The mean runs over the whole batch: images
     may differ from each other, but not the data set from its budget. For K = 2 this times 10 is the
-    2 gamma (r - r*)^2 with gamma = 10 of the paper's equation 6.
+    2 gamma (r - r*)^2 with gamma = 10 of the authors' model.
     """
     share = gate.mean(dim=(0, 2, 3))                                         # K
     return ((share - torch.tensor(ratios, device=gate.device)) ** 2).sum()
@@ -468,7 +465,7 @@ class VAEOutput(NamedTuple):
 
 
 class DQVAE(nn.Module):
-    """Images to variable-length codes and back (paper section 3.1).
+    """Images to variable-length codes and back (the paper's stage 1).
 
     encode(x) -> codes, grains;  decode(codes) -> x.  Images are (B, 3, S, S) in [-1, 1].
     K = 1 is the fixed-length VQGAN tokenizer.
@@ -525,7 +522,7 @@ def upsample(x, side):
 
 
 # ------------------------------------------------------------------------------------------------
-# 5  Sequences (paper section 3.2)
+# 5  Sequences (the paper's stage 2: coarse to fine, position and content)
 
 
 class Layout(nn.Module):
@@ -647,7 +644,7 @@ class Layout(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------
-# 6  DQ-Transformer (paper section 3.2)
+# 6  DQ-Transformer (the paper's stage 2: Position-Transformer and Content-Transformer)
 
 
 class Block(nn.Module):
@@ -695,7 +692,7 @@ class DQTransformer(nn.Module):
         self.position = nn.Embedding(P, C)
         self.granularity = nn.Embedding(self.layout.n_grains, C)
         self.order = nn.Embedding(self.layout.max_len, C)
-        self.condition = nn.Embedding(len(config.classes) + 1, C)               # the last row: no label, the start vector
+        self.condition = nn.Embedding(len(config.classes) + 1, C)            # the last row: no label, the start vector
         self.drop = nn.Dropout(config.dropout)
         self.position_stack = nn.ModuleList(Block(config) for _ in range(config.position_layers))
         self.content_stack = nn.ModuleList(Block(config) for _ in range(config.content_layers))
@@ -778,10 +775,10 @@ class SampleOptions(NamedTuple):
     cfg: float = 1.0
 
     def check(self):
-        for name, ok in (("temperature", self.temperature > 0), ("top_k", self.top_k >= 0),
-                         ("top_p", 0 < self.top_p <= 1), ("cfg", self.cfg >= 0)):
-            if not ok:
-                raise ValueError(f"{name} can't be {getattr(self, name)}")
+        require(self.temperature > 0, f"temperature must be above 0, not {self.temperature}")
+        require(self.top_k >= 0, f"top-k must be at least 0 (0: all), not {self.top_k}")
+        require(0 < self.top_p <= 1, f"top-p must be above 0 and at most 1, not {self.top_p}")
+        require(self.cfg >= 0, f"cfg must be at least 0, not {self.cfg}")
 
 
 def filter_logits(logits, top_k, top_p):
@@ -855,15 +852,15 @@ def generate(model, label, options=SampleOptions(), seed=0, given=None):
     config, layout, device = model.config, model.layout, label.device
     B, L = len(label), layout.max_len
     label = model.labels(label, B)
-    if options.cfg != 1:
+    if options.cfg != 1 and config.classes:
         label = torch.cat([label, torch.full_like(label, len(config.classes))])
     if given is None:
         given = (torch.full((B, L), -1, device=device),) * 2
     layers = config.position_layers + config.content_layers
+    autocast = torch.is_autocast_enabled(device.type)
+    dtype = torch.get_autocast_dtype(device.type) if autocast else model.position_head.weight.dtype
     state = DecodeState(
-        cache=torch.zeros(layers, 2, len(label), L, config.heads, config.width // config.heads,
-                          device=device, dtype=torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type)
-                          else model.position_head.weight.dtype),
+        cache=torch.zeros(layers, 2, len(label), L, config.heads, config.width // config.heads, device=device, dtype=dtype),
         t=torch.zeros(B, dtype=torch.long, device=device),
         pos=torch.full((B, L), layout.end, device=device),
         code=torch.full((B, L), -1, device=device),

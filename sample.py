@@ -16,15 +16,15 @@ import dq
 
 def parse(argv=None):
     parser = argparse.ArgumentParser(description="Sample images from a DQ-Transformer.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add, defaults = parser.add_argument, dq.SampleOptions()
+    add = parser.add_argument
     add("checkpoint", nargs="?", type=Path, default=Path("out/transformer.pt"), help="what train_transformer.py wrote")
     add("--n", type=int, default=32, help="number of images")
     add("--batch-size", type=int, default=64, help="images at a time")
     add("--label", help="class, by name or number (default: all in turn)")
-    add("--temperature", type=float, default=defaults.temperature, help="of positions and contents")
-    add("--top-k", type=int, default=defaults.top_k, help="draw contents from the k likeliest; 0: all")
-    add("--top-p", type=float, default=defaults.top_p, help="draw contents from the likeliest that make up p")
-    add("--cfg", type=float, default=defaults.cfg, help="classifier-free guidance; 1: off")
+    add("--temperature", type=float, default=0.8, help="of positions and contents; 1: the model as it is")
+    add("--top-k", type=int, default=0, help="draw contents from the k likeliest; 0: all")
+    add("--top-p", type=float, default=1.0, help="draw contents from the likeliest that make up p")
+    add("--cfg", type=float, default=2.0, help="classifier-free guidance; 1: off")
     add("--seed", type=int, default=0, help="of the draws")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 where the hardware has it")
@@ -114,17 +114,12 @@ def main(argv=None):
                     dq.to_picture(x, 0).save(args.save_dir / f"{i:06d}.png")
                 if len(captions) < 64:
                     tiles += [dq.to_picture(x), dq.draw_grains(dq.to_picture(x), g, model.config.factors)]
-                    captions += [classes[label[i]] if classes else f"{i}", f"{int((codes_of(layout, g)))} codes"]
+                    captions += [classes[label[i]] if classes else f"{i}", f"{sum(layout.cells[k] for k in g.flatten().tolist())} codes"]
             if args.gif and first == 0:
                 save_gif(args.gif, layout, vae, pos[:1], code[:1], autocast)
             bar.update(len(y))
     dq.save_grid(out, tiles, columns=8, captions=captions)
     print("wrote " + ", ".join(str(p) for p in (out, args.save_dir, args.gif) if p))
-
-
-def codes_of(layout, grains):
-    """How many codes an image with these grains (h, w) has."""
-    return sum(layout.cells[k] for k in grains.flatten().tolist())
 
 
 if __name__ == "__main__":

@@ -130,7 +130,7 @@ def test_starting_anew_keeps_the_former_checkpoint(run, images, tmp_path):
     ("sample.py", ["MODEL", "--label", 4], "no class"),
     ("sample.py", ["MODEL", "--n", 0], "--n"),
     ("sample.py", ["MODEL", "--temperature", -1], "temperature"),
-    ("sample.py", ["MODEL", "--top-p", 0], "top_p"),
+    ("sample.py", ["MODEL", "--top-p", 0], "top-p"),
     ("sample.py", ["MODEL", "--input", "file"], "file"),
 ])
 def test_wrong_input_ends_in_one_line(name, args, says, run, tmp_path, monkeypatch, capsys):

@@ -1,0 +1,107 @@
+"""The figures that the trainers report, against naive computations."""
+import math
+
+import pytest
+import torch
+
+import dq
+import sample
+import train_transformer
+import train_vae
+from test_layout import random_image
+from test_transformer import tiny
+
+
+def plain():
+    return torch.autocast("cpu", enabled=False)
+
+
+def test_auc_equals_counting_pairs():
+    score, truth = torch.randint(0, 6, (7, 4)).float(), torch.rand(7, 4) < 0.4
+    pairs = [(a > b) + 0.5 * (a == b) for a in score[truth].tolist() for b in score[~truth].tolist()]
+    assert train_vae.auc(score, truth) == pytest.approx(sum(pairs) / len(pairs))
+
+
+def test_evaluation_of_a_dq_vae():
+    torch.manual_seed(0)
+    config = dq.VAEConfig(size=16, codebook_size=8)
+    model = dq.DQVAE(config)
+    x = torch.rand(10, 3, 16, 16) * 2 - 1
+    model(x)
+    figures, y, grains = train_vae.evaluate(model, x, torch.rand(10, 2, 2) < 0.5, plain, batch_size=4)
+    assert model.training
+    model.eval()
+    with torch.no_grad():
+        out = model(x)
+    y = out.reconstruction.clamp(-1, 1)
+    psnr = [10 * math.log10(1 / float(((a - b) / 2).square().mean())) for a, b in zip(x, y)]
+    assert figures["psnr"] == pytest.approx(sum(psnr) / 10, rel=1e-4)
+    counts, n_codes = [0] * 8, 0
+    layout = dq.Layout(16, (8, 4))
+    for row in layout.pack(out.codes, out.grains)[1].tolist():               # the codes that are really sent
+        for c in row:
+            if c >= 0:
+                counts[c] += 1
+                n_codes += 1
+    entropy = -sum(c / n_codes * math.log(c / n_codes) for c in counts if c)
+    assert figures["perplexity"] == pytest.approx(math.exp(entropy), rel=1e-4)
+    assert figures["codebook_used"] == sum(c > 0 for c in counts) / 8
+    assert figures["codes_per_image"] == pytest.approx(n_codes / 10)
+    assert figures["share"] == pytest.approx([float((out.grains == k).float().mean()) for k in (0, 1)], abs=1e-4)
+
+
+def test_evaluation_of_a_transformer():
+    model = tiny(8, (4, 2), V=5)
+    grains = torch.randint(0, 2, (6, 2, 2))
+    pos, code = model.layout.pack(random_image(model.layout, grains, 5), grains)
+    figures = train_transformer.evaluate(model, (pos, code, torch.full((6,), -1)), torch.device("cpu"), plain, batch_size=4)
+    model.eval()
+    nats = []
+    with torch.no_grad():
+        for b in range(6):                                                   # each image alone, pair by pair
+            position, content = model.logits(pos[b:b + 1], code[b:b + 1])
+            logp = 0.0
+            for t in range(pos.shape[1]):
+                logp += float(position[0, t].log_softmax(-1)[pos[b, t]])
+                if code[b, t] >= 0:
+                    logp += float(content[0, t].log_softmax(-1)[code[b, t]])
+            nats.append(-logp)
+    codes = (code >= 0).sum().item() / 6
+    assert figures["nats_per_image"] == pytest.approx(sum(nats) / 6, rel=1e-4)
+    assert figures["bits_per_code"] == pytest.approx(sum(nats) / 6 / math.log(2) / codes, rel=1e-4)
+    assert figures["bits_per_pixel"] == pytest.approx(sum(nats) / 6 / math.log(2) / 64, rel=1e-4)
+
+
+def test_encoding_keeps_every_image_and_its_mirror_image():
+    torch.manual_seed(0)
+    model = dq.DQVAE(dq.VAEConfig(size=16, codebook_size=8))
+    data = dq.ToyShapes(16, n=10)
+    x = torch.stack([data[i][0] for i in range(10)])
+    model(x)
+    model.eval()
+    pos, code, label = train_transformer.encode(model, data, torch.device("cpu"), plain, workers=0, mirrored=True)
+    assert sorted(label.tolist()) == sorted([i % 4 for i in range(10)] * 2)
+    layout = dq.Layout(16, (8, 4))
+    with torch.no_grad():
+        whole = [layout.pack(*model.encode(v)) for v in (x, x.flip(3))]
+    wanted = {tuple(p.tolist()) + tuple(c.tolist()) for ps, cs in whole for p, c in zip(ps[:, :pos.shape[1]], cs)}
+    assert {tuple(p.tolist()) for p in pos} == {w[:pos.shape[1]] for w in wanted}
+    assert (pos[:, -1] == layout.end).all() and (train_transformer.lengths(pos, layout) == pos.shape[1]).any()
+
+
+def test_schedules():
+    assert [round(train_vae.gumbel_scale(s, 100), 3) for s in (0, 50, 70, 90, 99)] == [1, 1, 0.5, 0, 0]
+
+    class args:
+        lr, steps = 2.0, 110
+    rates = [train_vae.learning_rate(s, args, 10) for s in range(110)]
+    assert rates[0] == 0.2 and rates[9] == max(rates) == 2.0 and rates[60] == pytest.approx(1.0) and rates[-1] < 0.01
+
+
+def test_a_grain_map_is_read_bright_for_fine(tmp_path):
+    from PIL import Image
+    picture = Image.new("L", (40, 40), 0)
+    picture.paste(255, (20, 0, 40, 20))
+    picture.paste(120, (0, 20, 20, 40))
+    picture.save(tmp_path / "map.png")
+    assert sample.read_grain_map(tmp_path / "map.png", dq.Layout(16, (8, 4, 2))).tolist() == [[[0, 2], [1, 0]]]
