@@ -54,7 +54,7 @@ class VAEConfig:
     multipliers: tuple = (1, 1, 2)       # ... times this at factor 1, 2, 4, ...; the last one repeats
     encoder_blocks: int = 1              # residual blocks a level
     decoder_blocks: int = 1
-    attention_from: int = 4              # attention at this downsampling factor and above
+    attention_from: int = 4              # attention in the trunk at this factor and above; heads always have it
 
     def __post_init__(self):
         self.factors, self.ratios = tuple(self.factors), tuple(self.ratios)
@@ -81,10 +81,13 @@ def check_factors(size, factors):
     require(size >= 1 and size % factors[0] == 0, f"image size {size} is not a multiple of the largest factor {factors[0]}")
 
 
+class UserError(ValueError):
+    """Something that the user can mend; the message is one clear line."""
+
+
 def require(condition, message):
-    """What a user can mend is a ValueError with one clear line."""
     if not condition:
-        raise ValueError(message)
+        raise UserError(message)
 
 
 @dataclass
@@ -106,7 +109,8 @@ class TransformerConfig:
         check_factors(self.size, self.factors)
         require(self.heads >= 1 and self.width % self.heads == 0,
                 f"width {self.width} is not a multiple of the number of heads, {self.heads}")
-        require(min(self.position_layers, self.content_layers) >= 1, "both stacks need at least one layer")
+        for name in ("codebook_size", "width", "position_layers", "content_layers"):
+            require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
         for name in ("dropout", "label_dropout"):
             require(0 <= getattr(self, name) < 1, f"{name} must be at least 0 and below 1, not {getattr(self, name)}")
 
@@ -118,7 +122,7 @@ class TrainConfig:
     batch_size: int
     lr: float
     betas: tuple = (0.9, 0.99)
-    weight_decay: float = 0.0
+    weight_decay: float = 0.0            # stage 2
     warmup: int = 100                    # steps
     eval_every: int = 250                # steps
     budget_weight: float = 1.0           # stage 1: weight of the budget loss
@@ -196,7 +200,7 @@ class GrainRouter(nn.Module):
         gumbel = -torch.empty_like(logits).exponential_().log()
         soft = (logits + noise * gumbel).softmax(dim=1)
         hard = one_hot(soft.argmax(dim=1), logits.shape[1])
-        return hard + soft - soft.detach()                                   # B, K, h, w
+        return hard + (soft - soft.detach())                                 # B, K, h, w: exactly one-hot
 
 
 class RandomRouter(nn.Module):
@@ -577,7 +581,7 @@ class Layout(nn.Module):
     def pack(self, codes, grains):
         """codes (B, H, W), grains (B, h, w) -> pos, code, each (B, max_len)."""
         B, h, m = len(codes), self.side, self.fine_side // self.side         # m x m fine cells a region
-        blocks = codes.view(B, h, m, h, m).transpose(2, 3).reshape(B, self.n_regions, m, m)
+        blocks = codes.reshape(B, h, m, h, m).transpose(2, 3).reshape(B, self.n_regions, m, m)
         flat = grains.reshape(B, -1, 1)                                      # B, N, 1
         keys, contents = [], []
         for k, s in enumerate(self.cells):
@@ -631,7 +635,7 @@ class Layout(nn.Module):
         prev = prev[..., None]                                               # B, (L,) 1
         k, last = self.after[prev], self.region[prev]                        # last region written, -1 if none
         regions = self.index[:self.n_regions]
-        covered = (grains >= 0) & (grains < k)                               # by a coarser code; N at the end
+        covered = (grains >= 0) & (grains < k)                               # by a coarser code: B, (L,) N
         free = ~covered & (regions > last)                                   # B, (L,) N
         finest = k == self.n_grains - 1
         opens = free & (~finest | (free.cumsum(-1) == 1))                    # regions that may come next
@@ -659,7 +663,7 @@ class Block(nn.Module):
         self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x, cache=None, t=None, end=None):
-        """x: (B, L, C). With a cache (2, B, L_max, heads, d): L = 1, image b is at step t[b] < end;
+        """x: (B, L, C). With a cache (2, B, L_max, heads, d): L = 1, row b is at step t[b] < end;
         its key and value are written there and it attends to what the cache holds up to t[b]."""
         B, L, C = x.shape
         q, k, v = self.qkv(self.norm1(x)).view(B, L, 3, self.heads, C // self.heads).unbind(2)  # B, L, heads, d
@@ -717,7 +721,7 @@ class DQTransformer(nn.Module):
     def labels(self, label, B):
         """(B,) labels or None -> (B,) rows of the condition embedding; negative labels mean none."""
         none = len(self.config.classes)
-        if label is None:
+        if label is None or not none:
             return torch.full((B,), none, device=self.condition.weight.device)
         return torch.where(label < 0, none, label)
 
@@ -761,7 +765,7 @@ class DQTransformer(nn.Module):
 class DecodeState(NamedTuple):
     """All that changes while images are being written, preallocated; R = B, or 2 B with guidance."""
     cache: torch.Tensor                  # layers, 2, R, L, heads, d: keys and values
-    t: torch.Tensor                      # B: pairs written so far
+    t: torch.Tensor                      # B: the step to write next; stays at the last one when all is written
     pos: torch.Tensor                    # B, L: ids written so far, the end id from t on
     code: torch.Tensor                   # B, L: contents, -1 for EOS
     grains: torch.Tensor                 # B, N + 1: granularities known so far; the last column is spare
@@ -954,36 +958,36 @@ class ToyShapes(torch.utils.data.Dataset):
 class ImageFolder(torch.utils.data.Dataset):
     """Every image below a folder; the first level of sub-folders are classes if there are two or more.
 
-    self[i] -> image (3, S, S) in [-1, 1], label (-1 without classes). i may run past the length:
+    self[i] -> image (3, S, S) in [-1, 1], label (-1 without a class). i may run past the length:
     i // len(self) is then the epoch, which with the seed fixes the random crop and flip.
     One file in 20, chosen by a hash of its name, is held out: split "val" has those, "train" the
-    rest. A file that can't be decoded is named in a warning and left out: the next one stands in.
+    rest. A file that can't be decoded is named in a warning, and the next one stands in for it.
     """
     suffixes = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
     def __init__(self, root, size, split="train", augment=False, seed=0):
         self.root, self.size, self.augment, self.seed, self.broken = Path(root), size, augment, seed, set()
-        if not self.root.is_dir():
-            raise ValueError(f"no such folder: {root}")
+        require(self.root.is_dir(), f"no such folder: {root}")
         files = sorted(p for p in self.root.rglob("*") if p.suffix.lower() in self.suffixes and p.is_file())
-        if not files:
-            raise ValueError(f"no images below {root} (looked for {', '.join(sorted(self.suffixes))})")
+        require(files, f"no images below {root} (looked for {', '.join(sorted(self.suffixes))})")
         folder = [p.relative_to(self.root).parts[0] if p.parent != self.root else None for p in files]
         names = sorted(set(folder) - {None})
         self.classes = tuple(names) if len(names) > 1 else ()
-        label = {name: i for i, name in enumerate(self.classes)}
-        held = [zlib.crc32(os.fsencode(p.relative_to(self.root))) % 20 == 0 for p in files]
+        files = [(p, self.classes.index(f) if self.classes and f else -1) for p, f in zip(files, folder)]
+        held = [zlib.crc32(p.relative_to(self.root).as_posix().encode(errors="surrogateescape")) % 20 == 0 for p, _ in files]
         if len(set(held)) == 1:                                              # so few files that chance left one side empty
             held = [i == 0 for i in range(len(files))]
-        chosen = [i for i in range(len(files)) if held[i] == (split == "val")] or [0]
-        self.files = [(files[i], label.get(folder[i], -1)) for i in chosen]
+        own, other = ([f for f, h in zip(files, held) if h == side] for side in (split == "val", split != "val"))
+        self.n = len(own) or 1                                               # a single file is in both
+        self.files = own + other                                             # the other split only stands in for broken files
 
     def __len__(self):
-        return len(self.files)
+        return self.n
 
     def __getitem__(self, i):
-        for j in range(len(self)):
-            path, label = self.files[(i + j) % len(self)]
+        start = i % self.n
+        for j in (*range(start, self.n), *range(start), *range(self.n, len(self.files))):
+            path, label = self.files[j]
             if path in self.broken:
                 continue
             try:
@@ -991,7 +995,7 @@ class ImageFolder(torch.utils.data.Dataset):
             except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
                 self.broken.add(path)
                 print(f"warning: left out {path}: {error}", file=sys.stderr)
-        raise ValueError(f"none of the {len(self)} images below {self.root} can be decoded")
+        raise UserError(f"none of the {len(self.files)} images below {self.root} can be decoded")
 
 
 def load_image(path, size, rng=None):
@@ -1021,56 +1025,49 @@ def to_rgb(image):
     return image.convert("RGB")
 
 
-def open_data(folder, size, split, augment=False, seed=0):
-    """The images of --data, or the toy data where there is no folder."""
-    if folder:
-        return ImageFolder(folder, size, split, augment, seed)
-    return ToyShapes(size, seed=seed) if split == "train" else ToyShapes(size, n=512, seed=seed + 1_000_003)
-
-
-def stream(dataset, batch_size, seed, start=0, workers=0):
-    """Endless batches in a fresh random order every epoch, from batch number `start` on.
-
-    Batch number b is a function of (seed, b) alone, so a resumed run sees what it would have seen.
-    """
-    class Order(torch.utils.data.Sampler):
-        def __iter__(self):
-            n, place = len(dataset), start * batch_size
-            while True:
-                epoch, skip = divmod(place, n)
-                order = np.random.default_rng([seed, epoch]).permutation(n)[skip:]
-                yield from (epoch * n + int(i) for i in order)
-                place += len(order)
-
-    loader = torch.utils.data.DataLoader(dataset, batch_size, sampler=Order(), num_workers=workers,
-                                         generator=torch.Generator(), pin_memory=torch.cuda.is_available())
-    return iter(loader)
-
-
 def save_checkpoint(path, kind, config, model, **state):
     """One file: kind, config as a plain dict, weights, and whatever a trainer needs to go on.
 
     Written under another name first, so that a crash leaves the former file whole.
     """
-    path = Path(path)
-    config = asdict(config)
     temporary = path.with_name(path.name + ".tmp")
-    torch.save(dict(kind=kind, config=config, weights=model.state_dict(), **state), temporary)
+    torch.save(dict(kind=kind, config=asdict(config), weights=model.state_dict(), **state), temporary)
     os.replace(temporary, path)
 
 
-def load_checkpoint(path, kind, map_location="cpu"):
-    """-> the dict that was saved. ValueError, in one line, when it is not a checkpoint of this kind."""
-    if not os.path.isfile(path):
-        raise ValueError(f"no such file: {path}")
+def load_checkpoint(path, kind):
+    """-> the dict that was saved, on the CPU. UserError when the file is not a checkpoint of this kind."""
+    maker = {"dq-vae": "train_vae.py", "dq-transformer": "train_transformer.py"}[kind]
+    require(os.path.isfile(path), f"no such file: {path} ({maker} writes it)")
     try:
-        checkpoint = torch.load(path, map_location=map_location, weights_only=True)  # runs no code of the file's
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # runs no code of the file's
     except Exception as error:
-        raise ValueError(f"{path} is not a checkpoint, or is damaged ({type(error).__name__})") from None
+        raise UserError(f"{path} is not a checkpoint, or is damaged ({type(error).__name__})") from None
     found = checkpoint.get("kind") if isinstance(checkpoint, dict) else None
-    if found != kind:
-        raise ValueError(f"{path} holds {f'a {found}' if found else 'no dq checkpoint'}; a {kind} is needed")
+    require(found == kind, f"{path} holds {f'a {found}' if found else 'no dq checkpoint'}; a {kind} is needed ({maker} writes it)")
     return checkpoint
+
+
+def rebuild(model_class, config_class, config, weights, device):
+    """A saved model for use, not for training."""
+    try:
+        model = model_class(config_class(**config))
+        model.load_state_dict(weights)
+    except (TypeError, AttributeError, RuntimeError) as error:
+        raise UserError(f"the checkpoint is damaged or of another version ({str(error).splitlines()[0]})") from None
+    return model.to(device).eval().requires_grad_(False)
+
+
+def load_vae(path, device):
+    checkpoint = load_checkpoint(path, "dq-vae")
+    return rebuild(DQVAE, VAEConfig, checkpoint.get("config"), checkpoint.get("weights"), device)
+
+
+def load_transformer(path, device):
+    """-> DQTransformer and the DQVAE that its checkpoint carries."""
+    checkpoint = load_checkpoint(path, "dq-transformer")
+    return (rebuild(DQTransformer, TransformerConfig, checkpoint.get("config"), checkpoint.get("weights"), device),
+            rebuild(DQVAE, VAEConfig, checkpoint.get("vae_config"), checkpoint.get("vae_weights"), device))
 
 
 def to_picture(x, side=128):
@@ -1120,40 +1117,19 @@ def pick_device(name, dtype):
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError):
-        raise ValueError(f"no such device here: {name}") from None
+        raise UserError(f"no such device here: {name}") from None
     if dtype == "auto":
         cpu = getattr(torch.cpu, "get_capabilities", dict)()
-        fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu.get("avx512_bf16") or cpu.get("amx_bf16")
+        fast = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else cpu.get("avx512_bf16") or cpu.get("amx_bf16")
         dtype = "bf16" if fast else "fp32"
     return device, lambda: torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16")
 
 
-def load_vae(path, device):
-    """A DQ-VAE for use, not for training -> model, its config."""
-    checkpoint = load_checkpoint(path, "dq-vae", device)
-    return frozen_vae(checkpoint["config"], checkpoint["weights"], device)
-
-
-def frozen_vae(config, weights, device):
-    config = VAEConfig(**config)
-    vae = DQVAE(config).to(device).eval().requires_grad_(False)
-    vae.load_state_dict(weights)
-    return vae, config
-
-
-def load_transformer(path, device):
-    """-> DQTransformer and the frozen DQVAE that its checkpoint carries."""
-    checkpoint = load_checkpoint(path, "dq-transformer", device)
-    model = DQTransformer(TransformerConfig(**checkpoint["config"])).to(device).eval().requires_grad_(False)
-    model.load_state_dict(checkpoint["weights"])
-    return model, frozen_vae(checkpoint["vae_config"], checkpoint["vae_weights"], device)[0]
-
-
 def run(main):
-    """Call a script's main; errors that the user can mend end in one line and exit status 1."""
+    """Call a script's main; what the user can mend ends in one line and exit status 1."""
     try:
         main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    except (UserError, OSError) as error:
+        sys.exit(f"error: {str(error).strip().splitlines()[-1]}")            # a loader process adds lines before ours
     except KeyboardInterrupt:
         sys.exit(130)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 import dq
@@ -20,7 +20,7 @@ def parse(argv=None):
     add("checkpoint", nargs="?", type=Path, default=Path("out/transformer.pt"), help="what train_transformer.py wrote")
     add("--n", type=int, default=32, help="number of images")
     add("--batch-size", type=int, default=64, help="images at a time")
-    add("--label", help="class, by name or number (default: all in turn)")
+    add("--label", help="class, by name or number; None: all in turn")
     add("--temperature", type=float, default=0.8, help="of positions and contents; 1: the model as it is")
     add("--top-k", type=int, default=0, help="draw contents from the k likeliest; 0: all")
     add("--top-p", type=float, default=1.0, help="draw contents from the likeliest that make up p")
@@ -28,31 +28,29 @@ def parse(argv=None):
     add("--seed", type=int, default=0, help="of the draws")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 where the hardware has it")
-    add("--out", metavar="FILE", type=Path, help="the grid (default: samples.png beside the checkpoint)")
+    add("--out", metavar="FILE", type=Path, help="the grid, of the first 32 images; None: samples.png beside the checkpoint")
     add("--save-dir", metavar="DIR", type=Path, help="also write every image as a PNG of its own here")
     add("--gif", metavar="FILE", type=Path, help="also write how the first image grows, code by code")
     add("--grain-map", metavar="FILE", type=Path, help="picture that is bright where finer codes shall go; only contents are drawn")
     add("--input", metavar="FILE", type=Path, help="photo whose coarse codes are kept (see --keep)")
-    add("--keep", type=int, default=1, help="with --input: how many of the coarsest granularities to keep")
+    add("--keep", type=int, help="with --input: how many of the coarsest granularities to keep; None: 1")
     return parser.parse_args(argv)
 
 
 def label_number(label, classes):
     """--label, a name or a number -> a number."""
-    if not classes:
-        raise ValueError("this model knows no classes; leave --label out")
+    dq.require(classes, "this model knows no classes; leave --label out")
     if label in classes:
         return classes.index(label)
-    if not label.isdecimal() or int(label) >= len(classes):
-        names = ", ".join(classes[:20]) + (", ..." if len(classes) > 20 else "")
-        raise ValueError(f"no class {label!r}; there are 0 to {len(classes) - 1}: {names}")
+    names = ", ".join(classes[:20]) + (", ..." if len(classes) > 20 else "")
+    dq.require(label.isdecimal() and int(label) < len(classes), f"no class {label!r}; there are 0 to {len(classes) - 1}: {names}")
     return int(label)
 
 
 def read_grain_map(path, layout):
     """A picture -> grains (1, h, w): its brightness, averaged over each region, cut into K equal steps."""
     with Image.open(path) as image:
-        grey = dq.to_rgb(image).convert("L").resize((layout.side, layout.side), Image.Resampling.BOX)
+        grey = dq.to_rgb(ImageOps.exif_transpose(image)).convert("L").resize((layout.side, layout.side), Image.Resampling.BOX)
     grains = np.asarray(grey).astype(np.int64) * layout.n_grains // 256
     return torch.from_numpy(grains)[None]
 
@@ -74,10 +72,10 @@ def main(argv=None):
     args = parse(argv)
     options = dq.SampleOptions(args.temperature, args.top_k, args.top_p, args.cfg)
     options.check()
-    if args.n < 1 or args.batch_size < 1:
-        raise ValueError("--n and --batch-size must be at least 1")
-    if args.input and args.grain_map:
-        raise ValueError("--input and --grain-map exclude each other")
+    dq.require(args.n >= 1 and args.batch_size >= 1, "--n and --batch-size must be at least 1")
+    dq.require(args.seed >= 0, f"--seed must be at least 0, not {args.seed}")
+    dq.require(not (args.input and args.grain_map), "--input and --grain-map exclude each other")
+    dq.require(args.input or args.keep is None, "--keep needs --input")
     device, autocast = dq.pick_device(args.device, args.dtype)
     model, vae = dq.load_transformer(args.checkpoint, device)
     layout, classes = model.layout, model.config.classes
@@ -90,23 +88,26 @@ def main(argv=None):
     if args.grain_map:
         given = dq.given_tiling(layout, read_grain_map(args.grain_map, layout).to(device))
     elif args.input:
-        if not 0 <= args.keep <= layout.n_grains:
-            raise ValueError(f"--keep must be 0 to {layout.n_grains}, the number of granularities")
+        keep = 1 if args.keep is None else args.keep
+        dq.require(0 <= keep <= layout.n_grains, f"--keep must be 0 to {layout.n_grains}, the number of granularities")
         x = dq.load_image(args.input, vae.config.size)[None].to(device)
         with autocast(), torch.inference_mode():
-            given = dq.given_coarse(layout, *vae.encode(x), args.keep)
+            given = dq.given_coarse(layout, *vae.encode(x), keep)
 
-    if args.save_dir:
-        args.save_dir.mkdir(parents=True, exist_ok=True)
     out = args.out or args.checkpoint.with_name("samples.png")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    for folder in (out.parent, args.save_dir, args.gif and args.gif.parent):
+        if folder:
+            folder.mkdir(parents=True, exist_ok=True)
+    for path in (out, args.gif):
+        dq.require(path is None or path.suffix.lower() in Image.registered_extensions(), f"{path}: no picture format has that ending")
     tiles, captions = [], []
     with tqdm(total=args.n, desc="sampling", unit="image", disable=None) as bar:
         for first in range(0, args.n, args.batch_size):
             y = label[first:first + args.batch_size].to(device)
+            seed = int(np.random.SeedSequence([args.seed, first]).generate_state(1)[0])  # each batch its own noise
             open_pairs = None if given is None else tuple(t.expand(len(y), -1) for t in given)
             with autocast(), torch.inference_mode():
-                pos, code = dq.generate(model, y, options, args.seed + first, open_pairs)
+                pos, code = dq.generate(model, y, options, seed, open_pairs)
                 codes, grains = layout.unpack(pos, code)
                 images = vae.decode(codes).float()
             for i, (x, g) in enumerate(zip(images, grains), first):
@@ -114,7 +115,7 @@ def main(argv=None):
                     dq.to_picture(x, 0).save(args.save_dir / f"{i:06d}.png")
                 if len(captions) < 64:
                     tiles += [dq.to_picture(x), dq.draw_grains(dq.to_picture(x), g, model.config.factors)]
-                    captions += [classes[label[i]] if classes else f"{i}", f"{sum(layout.cells[k] for k in g.flatten().tolist())} codes"]
+                    captions += [classes[label[i]] if classes else f"{i}", f"{layout.length(g[None]).item() - layout.n_grains} codes"]
             if args.gif and first == 0:
                 save_gif(args.gif, layout, vae, pos[:1], code[:1], autocast)
             bar.update(len(y))

@@ -13,13 +13,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import dq
-from train_vae import Log, common_flags, keep_former, learning_rate, prepare, restore, training_state
+from train_vae import Log, common_flags, keep_former, learning_rate, open_data, prepare, restore, stream, training_state
 
 
 def parse(argv=None):
     parser, preset = common_flags("Train a DQ-Transformer on the codes of a DQ-VAE.", "train_transformer", argv)
     config, add = preset.transformer, parser.add_argument
-    add("--vae", metavar="FILE", type=Path, help="DQ-VAE checkpoint (default: vae.pt in --out)")
+    add("--vae", metavar="FILE", type=Path, help="DQ-VAE checkpoint; None: vae.pt in --out")
     add("--position-layers", type=int, default=config.position_layers, help="layers of the position stack")
     add("--content-layers", type=int, default=config.content_layers, help="layers of the content stack")
     add("--width", type=int, default=config.width, help="channels")
@@ -95,7 +95,7 @@ def draw_samples(path, model, vae, seed, autocast, n=16):
     model.eval()
     label = torch.arange(n, device=vae.codebook.codes.device) % max(1, len(model.config.classes))
     with autocast(), torch.no_grad():
-        codes, grains = model.layout.unpack(*dq.generate(model, label if model.config.classes else label - label - 1, seed=seed))
+        codes, grains = model.layout.unpack(*dq.generate(model, label, seed=seed))
         images = vae.decode(codes)
     model.train()
     tiles = [tile for x, g in zip(images, grains) for tile in (dq.to_picture(x), dq.draw_grains(dq.to_picture(x), g, vae.config.factors))]
@@ -107,14 +107,18 @@ def main(argv=None):
     train = preset.train_transformer
     prepare(args)
     device, autocast = dq.pick_device(args.device, args.dtype)
-    vae, vae_config = dq.load_vae(args.vae or args.out / "vae.pt", device)
-    data = dq.open_data(args.data, vae_config.size, "train", seed=args.seed)
-    classes = () if args.uncond else data.classes
-    config = replace(preset.transformer, size=vae_config.size, factors=vae_config.factors, codebook_size=vae_config.codebook_size,
-                     classes=classes, width=args.width, heads=args.heads, position_layers=args.position_layers,
+    vae = dq.load_vae(args.vae or args.out / "vae.pt", device)
+    data = open_data(args.data, vae.config.size, "train", seed=args.seed)
+    config = replace(preset.transformer, size=vae.config.size, factors=vae.config.factors, codebook_size=vae.config.codebook_size,
+                     classes=() if args.uncond else data.classes, width=args.width, heads=args.heads, position_layers=args.position_layers,
                      content_layers=args.content_layers, dropout=args.dropout, label_dropout=args.label_dropout)
-    torch.manual_seed(args.seed)
-    held_out = encode(vae, dq.open_data(args.data, config.size, "val"), device, autocast, args.workers, mirrored=False)
+    path, start = args.out / "transformer.pt", 0
+    if args.resume:                                                          # other codes would be another language
+        saved = dq.load_checkpoint(path, "dq-transformer")["vae_weights"]
+        dq.require(all(torch.equal(saved[name], w.cpu()) for name, w in vae.state_dict().items()),
+                   f"{path} was trained on the codes of another DQ-VAE; leave --resume out")
+    torch.manual_seed(args.seed)                                             # the random router draws
+    held_out = encode(vae, open_data(args.data, config.size, "val"), device, autocast, args.workers, mirrored=False)
     pos, code, label = encode(vae, data, device, autocast, args.workers, mirrored=True)
     if args.uncond:
         label, held_out = torch.full_like(label, -1), (*held_out[:2], torch.full_like(held_out[2], -1))
@@ -124,12 +128,11 @@ def main(argv=None):
     matrices, vectors = [[p for p in model.parameters() if (p.dim() > 1) == big] for big in (True, False)]
     optimizer = torch.optim.AdamW([dict(params=matrices, weight_decay=train.weight_decay), dict(params=vectors, weight_decay=0.0)],
                                   lr=args.lr, betas=train.betas, fused=True)
-    path, start = args.out / "transformer.pt", 0
     if args.resume:
         start = restore(path, "dq-transformer", config, model, optimizer)
     else:
         keep_former(path)
-    batches = dq.stream(Codes(pos, code, label), args.batch_size, args.seed, start)
+    batches = stream(Codes(pos, code, label), args.batch_size, args.seed, start)
     log = Log(args.out / "transformer.jsonl", args.resume)
     forward = torch.compile(model) if args.compile else model
 
@@ -153,7 +156,7 @@ def main(argv=None):
             log(step + 1, evaluate(model, held_out, device, autocast))
             draw_samples(args.out / "transformer.png", model, vae, args.seed, autocast)
             dq.save_checkpoint(path, "dq-transformer", config, model, **training_state(step + 1, optimizer),
-                               vae_config=asdict(vae_config), vae_weights=vae.state_dict())
+                               vae_config=asdict(vae.config), vae_weights=vae.state_dict())
     print(f"wrote {path}, {path.with_suffix('.png')} and {path.with_suffix('.jsonl')}")
 
 

@@ -9,6 +9,7 @@ import os
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -31,7 +32,7 @@ def common_flags(description, stage, argv):
     train = getattr(preset, stage)
     parser = argparse.ArgumentParser(description=description, parents=[chooser], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--data", metavar="DIR", help="folder of images; the built-in toy shapes without it")
+    add("--data", metavar="DIR", help="folder of images; None: the built-in toy shapes")
     add("--out", metavar="DIR", type=Path, default=Path("out"), help="folder that the run writes")
     add("--steps", type=int, default=train.steps, help="optimiser steps")
     add("--batch-size", type=int, default=train.batch_size, help="images a step")
@@ -49,11 +50,37 @@ def common_flags(description, stage, argv):
 def prepare(args):
     """Refuse what can't be trained; make the output folder."""
     for name in ("steps", "batch_size", "eval_every"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
-    if not args.lr > 0 or args.workers < 0:
-        raise ValueError("--lr must be above 0 and --workers at least 0")
+        dq.require(getattr(args, name) >= 1, f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+    for name in ("seed", "workers"):
+        dq.require(getattr(args, name) >= 0, f"--{name} must be at least 0, not {getattr(args, name)}")
+    dq.require(args.lr > 0, f"--lr must be above 0, not {args.lr}")
     args.out.mkdir(parents=True, exist_ok=True)
+
+
+def open_data(folder, size, split, augment=False, seed=0):
+    """The images of --data, or the toy data where there is no folder."""
+    if folder:
+        return dq.ImageFolder(folder, size, split, augment, seed)
+    return dq.ToyShapes(size, seed=seed) if split == "train" else dq.ToyShapes(size, n=512, seed=seed + 1_000_003)
+
+
+def stream(dataset, batch_size, seed, start=0, workers=0):
+    """Endless batches in a fresh random order every epoch, from batch number `start` on.
+
+    Batch number b is a function of (seed, batch size, b) alone, so a resumed run sees what it would have seen.
+    """
+    class Order(torch.utils.data.Sampler):
+        def __iter__(self):
+            n, place = len(dataset), start * batch_size
+            while True:
+                epoch, skip = divmod(place, n)
+                order = np.random.default_rng([seed, epoch]).permutation(n)[skip:]
+                yield from (epoch * n + int(i) for i in order)
+                place += len(order)
+
+    loader = torch.utils.data.DataLoader(dataset, batch_size, sampler=Order(), num_workers=workers,
+                                         generator=torch.Generator(), pin_memory=torch.cuda.is_available())
+    return iter(loader)
 
 
 def learning_rate(step, args, warmup):
@@ -72,13 +99,13 @@ def training_state(step, optimizer):
 def restore(path, kind, config, model, optimizer):
     """Load a checkpoint in order to go on with the command that wrote it. -> number of steps that are done"""
     checkpoint = dq.load_checkpoint(path, kind)
-    if checkpoint["config"] != asdict(config):
-        raise ValueError(f"{path} has other settings than this command; give the same flags, or leave --resume out")
+    dq.require(checkpoint.get("config") == asdict(config), f"{path} has other settings than this command; give the same flags, or leave --resume out")
     model.load_state_dict(checkpoint["weights"])
     optimizer.load_state_dict(checkpoint["optimizer"])
     torch.set_rng_state(checkpoint["rng"])
     if checkpoint["cuda_rng"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(checkpoint["cuda_rng"])
+        for device, state in zip(range(torch.cuda.device_count()), checkpoint["cuda_rng"]):
+            torch.cuda.set_rng_state(state, device)
     return checkpoint["step"]
 
 
@@ -113,7 +140,7 @@ def parse(argv=None):
     vae, add = preset.vae, parser.add_argument
     add("--size", type=int, default=vae.size, help="side of the images, pixels")
     add("--factors", type=int, nargs="+", default=vae.factors, help="downsampling factors, coarse to fine; one: fixed length")
-    add("--ratios", type=float, nargs="+", help="share of regions per factor (default: equal shares)")
+    add("--ratios", type=float, nargs="+", help="share of regions per factor; None: the preset's, or equal shares")
     add("--router", choices=["learned", "entropy", "random"], default=vae.router, help="what picks the granularities")
     add("--codebook-size", type=int, default=vae.codebook_size, help="number of codes")
     add("--code-dim", type=int, default=vae.code_dim, help="dimension of a code")
@@ -162,7 +189,7 @@ def evaluate(model, images, detailed, autocast, batch_size=64):
         share=[round(s, 4) for s in share.tolist()],
         perplexity=torch.exp(-(p * (p + 1e-12).log()).sum()).item(),
         codebook_used=(use > 0).float().mean().item())
-    if detailed is not None and len(cells) > 1:
+    if detailed is not None and len(cells) > 1 and 0 < detailed.sum() < detailed.numel():
         figures |= dict(auc=auc(torch.cat(scores), detailed), auc_argmax=auc(grains, detailed))
     return figures, y, grains
 
@@ -175,8 +202,8 @@ def main(argv=None):
     train = preset.train_vae
     prepare(args)
     device, autocast = dq.pick_device(args.device, args.dtype)
-    data = dq.open_data(args.data, config.size, "train", augment=True, seed=args.seed)
-    held_out = dq.open_data(args.data, config.size, "val")
+    data = open_data(args.data, config.size, "train", augment=True, seed=args.seed)
+    held_out = open_data(args.data, config.size, "val")
     shown = min(len(held_out), 512)
     images = torch.stack([held_out[i][0] for i in range(shown)]).to(device)  # M, 3, S, S
     detailed = None
@@ -189,7 +216,7 @@ def main(argv=None):
     layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
     model = dq.DQVAE(config).to(device, memory_format=layout)
     if config.router == "entropy":
-        sample = dq.stream(data, args.batch_size, args.seed)
+        sample = stream(data, args.batch_size, args.seed)
         model.router.calibrate(next(sample)[0].to(device) for _ in range(max(1, 2048 // args.batch_size)))
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, betas=train.betas)
     path, start = args.out / "vae.pt", 0
@@ -197,7 +224,7 @@ def main(argv=None):
         start = restore(path, "dq-vae", config, model, optimizer)
     else:
         keep_former(path)
-    batches = dq.stream(data, args.batch_size, args.seed, start, args.workers)
+    batches = stream(data, args.batch_size, args.seed, start, args.workers)
     log = Log(args.out / "vae.jsonl", args.resume)
     forward = torch.compile(model) if args.compile else model
 

@@ -13,11 +13,12 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import dq
+import sample
 
 parser = argparse.ArgumentParser()
 parser.add_argument("checkpoint", nargs="?", default="out/transformer.pt")
 for name, default in zip(dq.SampleOptions._fields, dq.SampleOptions()):
-    parser.add_argument("--" + name.replace("_", "-"), type=type(default), default=default)
+    parser.add_argument("--" + name.replace("_", "-"), type=type(default), default=getattr(sample.parse([]), name))
 parser.add_argument("--seed", type=int, default=0)
 args = parser.parse_args()
 

@@ -7,7 +7,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-torch.set_num_threads(2)
+torch.backends.cudnn.allow_tf32 = False                                    # comparisons are in float32
 
 
 @pytest.fixture

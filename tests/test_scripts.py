@@ -75,6 +75,16 @@ def test_the_toy_data_needs_no_folder(tmp_path):
     assert 0 <= figures["auc"] <= 1 and abs(figures["share"][1] - 0.5) < 0.1
 
 
+def test_three_granularities_without_classes_and_with_loader_processes(images, tmp_path):
+    common = ["--data", images, "--out", tmp_path, "--steps", 2, "--workers", 1]
+    for name, flags in (("train_vae.py", VAE + ["--factors", 8, 4, 2]), ("train_transformer.py", TRANSFORMER + ["--uncond"]), ("sample.py", [])):
+        done = script(name, *(common + flags if flags else [tmp_path / "transformer.pt", "--n", 3, "--device", DEVICE]))
+        assert done.returncode == 0, done.stderr
+    checkpoint = dq.load_checkpoint(tmp_path / "transformer.pt", "dq-transformer")
+    assert checkpoint["config"]["factors"] == (8, 4, 2) and checkpoint["config"]["classes"] == ()
+    assert checkpoint["vae_config"]["ratios"] == pytest.approx((1 / 3,) * 3)
+
+
 class Killed(Exception):
     pass
 
@@ -110,6 +120,16 @@ def test_starting_anew_keeps_the_former_checkpoint(run, images, tmp_path):
     assert dq.load_checkpoint(tmp_path / "vae.pt", "dq-vae")["step"] == 2
 
 
+def test_resuming_on_the_codes_of_another_dq_vae_is_refused(run, images, tmp_path):
+    flags = ["--data", str(images), "--out", str(tmp_path), "--steps", "1"]
+    for seed in ("0", "1"):
+        train_vae.main([*flags, *VAE, "--seed", seed])
+        if seed == "0":
+            train_transformer.main([*flags, *TRANSFORMER])
+    with pytest.raises(dq.UserError, match="another DQ-VAE"):
+        train_transformer.main([*flags, *TRANSFORMER, "--resume"])
+
+
 @pytest.mark.parametrize("name, args, says", [
     ("train_vae.py", ["--data", "nowhere"], "no such folder"),
     ("train_vae.py", ["--data", "empty"], "no images"),
@@ -119,6 +139,8 @@ def test_starting_anew_keeps_the_former_checkpoint(run, images, tmp_path):
     ("train_vae.py", ["--steps", 0], "--steps"),
     ("train_vae.py", ["--device", "cuda:99"], "no such device"),
     ("train_vae.py", ["--preset", "huge"], "invalid choice"),
+    ("train_vae.py", ["--seed", -1], "--seed"),
+    ("train_transformer.py", ["--vae", "VAE", "--width", 0], "width"),
     ("train_vae.py", ["--resume"], "no such file"),
     ("train_vae.py", ["--out", "file/x"], "file"),
     ("train_transformer.py", ["--vae", "nowhere.pt"], "no such file"),
@@ -129,6 +151,8 @@ def test_starting_anew_keeps_the_former_checkpoint(run, images, tmp_path):
     ("sample.py", ["MODEL", "--label", "dog"], "no class"),
     ("sample.py", ["MODEL", "--label", 4], "no class"),
     ("sample.py", ["MODEL", "--n", 0], "--n"),
+    ("sample.py", ["MODEL", "--keep", 1], "--keep needs --input"),
+    ("sample.py", ["MODEL", "--out", "x.doc"], "no picture format"),
     ("sample.py", ["MODEL", "--temperature", -1], "temperature"),
     ("sample.py", ["MODEL", "--top-p", 0], "top-p"),
     ("sample.py", ["MODEL", "--input", "file"], "file"),
@@ -148,4 +172,4 @@ def test_wrong_input_ends_in_one_line(name, args, says, run, tmp_path, monkeypat
 
 def test_an_error_reaches_the_shell():
     done = script("sample.py", "nowhere.pt")
-    assert done.returncode == 1 and done.stderr == "error: no such file: nowhere.pt\n"
+    assert done.returncode == 1 and done.stderr == "error: no such file: nowhere.pt (train_transformer.py writes it)\n"

@@ -80,12 +80,11 @@ def test_encoding_keeps_every_image_and_its_mirror_image():
     model(x)
     model.eval()
     pos, code, label = train_transformer.encode(model, data, torch.device("cpu"), plain, workers=0, mirrored=True)
-    assert sorted(label.tolist()) == sorted([i % 4 for i in range(10)] * 2)
     layout = dq.Layout(16, (8, 4))
     with torch.no_grad():
-        whole = [layout.pack(*model.encode(v)) for v in (x, x.flip(3))]
-    wanted = {tuple(p.tolist()) + tuple(c.tolist()) for ps, cs in whole for p, c in zip(ps[:, :pos.shape[1]], cs)}
-    assert {tuple(p.tolist()) for p in pos} == {w[:pos.shape[1]] for w in wanted}
+        wanted = [(p[:pos.shape[1]].tolist(), c[:pos.shape[1]].tolist(), i % 4) for v in (x, x.flip(3))
+                  for i, (p, c) in enumerate(zip(*layout.pack(*model.encode(v))))]
+    assert sorted(zip(pos.tolist(), code.tolist(), label.tolist())) == sorted(wanted)
     assert (pos[:, -1] == layout.end).all() and (train_transformer.lengths(pos, layout) == pos.shape[1]).any()
 
 

@@ -66,6 +66,7 @@ def test_cached_steps_equal_the_full_forward_pass(size, factors, cfg, device, mo
         legal = position > -math.inf
         position = torch.where(legal, position0 + cfg * (position - position0), -math.inf)
         content = content0 + cfg * (content - content0)
+    assert len(drawn) >= 2 * (pos != model.layout.end).sum(1).max()
     for t, (p, c) in enumerate(zip(drawn[0::2], drawn[1::2])):
         torch.testing.assert_close(p, position[:, t], atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(c, content[:, t], atol=1e-4, rtol=1e-4)
@@ -100,11 +101,17 @@ def test_sampled_frequencies_match_exact_probabilities(device):
     assert chi2 < 40.8                                                       # 99.9 % quantile for 17 degrees of freedom
 
 
+@torch.no_grad()
 def test_forced_positions_and_padding_cost_nothing(device):
     model = tiny(8, (4,), V=5, device=device)                                # K = 1: every position is forced
-    pos, code = model.layout.pack(torch.randint(0, 5, (3, 2, 2), device=device), torch.zeros(3, 2, 2, dtype=torch.long, device=device))
-    longer = [torch.cat([pos, pos[:, -1:]], 1)[:, :pos.shape[1]], code]
-    assert (model(*longer)["position"] == 0).all()
+    coarse = torch.zeros(3, 2, 2, dtype=torch.long, device=device)
+    pos, code = model.layout.pack(torch.randint(0, 5, (3, 2, 2), device=device), coarse)
+    assert (model(pos, code)["position"] == 0).all()
+    model = tiny(8, (4, 2), V=5, device=device)                              # all coarse: 6 pairs, then padding
+    pos, code = model.layout.pack(dq.upsample(torch.randint(0, 5, (3, 1, 2, 2)).float(), 4)[:, 0].long().to(device), coarse)
+    assert pos.shape[1] == 18 and (pos[:, 5:] == model.layout.end).all()
+    for name in ("position", "content"):
+        assert torch.allclose(model(pos, code)[name], model(pos[:, :6], code[:, :6])[name], atol=1e-5)
 
 
 @torch.no_grad()
@@ -142,7 +149,7 @@ def test_top_k_and_top_p_equal_a_loop(top_k, top_p):
 
 
 @torch.no_grad()
-def test_low_temperature_and_guidance_sharpen(device):
+def test_low_temperature_leaves_nothing_to_chance(device):
     model = tiny(8, (4, 2), V=5, classes=("a", "b"), device=device)
     (pos, code), _ = sample_of(model, 8, options=SampleOptions(temperature=1e-4))
     (pos2, code2), _ = sample_of(model, 8, seed=99, options=SampleOptions(temperature=1e-4))

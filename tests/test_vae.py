@@ -43,7 +43,7 @@ def test_straight_through_gradient_of_the_gate():
     logits = torch.randn(2, 3, 2, 2, requires_grad=True)
     router.logits = lambda _: logits
     gate = router(None, maps, noise=0.0)
-    assert torch.equal(gate.detach().round(), torch.nn.functional.one_hot(logits.argmax(1), 3).permute(0, 3, 1, 2).float())
+    assert torch.equal(gate.detach(), torch.nn.functional.one_hot(logits.argmax(1), 3).permute(0, 3, 1, 2).float())
     cost = torch.randn(2, 3, 2, 2)
     (gate * cost).sum().backward()
     p = logits.detach().softmax(1)
@@ -113,8 +113,6 @@ def test_ema_update_equals_a_loop_over_codes():
     torch.testing.assert_close(book.uses, uses)
     torch.testing.assert_close(book.sums, sums)
     torch.testing.assert_close(book.codes, sums / uses[:, None])
-    counted = weight.sum() / (weight == 1 / 4).logical_not().sum().add(2)    # 24 fine codes + 2 coarse ones, each once
-    assert counted == 1
 
 
 def test_commitment_counts_every_code_once_and_pulls_only_the_encoder():
