@@ -21,7 +21,7 @@ def parse(argv=None):
     add("--n", type=int, default=32, help="number of images")
     add("--batch-size", type=int, default=64, help="images at a time")
     add("--label", help="class, by name or number; None: all in turn")
-    add("--temperature", type=float, default=0.8, help="of positions and contents; 1: the model as it is")
+    add("--temperature", type=float, default=0.7, help="of positions and contents; 1: the model as it is")
     add("--top-k", type=int, default=0, help="draw contents from the k likeliest; 0: all")
     add("--top-p", type=float, default=1.0, help="draw contents from the likeliest that make up p")
     add("--cfg", type=float, default=2.0, help="classifier-free guidance; 1: off")
