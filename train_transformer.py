@@ -115,7 +115,8 @@ def main(argv=None):
     path, start = args.out / "transformer.pt", 0
     if args.resume:                                                          # other codes would be another language
         saved = dq.load_checkpoint(path, "dq-transformer")["vae_weights"]
-        dq.require(all(torch.equal(saved[name], w.cpu()) for name, w in vae.state_dict().items()),
+        weights = vae.state_dict()
+        dq.require(saved.keys() == weights.keys() and all(torch.equal(saved[name], w.cpu()) for name, w in weights.items()),
                    f"{path} was trained on the codes of another DQ-VAE; leave --resume out")
     torch.manual_seed(args.seed)                                             # the random router draws
     held_out = encode(vae, open_data(args.data, config.size, "val"), device, autocast, args.workers, mirrored=False)
