@@ -25,7 +25,7 @@ import math
 import os
 import sys
 import zlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -125,7 +125,13 @@ class TrainConfig:
     weight_decay: float = 0.0            # stage 2
     warmup: int = 100                    # steps
     eval_every: int = 250                # steps
-    budget_weight: float = 1.0           # stage 1: weight of the budget loss
+    accumulate: int = 1                  # parts in which a batch is worked on
+    clip: float = 1.0                    # largest norm of the gradient; 0: no limit
+    budget_weight: float = 1.0           # stage 1 only, from here on
+    l2_weight: float = 1.0               # beside the absolute error, whose weight is 1
+    perceptual_weight: float = 0.0       # LPIPS
+    gan_weight: float = 0.0              # adversarial loss, times its adaptive weight
+    gan_start: int = 0                   # step from which the discriminator takes part
 
 
 @dataclass
@@ -136,18 +142,39 @@ class Preset:
     train_transformer: TrainConfig
 
 
+# The paper's models (section 4 and the released settings); the learning rate is 4.5e-6 per image of a batch of 120.
+PAPER = dict(size=256, codebook_size=1024, code_dim=256, channels=256, width=128, encoder_blocks=2, decoder_blocks=3, attention_from=8)
+DUAL = VAEConfig(**PAPER, factors=(16, 8), ratios=(0.5, 0.5), multipliers=(1, 1, 2, 2, 4))
+TRIPLE = VAEConfig(**PAPER, factors=(32, 16, 8), ratios=(0.4, 0.3, 0.3), multipliers=(1, 1, 2, 2, 4, 4))
+LARGE = TransformerConfig(size=256, factors=(16, 8), codebook_size=1024, width=1024, heads=8, position_layers=6, content_layers=18, dropout=0.1)
+FFHQ_STEPS, IMAGENET_STEPS = 27_700, 507_000                                 # 50 epochs of 66,500 and of 1,217,000 images
+STAGE1 = TrainConfig(steps=IMAGENET_STEPS, batch_size=120, accumulate=4, lr=5.4e-4, betas=(0.5, 0.9), warmup=1000, eval_every=5000, clip=0.0,
+                     budget_weight=10.0, l2_weight=0.0, perceptual_weight=1.0, gan_weight=1.0)
+STAGE2 = TrainConfig(steps=IMAGENET_STEPS, batch_size=240, accumulate=4, lr=5e-4, betas=(0.9, 0.95), weight_decay=0.01, warmup=1000, eval_every=5000)
+
 PRESETS = {
     # minutes on two CPU cores: what the README's first command runs
     "toy": Preset(
         VAEConfig(), TransformerConfig(),
-        TrainConfig(steps=1000, batch_size=32, lr=2e-3),
+        TrainConfig(steps=1000, batch_size=32, lr=2e-3, clip=0.0),
         TrainConfig(steps=1200, batch_size=32, lr=1.5e-3, weight_decay=0.05)),
     # the same data at 64 x 64, 160 codes an image: stage 1 takes 50 minutes on two cores, stage 2 wants a GPU
     "toy64": Preset(
         VAEConfig(size=64, codebook_size=512),
         TransformerConfig(size=64, codebook_size=512, width=256, heads=8, content_layers=6),
-        TrainConfig(steps=4000, batch_size=32, lr=2e-3),
+        TrainConfig(steps=4000, batch_size=32, lr=2e-3, clip=0.0),
         TrainConfig(steps=6000, batch_size=64, lr=1e-3, weight_decay=0.05)),
+    # a few thousand pictures with smooth surfaces and small features, 640 codes each, with all of the paper's losses
+    "emoji128": Preset(
+        VAEConfig(size=128, codebook_size=512, attention_from=8),
+        TransformerConfig(size=128, codebook_size=512, width=384, heads=6, position_layers=3, content_layers=9, dropout=0.1),
+        TrainConfig(steps=4000, batch_size=8, lr=1e-3, clip=0.0, perceptual_weight=1.0, gan_weight=0.5, gan_start=2000),
+        TrainConfig(steps=20_000, batch_size=64, lr=5e-4, betas=(0.9, 0.95), weight_decay=0.05, eval_every=1000)),
+    # the paper's
+    "ffhq256": Preset(
+        DUAL, LARGE, replace(STAGE1, steps=FFHQ_STEPS, eval_every=1000), replace(STAGE2, steps=FFHQ_STEPS, eval_every=1000)),
+    "imagenet256": Preset(DUAL, LARGE, STAGE1, STAGE2),
+    "imagenet256-triple": Preset(TRIPLE, replace(LARGE, factors=TRIPLE.factors), replace(STAGE1, budget_weight=1.0), STAGE2),
 }
 
 
@@ -466,6 +493,7 @@ class VAEOutput(NamedTuple):
     grains: torch.Tensor                 # B, h, w
     gate: torch.Tensor                   # B, K, h, w
     commitment: torch.Tensor             # scalar
+    maps: list                           # the encoder's, K x (B, Z, H_k, W_k)
 
 
 class DQVAE(nn.Module):
@@ -499,21 +527,21 @@ class DQVAE(nn.Module):
         return upsample(weight, self.config.size // self.config.factors[-1])[:, 0]
 
     def quantize(self, x, noise=1.0):
-        """Image -> quantised grid (B, D, H, W), codes, gate, commitment loss."""
+        """Image -> quantised grid (B, D, H, W), codes, gate, commitment loss, the encoder's maps."""
         maps = self.encoder(x)
         gate = self.router(x, maps, noise)                                   # B, K, h, w
         z = self.pre_quant(self.mix(maps, gate))                             # B, D, H, W
         q, codes, commitment = self.codebook(z, self.cell_weight(gate))
-        return q, codes, gate, commitment
+        return q, codes, gate, commitment, maps
 
     def forward(self, x, noise=1.0):
         """noise: scale of the router's Gumbel noise in training."""
-        q, codes, gate, commitment = self.quantize(x, noise)
+        q, codes, gate, commitment, maps = self.quantize(x, noise)
         reconstruction = self.decoder(self.post_quant(q))                    # B, 3, S, S
-        return VAEOutput(reconstruction, codes, gate.argmax(dim=1), gate, commitment)
+        return VAEOutput(reconstruction, codes, gate.argmax(dim=1), gate, commitment, maps)
 
     def encode(self, x):
-        _, codes, gate, _ = self.quantize(x)
+        _, codes, gate, *_ = self.quantize(x)
         return codes, gate.argmax(dim=1)                                     # B, H, W; B, h, w
 
     def decode(self, codes):

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import dq
-from train_vae import Log, common_flags, keep_former, learning_rate, open_data, prepare, restore, stream, training_state
+from train_vae import Log, common_flags, keep_former, open_data, prepare, restore, set_learning_rate, stream, training_state
 
 
 def parse(argv=None):
@@ -130,7 +130,7 @@ def main(argv=None):
     optimizer = torch.optim.AdamW([dict(params=matrices, weight_decay=train.weight_decay), dict(params=vectors, weight_decay=0.0)],
                                   lr=args.lr, betas=train.betas, fused=True)
     if args.resume:
-        start = restore(path, "dq-transformer", config, model, optimizer)
+        start = restore(path, "dq-transformer", config, weights=model, optimizer=optimizer)
     else:
         keep_former(path)
     batches = stream(Codes(pos, code, label), args.batch_size, args.seed, start)
@@ -140,23 +140,26 @@ def main(argv=None):
     model.train()
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc="DQ-Transformer", disable=None)
     for step in bar:
-        pos, code, label = next(batches)                                     # B, L; B, L; B
-        longest = lengths(pos, model.layout).max()                           # no wider than this batch needs
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args, train.warmup)
-        position, content = nats(forward, (pos[:, :longest], code[:, :longest], label), device, autocast)
-        loss = (position + content).sum() / int((code >= 0).sum())           # nats per code
+        batch = next(batches)                                                # pos B, L; code B, L; label B
+        set_learning_rate([optimizer], step, args, train.warmup)
+        n_codes, bits = int((batch[1] >= 0).sum()), 0.0
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for pos, code, label in zip(*(tensor.chunk(args.accumulate) for tensor in batch)):
+            longest = lengths(pos, model.layout).max()                       # no wider than this part needs
+            position, content = nats(forward, (pos[:, :longest], code[:, :longest], label), device, autocast)
+            loss = (position + content).sum() / n_codes                      # nats per code of the whole batch
+            loss.backward()
+            bits = bits + loss.detach() / math.log(2)
+        if args.clip:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
         optimizer.step()
 
         if step % 10 == 0:
-            log(step, dict(bits_per_code=loss.item() / math.log(2), position_nats=position.mean().item(), content_nats=content.mean().item()), bar)
+            log(step, dict(bits_per_code=bits.item(), position_nats=position.mean().item(), content_nats=content.mean().item()), bar)
         if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
             log(step + 1, evaluate(model, held_out, device, autocast))
             draw_samples(args.out / "transformer.png", model, vae, args.seed, autocast)
-            dq.save_checkpoint(path, "dq-transformer", config, model, **training_state(step + 1, optimizer),
+            dq.save_checkpoint(path, "dq-transformer", config, model, **training_state(step + 1, optimizer=optimizer),
                                vae_config=asdict(vae.config), vae_weights=vae.state_dict())
     print(f"wrote {path}, {path.with_suffix('.png')} and {path.with_suffix('.jsonl')}")
 
