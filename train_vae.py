@@ -248,6 +248,23 @@ def adaptive_weight(y, last, pull, push, cap=0.75):
     return (a / (b + 1e-4)).clamp(max=cap)
 
 
+def backward(y, last, loss, adversarial, other, gan_weight=1.0, scale=1.0):
+    """Accumulate the gradients of scale * (loss + weight * adversarial + other); -> the weight.
+
+    y: reconstruction, on which the scalars loss and adversarial (or None) depend, and all else
+    depends on y alone; other: a scalar whose graph joins that of y further up. Both gradients are
+    added at y, so that VGG and the discriminator are walked back once each, though the adaptive
+    weight needs them apart; nothing below y, such as the discriminator's weights, gets a gradient.
+    """
+    pull, weight = torch.autograd.grad(loss, y)[0], None                     # B, 3, S, S
+    if adversarial is not None:
+        push, = torch.autograd.grad(adversarial, y)                          # B, 3, S, S
+        weight = gan_weight * adaptive_weight(y, last, pull, push)
+        pull = pull + weight * push
+    torch.autograd.backward([y, other], [scale * pull, torch.full_like(other, scale)])
+    return weight
+
+
 def gumbel_scale(step, steps):
     """1 until half of training, 0 from 90 % on: the gate explores first and then learns its argmax."""
     return min(1.0, max(0.0, (0.9 - step / steps) / 0.4))
@@ -270,7 +287,7 @@ def ssim(x, y):
     """Structural similarity of images (B, 3, S, S) in [-1, 1] -> (B,), mean over channels and places.
 
     Wang et al., "Image Quality Assessment: From Error Visibility to Structural Similarity", 2004:
-    Gaussian window of 11 pixels and deviation 1.5, constants (0.01 R)^2 and (0.03 R)^2 for range R.
+    Gaussian window of 11 pixels and deviation 1.5, constants (0.01 R)^2 and (0.03 R)^2 for range R, here 1.
     """
     side = min(11, x.shape[-1] - 1 + x.shape[-1] % 2)                        # smaller images: the largest odd window
     line = torch.exp(-0.5 * ((torch.arange(side, device=x.device) - side // 2) / 1.5) ** 2)
@@ -279,9 +296,10 @@ def ssim(x, y):
     def blur(z):
         return F.conv2d(z, window, groups=3)                                 # B, 3, S - 10, S - 10
 
+    x, y = (x + 1) / 2, (y + 1) / 2                                          # black must be 0: the formula knows ratios of means
     mx, my = blur(x), blur(y)
     vx, vy, covariance = blur(x * x) - mx ** 2, blur(y * y) - my ** 2, blur(x * y) - mx * my
-    c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2                                # the range is 2
+    c1, c2 = 0.01 ** 2, 0.03 ** 2
     return ((2 * mx * my + c1) * (2 * covariance + c2) / ((mx ** 2 + my ** 2 + c1) * (vx + vy + c2))).mean(dim=(1, 2, 3))
 
 
@@ -526,6 +544,8 @@ def main(argv=None):
     ratios = args.ratios or (preset.vae.ratios if len(args.factors) == len(preset.vae.factors) else [1 / len(args.factors)] * len(args.factors))
     config = replace(preset.vae, size=args.size, factors=args.factors, ratios=ratios, router=args.router,
                      codebook_size=args.codebook_size, code_dim=args.code_dim)
+    dq.require(not args.gan_weight or config.size >= 24, f"the discriminator needs images of at least 24 pixels, not {config.size}; --gan-weight 0 trains without")
+    dq.require(not args.perceptual_weight or config.size >= 16, f"LPIPS needs images of at least 16 pixels, not {config.size}; --perceptual-weight 0 trains without")
     train = preset.train_vae
     data = open_data(args.data, config.size, "train", augment=True, seed=args.seed)
     images, detailed = held_out_images(args.data, config, device)
@@ -569,22 +589,16 @@ def main(argv=None):
             y = out.reconstruction.float()
             l1, l2 = (y - x).abs().mean(), (y - x).square().mean()
             budget = dq.budget_loss(out.gate, config.ratios)
-            loss, figures = l1 + train.l2_weight * l2, dict(l1=l1, budget=budget, commitment=out.commitment)
+            loss, figures, gan = l1 + train.l2_weight * l2, dict(l1=l1, budget=budget, commitment=out.commitment), None
             if perceptual:
                 with autocast():
                     figures["lpips"] = perceptual(x, y).mean()
                 loss = loss + args.perceptual_weight * figures["lpips"]
-            # The gradients stop at the reconstruction y and are added there, so that VGG and the discriminator
-            # are walked back once each, though the adaptive weight needs both gradients on their own.
-            pull, = torch.autograd.grad(loss, y)                             # B, 3, S, S
             if adversarial:
                 with autocast():
                     gan = -critic(y).mean()
-                push, = torch.autograd.grad(gan, y)                          # B, 3, S, S
-                weight = args.gan_weight * adaptive_weight(y, last, pull, push)
-                pull = pull + weight * push
-            side = out.commitment + args.budget_weight * budget
-            torch.autograd.backward([y, side], [pull / args.accumulate, torch.ones_like(side) / args.accumulate])
+            other = out.commitment + args.budget_weight * budget
+            weight = backward(y, last, loss, gan, other, args.gan_weight, 1 / args.accumulate)
             if adversarial:                                                  # the same y, seen from the other side
                 with autocast():
                     critic_loss = hinge_loss(critic(x), critic(y.detach()))
@@ -596,7 +610,7 @@ def main(argv=None):
             each.step()
 
         if step % 10 == 0:
-            log(step, {name: value.item() for name, value in (dict(loss=loss + side) | figures).items()}, bar)
+            log(step, {name: value.item() for name, value in (dict(loss=loss + other) | figures).items()}, bar)
         if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
             figures, y, grains = evaluate(model, images, detailed, autocast, perceptual)
             log(step + 1, figures)

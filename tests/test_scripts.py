@@ -46,7 +46,7 @@ def run(images, tmp_path_factory):
 
 
 def test_training_writes_logs_pictures_and_checkpoints(run):
-    for stage, figures in (("vae", {"psnr", "l1", "share", "codebook_used", "perplexity"}), ("transformer", {"nats_per_image", "bits_per_code", "bits_per_pixel"})):
+    for stage, figures in (("vae", {"psnr", "ssim", "l1", "share", "fine_min", "fine_mean", "fine_max", "bits_per_pixel", "codebook_used", "perplexity"}), ("transformer", {"nats_per_image", "bits_per_code", "bits_per_pixel"})):
         log = [json.loads(line) for line in (run / f"{stage}.jsonl").read_text().splitlines()]
         assert figures <= set(log[-1]) and log[-1]["step"] == 6
         assert Image.open(run / f"{stage}.png").width > 100
@@ -89,13 +89,17 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("stage", ["vae", "transformer"])
+@pytest.mark.parametrize("stage", ["vae", "vae with a discriminator", "transformer"])
 def test_a_resumed_run_ends_at_the_same_weights(stage, run, images, tmp_path, monkeypatch):
-    module, flags = (train_vae, VAE) if stage == "vae" else (train_transformer, TRANSFORMER + ["--vae", str(run / "vae.pt"), "--dropout", "0.1"])
+    module, flags = {"vae": (train_vae, VAE),
+                     "vae with a discriminator": (train_vae, VAE + ["--size", "24", "--gan-weight", "0.5", "--gan-start", "2", "--accumulate", "2"]),
+                     "transformer": (train_transformer, TRANSFORMER + ["--vae", str(run / "vae.pt"), "--dropout", "0.1"])}[stage]
+    stage = stage.split()[0]
 
     def train(out, *more):
         module.main(["--data", str(images), "--out", str(tmp_path / out), "--steps", "6", "--eval-every", "3", *flags, *more])
-        return dq.load_checkpoint(tmp_path / out / f"{stage}.pt", f"dq-{stage}")["weights"]
+        checkpoint = dq.load_checkpoint(tmp_path / out / f"{stage}.pt", f"dq-{stage}")
+        return checkpoint["weights"] | checkpoint.get("critic", {})
 
     whole = train("whole")
     save = dq.save_checkpoint
@@ -111,6 +115,36 @@ def test_a_resumed_run_ends_at_the_same_weights(stage, run, images, tmp_path, mo
     halves = train("halves", "--resume")
     for name in whole:
         assert torch.equal(whole[name], halves[name]), name
+
+
+def test_terms_of_weight_zero_cost_nothing(images, tmp_path, monkeypatch):
+    def never(*args, **kwargs):
+        raise AssertionError
+    monkeypatch.setattr(train_vae, "Discriminator", never)
+    monkeypatch.setattr(train_vae, "Perceptual", never)
+    monkeypatch.setattr(train_vae, "adaptive_weight", never)
+    train_vae.main(["--data", str(images), "--out", str(tmp_path), "--steps", "1", *VAE])
+    assert "critic" not in dq.load_checkpoint(tmp_path / "vae.pt", "dq-vae")
+
+
+def test_the_discriminator_stays_out_until_its_step(images, tmp_path):
+    train_vae.main(["--data", str(images), "--out", str(tmp_path), "--steps", "21", *VAE, "--size", "24", "--gan-weight", "1", "--gan-start", "15"])
+    log = [json.loads(line) for line in (tmp_path / "vae.jsonl").read_text().splitlines()]
+    assert [("gan" in line, "critic" in line) for line in log[:3]] == [(False, False), (False, False), (True, True)]
+    checkpoint = dq.load_checkpoint(tmp_path / "vae.pt", "dq-vae")
+    assert {int(state["step"]) for state in checkpoint["critic_optimizer"]["state"].values()} == {6}
+    assert {int(state["step"]) for state in checkpoint["optimizer"]["state"].values()} == {21}
+
+
+def test_a_batch_in_parts_is_the_batch(run, images, tmp_path):
+    """Stage 2, where an image's loss depends on no other image: the same weights, up to rounding."""
+    ends = []
+    for n in ("1", "2"):
+        train_transformer.main(["--data", str(images), "--out", str(tmp_path / n), "--vae", str(run / "vae.pt"), "--steps", "3", "--dtype", "fp32",
+                                "--label-dropout", "0", *TRANSFORMER, "--accumulate", n])
+        ends.append(dq.load_checkpoint(tmp_path / n / "transformer.pt", "dq-transformer")["weights"])
+    for name in ends[0]:
+        torch.testing.assert_close(ends[0][name], ends[1][name], atol=1e-4, rtol=1e-3)
 
 
 def test_starting_anew_keeps_the_former_checkpoint(run, images, tmp_path):
@@ -139,6 +173,11 @@ def test_resuming_on_the_codes_of_another_dq_vae_is_refused(run, images, tmp_pat
     ("train_vae.py", ["--steps", 0], "--steps"),
     ("train_vae.py", ["--device", "cuda:99"], "no such device"),
     ("train_vae.py", ["--preset", "huge"], "invalid choice"),
+    ("train_vae.py", ["--gan-weight", -1], "--gan-weight"),
+    ("train_vae.py", ["--gan-weight", 1, "--size", 16], "at least 24"),
+    ("train_vae.py", ["--perceptual-weight", 1, "--perceptual-weights", "file"], "--perceptual-weight 0"),
+    ("train_vae.py", ["--batch-size", 6, "--accumulate", 4], "--accumulate"),
+    ("train_vae.py", ["--import-authors", "file"], "not a checkpoint"),
     ("train_vae.py", ["--seed", -1], "--seed"),
     ("train_transformer.py", ["--vae", "VAE", "--width", 0], "width"),
     ("train_vae.py", ["--resume"], "no such file"),

@@ -47,6 +47,10 @@ def test_evaluation_of_a_dq_vae():
     assert figures["perplexity"] == pytest.approx(math.exp(entropy), rel=1e-4)
     assert figures["codebook_used"] == sum(c > 0 for c in counts) / 8
     assert figures["codes_per_image"] == pytest.approx(n_codes / 10)
+    # 3 bits name one of 8 codes, 1 bit the granularity of each of 4 regions
+    assert figures["bits_per_pixel"] == pytest.approx((n_codes / 10 * 3 + 4) / 256)
+    fine = [float((g == 1).float().mean()) for g in out.grains]
+    assert [figures[f"fine_{name}"] for name in ("min", "mean", "max")] == pytest.approx([min(fine), sum(fine) / 10, max(fine)])
     assert figures["share"] == pytest.approx([float((out.grains == k).float().mean()) for k in (0, 1)], abs=1e-4)
 
 

@@ -163,21 +163,26 @@ def test_entropy_equals_a_loop_over_pixels():
         assert abs(ours[0, r // 2, r % 2] - expected) < 1e-3
 
 
-def test_sizes_of_the_paper():
-    """Parameters of the paper's models: 33.3 M and 59.2 M for encoder and router, 14.4 M for the decoder, 309 M."""
+@pytest.mark.parametrize("name, encoder, codes", [
+    ("ffhq256", 33.3, 256 * 2.5), ("imagenet256", 33.3, 256 * 2.5), ("imagenet256-triple", 59.2, 64 * (0.4 + 0.3 * 4 + 0.3 * 16))])
+def test_the_papers_presets_have_the_papers_sizes(name, encoder, codes):
     def millions(*modules):
         return sum(p.numel() for m in modules for p in m.parameters()) / 1e6
-    sizes = dict(size=256, codebook_size=1024, code_dim=256, channels=256, width=128, multipliers=(1, 1, 2, 2, 4),
-                 encoder_blocks=2, decoder_blocks=3, attention_from=8)
+    preset = dq.PRESETS[name]
     with torch.device("meta"):
-        dual = DQVAE(VAEConfig(factors=(16, 8), ratios=(0.5, 0.5), **sizes))
-        triple = DQVAE(VAEConfig(factors=(32, 16, 8), ratios=(0.4, 0.3, 0.3), **sizes))
-        transformer = dq.DQTransformer(dq.TransformerConfig(size=256, factors=(16, 8), codebook_size=1024, width=1024, heads=8,
-                                                            position_layers=6, content_layers=18))
-    assert millions(dual.encoder, dual.router) == pytest.approx(33.3, rel=0.02)
-    assert millions(triple.encoder, triple.router) == pytest.approx(59.2, rel=0.02)
-    assert millions(dual.decoder) == pytest.approx(14.4, rel=0.02)
+        vae, transformer = DQVAE(preset.vae), dq.DQTransformer(preset.transformer)
+    assert millions(vae.encoder, vae.router) == pytest.approx(encoder, rel=0.02)
+    assert millions(vae.decoder) == pytest.approx(14.4, rel=0.02)
     assert millions(transformer) == pytest.approx(309, rel=0.02)
+    layout = transformer.layout
+    assert layout.n_regions * sum(r * s for r, s in zip(preset.vae.ratios, layout.cells)) == pytest.approx(codes)
+
+
+def test_the_stages_of_every_preset_fit_together():
+    for preset in dq.PRESETS.values():
+        for name in ("size", "factors", "codebook_size"):
+            assert getattr(preset.vae, name) == getattr(preset.transformer, name)
+        assert preset.train_vae.batch_size % preset.train_vae.accumulate == 0
 
 
 def test_bad_configurations_are_refused():
