@@ -1106,8 +1106,9 @@ def to_picture(x, side=128):
     return image.resize((image.width * times,) * 2, Image.Resampling.NEAREST)
 
 
-def draw_grains(picture, grains, factors):
-    """One box per code over a picture: blue for the coarsest granularity, orange, then red. grains: (h, w)"""
+def draw_grains(x, grains, factors):
+    """One box per code over an image (3, S, S): blue for the coarsest granularity, orange, then red. grains: (h, w)"""
+    picture = to_picture(x)
     picture = Image.blend(picture, Image.new("RGB", picture.size, "white"), 0.35)
     pen, region = ImageDraw.Draw(picture), picture.width / grains.shape[1]
     grains = grains.tolist()

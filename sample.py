@@ -114,7 +114,7 @@ def main(argv=None):
                 if args.save_dir:
                     dq.to_picture(x, 0).save(args.save_dir / f"{i:06d}.png")
                 if len(captions) < 64:
-                    tiles += [dq.to_picture(x), dq.draw_grains(dq.to_picture(x), g, model.config.factors)]
+                    tiles += [dq.to_picture(x), dq.draw_grains(x, g, model.config.factors)]
                     captions += [classes[label[i]] if classes else f"{i}", f"{layout.length(g[None]).item() - layout.n_grains} codes"]
             if args.gif and first == 0:
                 save_gif(args.gif, layout, vae, pos[:1], code[:1], autocast)

@@ -98,7 +98,7 @@ def draw_samples(path, model, vae, seed, autocast, n=16):
         codes, grains = model.layout.unpack(*dq.generate(model, label, seed=seed))
         images = vae.decode(codes)
     model.train()
-    tiles = [tile for x, g in zip(images, grains) for tile in (dq.to_picture(x), dq.draw_grains(dq.to_picture(x), g, vae.config.factors))]
+    tiles = [tile for x, g in zip(images, grains) for tile in (dq.to_picture(x), dq.draw_grains(x, g, vae.config.factors))]
     dq.save_grid(path, tiles, columns=8)
 
 
@@ -112,26 +112,21 @@ def main(argv=None):
     config = replace(preset.transformer, size=vae.config.size, factors=vae.config.factors, codebook_size=vae.config.codebook_size,
                      classes=() if args.uncond else data.classes, width=args.width, heads=args.heads, position_layers=args.position_layers,
                      content_layers=args.content_layers, dropout=args.dropout, label_dropout=args.label_dropout)
-    path, start = args.out / "transformer.pt", 0
-    if args.resume:                                                          # other codes would be another language
-        saved = dq.load_checkpoint(path, "dq-transformer")["vae_weights"]
-        weights = vae.state_dict()
-        dq.require(saved.keys() == weights.keys() and all(torch.equal(saved[name], w.cpu()) for name, w in weights.items()),
-                   f"{path} was trained on the codes of another DQ-VAE; leave --resume out")
-    torch.manual_seed(args.seed)                                             # the random router draws
-    held_out = encode(vae, open_data(args.data, config.size, "val"), device, autocast, args.workers, mirrored=False)
-    pos, code, label = encode(vae, data, device, autocast, args.workers, mirrored=True)
-    if args.uncond:
-        label, held_out = torch.full_like(label, -1), (*held_out[:2], torch.full_like(held_out[2], -1))
-
     torch.manual_seed(args.seed)
     model = dq.DQTransformer(config).to(device)
     matrices, vectors = [[p for p in model.parameters() if (p.dim() > 1) == big] for big in (True, False)]
     optimizer = torch.optim.AdamW([dict(params=matrices, weight_decay=train.weight_decay), dict(params=vectors, weight_decay=0.0)],
                                   lr=args.lr, betas=train.betas, fused=True)
+    path, start = args.out / "transformer.pt", 0
     if args.resume:
-        start = restore(path, "dq-transformer", config, weights=model, optimizer=optimizer)
-    else:
+        start = restore(path, "dq-transformer", config, dict(vae_weights=vae.state_dict()), weights=model, optimizer=optimizer)
+    with torch.random.fork_rng():                                            # what follows finds the state just restored
+        torch.manual_seed(args.seed)                                         # the random router draws
+        held_out = encode(vae, open_data(args.data, config.size, "val"), device, autocast, args.workers, mirrored=False)
+        pos, code, label = encode(vae, data, device, autocast, args.workers, mirrored=True)
+    if args.uncond:
+        label, held_out = torch.full_like(label, -1), (*held_out[:2], torch.full_like(held_out[2], -1))
+    if not args.resume:
         keep_former(path)
     batches = stream(Codes(pos, code, label), args.batch_size, args.seed, start)
     log = Log(args.out / "transformer.jsonl", args.resume)

@@ -110,11 +110,18 @@ def training_state(step, **parts):
     return dict(step=step, rng=torch.get_rng_state(), cuda_rng=cuda, **{name: part.state_dict() for name, part in parts.items()})
 
 
-def restore(path, kind, config, **parts):
-    """Load a checkpoint in order to go on with the command that wrote it. -> number of steps that are done"""
+def restore(path, kind, config, fixed, **parts):
+    """Load a checkpoint in order to go on with the command that wrote it. -> number of steps that are done
+
+    fixed: state dicts that must be in the checkpoint as they are; parts: what the run goes on with.
+    """
     checkpoint = dq.load_checkpoint(path, kind)
     dq.require(checkpoint.get("config") == asdict(config) and parts.keys() <= checkpoint.keys(),
                f"{path} has other settings than this command; give the same flags, or leave --resume out")
+    for key, now in fixed.items():
+        then = checkpoint[key]
+        dq.require(then.keys() == now.keys() and all(torch.equal(then[name], tensor.cpu()) for name, tensor in now.items()),
+                   f"{path} was trained on the codes of another DQ-VAE; leave --resume out")
     for name, part in parts.items():
         part.load_state_dict(checkpoint[name])
     torch.set_rng_state(checkpoint["rng"])
@@ -349,7 +356,7 @@ def evaluate(model, images, detailed, autocast, perceptual=None, batch_size=64):
 def show(path, images, reconstructions, grains, factors):
     """A picture of up to 8 triples: original, reconstruction, codes."""
     tiles = [tile for x, y, g in zip(images[:8], reconstructions, grains)
-             for tile in (dq.to_picture(x), dq.to_picture(y), dq.draw_grains(dq.to_picture(x), g, factors))]
+             for tile in (dq.to_picture(x), dq.to_picture(y), dq.draw_grains(x, g, factors))]
     dq.save_grid(path, tiles, columns=6)
 
 
@@ -567,7 +574,7 @@ def main(argv=None):
         optimizers.append(critic_optimizer)
     path, start = args.out / "vae.pt", 0
     if args.resume:
-        start = restore(path, "dq-vae", config, **parts)
+        start = restore(path, "dq-vae", config, {}, **parts)
     else:
         keep_former(path)
     batches = stream(data, args.batch_size, args.seed, start, args.workers)

@@ -1,0 +1,143 @@
+"""Speed, as ratios measured in one run.    python tests/benchmark.py stage1
+
+stage1   one training step of the paper's DQ-VAE (dual, 256 x 256, batch 2, autoencoder and codebook losses):
+         ours in bf16, ours in fp32, and the same network in its plain textbook form in fp32
+"""
+import argparse
+import os
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import dq  # noqa: E402
+
+
+def hardware(device):
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+    name = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        name = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), name)
+    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def compare(device, rounds, **steps):
+    """Run the steps in turn, `rounds` times after a warm-up. -> {name: [seconds]}"""
+    seconds = {name: [] for name in steps}
+    for i in range(rounds + 1):
+        for name, step in steps.items():
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            step()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if i:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def ratio(seconds, slow, fast):
+    """Median over the rounds of slow / fast."""
+    return statistics.median(a / b for a, b in zip(seconds[slow], seconds[fast]))
+
+
+# ------------------------------------------------------------------------------------------------
+# stage1
+
+
+class TextbookAttention(dq.AttnBlock):
+    """softmax(q k^T / sqrt(c)) v, written out."""
+
+    def forward(self, x):
+        B, c, H, W = x.shape
+        q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).chunk(3, dim=-1)  # each B, H W, c
+        weights = (q @ k.transpose(1, 2) * c ** -0.5).softmax(dim=-1)        # B, H W, H W
+        return x + self.proj((weights @ v).transpose(1, 2).reshape(B, c, H, W))
+
+
+class TextbookCodebook(dq.Codebook):
+    """The whole distance, and averages by products with the one-hot matrix of the choices."""
+
+    def assign(self, z):
+        return (z.square().sum(1, keepdim=True) - 2 * z @ self.codes.t() + self.codes.square().sum(1)).argmin(dim=1)
+
+    @torch.no_grad()
+    def update(self, z, weight, ids):
+        chosen = F.one_hot(ids, len(self.codes)).float() * weight[:, None]   # B H W, V
+        self.uses.mul_(self.decay).add_(chosen.sum(0), alpha=1 - self.decay)
+        self.sums.mul_(self.decay).add_(chosen.t() @ z, alpha=1 - self.decay)
+        self.codes.copy_(self.sums / self.uses[:, None].clamp(min=1e-6))
+
+
+class TextbookVAE(dq.DQVAE):
+    def mix(self, maps, gate):
+        side, h = maps[-1].shape[-1], gate.shape[-1]
+        gate = gate.repeat_interleave(side // h, dim=2).repeat_interleave(side // h, dim=3)  # B, K, H, W
+        maps = [m.repeat_interleave(side // m.shape[2], dim=2).repeat_interleave(side // m.shape[3], dim=3) for m in maps]
+        return sum(gate[:, k:k + 1] * m for k, m in enumerate(maps))
+
+
+def textbook(model):
+    """The same weights in the plain form."""
+    plain = TextbookVAE(model.config)
+    for module in plain.modules():
+        if type(module) is dq.AttnBlock:
+            module.__class__ = TextbookAttention
+        elif type(module) is dq.Codebook:
+            module.__class__ = TextbookCodebook
+    plain.load_state_dict(model.state_dict())
+    return plain
+
+
+def stage1(args):
+    device = torch.device(args.device)
+    config = dq.PRESETS["imagenet256"].vae
+    torch.manual_seed(0)
+    model = dq.DQVAE(config)
+    x = torch.rand(args.batch_size, 3, config.size, config.size, device=device) * 2 - 1
+
+    def make_step(model, bf16):
+        model = model.to(device, memory_format=torch.channels_last if device.type == "cuda" else torch.contiguous_format)
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
+
+        def step():
+            torch.manual_seed(0)
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                out = model(x)
+            loss = (out.reconstruction.float() - x).abs().mean() + out.commitment + 10 * dq.budget_loss(out.gate, config.ratios)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            return loss.item()
+        return step
+
+    plain = textbook(model)
+    copy = dq.DQVAE(config)
+    copy.load_state_dict(model.state_dict())
+    steps = dict(textbook=make_step(plain, False), fp32=make_step(model, False), bf16=make_step(copy, True))
+    losses = {name: step() for name, step in steps.items()}                  # the same network? then the same first loss
+    assert abs(losses["fp32"] - losses["textbook"]) < 1e-3 and abs(losses["bf16"] - losses["textbook"]) < 2e-2, losses
+    seconds = compare(device, args.rounds, **steps)
+    print(f"One training step of DQ-VAE (dual, 256 x 256, batch {args.batch_size}), {hardware(device)}; medians of {args.rounds} rounds")
+    print(f"{'':24}{'s a step':>10}{'images/s':>10}{'textbook / this':>17}")
+    for name, label in (("textbook", "textbook, fp32"), ("fp32", "ours, fp32"), ("bf16", "ours, bf16")):
+        median = statistics.median(seconds[name])
+        print(f"{label:24}{median:10.2f}{args.batch_size / median:10.2f}{ratio(seconds, 'textbook', name):17.2f}")
+    print(f"fp32 / bf16: {ratio(seconds, 'fp32', 'bf16'):.2f}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["stage1"])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batch-size", type=int, default=2)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    globals()[args.what](args)
