@@ -102,14 +102,13 @@ def main(argv=None):
         dq.require(path is None or path.suffix.lower() in Image.registered_extensions(), f"{path}: no picture format has that ending")
     tiles, captions = [], []
     with tqdm(total=args.n, desc="sampling", unit="image", disable=None) as bar:
-        for first in range(0, args.n, args.batch_size):
-            y = label[first:first + args.batch_size].to(device)
-            seed = int(np.random.SeedSequence([args.seed, first]).generate_state(1)[0])  # each batch its own noise
+        for first in range(0, args.n, 16 * args.batch_size):                 # slots run empty at the end of each round only
+            y = label[first:first + 16 * args.batch_size].to(device)
             open_pairs = None if given is None else tuple(t.expand(len(y), -1) for t in given)
+            pos, code = dq.generate(model, y, options, args.seed, open_pairs, slots=args.batch_size, first=first)
+            codes, grains = layout.unpack(pos, code)
             with autocast(), torch.inference_mode():
-                pos, code = dq.generate(model, y, options, seed, open_pairs)
-                codes, grains = layout.unpack(pos, code)
-                images = vae.decode(codes).float()
+                images = torch.cat([vae.decode(c).float() for c in codes.split(64)])
             for i, (x, g) in enumerate(zip(images, grains), first):
                 if args.save_dir:
                     dq.to_picture(x, 0).save(args.save_dir / f"{i:06d}.png")

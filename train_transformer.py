@@ -94,8 +94,8 @@ def draw_samples(path, model, vae, seed, autocast, n=16):
     """A grid of samples, each beside the places of its codes."""
     model.eval()
     label = torch.arange(n, device=vae.codebook.codes.device) % max(1, len(model.config.classes))
+    codes, grains = model.layout.unpack(*dq.generate(model, label, seed=seed))
     with autocast(), torch.no_grad():
-        codes, grains = model.layout.unpack(*dq.generate(model, label, seed=seed))
         images = vae.decode(codes)
     model.train()
     tiles = [tile for x, g in zip(images, grains) for tile in (dq.to_picture(x), dq.draw_grains(x, g, vae.config.factors))]

@@ -1,4 +1,8 @@
-"""Speed, as ratios measured in one run.    python tests/benchmark.py stage1
+"""Speed, as ratios measured in one run.    python tests/benchmark.py sampling | stage1
+
+sampling the fused loop against a loop that runs the model on the whole sequence so far at every step: 2 + 6 layers,
+         width 256, 8 heads, 512 codes, half of the regions fine; the naive loop is timed at every 16th step, on
+         the sequences that the fused loop drew, and must draw the same pairs there
 
 stage1   one training step of the paper's DQ-VAE (dual, 256 x 256, batch 2, autoencoder and codebook losses):
          ours in bf16, ours in fp32, and the same network in its plain textbook form in fp32
@@ -46,6 +50,55 @@ def compare(device, rounds, **steps):
 def ratio(seconds, slow, fast):
     """Median over the rounds of slow / fast."""
     return statistics.median(a / b for a, b in zip(seconds[slow], seconds[fast]))
+
+
+# ------------------------------------------------------------------------------------------------
+# sampling
+
+
+def sampling(args):
+    device, dtype = torch.device(args.device), dict(fp32=torch.float32, bf16=torch.bfloat16)[args.dtype]
+    side = int(args.regions ** 0.5)
+    torch.manual_seed(0)
+    config = dq.TransformerConfig(size=8 * side, factors=(8, 4), codebook_size=512, width=args.width, heads=8,
+                                  position_layers=args.position_layers, content_layers=args.content_layers)
+    model = dq.DQTransformer(config).to(device, dtype).eval()
+    layout, weights = model.layout, sum(p.numel() * p.element_size() for p in model.parameters())
+    print(f"Sampling {side} x {side} regions, half of them fine; {args.position_layers} + {args.content_layers} layers, width {args.width}, {args.dtype}; {hardware(device)}")
+    print(f"{'batch':>5}{'images/s':>10}{'ms a code':>11}{'weights GB/s':>14}{'naive images/s':>16}{'fused / naive':>15}{'matrix work':>13}")
+    for B in args.batch_sizes:
+        fine = torch.rand(B, side * side, device=device).argsort(1) < side * side // 2
+        given = dq.given_tiling(layout, fine.view(B, side, side).long())
+        label = torch.full((B,), -1, device=device)
+
+        def fused():
+            return dq.generate(model, label, seed=1, given=given)
+        seconds = statistics.median(compare(device, args.rounds, fused=fused)["fused"])
+        pos, code = fused()
+        steps = int((pos[0] != layout.end).sum())
+        with torch.inference_mode():
+            naive = 0.0
+            for t in range(0, steps, 16):
+                def step():
+                    position, content = model.logits(pos[:, :t + 1], code[:, :t + 1])
+                    noise = dq.gumbel_noise(1, torch.arange(B, device=device), torch.full((B,), t, device=device), layout.n_positions + 512)
+                    return (position[:, t] + noise[:, :layout.n_positions]).argmax(-1), (content[:, t] + noise[:, layout.n_positions:]).argmax(-1)
+                _, drawn = step()
+                there = code[:, t] >= 0
+                if dtype == torch.float32:
+                    assert torch.equal(drawn[there], code[there, t]), "the loops draw different codes"
+                naive += 16 * statistics.median(compare(device, 1, step=step)["step"])
+        share = matrix_share(fused) if device.type == "cpu" else float("nan")
+        codes = int((code >= 0).sum()) / B
+        print(f"{B:5}{B / seconds:10.2f}{1000 * seconds / codes:11.2f}{weights * steps / seconds / 1e9:14.1f}{B / naive:16.3f}{naive / seconds:15.1f}{share:13.0%}", flush=True)
+
+
+def matrix_share(step):
+    """Share of the time that goes to matrix products and attention."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        step()
+    own = {e.key: e.self_cpu_time_total for e in profile.key_averages()}
+    return sum(v for k, v in own.items() if any(name in k for name in ("mm", "linear", "attention"))) / sum(own.values())
 
 
 # ------------------------------------------------------------------------------------------------
@@ -135,9 +188,16 @@ def stage1(args):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["stage1"])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--batch-size", type=int, default=2)
+    parser.add_argument("what", choices=["sampling", "stage1"])
+    add = parser.add_argument
+    add("--rounds", type=int, default=5)
+    add("--batch-size", type=int, default=2, help="stage1")
+    add("--regions", type=int, default=64, help="sampling")
+    add("--batch-sizes", type=int, nargs="+", default=[1, 8, 64], help="sampling")
+    add("--width", type=int, default=256, help="sampling")
+    add("--position-layers", type=int, default=2, help="sampling")
+    add("--content-layers", type=int, default=6, help="sampling")
+    add("--dtype", choices=["fp32", "bf16"], default="fp32", help="sampling")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     globals()[args.what](args)

@@ -51,25 +51,65 @@ def sample_of(model, B, seed=3, **kwargs):
     return generate(model, label if model.config.classes else torch.full_like(label, -1), seed=seed, **kwargs), label
 
 
+def naive_generate(model, label, options, seed, first=0, given=None):
+    """One image after the other; every step runs the model on the whole sequence so far. -> lists of pairs"""
+    layout, config, device, images = model.layout, model.config, label.device, []
+    for i, y in enumerate(label.tolist()):
+        pairs = []
+        while not pairs or pairs[-1][0] != layout.end:
+            t = len(pairs)
+            noise = dq.gumbel_noise(seed, torch.tensor([first + i], device=device), torch.tensor([t], device=device), layout.n_positions + config.codebook_size)[0].cpu()
+
+            def logits(which, position):
+                """Of this step; the entry at t is a place to fill, only its position is looked at, by the contents."""
+                sequence = torch.tensor([pairs + [[position, -1]]], device=device)
+                both = []
+                for each in (y, -1):
+                    both.append(model.logits(sequence[..., 0], sequence[..., 1], torch.tensor([each], device=device))[which][0, t].cpu())
+                guided = both[1] + options.cfg * (both[0] - both[1]) if options.cfg != 1 and config.classes else both[0]
+                return guided / options.temperature
+
+            covered = torch.full((1, layout.n_regions), -1)                  # the rules, on what is there already
+            for p, _ in pairs:
+                if layout.region[p] >= 0:
+                    covered[0, layout.region[p]] = layout.grain[p]
+            legal = layout.legal(torch.tensor([pairs[-1][0] if pairs else -1], device=device), covered.to(device))[0].cpu()
+            free = {}                                                        # logits of every id that may come, mask or no mask
+            for p in legal.nonzero().flatten().tolist():
+                sequence = torch.tensor([pairs + [[p, -1]]], device=device)
+                both = [head[0, t, p].item() for head in (
+                    model.logits(sequence[..., 0], sequence[..., 1], torch.tensor([each], device=device))[0] for each in (y, -1))]
+                value = both[1] + options.cfg * (both[0] - both[1]) if options.cfg != 1 and config.classes else both[0]
+                free[p] = value / options.temperature + float(noise[p])
+            p = max(free, key=free.get)
+            if given is not None and given[0][i, t] >= 0:
+                p = int(given[0][i, t])
+            content = logits(1, p)
+            kept = naive_filter(content.tolist(), options.top_k, options.top_p)
+            c = max(kept, key=lambda v: float(content[v] + noise[layout.n_positions + v]))
+            if given is not None and given[1][i, t] >= 0:
+                c = int(given[1][i, t])
+            pairs.append([p, -1 if layout.is_eos[p] else c])
+        images.append(pairs)
+    return images
+
+
+@pytest.mark.parametrize("how", [dict(), dict(slots=2), dict(slots=3, bucket=8, look_every=4), dict(slots=2, bucket=64, look_every=32)], ids=str)
 @pytest.mark.parametrize("cfg", [1.0, 2.5])
 @pytest.mark.parametrize("size, factors", [(8, (4,)), (8, (4, 2)), (8, (4, 2, 1))])
 @torch.no_grad()
-def test_cached_steps_equal_the_full_forward_pass(size, factors, cfg, device, monkeypatch):
+def test_the_fused_loop_draws_what_the_naive_loop_draws(size, factors, cfg, how, device):
+    """Code by code: in one batch or in few slots that are refilled, over slices of the cache or at fixed sizes."""
     model = tiny(size, factors, V=5, classes=("a", "b"), device=device)
-    drawn = []
-    real = dq.draw
-    monkeypatch.setattr(dq, "draw", lambda logits, generator: (drawn.append(logits.clone()), real(logits, generator))[1])
-    (pos, code), label = sample_of(model, 6, options=SampleOptions(cfg=cfg))
-    position, content = model.logits(pos, code, label)
-    if cfg != 1:                                                             # guidance, done by hand
-        position0, content0 = model.logits(pos, code)
-        legal = position > -math.inf
-        position = torch.where(legal, position0 + cfg * (position - position0), -math.inf)
-        content = content0 + cfg * (content - content0)
-    assert len(drawn) >= 2 * (pos != model.layout.end).sum(1).max()
-    for t, (p, c) in enumerate(zip(drawn[0::2], drawn[1::2])):
-        torch.testing.assert_close(p, position[:, t], atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(c, content[:, t], atol=1e-4, rtol=1e-4)
+    options, label = SampleOptions(temperature=2.0, top_k=4, top_p=0.95, cfg=cfg), torch.tensor([0, 1, 1, -1, 0], device=device)
+    pos, code = generate(model, label, options, seed=7, first=10, **how)
+    naive = naive_generate(model, label, options, seed=7, first=10)
+    if len(factors) > 1:
+        assert len({len(pairs) for pairs in naive}) > 1                      # they end at different steps
+    for i, pairs in enumerate(naive):
+        n = len(pairs)
+        assert pos[i, :n].tolist() == [p for p, _ in pairs] and code[i, :n].tolist() == [c for _, c in pairs]
+        assert (pos[i, n:] == model.layout.end).all() and (code[i, n:] == -1).all()
 
 
 @torch.no_grad()
@@ -162,6 +202,44 @@ def test_a_seed_fixes_the_images_and_another_changes_them(device):
     (b, cb), _ = sample_of(model, 8)
     (_, cc), _ = sample_of(model, 8, seed=4)
     assert torch.equal(a, b) and torch.equal(ca, cb) and not torch.equal(ca, cc)
+
+
+def test_an_image_depends_on_its_number_alone(device):
+    model = tiny(8, (4, 2), V=5, classes=("a", "b"), device=device)
+    label = torch.arange(40, device=device) % 2
+    pos, code = generate(model, label, seed=5)
+    for slots in (1, 7, 64):
+        again = generate(model, label, seed=5, slots=slots)
+        assert torch.equal(again[0], pos) and torch.equal(again[1], code)
+    tail = generate(model, label[30:], seed=5, first=30)
+    assert torch.equal(tail[0], pos[30:]) and torch.equal(tail[1], code[30:])
+
+
+def test_refilled_slots_cost_the_mean_length(device, monkeypatch):
+    """Steps of a large job: within 15 % of (sum of lengths) / slots, though lengths vary from 6 to 18."""
+    model = tiny(8, (4, 2), V=5, device=device)
+    calls, real = [], dq.decode_one
+    monkeypatch.setattr(dq, "decode_one", lambda *args: (calls.append(1), real(*args))[1])
+    pos, code = generate(model, torch.full((256,), -1, device=device), SampleOptions(temperature=3.0), slots=16)
+    lengths = (pos != model.layout.end).sum(1)                               # steps: the final EOS is certain
+    if device.type == "cpu":
+        assert lengths.min() <= 8 and lengths.max() >= 17
+        assert len(calls) <= 1.15 * int(lengths.sum()) / 16
+
+
+def test_noise_is_gumbel_and_independent():
+    image, t = torch.arange(200), torch.arange(200) % 7
+    x = dq.gumbel_noise(3, image, t, 500).double()
+    assert x.shape == (200, 500) and torch.isfinite(x).all()
+    uniform = torch.exp(-torch.exp(-x)).flatten().sort().values              # the distribution function makes it uniform
+    assert (uniform - torch.linspace(0, 1, len(uniform), dtype=torch.double)).abs().max() < 1.95 / len(uniform) ** 0.5  # Kolmogorov, 99.9 %
+    assert abs(x.mean() - 0.5772) < 0.02 and abs(x.var() - math.pi ** 2 / 6) < 0.05
+    for a, b in ((x[:, :-1], x[:, 1:]), (x[:-1], x[1:]), (x, dq.gumbel_noise(4, image, t, 500)), (x, dq.gumbel_noise(3, image, t + 1, 500)),
+                 (x, dq.gumbel_noise(3 + (1 << 40), image, t, 500))):
+        r = torch.corrcoef(torch.stack([a.flatten(), b.flatten().double()]))[0, 1]
+        assert abs(r) < 4 / a.numel() ** 0.5
+    row = dq.gumbel_noise(3, torch.tensor([17]), t[17:18], 500)[0]
+    assert torch.equal(row.double(), x[17])                                  # whatever else is in the batch
 
 
 def test_given_tilings_and_given_codes_are_kept(device):
