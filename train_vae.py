@@ -184,8 +184,8 @@ class Perceptual(nn.Module):
             layers.append(nn.MaxPool2d(2))
         self.features = nn.Sequential(*layers[:-1])
         self.weights = nn.ParameterList(torch.zeros(1, widths[-1], 1, 1) for widths in self.stages)
-        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188])[:, None, None])
-        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450])[:, None, None])
+        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188])[:, None, None], persistent=False)
+        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450])[:, None, None], persistent=False)
         self.requires_grad_(False)
 
     @classmethod
@@ -196,14 +196,14 @@ class Perceptual(nn.Module):
                      [torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True, file_name=name)
                       for url, name in zip(cls.urls, ("vgg16-397923af.pth", "lpips-vgg-0.1.pth"))])
             given = {name: tensor for part in parts for name, tensor in part.items()}
-            wanted = cls()
-            wanted.load_state_dict({name: given[name.replace("weights.", "lin") + ".model.1.weight" if name.startswith("weights.") else name]
-                                    for name in wanted.state_dict() if name not in ("shift", "scale")}, strict=False)
+            lpips = cls()
+            lpips.load_state_dict({name: given[name.replace("weights.", "lin") + ".model.1.weight" if name.startswith("weights.") else name]
+                                   for name in lpips.state_dict()})
         except Exception as error:                                           # no network, no such file, another file, ...
             raise dq.UserError(f"no weights for the perceptual loss ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); "
                                f"download {' and '.join(cls.urls)} and name both files after --perceptual-weights, "
                                "or train without: --perceptual-weight 0") from None
-        return wanted
+        return lpips
 
     def maps(self, x):
         x = (x - self.shift) / self.scale
@@ -566,7 +566,7 @@ def main(argv=None):
         sample = stream(data, args.batch_size, args.seed)
         model.router.calibrate(next(sample)[0].to(device) for _ in range(max(1, 2048 // args.batch_size)))
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, betas=train.betas)
-    parts, optimizers = dict(weights=model, optimizer=optimizer), [optimizer]
+    parts, optimizers = dict(optimizer=optimizer), [optimizer]              # parts: what a checkpoint holds besides the model
     if args.gan_weight:
         critic = Discriminator().to(device, memory_format=layout)
         critic_optimizer = torch.optim.Adam(critic.parameters(), lr=args.lr, betas=train.betas)
@@ -574,7 +574,7 @@ def main(argv=None):
         optimizers.append(critic_optimizer)
     path, start = args.out / "vae.pt", 0
     if args.resume:
-        start = restore(path, "dq-vae", config, {}, **parts)
+        start = restore(path, "dq-vae", config, {}, weights=model, **parts)
     else:
         keep_former(path)
     batches = stream(data, args.batch_size, args.seed, start, args.workers)
@@ -622,7 +622,7 @@ def main(argv=None):
             figures, y, grains = evaluate(model, images, detailed, autocast, perceptual)
             log(step + 1, figures)
             show(args.out / "vae.png", images, y, grains, config.factors)
-            dq.save_checkpoint(path, "dq-vae", config, model, **training_state(step + 1, **{n: p for n, p in parts.items() if n != "weights"}))
+            dq.save_checkpoint(path, "dq-vae", config, model, **training_state(step + 1, **parts))
     print(f"wrote {path}, {path.with_suffix('.png')} and {path.with_suffix('.jsonl')}")
 
 

@@ -61,11 +61,9 @@ def naive_generate(model, label, options, seed, first=0, given=None):
             noise = dq.gumbel_noise(seed, torch.tensor([first + i], device=device), torch.tensor([t], device=device), layout.n_positions + config.codebook_size)[0].cpu()
 
             def logits(which, position):
-                """Of this step; the entry at t is a place to fill, only its position is looked at, by the contents."""
+                """Of step t, guided: which = 0 for the position, 1 for the content, given the position."""
                 sequence = torch.tensor([pairs + [[position, -1]]], device=device)
-                both = []
-                for each in (y, -1):
-                    both.append(model.logits(sequence[..., 0], sequence[..., 1], torch.tensor([each], device=device))[which][0, t].cpu())
+                both = [model.logits(sequence[..., 0], sequence[..., 1], torch.tensor([each], device=device))[which][0, t].cpu() for each in (y, -1)]
                 guided = both[1] + options.cfg * (both[0] - both[1]) if options.cfg != 1 and config.classes else both[0]
                 return guided / options.temperature
 
@@ -74,13 +72,7 @@ def naive_generate(model, label, options, seed, first=0, given=None):
                 if layout.region[p] >= 0:
                     covered[0, layout.region[p]] = layout.grain[p]
             legal = layout.legal(torch.tensor([pairs[-1][0] if pairs else -1], device=device), covered.to(device))[0].cpu()
-            free = {}                                                        # logits of every id that may come, mask or no mask
-            for p in legal.nonzero().flatten().tolist():
-                sequence = torch.tensor([pairs + [[p, -1]]], device=device)
-                both = [head[0, t, p].item() for head in (
-                    model.logits(sequence[..., 0], sequence[..., 1], torch.tensor([each], device=device))[0] for each in (y, -1))]
-                value = both[1] + options.cfg * (both[0] - both[1]) if options.cfg != 1 and config.classes else both[0]
-                free[p] = value / options.temperature + float(noise[p])
+            free = {p: float(logits(0, p)[p] + noise[p]) for p in legal.nonzero().flatten().tolist()}
             p = max(free, key=free.get)
             if given is not None and given[0][i, t] >= 0:
                 p = int(given[0][i, t])
