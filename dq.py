@@ -24,6 +24,8 @@ Symbols, the same everywhere:
 import math
 import os
 import sys
+import warnings
+import zipfile
 import zlib
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -31,6 +33,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
@@ -183,6 +186,28 @@ PRESETS = {
 #
 # Every router has  score(x, maps) -> (B, h, w), higher where finer codes are wanted (what evaluation
 # compares with the truth), and  forward(x, maps, noise) -> gate (B, K, h, w), one-hot over K.
+#
+# Under torchrun each of n processes works on its part of a global batch, and all of them draw the same
+# random numbers, for the global batch. So what they compute together is what one process computes.
+
+
+def processes():
+    """-> number of this process, how many there are: 0, 1 without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+def total(x):
+    """Sum of a tensor over the processes, without a gradient."""
+    if processes()[1] > 1:
+        x = x.detach().clone()
+        dist.all_reduce(x)
+    return x
+
+
+def own_part(draw, n, *shape):
+    """draw(shape) for the global batch -> what belongs to the n images of this process, (n, *shape)."""
+    rank, world = processes()
+    return draw(n * world, *shape)[rank * n:(rank + 1) * n]
 
 
 class GrainRouter(nn.Module):
@@ -224,7 +249,8 @@ class GrainRouter(nn.Module):
         logits = self.logits(maps)                                           # B, K, h, w
         if not self.training:
             return one_hot(logits.argmax(dim=1), logits.shape[1])
-        gumbel = -torch.empty_like(logits).exponential_().log()
+        exponential = own_part(lambda *shape: torch.empty(shape, device=logits.device).exponential_(), *logits.shape)
+        gumbel = -exponential.log()                                          # B, K, h, w
         soft = (logits + noise * gumbel).softmax(dim=1)
         hard = one_hot(soft.argmax(dim=1), logits.shape[1])
         return hard + (soft - soft.detach())                                 # B, K, h, w: exactly one-hot
@@ -238,7 +264,7 @@ class RandomRouter(nn.Module):
         self.register_buffer("thresholds", torch.tensor(ratios).cumsum(0)[:-1])  # K - 1
 
     def score(self, x, maps):
-        return torch.rand(x.shape[0], *maps[0].shape[-2:], device=x.device)  # B, h, w
+        return own_part(lambda *shape: torch.rand(shape, device=x.device), len(x), *maps[0].shape[-2:])  # B, h, w
 
     def forward(self, x, maps, noise=1.0):
         grains = torch.bucketize(self.score(x, maps), self.thresholds)       # B, h, w
@@ -294,6 +320,8 @@ def budget_loss(gate, ratios):
     2 gamma (r - r*)^2 with gamma = 10 of the authors' model.
     """
     share = gate.mean(dim=(0, 2, 3))                                         # K
+    # of all processes in forward; the mean of their gradients is then that of the global batch
+    share = share + (total(share) / processes()[1] - share).detach()
     return ((share - torch.tensor(ratios, device=gate.device)) ** 2).sum()
 
 
@@ -315,6 +343,7 @@ class Codebook(nn.Module):
         self.register_buffer("codes", torch.zeros(size, dim))
         self.register_buffer("uses", torch.zeros(size))                      # moving average per batch
         self.register_buffer("sums", torch.zeros(size, dim))                 # of the vectors that chose it
+        self.register_buffer("age", torch.tensor(0.0))                       # batches seen
 
     def assign(self, z):
         """z: (M, D) -> ids of the nearest codes (M,)."""
@@ -340,11 +369,17 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def update(self, z, weight, ids):
-        """Each code moves to the average of the vectors that chose it: one EMA step of k-means."""
+        """Each code moves to the average of the vectors that chose it: one EMA step of k-means.
+
+        The average is short at first: a codebook that remembers a hundred batches lags behind an
+        encoder that has just begun to learn, and then few codes are in use and colours come late.
+        """
+        self.age += 1
+        decay = (self.age / (9 + self.age)).clamp(max=self.decay)
         uses = torch.zeros_like(self.uses).index_add_(0, ids, weight)        # V
         sums = torch.zeros_like(self.sums).index_add_(0, ids, weight[:, None] * z)  # V, D
-        self.uses.lerp_(uses, 1 - self.decay)
-        self.sums.lerp_(sums, 1 - self.decay)
+        self.uses.lerp_(total(uses), 1 - decay)
+        self.sums.lerp_(total(sums), 1 - decay)
         self.codes.copy_(self.sums / self.uses[:, None].clamp(min=1e-6))
 
     @torch.no_grad()
@@ -353,9 +388,16 @@ class Codebook(nn.Module):
 
         In the first batch all of them are dead: that is how the codebook is initialised.
         """
-        mean_uses = weight.sum() / len(self.uses)
+        mean_uses = total(weight.sum()) / len(self.uses)
         dead = (self.uses < self.dead_below * mean_uses)[:, None]            # V, 1
-        fresh = z[torch.multinomial(weight, len(self.uses), replacement=True)]  # V, D
+        (rank, world), M = processes(), len(z)
+        weights = torch.zeros(world, M, device=z.device)
+        weights[rank] = weight.nan_to_num(1.0)                               # should the loss be NaN, the trainer says so
+        V, weights = len(self.uses), total(weights).view(-1)                 # world x M
+        chosen = torch.multinomial(weights, V, replacement=V > len(weights))  # V
+        fresh = torch.where((chosen // M == rank)[:, None], z[chosen % M], 0)
+        fresh = total(fresh)                                                 # V, D: each came from one process
+        fresh = fresh + 0.01 * fresh.std(0, correction=0) * torch.randn_like(fresh)  # none twice: rounding would choose
         self.codes.copy_(torch.where(dead, fresh, self.codes))
         self.uses.copy_(torch.where(dead[:, 0], mean_uses, self.uses))
         self.sums.copy_(torch.where(dead, fresh * mean_uses, self.sums))
@@ -586,25 +628,28 @@ class Layout(nn.Module):
         self.end = P - 1                                                     # the last EOS
 
         # What an id says, as tables. Row P (also reached as row -1) stands for "before the first pair".
-        grain, region, cell = (torch.zeros(P + 1, dtype=torch.long) for _ in range(3))
-        after, forced = torch.zeros(P + 1, dtype=torch.long), torch.full((P + 1,), -1)
-        region.fill_(-1)
+        ids = torch.arange(P)
+        grain, cell = torch.zeros(P + 1, dtype=torch.long), torch.zeros(P + 1, dtype=torch.long)
+        region, after, forced = (torch.full((P + 1,), fill) for fill in (-1, 0, -1))
+        is_eos = torch.isin(torch.arange(P + 1), torch.tensor(self.eos))
         for k, s in enumerate(self.cells):
-            ids = torch.arange(N * s)
             own = slice(self.offsets[k], self.eos[k])
-            grain[own], region[own], cell[own], after[own] = k, ids // s, ids % s, k
-            forced[own] = torch.where(ids % s < s - 1, ids + self.offsets[k] + 1, -1)
+            j = torch.arange(N * s)
+            grain[own], region[own], cell[own], after[own] = k, j // s, j % s, k
+            forced[own] = torch.where(j % s < s - 1, ids[own] + 1, -1)
             grain[self.eos[k]], after[self.eos[k]] = k, min(k + 1, K - 1)
         forced[self.end] = self.end
+        # which ids may come after which, as far as regions covered by coarser codes have no say in it
+        later = (cell[:P] == 0) & (region[:P] > region[:, None])             # P + 1, P
+        follow = (grain[:P] == after[:, None]) & (is_eos[:P] | later)
+        follow = torch.where((forced >= 0)[:, None], ids == forced[:, None], follow)
         tables = dict(grain=grain,                # its granularity
                       region=region,              # its region, -1 for EOS and the start
-                      cell=cell,                  # its place in the region
                       after=after,                # the granularity that is being written after it
-                      forced=forced,              # the one id that may follow, or -1 if there is a choice
-                      is_eos=torch.isin(torch.arange(P + 1), torch.tensor(self.eos)),
-                      opens=(cell == 0)[:-1] & (region >= 0)[:-1],  # whether it begins a region
-                      place=region[:-1].clamp(min=0),             # its region, where it has one
-                      index=torch.arange(P))
+                      follow=follow,
+                      is_eos=is_eos,
+                      place=torch.where(region < 0, N, region)[:P],  # its region, N for EOS
+                      index=ids)
         for name, table in tables.items():
             self.register_buffer(name, table, persistent=False)
 
@@ -643,8 +688,7 @@ class Layout(nn.Module):
     def grains(self, pos):
         """Granularity of the regions that the ids pos (B, L) cover, -1 elsewhere. -> (B, N)"""
         known = torch.full((len(pos), self.n_regions + 1), -1, device=pos.device)
-        slot = torch.where(self.is_eos[pos], self.n_regions, self.region[pos])  # EOS writes to a spare column
-        return known.scatter(1, slot, self.grain[pos])[:, :-1]
+        return known.scatter(1, self.place[pos], self.grain[pos])[:, :-1]    # EOS wrote to a spare column
 
     def length(self, grains):
         """Pairs in the sequence of each image, EOS ids included. (B, h, w) -> (B,)"""
@@ -662,34 +706,32 @@ class Layout(nn.Module):
         """
         if prev.dim() == 2:
             grains = grains[:, None]                                         # B, 1, N
-        prev = prev[..., None]                                               # B, (L,) 1
-        k, last = self.after[prev], self.region[prev]                        # last region written, -1 if none
-        regions = self.index[:self.n_regions]
-        covered = (grains >= 0) & (grains < k)                               # by a coarser code: B, (L,) N
-        free = ~covered & (regions > last)                                   # B, (L,) N
-        finest = k == self.n_grains - 1
-        opens = free & (~finest | (free.cumsum(-1) == 1))                    # regions that may come next
-        choice = opens[..., self.place] & self.opens                         # B, (L,) P
-        choice = choice | (self.is_eos[:-1] & ~(finest & free.any(-1, keepdim=True)))
-        choice = choice & (self.grain[:-1] == k)                             # B, (L,) P
-        forced = self.forced[prev]
-        return torch.where(forced >= 0, self.index == forced, choice)
+        k = self.after[prev][..., None]                                      # B, (L,) 1
+        free = F.pad((grains < 0) | (grains >= k), (0, 1), value=True)       # B, (L,) N + 1: not covered by a coarser code
+        mask = self.follow[prev] & free[..., self.place]                     # B, (L,) P
+        first = mask.byte().argmax(-1, keepdim=True)                         # the lowest id
+        return mask & ((k < self.n_grains - 1) | (self.index == first))
 
 
 # ------------------------------------------------------------------------------------------------
 # 6  DQ-Transformer (the paper's stage 2: Position-Transformer and Content-Transformer)
 
 
+def for_few_rows(weight, dtype):
+    """A matrix (O, C) as `project` wants it; a view of it unless dtype is another one."""
+    weight = weight.to(dtype)
+    return weight.view(2, -1, weight.shape[1]) if weight.device.type == "cpu" and dtype == torch.float32 and len(weight) % 2 == 0 else weight
+
+
 def project(x, weight):
-    """F.linear(x, weight) for a few rows x (R, C), weight (O, C) -> (R, O); in sampling that is all a step does.
+    """F.linear(x, weight) for a few rows: x (R, C) -> (R, O). In sampling that is all a step does.
 
     The work is to read the weights once. On CPUs BLAS does that at a fraction of the memory's speed
     when x is the left factor, and two to five times faster with the weights on the left, cut in two.
     """
-    if x.device.type != "cpu" or x.dtype != torch.float32 or len(weight) % 2:
-        return F.linear(x, weight)
-    halves = weight.view(2, -1, weight.shape[1])                             # 2, O/2, C
-    return torch.bmm(halves, x.t().expand(2, -1, -1)).view(len(weight), -1).t().contiguous()  # R, O
+    if weight.dim() == 2:
+        return F.linear(x.to(weight.dtype), weight)
+    return torch.bmm(weight, x.t().expand(2, -1, -1)).view(-1, len(x)).t()   # R, O
 
 
 class Block(nn.Module):
@@ -711,16 +753,23 @@ class Block(nn.Module):
         x = x + self.drop(self.proj(y.transpose(1, 2).reshape(B, L, C)))     # B, L, C
         return x + self.drop(self.down(F.gelu(self.up(self.norm2(x)))))
 
-    def decode(self, x, cache, slot, bias):
-        """The same for one more position of every row. x: (R, C); cache: (R, L, 2 C), keys and values, of which
-        row `slot` (R,) of (R L, 2 C) is written; bias: (R, 1, 1, end), -inf where the cache is not to be read."""
-        (R, C), end, d = x.shape, bias.shape[-1], x.shape[1] // self.heads
-        qkv = project(self.norm1(x), self.qkv.weight)                        # R, 3 C
-        cache.view(-1, 2 * C).index_copy_(0, slot, qkv[:, C:])
-        k, v = cache[:, :end].view(R, end, 2, self.heads, d).permute(2, 0, 3, 1, 4).unbind()  # each R, heads, end, d
-        y = F.scaled_dot_product_attention(qkv[:, :C].view(R, self.heads, 1, d), k, v, attn_mask=bias)  # R, heads, 1, d
-        x = x + project(y.view(R, C), self.proj.weight)
-        return x + project(F.gelu(project(self.norm2(x), self.up.weight)), self.down.weight)  # R, C
+    def matrices(self, dtype):
+        """What `decode` multiplies with."""
+        return [for_few_rows(linear.weight, dtype) for linear in (self.qkv, self.proj, self.up, self.down)]
+
+    def decode(self, x, matrices, cache, slot, bias):
+        """The same for one more position of every row. x: (R, C); cache: (2, R heads, L, d), keys and values, of which the
+        rows `slot` of (2 R heads L, d) are written; bias: (R heads, 1, end), -inf where the cache is not to be read."""
+        (R, C), end, d, (qkv, proj, up, down) = x.shape, bias.shape[-1], cache.shape[-1], matrices
+        qkv = project(F.layer_norm(x, (C,), self.norm1.weight), qkv).contiguous()  # R, 3 C
+        cache.view(-1, d).index_copy_(0, slot, qkv[:, C:].reshape(-1, d))
+        k, v = cache[:, :, :end].unbind()                                    # each R heads, end, d
+        # written out, since on CPUs the fused kernel takes up to twice the time for a single query
+        attention = torch.baddbmm(bias, qkv[:, :C].reshape(-1, 1, d), k.transpose(1, 2), alpha=d ** -0.5).softmax(-1)  # R heads, 1, end
+        y = torch.bmm(attention, v)                                          # R heads, 1, d
+        x = x + project(y.view(R, C), proj)
+        h = F.gelu(project(F.layer_norm(x, (C,), self.norm2.weight), up).contiguous())  # R, 4 C
+        return x + project(h, down)                                          # R, C
 
 
 class DQTransformer(nn.Module):
@@ -830,37 +879,41 @@ def filter_logits(logits, top_k, top_p):
     return logits
 
 
-def gumbel_noise(seed, image, t, n):
-    """Gumbel noise (B, n): entry j of row b is a function of (seed, image[b], t[b], j) and nothing else.
+def scramble(x):
+    """A hash of int32 to int32, in place, whose high bits are the good ones: MurmurHash3's finaliser without its last shift."""
+    x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF)).mul_(-0x7A143595)         # a shift repeats the sign; products wrap
+    return x.bitwise_xor_((x >> 13).bitwise_and_(0x7FFFF)).mul_(-0x3D4D51CB)
 
-    So an image is the same in any batch and any slot, on any device. The function is a hash (the
-    finaliser of MurmurHash3, 32 bits held in int64), once per part of the key.
-    """
-    def mix(x):
-        x = ((x ^ (x >> 16)) * 0x85EBCA6B) & 0xFFFFFFFF
-        x = ((x ^ (x >> 13)) * 0xC2B2AE35) & 0xFFFFFFFF
-        return x ^ (x >> 16)
 
-    key = mix((seed >> 32) & 0xFFFFFFFF) ^ (seed & 0xFFFFFFFF)
-    key = mix(mix(mix(image ^ key) + t) & 0xFFFFFFFF)                        # B
-    entry = (torch.arange(n, device=t.device) * 0x9E3779B9) & 0xFFFFFFFF     # n
-    uniform = ((mix(key[:, None] ^ entry) >> 9).float() + 0.5) / 2 ** 23     # B, n: in (0, 1), exact in float32
+def image_keys(seed, images):
+    """A hash of (seed, image) for every image number (n,) -> (n,), int32."""
+    keys = images.int()
+    for part in (seed & 0x7FFFFFFF, seed >> 31 & 0x7FFFFFFF):
+        keys = scramble(keys * 0x2545F491 + part)
+    return keys
+
+
+def gumbel_noise(key, t, n):
+    """Gumbel noise (B, n): entry j of row b is a function of (key[b], t[b], j) and nothing else, so of the image's number, not
+    of its slot, its batch or the device."""
+    entries = torch.arange(n, dtype=torch.int32, device=t.device) * -0x61C88647  # n
+    x = scramble((key + t.int() * 0x27D4EB2F)[:, None] ^ entries)            # B, n: any int32
+    uniform = ((x >> 9).float() + (2 ** 22 + 0.5)) / 2 ** 23                 # in (0, 1), exact in float32
     return -(-uniform.log()).log()
 
 
 class Job(NamedTuple):
     """What is wanted: n images. Row n of each tensor is for slots that have nothing to do."""
     label: torch.Tensor                  # n + 1: rows of the condition embedding
-    pos: torch.Tensor                    # n + 1, L: positions and ...
-    code: torch.Tensor                   # n + 1, L: ... contents that are given, -1 where they are to be drawn
+    key: torch.Tensor                    # n + 1: of the noise
+    given: tuple                         # positions and contents, each n + 1, L, -1 where they are to be drawn; or None
     options: SampleOptions
-    seed: int
-    first: int                           # number of the first image, for the noise
+    matrices: tuple                      # of the position stack, the content stack and the two heads
 
 
 class DecodeState(NamedTuple):
     """All that changes while images are being written by B slots; R = B rows, or 2 B with guidance."""
-    cache: tuple                         # for each layer R, L, 2 C: keys and values
+    cache: tuple                         # for each layer 2, R heads, L, d: keys and values
     image: torch.Tensor                  # B: which image the slot is writing; n when there is none left
     next: torch.Tensor                   # scalar: the image that the next free slot takes
     t: torch.Tensor                      # B: the step that comes next
@@ -871,13 +924,13 @@ class DecodeState(NamedTuple):
     code: torch.Tensor                   # n + 1, L
 
 
-def start_state(model, n, slots, guided):
+def start_state(model, n, slots, guided, dtype):
     """All slots at the start of their first images."""
-    config, layout, weight = model.config, model.layout, model.position_head.weight
-    B, L, device = min(n, slots), layout.max_len, weight.device
+    config, layout, device = model.config, model.layout, model.position_head.weight.device
+    B, L = min(n, slots), layout.max_len
     rows, layers = B * (1 + guided), config.position_layers + config.content_layers
     return DecodeState(
-        cache=tuple(torch.zeros(rows, L, 2 * config.width, device=device, dtype=weight.dtype) for _ in range(layers)),
+        cache=tuple(torch.zeros(2, rows * config.heads, L, config.width // config.heads, device=device, dtype=dtype) for _ in range(layers)),
         image=torch.arange(B, device=device),
         next=torch.tensor(B, device=device),
         t=torch.zeros(B, dtype=torch.long, device=device),
@@ -896,64 +949,68 @@ def decode_one(model, job, state, end):
     graph: all shapes depend on `end` alone.
     """
     layout, options, image, t, last = model.layout, job.options, state.image, state.t, state.last
-    B, n = len(t), len(job.label) - 1
-    rows = torch.arange(B, device=t.device)
-    R, L = state.cache[0].shape[:2]
-    twice = R // B                                                           # 2 with guidance: labelled, unlabelled
+    heads, B, n, P = model.config.heads, len(t), len(job.label) - 1, layout.n_positions
+    _, rows, L, _ = state.cache[0].shape                                     # rows = R heads
+    twice = rows // heads // B                                               # 2 with guidance: labelled, unlabelled
 
     def guide(logits):
         logits = logits.float()                                              # R, P or V
         if twice == 2:
             labelled, unlabelled = logits.chunk(2)
             logits = unlabelled + options.cfg * (labelled - unlabelled)
-        return logits / options.temperature                                  # B, P or V
+        return logits / options.temperature if options.temperature != 1 else logits  # B, P or V
 
     # embed the last pair, or the condition
     label = job.label[image]                                                 # B
+    h = model.embed(last.clamp(min=0), state.last_code)                      # B, C
     if twice == 2:
         label = torch.cat([label, torch.full_like(label, len(model.config.classes))])  # R
-    t_all = t.repeat(twice)                                                  # R
-    slot = torch.arange(0, R * L, L, device=t.device) + t_all                # R: where the cache is written
-    pair = model.embed(last.clamp(min=0), state.last_code).repeat(twice, 1)  # R, C
-    h = torch.where((t_all == 0)[:, None], model.condition(label), pair) + model.order(t_all)  # R, C
-    future = torch.arange(end, device=t.device) > t_all[:, None]             # R, end
-    bias = torch.zeros_like(future, dtype=h.dtype).masked_fill(future, -math.inf)[:, None, None]  # R, 1, 1, end
+        h, t, last = h.repeat(2, 1), t.repeat(2), last.repeat(2)             # R, C; R; R
+    h = torch.where((last < 0)[:, None], model.condition(label), h) + model.order(t)  # R, C
+    slot = torch.arange(0, 2 * rows * L, L, device=t.device).view(2, -1, heads).transpose(0, 1) + t[:, None, None]  # R, 2, heads
+    slot = slot.reshape(-1)                                                  # where the cache is written, in the order of keys and values
+    future = torch.arange(end, device=t.device) > t.repeat_interleave(heads)[:, None]  # R heads, end
+    bias = torch.zeros_like(future, dtype=state.cache[0].dtype).masked_fill_(future, -math.inf)[:, None]  # R heads, 1, end
 
     # where: position stack, then one draw among the legal ids
+    position_matrices, content_matrices, position_head, content_head = job.matrices
     n_position = len(model.position_stack)
-    noise = gumbel_noise(job.seed, image + job.first, t, layout.n_positions + model.config.codebook_size)  # B, P + V
-    for block, cache in zip(model.position_stack, state.cache[:n_position]):
-        h = block.decode(h, cache, slot, bias)                               # R, C
-    legal = layout.legal(last, state.grains[:, :-1])                         # B, P
-    logits = guide(project(model.position_norm(h), model.position_head.weight))
-    pos = (logits + noise[:, :layout.n_positions]).masked_fill(~legal, -math.inf).argmax(-1)  # B
-    pos = torch.where(job.pos[image, t] >= 0, job.pos[image, t], pos)
+    noise = gumbel_noise(job.key[image], state.t, P + model.config.codebook_size)  # B, P + V
+    for block, matrices, cache in zip(model.position_stack, position_matrices, state.cache[:n_position]):
+        h = block.decode(h, matrices, cache, slot, bias)                     # R, C
+    legal = layout.legal(state.last, state.grains[:, :-1])                   # B, P
+    logits = guide(project(model.position_norm(h), position_head))
+    pos = (logits + noise[:, :P]).masked_fill_(~legal, -math.inf).argmax(-1)  # B
+    if job.given:
+        given = job.given[0][image, state.t]                                 # B
+        pos = torch.where(given >= 0, given, pos)
 
     # what: content stack, then one draw
     h = h + model.position(pos).repeat(twice, 1)                             # R, C
-    for block, cache in zip(model.content_stack, state.cache[n_position:]):
-        h = block.decode(h, cache, slot, bias)
-    logits = filter_logits(guide(project(model.content_norm(h), model.content_head.weight)), options.top_k, options.top_p)
-    code = (logits + noise[:, layout.n_positions:]).argmax(-1)               # B
-    code = torch.where(job.code[image, t] >= 0, job.code[image, t], code)
-    code = torch.where(layout.is_eos[pos], -1, code)
+    for block, matrices, cache in zip(model.content_stack, content_matrices, state.cache[n_position:]):
+        h = block.decode(h, matrices, cache, slot, bias)
+    logits = filter_logits(guide(project(model.content_norm(h), content_head)), options.top_k, options.top_p)
+    code = (logits + noise[:, P:]).argmax(-1)                                # B
+    if job.given:
+        given = job.given[1][image, state.t]
+        code = torch.where(given >= 0, given, code)
+    code = code.masked_fill_(layout.is_eos[pos], -1)
 
-    # write the pair; with all regions covered what follows is certain, and there already
-    state.pos[image, t], state.code[image, t] = pos, code
-    state.grains[rows, torch.where(layout.is_eos[pos], layout.n_regions, layout.region[pos])] = layout.grain[pos]
-    at_choice = (layout.forced[pos] < 0) & (layout.after[pos] == layout.n_grains - 1)
-    done = at_choice & (state.grains[:, :-1] >= 0).all(1)                    # B
-    state.image.copy_(torch.where(done, state.next + done.cumsum(0) - 1, image).clamp(max=n))
+    # write the pair, and take the next image where this one has its last EOS
+    state.pos[image, state.t], state.code[image, state.t] = pos, code
+    state.grains.scatter_(1, layout.place[pos][:, None], layout.grain[pos][:, None])
+    done = pos == layout.end                                                 # B
+    state.image.copy_(torch.where(done, state.next + done.cumsum(0) - 1, image).clamp_(max=n))
     state.next.add_(done.sum())
     fresh = done | (state.image == n)
-    state.t.copy_(torch.where(fresh, 0, t + 1))
-    state.last.copy_(torch.where(fresh, -1, pos))
-    state.last_code.copy_(torch.where(fresh, -1, code))
+    state.t.copy_((state.t + 1).masked_fill_(fresh, 0))
+    state.last.copy_(pos.masked_fill_(fresh, -1))
+    state.last_code.copy_(code)
     state.grains.masked_fill_(fresh[:, None], -1)
 
 
 @torch.inference_mode()
-def generate(model, label, options=SampleOptions(), seed=0, given=None, slots=None, first=0, bucket=None, look_every=None):
+def generate(model, label, options=SampleOptions(), seed=0, given=None, slots=None, first=0, dtype=None, bucket=None, look_every=None):
     """Draw images. label: (n,) classes, -1 for none -> pos, code, each (n, max_len); Layout.unpack reads them.
 
     given: optional (pos, code), each (n, max_len), -1 where it is to be drawn. Two uses: the positions of a
@@ -962,20 +1019,22 @@ def generate(model, label, options=SampleOptions(), seed=0, given=None, slots=No
     slots: how many images are written at a time (None: all); a slot whose image is complete takes
     the next, so the cost follows the mean length. Image i's noise depends on seed and first + i alone.
 
+    dtype: of the matrices and the cache; None: the model's. The sum that runs through the layers keeps the model's.
+
     bucket: the part of the cache that is looked at is rounded up to a multiple of this; on a GPU one
     graph is captured for each size. look_every: steps between two looks at the state from the
     host. On a GPU the host reads what the state was one look ago, so that the device never waits.
     """
     options.check()
-    layout, device = model.layout, model.position_head.weight.device
+    layout, device, dtype = model.layout, model.position_head.weight.device, dtype or model.position_head.weight.dtype
     cuda = device.type == "cuda"
     bucket, look_every = bucket or (128 if cuda else 1), look_every or (32 if cuda else 1)
     n, L = len(label), layout.max_len
-    none = torch.full((1, L), -1, device=device)
-    pos, code = given if given is not None else (none.expand(n, L),) * 2
-    label = F.pad(model.labels(label, n), (0, 1))
-    job = Job(label, torch.cat([pos, none]), torch.cat([code, none]), options, seed, first)
-    state = start_state(model, n, slots or n, guided=options.cfg != 1 and bool(model.config.classes))
+    given = given and tuple(F.pad(each, (0, 0, 0, 1), value=-1) for each in given)
+    job = Job(F.pad(model.labels(label, n), (0, 1)), image_keys(seed, torch.arange(first, first + n + 1, device=device)), given, options,
+              ([block.matrices(dtype) for block in model.position_stack], [block.matrices(dtype) for block in model.content_stack],
+               for_few_rows(model.position_head.weight, dtype), for_few_rows(model.content_head.weight, dtype)))
+    state = start_state(model, n, slots or n, options.cfg != 1 and bool(model.config.classes), dtype)
     steps, looks, at, step = {}, [], 0, 0                                    # no slot is further than `at`
     with torch.autocast(device.type, enabled=False):
         while True:
@@ -1107,7 +1166,8 @@ class ImageFolder(torch.utils.data.Dataset):
     def __init__(self, root, size, split="train", augment=False, seed=0):
         self.root, self.size, self.augment, self.seed, self.broken = Path(root), size, augment, seed, set()
         require(self.root.is_dir(), f"no such folder: {root}")
-        files = sorted(p for p in self.root.rglob("*") if p.suffix.lower() in self.suffixes and p.is_file())
+        files = sorted(Path(folder, name) for folder, _, names in os.walk(self.root) for name in names
+                       if os.path.splitext(name)[1].lower() in self.suffixes)
         require(files, f"no images below {root} (looked for {', '.join(sorted(self.suffixes))})")
         folder = [p.relative_to(self.root).parts[0] if p.parent != self.root else None for p in files]
         names = sorted(set(folder) - {None})
@@ -1131,25 +1191,37 @@ class ImageFolder(torch.utils.data.Dataset):
                 continue
             try:
                 return load_image(path, self.size, np.random.default_rng([self.seed, i]) if self.augment else None), label
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            except UserError as error:
                 self.broken.add(path)
-                print(f"warning: left out {path}: {error}", file=sys.stderr)
+                print(f"warning: left out {error}", file=sys.stderr)
         raise UserError(f"none of the {len(self.files)} images below {self.root} can be decoded")
 
 
 def load_image(path, size, rng=None):
     """One file -> (3, S, S) in [-1, 1]: short side to S, then a centre crop, or a random crop and flip."""
-    with Image.open(path) as image:
-        image = to_rgb(ImageOps.exif_transpose(image))
+    image = open_image(path)
     w, h = image.size
     scale = size / min(w, h)
-    w, h = max(size, round(w * scale)), max(size, round(h * scale))
-    image = image.resize((w, h), Image.Resampling.BICUBIC, reducing_gap=3.0)  # Pillow antialiases
+    w, h = max(size, round(w * scale)), max(size, round(h * scale))          # what it would be when resized
     x, y = ((w - size) // 2, (h - size) // 2) if rng is None else (rng.integers(w - size + 1), rng.integers(h - size + 1))
-    image = image.crop((x, y, x + size, y + size))
+    sx, sy = image.width / w, image.height / h
+    box = (x * sx, y * sy, min((x + size) * sx, image.width), min((y + size) * sy, image.height))
+    image = image.resize((size, size), Image.Resampling.BICUBIC, box, reducing_gap=3.0)  # Pillow antialiases
     if rng is not None and rng.random() < 0.5:
         image = ImageOps.mirror(image)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def open_image(path):
+    """One file -> Pillow image, RGB and upright. UserError when it can't be decoded, whatever the reason."""
+    require(os.path.isfile(path), f"{path}: no such file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)   # more pixels than Pillow thinks sane
+            with Image.open(path) as image:
+                return to_rgb(ImageOps.exif_transpose(image))
+    except Exception as error:                                               # decoders raise nearly everything on broken files
+        raise UserError(f"{path}: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from None
 
 
 def to_rgb(image):
@@ -1170,7 +1242,14 @@ def save_checkpoint(path, kind, config, model, **state):
     Written under another name first, so that a crash leaves the former file whole.
     """
     temporary = path.with_name(path.name + ".tmp")
-    torch.save(dict(kind=kind, config=asdict(config), weights=model.state_dict(), **state), temporary)
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(dict(kind=kind, config=asdict(config), weights=model.state_dict(), **state), file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"could not write {path} ({str(error).splitlines()[0]}); what was there before is whole") from None
     os.replace(temporary, path)
 
 
@@ -1179,6 +1258,8 @@ def load_checkpoint(path, kind):
     maker = {"dq-vae": "train_vae.py", "dq-transformer": "train_transformer.py"}[kind]
     require(os.path.isfile(path), f"no such file: {path} ({maker} writes it)")
     try:
+        with zipfile.ZipFile(path) as archive:
+            require(archive.testzip() is None, "a checksum is wrong")        # torch.load doesn't look at them
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # runs no code of the file's
     except Exception as error:
         raise UserError(f"{path} is not a checkpoint, or is damaged ({type(error).__name__})") from None
@@ -1273,3 +1354,12 @@ def run(main):
         sys.exit(f"error: {str(error).strip().splitlines()[-1]}")            # a loader process adds lines before ours
     except KeyboardInterrupt:
         sys.exit(130)
+    except RuntimeError as error:
+        says = {"DataLoader worker": "a process that loads images died; with fewer --workers it may have more memory, and --resume goes on",
+                "gloo": "another process of this job is gone; --resume goes on from the last checkpoint",
+                "NCCL": "another process of this job is gone, or its network; --resume goes on from the last checkpoint",
+                "out of memory": "not enough memory on the device; a smaller --batch-size or a larger --accumulate takes less"}
+        known = [line for sign, line in says.items() if sign in str(error)]
+        if not known:
+            raise
+        sys.exit(f"error: {known[0]} ({str(error).strip().splitlines()[0]})")

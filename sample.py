@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
 import dq
@@ -27,7 +27,7 @@ def parse(argv=None):
     add("--cfg", type=float, default=2.0, help="classifier-free guidance; 1: off")
     add("--seed", type=int, default=0, help="of the draws")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    add("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 where the hardware has it")
+    add("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 where the hardware has it; on CPUs only to decode the codes into pixels, since sampling gains nothing from it there")
     add("--out", metavar="FILE", type=Path, help="the grid, of the first 32 images; None: samples.png beside the checkpoint")
     add("--save-dir", metavar="DIR", type=Path, help="also write every image as a PNG of its own here")
     add("--gif", metavar="FILE", type=Path, help="also write how the first image grows, code by code")
@@ -49,8 +49,7 @@ def label_number(label, classes):
 
 def read_grain_map(path, layout):
     """A picture -> grains (1, h, w): its brightness, averaged over each region, cut into K equal steps."""
-    with Image.open(path) as image:
-        grey = dq.to_rgb(ImageOps.exif_transpose(image)).convert("L").resize((layout.side, layout.side), Image.Resampling.BOX)
+    grey = dq.open_image(path).convert("L").resize((layout.side, layout.side), Image.Resampling.BOX)
     grains = np.asarray(grey).astype(np.int64) * layout.n_grains // 256
     return torch.from_numpy(grains)[None]
 
@@ -100,12 +99,13 @@ def main(argv=None):
             folder.mkdir(parents=True, exist_ok=True)
     for path in (out, args.gif):
         dq.require(path is None or path.suffix.lower() in Image.registered_extensions(), f"{path}: no picture format has that ending")
+    bf16 = args.dtype == "bf16" or args.dtype == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     tiles, captions = [], []
     with tqdm(total=args.n, desc="sampling", unit="image", disable=None) as bar:
         for first in range(0, args.n, 16 * args.batch_size):                 # slots run empty at the end of each round only
             y = label[first:first + 16 * args.batch_size].to(device)
             open_pairs = None if given is None else tuple(t.expand(len(y), -1) for t in given)
-            pos, code = dq.generate(model, y, options, args.seed, open_pairs, slots=args.batch_size, first=first)
+            pos, code = dq.generate(model, y, options, args.seed, open_pairs, slots=args.batch_size, first=first, dtype=torch.bfloat16 if bf16 else None)
             codes, grains = layout.unpack(pos, code)
             with autocast(), torch.inference_mode():
                 images = torch.cat([vae.decode(c).float() for c in codes.split(64)])

@@ -2,18 +2,21 @@
 
 The images are encoded once, as they are and mirrored; the loop then trains on codes in memory and
 never touches a pixel. Writes into --out: transformer.pt (checkpoint, with the frozen DQ-VAE inside),
-transformer.jsonl (log), transformer.png (samples, and where their codes are).
+transformer.best.pt (that of the lowest held-out loss), transformer.jsonl (log), transformer.png
+(samples, and where their codes are).
 """
+import itertools
 import math
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import dq
-from train_vae import Log, common_flags, keep_former, open_data, prepare, restore, set_learning_rate, stream, training_state
+from train_vae import Run, common_flags, distribute, open_data, prepare, set_learning_rate
 
 
 def parse(argv=None):
@@ -30,23 +33,11 @@ def parse(argv=None):
     return parser.parse_args(argv), preset
 
 
-class Codes(torch.utils.data.Dataset):
-    """Sequences in memory; i may run past the length, as in every data set here."""
-
-    def __init__(self, *tensors):
-        self.tensors = tensors
-
-    def __len__(self):
-        return len(self.tensors[0])
-
-    def __getitem__(self, i):
-        return tuple(t[i % len(self)] for t in self.tensors)
-
-
 @torch.no_grad()
 def encode(vae, data, device, autocast, workers, mirrored):
     """All images -> pos, code (M, L), label (M,), on the CPU, trimmed to the longest; each image twice if mirrored."""
     layout = dq.Layout(vae.config.size, vae.config.factors).to(device)
+    small = torch.int16 if max(layout.n_positions, vae.config.codebook_size) < 2 ** 15 else torch.int32
     loader = torch.utils.data.DataLoader(data, 64, num_workers=workers)
     pos, code, label = [], [], []
     for x, y in tqdm(loader, desc="encoding", disable=None, leave=False):
@@ -54,7 +45,7 @@ def encode(vae, data, device, autocast, workers, mirrored):
         for view in (x, x.flip(3)) if mirrored else (x,):
             with autocast():
                 p, c = layout.pack(*vae.encode(view))
-            pos, code, label = pos + [p.cpu()], code + [c.cpu()], label + [y]
+            pos, code, label = pos + [p.to(small).cpu()], code + [c.to(small).cpu()], label + [y]
     pos, code, label = torch.cat(pos), torch.cat(code), torch.cat(label)
     longest = lengths(pos, layout).max()
     return pos[:, :longest], code[:, :longest], label
@@ -65,9 +56,25 @@ def lengths(pos, layout):
     return (pos != layout.end).sum(1) + 1
 
 
+def batches(length, batch_size, seed, start=0, window=32):
+    """Endless batches of sequence numbers (batch_size,), from batch number `start` on, with hardly any padding.
+
+    Each epoch has a fresh random order. Of every `window` batches of it the sequences are sorted by length (M,)
+    and dealt out anew, so that like goes with like; these batches then come in random order. Batch
+    number b is a function of (seed, batch size, b) alone, so a resumed run sees what it would have seen.
+    """
+    n, places = len(length), window * batch_size
+    for w in itertools.count(start // window):
+        epoch, place = np.divmod(w * places + np.arange(places), n)
+        index = np.concatenate([np.random.default_rng([seed, e]).permutation(n)[place[epoch == e]] for e in np.unique(epoch)])
+        index = index[np.argsort(length[index], kind="stable")].reshape(window, batch_size)
+        index = np.random.default_rng([seed, w, 1]).permutation(index)
+        yield from torch.from_numpy(index[max(0, start - w * window):])
+
+
 def nats(model, batch, device, autocast):
     """Negative log-likelihoods of a batch: position (B,), content (B,)."""
-    pos, code, label = (t.to(device, non_blocking=True) for t in batch)
+    pos, code, label = (t.to(device, non_blocking=True).long() for t in batch)
     # on CPUs the backward of the written-out attention takes half the time of the fused kernel's
     kernels = [SDPBackend.MATH] if device.type == "cpu" else [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     with autocast(), sdpa_kernel(kernels):
@@ -105,8 +112,7 @@ def draw_samples(path, model, vae, seed, autocast, n=16):
 def main(argv=None):
     args, preset = parse(argv)
     train = preset.train_transformer
-    prepare(args)
-    device, autocast = dq.pick_device(args.device, args.dtype)
+    device, autocast = prepare(args)
     vae = dq.load_vae(args.vae or args.out / "vae.pt", device)
     data = open_data(args.data, vae.config.size, "train", seed=args.seed)
     config = replace(preset.transformer, size=vae.config.size, factors=vae.config.factors, codebook_size=vae.config.codebook_size,
@@ -117,46 +123,43 @@ def main(argv=None):
     matrices, vectors = [[p for p in model.parameters() if (p.dim() > 1) == big] for big in (True, False)]
     optimizer = torch.optim.AdamW([dict(params=matrices, weight_decay=train.weight_decay), dict(params=vectors, weight_decay=0.0)],
                                   lr=args.lr, betas=train.betas, fused=True)
-    path, start = args.out / "transformer.pt", 0
-    if args.resume:
-        start = restore(path, "dq-transformer", config, dict(vae_weights=vae.state_dict()), weights=model, optimizer=optimizer)
+    run = Run(args, "transformer", config, model, dict(optimizer=optimizer), best_by="nats_per_image",
+              extra=dict(vae_config=asdict(vae.config), vae_weights=vae.state_dict()), fixed=("vae_weights",))
     with torch.random.fork_rng():                                            # what follows finds the state just restored
         torch.manual_seed(args.seed)                                         # the random router draws
         held_out = encode(vae, open_data(args.data, config.size, "val"), device, autocast, args.workers, mirrored=False)
         pos, code, label = encode(vae, data, device, autocast, args.workers, mirrored=True)
     if args.uncond:
         label, held_out = torch.full_like(label, -1), (*held_out[:2], torch.full_like(held_out[2], -1))
-    if not args.resume:
-        keep_former(path)
-    batches = stream(Codes(pos, code, label), args.batch_size, args.seed, start)
-    log = Log(args.out / "transformer.jsonl", args.resume)
-    forward = torch.compile(model) if args.compile else model
+    length = lengths(pos, model.layout)
+    codes_per_image = length.float().mean().item() - len(config.factors)
+    forward = distribute(torch.compile(model) if args.compile else model)
+
+    def evaluation():
+        figures = evaluate(model, held_out, device, autocast)
+        draw_samples(args.out / "transformer.png", model, vae, args.seed, autocast)
+        return figures
 
     model.train()
-    bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc="DQ-Transformer", disable=None)
-    for step in bar:
-        batch = next(batches)                                                # pos B, L; code B, L; label B
+    order = batches(length.numpy(), args.batch_size, args.seed, run.start)
+    for step in run.steps():
+        if run.world > 1:
+            torch.manual_seed((args.seed * args.steps + step) * run.world + run.rank)  # every process drops other units
         set_learning_rate([optimizer], step, args, train.warmup)
-        n_codes, bits = int((batch[1] >= 0).sum()), 0.0
         optimizer.zero_grad(set_to_none=True)
-        for pos, code, label in zip(*(tensor.chunk(args.accumulate) for tensor in batch)):
-            longest = lengths(pos, model.layout).max()                       # no wider than this part needs
-            position, content = nats(forward, (pos[:, :longest], code[:, :longest], label), device, autocast)
-            loss = (position + content).sum() / n_codes                      # nats per code of the whole batch
-            loss.backward()
-            bits = bits + loss.detach() / math.log(2)
+        nats_of = dict(position=0.0, content=0.0)
+        for part in next(order).chunk(run.world)[run.rank].chunk(args.accumulate):
+            longest = min(-(-int(length[part].max()) // 8) * 8, pos.shape[1])  # no wider than this part needs; few different widths
+            position, content = nats(forward, (pos[part, :longest], code[part, :longest], label[part]), device, autocast)
+            losses = dict(position=position.sum() * run.world / args.batch_size, content=content.sum() * run.world / args.batch_size)
+            # nats per code; by the mean number of codes, so that every image counts for what it costs
+            ((losses["position"] + losses["content"]) / codes_per_image).backward()
+            nats_of = {name: nats_of[name] + losses[name].detach() for name in losses}
         if args.clip:
             torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
         optimizer.step()
-
-        if step % 10 == 0:
-            log(step, dict(bits_per_code=bits.item(), position_nats=position.mean().item(), content_nats=content.mean().item()), bar)
-        if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
-            log(step + 1, evaluate(model, held_out, device, autocast))
-            draw_samples(args.out / "transformer.png", model, vae, args.seed, autocast)
-            dq.save_checkpoint(path, "dq-transformer", config, model, **training_state(step + 1, optimizer=optimizer),
-                               vae_config=asdict(vae.config), vae_weights=vae.state_dict())
-    print(f"wrote {path}, {path.with_suffix('.png')} and {path.with_suffix('.jsonl')}")
+        bits = (nats_of["position"] + nats_of["content"]) / math.log(2) / codes_per_image
+        run.after(step + 1, dict(bits_per_code=bits, position_nats=nats_of["position"], content_nats=nats_of["content"]), evaluation)
 
 
 if __name__ == "__main__":

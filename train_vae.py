@@ -1,21 +1,29 @@
 """Stage 1: images -> DQ-VAE checkpoint.    python train_vae.py [--data DIR]
 
-Writes into --out: vae.pt (checkpoint), vae.jsonl (log), vae.png (original | reconstruction | grains).
+Writes into --out: vae.pt (checkpoint), vae.best.pt (that of the lowest held-out loss), vae.jsonl (log),
+vae.png (original | reconstruction | grains).
 
 The file: plumbing that both training scripts share; the losses that only training needs (LPIPS,
 discriminator); evaluation; the authors' weights; the training loop.
 """
 import argparse
+import itertools
 import json
 import math
 import os
+import random
+import signal
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.distributed.nn.functional import all_reduce
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import dq
@@ -39,7 +47,7 @@ def common_flags(description, stage, argv):
     add("--data", metavar="DIR", help="folder of images; None: the built-in toy shapes")
     add("--out", metavar="DIR", type=Path, default=Path("out"), help="folder that the run writes")
     add("--steps", type=int, default=train.steps, help="optimiser steps")
-    add("--batch-size", type=int, default=train.batch_size, help="images a step")
+    add("--batch-size", type=int, default=train.batch_size, help="images a step, of all processes together")
     add("--accumulate", metavar="N", type=int, default=train.accumulate, help="work on a batch in N parts, which takes less memory")
     add("--lr", type=float, default=train.lr, help="highest learning rate")
     add("--clip", type=float, default=train.clip, help="largest norm of the gradient; 0: no limit")
@@ -49,20 +57,41 @@ def common_flags(description, stage, argv):
     add("--compile", action="store_true", help="torch.compile the model")
     add("--workers", type=int, default=0, help="processes that load images")
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
-    add("--eval-every", type=int, default=train.eval_every, help="steps between evaluations and checkpoints")
+    add("--eval-every", type=int, default=train.eval_every, help="steps between evaluations")
+    add("--save-every", type=int, default=train.eval_every, help="steps between checkpoints")
     return parser, preset
 
 
 def prepare(args):
-    """Refuse what can't be trained; make the output folder."""
-    for name in ("steps", "batch_size", "accumulate", "eval_every"):
+    """Refuse what can't be trained, join the other processes, make the output folder. -> device, autocast"""
+    for name in ("steps", "batch_size", "accumulate", "eval_every", "save_every"):
         dq.require(getattr(args, name) >= 1, f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
     for name in ("seed", "workers"):
         dq.require(getattr(args, name) >= 0, f"--{name} must be at least 0, not {getattr(args, name)}")
     dq.require(args.lr > 0, f"--lr must be above 0, not {args.lr}")
     dq.require(args.clip >= 0, f"--clip must be at least 0, not {args.clip}")
-    dq.require(args.batch_size % args.accumulate == 0, f"--batch-size {args.batch_size} is not a multiple of --accumulate {args.accumulate}")
+    world, local = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))  # torchrun sets them
+    dq.require(args.batch_size % (args.accumulate * world) == 0,
+               f"--batch-size {args.batch_size} is not a multiple of --accumulate {args.accumulate}" + f" times {world} processes" * (world > 1))
+    if world > 1 and args.device in ("auto", "cuda") and torch.cuda.is_available():
+        there = torch.cuda.device_count()
+        dq.require(local < there, f"this machine has {there} GPU(s), process {local} finds none; lower --nproc_per_node, or --device cpu")
+        args.device = f"cuda:{local}"
+    device, autocast = dq.pick_device(args.device, args.dtype)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     args.out.mkdir(parents=True, exist_ok=True)
+    random.seed(args.seed)                                                   # nothing here draws from these two; what students add may
+    np.random.seed(args.seed % 2 ** 32)
+    return device, autocast
+
+
+def distribute(model):
+    """For the forward pass in training: with it, backward averages the gradients over the processes."""
+    # the buffers (codebook, batch norm) are alike by themselves; where parts are accumulated, each is averaged
+    return DistributedDataParallel(model, broadcast_buffers=False) if dq.processes()[1] > 1 else model
 
 
 def open_data(folder, size, split, augment=False, seed=0):
@@ -72,23 +101,32 @@ def open_data(folder, size, split, augment=False, seed=0):
     return dq.ToyShapes(size, seed=seed) if split == "train" else dq.ToyShapes(size, n=512, seed=seed + 1_000_003)
 
 
-def stream(dataset, batch_size, seed, start=0, workers=0):
+def stream(dataset, batch_size, seed, start=0, workers=0, part=None):
     """Endless batches in a fresh random order every epoch, from batch number `start` on.
 
-    Batch number b is a function of (seed, batch size, b) alone, so a resumed run sees what it would have seen.
+    Batch number b is a function of (seed, batch size, b) alone, so a resumed run sees what it would have
+    seen. part: (number, how many) of the part of each batch that is wanted; None: this process's.
     """
-    class Order(torch.utils.data.Sampler):
-        def __iter__(self):
-            n, place = len(dataset), start * batch_size
-            while True:
-                epoch, skip = divmod(place, n)
-                order = np.random.default_rng([seed, epoch]).permutation(n)[skip:]
-                yield from (epoch * n + int(i) for i in order)
-                place += len(order)
+    def indices():
+        n, place = len(dataset), start * batch_size
+        while True:
+            epoch, skip = divmod(place, n)
+            order = np.random.default_rng([seed, epoch]).permutation(n)[skip:]
+            yield from (epoch * n + int(i) for i in order)
+            place += len(order)
 
-    loader = torch.utils.data.DataLoader(dataset, batch_size, sampler=Order(), num_workers=workers,
-                                         generator=torch.Generator(), pin_memory=torch.cuda.is_available())
-    return iter(loader)
+    def batches():
+        (rank, world), endless = part or dq.processes(), indices()
+        while True:
+            batch = list(itertools.islice(endless, batch_size))
+            yield batch[rank * batch_size // world:(rank + 1) * batch_size // world]
+
+    return iter(torch.utils.data.DataLoader(dataset, batch_sampler=batches(), num_workers=workers, worker_init_fn=leave_signals_to_the_parent,
+                                            generator=torch.Generator(), pin_memory=torch.cuda.is_available()))
+
+
+def leave_signals_to_the_parent(worker):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)                             # Ctrl-C reaches them too
 
 
 def learning_rate(step, args, warmup):
@@ -104,58 +142,167 @@ def set_learning_rate(optimizers, step, args, warmup):
             group["lr"] = learning_rate(step, args, warmup)
 
 
-def training_state(step, **parts):
-    """What a checkpoint holds besides the model, for an exact resume. parts: whatever has a state_dict."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return dict(step=step, rng=torch.get_rng_state(), cuda_rng=cuda, **{name: part.state_dict() for name, part in parts.items()})
-
-
-def restore(path, kind, config, fixed, **parts):
-    """Load a checkpoint in order to go on with the command that wrote it. -> number of steps that are done
-
-    fixed: state dicts that must be in the checkpoint as they are; parts: what the run goes on with.
-    """
-    checkpoint = dq.load_checkpoint(path, kind)
-    dq.require(checkpoint.get("config") == asdict(config) and parts.keys() <= checkpoint.keys(),
-               f"{path} has other settings than this command; give the same flags, or leave --resume out")
-    for key, now in fixed.items():
-        then = checkpoint[key]
-        dq.require(then.keys() == now.keys() and all(torch.equal(then[name], tensor.cpu()) for name, tensor in now.items()),
-                   f"{path} was trained on the codes of another DQ-VAE; leave --resume out")
-    for name, part in parts.items():
-        part.load_state_dict(checkpoint[name])
-    torch.set_rng_state(checkpoint["rng"])
-    if checkpoint["cuda_rng"] and torch.cuda.is_available():
-        for device, state in zip(range(torch.cuda.device_count()), checkpoint["cuda_rng"]):
-            torch.cuda.set_rng_state(state, device)
-    return checkpoint["step"]
-
-
-def keep_former(path):
-    """A run that starts anew in a folder that holds one doesn't destroy its checkpoint."""
-    if path.exists():
-        former = path.with_suffix(".former.pt")
-        os.replace(path, former)
-        print(f"{path} of a former run is now {former} (--resume would have gone on with it)")
-
-
 def readable(values):
     return {name: f"{value:.3f}" if isinstance(value, float) else f"{value}" for name, value in values.items()}
 
 
-class Log:
-    """Shows values on the terminal and appends them to a file, one JSON object a line."""
+class Run:
+    """What goes on around the steps of a training: log, checkpoints, signals, a look at the numbers.
 
-    def __init__(self, path, resume):
-        self.file = open(path, "a" if resume else "w", buffering=1)
+    stem: "vae" or "transformer"; parts: what must be saved besides the model for an exact resume,
+    things with a state_dict; extra: what else a checkpoint shall hold, of which those named in
+    `fixed` must be the same in a run that goes on; best_by: the held-out figure that the best
+    checkpoint has lowest. All processes take part; process 0 evaluates and writes.
+    """
 
-    def __call__(self, step, values, bar=None):
-        self.file.write(json.dumps(dict(step=step) | {k: round(v, 5) if isinstance(v, float) else v for k, v in values.items()}) + "\n")
-        text = readable(values)
-        if bar is not None:
-            bar.set_postfix(text, refresh=False)
+    def __init__(self, args, stem, config, model, parts, best_by, extra=None, fixed=()):
+        self.args, self.kind, self.config, self.model, self.parts, self.best_by, self.extra = args, f"dq-{stem}", config, model, parts, best_by, extra or {}
+        self.path, self.log_path = args.out / f"{stem}.pt", args.out / f"{stem}.jsonl"
+        self.rank, self.world = dq.processes()
+        self.start, self.saved, self.best, self.signal, self.recent = 0, None, math.inf, 0, []
+        if args.resume:
+            self.restore(fixed)
+        self.handlers = {each: signal.signal(each, self.asked_to_stop) for each in (signal.SIGINT, signal.SIGTERM)}
+
+    def asked_to_stop(self, number, frame):
+        self.signal = number
+        self.release_signals()                                               # the second time takes effect at once
+
+    def release_signals(self):
+        for each, handler in self.handlers.items():
+            signal.signal(each, handler)
+
+    def restore(self, fixed):
+        """Load a checkpoint, to go on with the command that wrote it."""
+        checkpoint = dq.load_checkpoint(self.path, self.kind)
+        dq.require(checkpoint.get("config") == asdict(self.config) and {"step", "best", "rng", *self.parts, *self.extra} <= checkpoint.keys(),
+                   f"{self.path} has other settings than this command; give the same flags, or leave --resume out")
+        for key in fixed:
+            then, now = checkpoint[key], self.extra[key]
+            dq.require(then.keys() == now.keys() and all(torch.equal(then[name], tensor.cpu()) for name, tensor in now.items()),
+                       f"{self.path} was trained on the codes of another DQ-VAE; leave --resume out")
+        try:
+            for name, part in dict(weights=self.model, **self.parts).items():
+                part.load_state_dict(checkpoint[name])
+            rng = checkpoint["rng"]
+            random.setstate(rng["python"])
+            name, keys, *rest = rng["numpy"]
+            np.random.set_state((name, np.array(keys, np.uint32), *rest))
+            torch.set_rng_state(rng["torch"])
+            for device, state in zip(range(torch.cuda.device_count()), rng["cuda"]):
+                torch.cuda.set_rng_state(state, device)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise dq.UserError(f"{self.path} is damaged or of another version ({str(error).splitlines()[0]})") from None
+        self.start = self.saved = checkpoint["step"]
+        self.best = checkpoint["best"]
+
+    def save(self, done):
+        name, keys, *rest = np.random.get_state()
+        rng = dict(python=random.getstate(), numpy=(name, keys.tolist(), *rest), torch=torch.get_rng_state(),
+                   cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
+        self.refuse_nan(done)
+        dq.require(all(tensor.isfinite().all() for tensor in self.model.state_dict().values() if tensor.is_floating_point()),
+                   f"step {done}: a weight is not finite; {self.last_good()}")
+        if self.rank == 0:
+            dq.save_checkpoint(self.path, self.kind, self.config, self.model, step=done, best=self.best, rng=rng, **self.extra,
+                               **{name: part.state_dict() for name, part in self.parts.items()})
+        self.saved = done
+
+    def last_good(self):
+        return f"the last good checkpoint is that of step {self.saved}, {self.path}" if self.saved else "there is no checkpoint yet"
+
+    def keep_former(self):
+        """A run that starts anew in a folder that holds one moves the former one's files into a folder of their own."""
+        stem = self.path.stem
+        if self.path.exists():
+            former = next(folder for i in itertools.count(1) if not any((folder := self.args.out / f"former-{i}").glob(f"{stem}.*")))
+            former.mkdir(exist_ok=True)
+            for file in self.args.out.glob(f"{stem}.*"):
+                os.replace(file, former / file.name)
+            print(f"{self.path} and what belongs to it, of a former run, are now in {former} (--resume would have gone on with it)")
+
+    def steps(self):
+        """The numbers of the steps that are to be done, with a progress bar."""
+        if self.rank == 0:
+            if not self.args.resume:
+                self.keep_former()
+            former = read_log(self.log_path) if self.args.resume else []
+            self.log_file = open(self.log_path, "w", buffering=1)
+            for line in former:
+                if line["step"] <= self.start:                               # what came later is about to be done again
+                    self.log_file.write(json.dumps(line) + "\n")
+        self.bar = tqdm(range(self.start, self.args.steps), initial=self.start, total=self.args.steps,
+                        desc={"dq-vae": "DQ-VAE", "dq-transformer": "DQ-Transformer"}[self.kind], disable=None if self.rank == 0 else True)
+        try:
+            yield from self.bar
+        finally:
+            self.release_signals()
+        if self.rank == 0:
+            print(f"wrote {self.path}, {self.path.with_suffix('.png')} and {self.log_path}")
+        if self.world > 1:
+            dist.destroy_process_group()
+
+    def log(self, done, values):
+        """On the terminal and, as one JSON object a line, in the file."""
+        self.log_file.write(json.dumps(dict(step=done) | {k: round(v, 5) if isinstance(v, float) else v for k, v in values.items()}) + "\n")
+        if "psnr" in values or "nats_per_image" in values:                   # held-out figures
+            tqdm.write(f"step {done}: " + ", ".join(f"{k} {v}" for k, v in readable(values).items()))
         else:
-            tqdm.write(f"step {step}: " + ", ".join(f"{k} {v}" for k, v in text.items()))
+            self.bar.set_postfix(readable(values), refresh=False)
+
+    def after(self, done, terms, evaluate):
+        """Call after each step. terms: the loss and its terms, scalars on the device; evaluate() -> held-out figures"""
+        args = self.args
+        self.recent.append((done, list(terms), torch.stack([term.detach().float() for term in terms.values()])))
+        if done % 10 == 0:                                                   # the device is asked for values every tenth step only
+            values = self.refuse_nan(done)
+            if self.rank == 0:
+                self.log(done, dict(zip(terms, values)))
+        if done % args.eval_every == 0 or done == args.steps:
+            self.refuse_nan(done)
+            with torch.random.fork_rng():                                    # how often it is done doesn't change the training
+                if self.rank == 0:
+                    figures = evaluate()
+                    self.log(done, figures)
+                    if figures[self.best_by] < self.best:
+                        self.best = figures[self.best_by]
+                        dq.save_checkpoint(self.path.with_suffix(".best.pt"), self.kind, self.config, self.model, step=done, best=self.best, **self.extra)
+        leave = self.signal
+        if self.world > 1:                                                   # all leave together, or the rest would wait for ever
+            leave = signal.SIGTERM if done % 10 == 0 and total_flag(self.signal, self.model) else 0
+        if done % args.save_every == 0 or done == args.steps or leave:
+            self.save(done)
+        if leave and done < args.steps:
+            self.bar.close()
+            if self.rank == 0:
+                print(f"stopped by {signal.Signals(leave).name} after step {done}, saved in {self.path}; the same command with --resume goes on")
+            sys.exit(128 + leave)
+
+    def refuse_nan(self, done):
+        """Look at the terms since the last look. -> the newest ones, mean over the processes"""
+        newest = []
+        for step, names, values in self.recent:
+            newest = (dq.total(values) / self.world).tolist()
+            bad = [name for name, value in zip(names, newest) if not math.isfinite(value)]
+            dq.require(not bad, f"step {step}: not finite in the loss: {', '.join(bad)}; {self.last_good()}; a lower --lr may help")
+        self.recent.clear()
+        return newest
+
+
+def total_flag(flag, model):
+    """Whether any process has set its flag."""
+    return dq.total(torch.tensor(float(flag), device=next(model.parameters()).device)).item() > 0
+
+
+def read_log(path):
+    """The lines of a log as dicts, without one that was cut short."""
+    lines = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            pass
+    return lines
 
 
 # ------------------------------------------------------------------------------------------------
@@ -220,6 +367,24 @@ class Perceptual(nn.Module):
         return sum((w * (a - b).square()).sum(1).mean(dim=(1, 2)) for a, b, w in pairs)  # B
 
 
+class BatchNorm(nn.BatchNorm2d):
+    """Over the batches of all processes (torch's SyncBatchNorm is for GPUs only)."""
+
+    def forward(self, x):
+        world = dq.processes()[1]
+        if world == 1 or not self.training:
+            return super().forward(x)
+        sums = torch.stack([x.float().mean(dim=(0, 2, 3)), x.float().square().mean(dim=(0, 2, 3))])  # 2, C
+        mean, square = all_reduce(sums) / world                              # with a gradient to all processes
+        var, n = square - mean ** 2, world * x.numel() / x.shape[1]
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * n / (n - 1), self.momentum)
+            self.num_batches_tracked += 1
+        scale = self.weight * (var + self.eps).rsqrt()
+        return (x * scale[:, None, None] + (self.bias - mean * scale)[:, None, None]).to(x.dtype)  # B, C, H, W
+
+
 class Discriminator(nn.Module):
     """PatchGAN (Isola et al. 2017): (B, 3, S, S) -> a logit for each overlapping patch, high for real."""
 
@@ -228,7 +393,7 @@ class Discriminator(nn.Module):
         blocks = [nn.Conv2d(3, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         for i in range(1, layers + 1):
             c_in, c_out, stride = width * min(2 ** (i - 1), 8), width * min(2 ** i, 8), 2 if i < layers else 1
-            blocks += [nn.Conv2d(c_in, c_out, 4, stride, padding=1, bias=False), nn.BatchNorm2d(c_out), nn.LeakyReLU(0.2)]
+            blocks += [nn.Conv2d(c_in, c_out, 4, stride, padding=1, bias=False), BatchNorm(c_out), nn.LeakyReLU(0.2)]
         self.blocks = nn.Sequential(*blocks, nn.Conv2d(c_out, 1, 4, padding=1))
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -251,7 +416,7 @@ def adaptive_weight(y, last, pull, push, cap=0.75):
     (Esser et al., "Taming Transformers", 2021, equation 7.) y: reconstruction; last: weight of the
     last convolution; pull, push: the gradients of the two losses at y. At most `cap`.
     """
-    a, b = (torch.autograd.grad(y, last, gradient, retain_graph=True)[0].norm() for gradient in (pull, push))
+    a, b = (dq.total(torch.autograd.grad(y, last, gradient, retain_graph=True)[0]).norm() / dq.processes()[1] for gradient in (pull, push))
     return (a / (b + 1e-4)).clamp(max=cap)
 
 
@@ -340,6 +505,7 @@ def evaluate(model, images, detailed, autocast, perceptual=None, batch_size=64):
         psnr=(10 * torch.log10(4 / (y - images).square().mean(dim=(1, 2, 3)))).mean().item(),
         ssim=torch.cat([ssim(a, b) for a, b in zip(y.split(batch_size), images.split(batch_size))]).mean().item(),
         l1=(y - images).abs().mean().item(),
+        l2=(y - images).square().mean().item(),
         codes_per_image=n_codes,
         bits_per_pixel=bits / config.size ** 2,
         share=[round(s, 4) for s in share.tolist()],
@@ -486,6 +652,7 @@ def authors_names(theirs, K):
     ours["codebook.codes"] = theirs["quantize.codebook.weight"][:-1]         # the last row is padding
     ours["codebook.uses"] = theirs["quantize.codebook.cluster_size_ema"]
     ours["codebook.sums"] = theirs["quantize.codebook.embed_ema"]
+    ours["codebook.age"] = torch.tensor(1e6)                                 # many
     return ours
 
 
@@ -496,7 +663,7 @@ def import_authors(args, device, autocast):
     print(f"{args.import_authors}: {config.size} x {config.size} pixels, factors {config.factors}, {config.router} router, "
           f"{config.codebook_size} codes of {config.code_dim} dimensions, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
     path = args.out / "vae.pt"
-    keep_former(path)
+    dq.require(not path.exists(), f"{path} exists; choose another folder with --out")
     dq.save_checkpoint(path, "dq-vae", config, model)
     print(f"wrote {path}")
     if args.data:
@@ -542,10 +709,9 @@ def held_out_images(folder, config, device):
 
 def main(argv=None):
     args, preset = parse(argv)
-    prepare(args)
     for name in ("budget_weight", "perceptual_weight", "gan_weight", "gan_start"):
         dq.require(getattr(args, name) >= 0, f"--{name.replace('_', '-')} must be at least 0, not {getattr(args, name)}")
-    device, autocast = dq.pick_device(args.device, args.dtype)
+    device, autocast = prepare(args)
     if args.import_authors:
         return import_authors(args, device, autocast)
     ratios = args.ratios or (preset.vae.ratios if len(args.factors) == len(preset.vae.factors) else [1 / len(args.factors)] * len(args.factors))
@@ -563,28 +729,29 @@ def main(argv=None):
     layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
     model = dq.DQVAE(config).to(device, memory_format=layout)
     if config.router == "entropy":
-        sample = stream(data, args.batch_size, args.seed)
+        sample = stream(data, args.batch_size, args.seed, part=(0, 1))
         model.router.calibrate(next(sample)[0].to(device) for _ in range(max(1, 2048 // args.batch_size)))
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, betas=train.betas)
-    parts, optimizers = dict(optimizer=optimizer), [optimizer]              # parts: what a checkpoint holds besides the model
+    parts, optimizers = dict(optimizer=optimizer), [optimizer]
     if args.gan_weight:
         critic = Discriminator().to(device, memory_format=layout)
         critic_optimizer = torch.optim.Adam(critic.parameters(), lr=args.lr, betas=train.betas)
         parts |= dict(critic=critic, critic_optimizer=critic_optimizer)
         optimizers.append(critic_optimizer)
-    path, start = args.out / "vae.pt", 0
-    if args.resume:
-        start = restore(path, "dq-vae", config, {}, weights=model, **parts)
-    else:
-        keep_former(path)
-    batches = stream(data, args.batch_size, args.seed, start, args.workers)
-    log = Log(args.out / "vae.jsonl", args.resume)
-    forward = torch.compile(model) if args.compile else model
+        judge = distribute(critic)
+    run = Run(args, "vae", config, model, parts, best_by="loss")
+    batches = stream(data, args.batch_size, args.seed, run.start, args.workers)
+    forward = distribute(torch.compile(model) if args.compile else model)
     last = model.decoder.out[-1].weight
 
+    def held_out():
+        figures, y, grains = evaluate(model, images, detailed, autocast, perceptual)
+        show(args.out / "vae.png", images, y, grains, config.factors)
+        loss = figures["l1"] + train.l2_weight * figures["l2"] + args.perceptual_weight * figures.get("lpips", 0.0)
+        return figures | dict(loss=loss)
+
     model.train()
-    bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc="DQ-VAE", disable=None)
-    for step in bar:
+    for step in run.steps():
         batch = next(batches)[0].to(device, memory_format=layout, non_blocking=True)  # B, 3, S, S
         set_learning_rate(optimizers, step, args, train.warmup)
         adversarial = args.gan_weight > 0 and step >= args.gan_start
@@ -596,11 +763,11 @@ def main(argv=None):
             y = out.reconstruction.float()
             l1, l2 = (y - x).abs().mean(), (y - x).square().mean()
             budget = dq.budget_loss(out.gate, config.ratios)
-            loss, figures, gan = l1 + train.l2_weight * l2, dict(l1=l1, budget=budget, commitment=out.commitment), None
+            loss, terms, gan = l1 + train.l2_weight * l2, dict(l1=l1, budget=budget, commitment=out.commitment), None
             if perceptual:
                 with autocast():
-                    figures["lpips"] = perceptual(x, y).mean()
-                loss = loss + args.perceptual_weight * figures["lpips"]
+                    terms["lpips"] = perceptual(x, y).mean()
+                loss = loss + args.perceptual_weight * terms["lpips"]
             if adversarial:
                 with autocast():
                     gan = -critic(y).mean()
@@ -608,22 +775,14 @@ def main(argv=None):
             weight = backward(y, last, loss, gan, other, args.gan_weight, 1 / args.accumulate)
             if adversarial:                                                  # the same y, seen from the other side
                 with autocast():
-                    critic_loss = hinge_loss(critic(x), critic(y.detach()))
+                    critic_loss = hinge_loss(judge(x), judge(y.detach()))
                 (critic_loss / args.accumulate).backward()
-                figures |= dict(gan=gan, gan_weight=weight, critic=critic_loss)
+                terms |= dict(gan=gan, gan_weight=weight, critic=critic_loss)
         if args.clip:
             nn.utils.clip_grad_norm_(model.parameters(), args.clip)
         for each in optimizers[:1 + adversarial]:
             each.step()
-
-        if step % 10 == 0:
-            log(step, {name: value.item() for name, value in (dict(loss=loss + other) | figures).items()}, bar)
-        if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
-            figures, y, grains = evaluate(model, images, detailed, autocast, perceptual)
-            log(step + 1, figures)
-            show(args.out / "vae.png", images, y, grains, config.factors)
-            dq.save_checkpoint(path, "dq-vae", config, model, **training_state(step + 1, **parts))
-    print(f"wrote {path}, {path.with_suffix('.png')} and {path.with_suffix('.jsonl')}")
+        run.after(step + 1, dict(loss=loss + other) | terms, held_out)
 
 
 if __name__ == "__main__":

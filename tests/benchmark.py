@@ -1,4 +1,4 @@
-"""Speed, as ratios measured in one run.    python tests/benchmark.py sampling | stage1
+"""Speed, as ratios measured in one run.    python tests/benchmark.py sampling | stage1 | stage2
 
 sampling the fused loop against a loop that runs the model on the whole sequence so far at every step: 2 + 6 layers,
          width 256, 8 heads, 512 codes, half of the regions fine; the naive loop is timed at every 16th step, on
@@ -6,8 +6,14 @@ sampling the fused loop against a loop that runs the model on the whole sequence
 
 stage1   one training step of the paper's DQ-VAE (dual, 256 x 256, batch 2, autoencoder and codebook losses):
          ours in bf16, ours in fp32, and the same network in its plain textbook form in fp32
+
+stage2   steps of the toy preset's DQ-Transformer on tilings as the toy data has them, tokens a second without
+         padding: ours (like lengths together, bf16 where --dtype says so, the kernels that the trainer picks) and the
+         straightforward loop (random batches padded to the longest sequence, fp32, torch's defaults)
 """
 import argparse
+import contextlib
+import itertools
 import os
 import platform
 import statistics
@@ -20,6 +26,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import dq  # noqa: E402
+import train_transformer  # noqa: E402
 
 
 def hardware(device):
@@ -81,7 +88,7 @@ def sampling(args):
             for t in range(0, steps, 16):
                 def step():
                     position, content = model.logits(pos[:, :t + 1], code[:, :t + 1])
-                    noise = dq.gumbel_noise(1, torch.arange(B, device=device), torch.full((B,), t, device=device), layout.n_positions + 512)
+                    noise = dq.gumbel_noise(dq.image_keys(1, torch.arange(B, device=device)), torch.full((B,), t, device=device), layout.n_positions + 512)
                     return (position[:, t] + noise[:, :layout.n_positions]).argmax(-1), (content[:, t] + noise[:, layout.n_positions:]).argmax(-1)
                 _, drawn = step()
                 there = code[:, t] >= 0
@@ -124,8 +131,10 @@ class TextbookCodebook(dq.Codebook):
     @torch.no_grad()
     def update(self, z, weight, ids):
         chosen = F.one_hot(ids, len(self.codes)).float() * weight[:, None]   # B H W, V
-        self.uses.mul_(self.decay).add_(chosen.sum(0), alpha=1 - self.decay)
-        self.sums.mul_(self.decay).add_(chosen.t() @ z, alpha=1 - self.decay)
+        self.age += 1
+        decay = torch.minimum(self.age / (9 + self.age), torch.tensor(self.decay, device=z.device))
+        self.uses.copy_(decay * self.uses + (1 - decay) * chosen.sum(0))
+        self.sums.copy_(decay * self.sums + (1 - decay) * (chosen.t() @ z))
         self.codes.copy_(self.sums / self.uses[:, None].clamp(min=1e-6))
 
 
@@ -186,9 +195,59 @@ def stage1(args):
     print(f"fp32 / bf16: {ratio(seconds, 'fp32', 'bf16'):.2f}")
 
 
+# ------------------------------------------------------------------------------------------------
+# stage2
+
+
+def stage2(args):
+    device, preset, n_steps = torch.device(args.device), dq.PRESETS["toy"], 20
+    toy, config, B = dq.ToyShapes(), preset.transformer, preset.train_transformer.batch_size
+    layout = dq.Layout(config.size, config.factors)
+    grains = torch.stack([F.avg_pool2d(toy.detail_mask(i)[None].float(), config.factors[0])[0] > 0.1 for i in range(2048)]).long()  # M, h, w
+    torch.manual_seed(0)
+    codes = torch.randint(config.codebook_size, (len(grains), layout.side, layout.side))  # one for a region is enough here
+    pos, code = layout.pack(dq.upsample(codes[:, None].float(), layout.fine_side)[:, 0].long(), grains)
+    length, label = train_transformer.lengths(pos, layout), torch.full((len(pos),), -1)
+    pos, code = pos[:, :length.max()], code[:, :length.max()]
+
+    def make(ours):
+        torch.manual_seed(0)
+        model = dq.DQTransformer(config).to(device)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=ours or None)
+        order = train_transformer.batches(length.numpy(), B, seed=0) if ours else (torch.randint(len(pos), (B,)) for _ in itertools.count())
+        tokens = []
+
+        def step(part, width):
+            batch = pos[part, :width].to(device), code[part, :width].to(device), label[part].to(device)
+            if ours:
+                with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype != "fp32"):
+                    position, content = train_transformer.nats(model, batch, device, contextlib.nullcontext)
+            else:
+                position, content = model(*batch).values()
+            optimizer.zero_grad(set_to_none=True)
+            (position + content).mean().backward()
+            optimizer.step()
+
+        def loop():
+            tokens.append(0)
+            for _ in range(n_steps):
+                part = next(order)
+                step(part, min(-(-int(length[part].max()) // 8) * 8, pos.shape[1]) if ours else pos.shape[1])
+                tokens[-1] += int(length[part].sum())
+        return loop, tokens
+
+    (ours, our_tokens), (plain, plain_tokens) = make(True), make(False)
+    seconds = compare(device, args.rounds, ours=ours, plain=plain)
+    rate = {name: [t / s for t, s in zip(tokens[1:], seconds[name])] for name, tokens in (("ours", our_tokens), ("plain", plain_tokens))}
+    print(f"Stage 2, toy preset, batch {B}, sequences of {length.min()} to {length.max()} pairs (mean {length.float().mean():.1f}); {hardware(device)}; medians of {args.rounds} rounds of {n_steps} steps")
+    for name, says in (("plain", "padded, fp32"), ("ours", f"ours, {args.dtype}")):
+        print(f"{says:20}{statistics.median(rate[name]):10.0f} tokens/s")
+    print(f"ours / padded: {statistics.median(a / b for a, b in zip(rate['ours'], rate['plain'])):.2f}")
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["sampling", "stage1"])
+    parser.add_argument("what", choices=["sampling", "stage1", "stage2"])
     add = parser.add_argument
     add("--rounds", type=int, default=5)
     add("--batch-size", type=int, default=2, help="stage1")
@@ -197,7 +256,7 @@ if __name__ == "__main__":
     add("--width", type=int, default=256, help="sampling")
     add("--position-layers", type=int, default=2, help="sampling")
     add("--content-layers", type=int, default=6, help="sampling")
-    add("--dtype", choices=["fp32", "bf16"], default="fp32", help="sampling")
+    add("--dtype", choices=["fp32", "bf16"], default="fp32", help="sampling, stage2")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     globals()[args.what](args)

@@ -1,4 +1,6 @@
+"""What several test files need: a device, a folder of images, a run of both stages, a way to call a script."""
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -7,14 +9,44 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+import dq  # noqa: E402
+
 torch.backends.cudnn.allow_tf32 = False                                    # comparisons are in float32
+DEVICE = os.environ.get("DQ_TEST_DEVICE", "cpu")
+VAE = ["--size", "16", "--codebook-size", "16", "--batch-size", "4", "--device", DEVICE]
+TRANSFORMER = ["--width", "32", "--heads", "2", "--position-layers", "1", "--content-layers", "1", "--batch-size", "4", "--device", DEVICE]
 
 
 @pytest.fixture
 def device():
-    return torch.device(os.environ.get("DQ_TEST_DEVICE", "cpu"))
+    return torch.device(DEVICE)
 
 
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+def script(name, *args, cwd=None):
+    return subprocess.run([sys.executable, str(ROOT / name), *map(str, args)], capture_output=True, text=True, cwd=cwd)
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory):
+    """A folder of toy images in one sub-folder per class."""
+    root, toy = tmp_path_factory.mktemp("images"), dq.ToyShapes(24, n=48)
+    for i in range(48):
+        x, y = toy[i]
+        (root / toy.classes[y]).mkdir(exist_ok=True)
+        dq.to_picture(x, 0).save(root / toy.classes[y] / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def run(images, tmp_path_factory):
+    """Both stages, trained for a few steps as a user would."""
+    out = tmp_path_factory.mktemp("run")
+    for name, flags in (("train_vae.py", VAE), ("train_transformer.py", TRANSFORMER)):
+        done = script(name, "--data", images, "--out", out, "--steps", 6, "--eval-every", 3, *flags)
+        assert done.returncode == 0, done.stderr
+    return out

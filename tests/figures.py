@@ -75,7 +75,7 @@ def rate_distortion(out, flags, jobs, factors):
             rows[f"{router}-{budget}"] = ["--factors", *factors, "--router", router, "--ratios", f"{1 - budget:.1f}", budget]
 
     def train(name):
-        if not (out / name / "vae.png").exists():                            # written last of all but the checkpoint
+        if not (out / name / "vae.pt").exists():                             # written last
             subprocess.run([sys.executable, ROOT / "train_vae.py", "--out", out / name, *map(str, rows[name]), *flags], check=True)
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(train, rows))

@@ -1,0 +1,451 @@
+"""Training that is stopped, killed, spread over processes, fed with broken files: nothing is lost, nobody reads a traceback."""
+import math
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import dq
+import sample
+import train_transformer
+import train_vae
+from conftest import DEVICE, ROOT, TRANSFORMER, VAE, script
+
+CRITIC = ["--size", "24", "--gan-weight", "0.5", "--gan-start", "4"]
+STAGES = {"vae": (train_vae, VAE), "vae with a discriminator": (train_vae, VAE + CRITIC), "transformer": (train_transformer, TRANSFORMER)}
+
+
+def same(a, b, path="checkpoint", **tolerance):
+    """Nested dicts, lists and tensors: equal, or close where a tolerance is given."""
+    if torch.is_tensor(a):
+        assert a.shape == b.shape, path
+        if tolerance:
+            torch.testing.assert_close(a, b, **tolerance, msg=lambda text: f"{path}: {text}")
+        else:
+            assert torch.equal(a, b), path
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            same(a[key], b[key], f"{path}.{key}", **tolerance)
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), path
+        for i, (x, y) in enumerate(zip(a, b)):
+            same(x, y, f"{path}[{i}]", **tolerance)
+    else:
+        assert a == b or (tolerance and a == pytest.approx(b, rel=1e-3)), (path, a, b)
+
+
+def load(folder, stem):
+    return dq.load_checkpoint(folder / f"{stem}.pt", f"dq-{stem}")
+
+
+def call(main, *args):
+    """A script's main as the shell calls it. -> the line that it ends with, or None"""
+    try:
+        dq.run(lambda: main(list(map(str, args))))
+    except SystemExit as end:
+        return end.code
+
+
+class Killed(Exception):
+    pass
+
+
+# ------------------------------------------------------------------------------------------------
+# Going on
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_ten_steps_killed_and_ten_more_are_twenty_steps(stage, run, images, tmp_path, monkeypatch):
+    module, flags = STAGES[stage]
+    stem = stage.split()[0]
+    if stem == "transformer":
+        flags = flags + ["--vae", str(run / "vae.pt"), "--dropout", "0.1"]
+
+    def train(out, *more):
+        module.main(["--data", str(images), "--out", str(tmp_path / out), "--steps", "20", "--eval-every", "5", "--save-every", "10", *flags, *more])
+
+    train("whole")
+    save = dq.save_checkpoint
+
+    def save_and_die(path, *args, **kwargs):
+        save(path, *args, **kwargs)
+        if path.name == f"{stem}.pt":
+            raise Killed
+    monkeypatch.setattr(dq, "save_checkpoint", save_and_die)
+    with pytest.raises(Killed):
+        train("halves")
+    monkeypatch.setattr(dq, "save_checkpoint", save)
+    halves = tmp_path / "halves"
+    assert load(halves, stem)["step"] == 10
+    with open(halves / f"{stem}.jsonl", "a") as log:                         # steps that were done after the checkpoint, and a torn line
+        log.write('{"step": 11, "loss": 3}\n{"step": 12, "lo')
+    for module_with_state in (random, np.random):                            # the world moves on meanwhile
+        module_with_state.seed(99)
+    torch.manual_seed(99)
+    train("halves", "--resume")
+    for name in (stem, f"{stem}.best"):
+        same(dq.load_checkpoint(tmp_path / "whole" / f"{name}.pt", f"dq-{stem}"), dq.load_checkpoint(halves / f"{name}.pt", f"dq-{stem}"))
+    assert (tmp_path / "whole" / f"{stem}.jsonl").read_text() == (halves / f"{stem}.jsonl").read_text()
+
+
+def test_the_checkpoint_holds_all_random_states(run):
+    rng = load(run, "vae")["rng"]
+    assert rng.keys() == {"python", "numpy", "torch", "cuda"}
+
+
+def test_evaluating_more_often_changes_nothing(images, tmp_path):
+    for every in ("1", "4"):
+        train_vae.main(["--data", str(images), "--out", str(tmp_path / every), "--steps", "4", "--router", "random", *VAE, "--eval-every", every])
+    same(load(tmp_path / "1", "vae")["weights"], load(tmp_path / "4", "vae")["weights"])
+
+
+def test_the_best_checkpoint_is_that_of_the_lowest_held_out_loss(run):
+    for stem, key in (("vae", "loss"), ("transformer", "nats_per_image")):
+        held_out = [line for line in train_vae.read_log(run / f"{stem}.jsonl") if "psnr" in line or "nats_per_image" in line]
+        best = min(held_out, key=lambda line: line[key])
+        checkpoint = dq.load_checkpoint(run / f"{stem}.best.pt", f"dq-{stem}")
+        assert checkpoint["step"] == best["step"] and checkpoint["best"] == pytest.approx(best[key], abs=1e-4)
+    dq.load_transformer(run / "transformer.best.pt", "cpu")                  # it can be sampled from
+
+
+def test_a_run_that_starts_anew_moves_the_former_one_aside(images, tmp_path, capsys):
+    for steps in (1, 2, 3):
+        train_vae.main(["--data", str(images), "--out", str(tmp_path), "--steps", str(steps), *VAE])
+    assert [load(tmp_path / name, "vae")["step"] for name in ("former-1", "former-2", ".")] == [1, 2, 3]
+    for name in ("vae.pt", "vae.best.pt", "vae.jsonl", "vae.png"):
+        assert (tmp_path / "former-1" / name).exists() and (tmp_path / name).exists()
+    assert "former-2" in capsys.readouterr().out
+
+
+def start(stage, images, out, steps, *more, vae=None, **kwargs):
+    """A script in a process of its own."""
+    flags = [*VAE] if stage == "vae" else [*TRANSFORMER, "--vae", vae]
+    command = [sys.executable, ROOT / f"train_{stage}.py", "--data", images, "--out", out, "--steps", steps, *flags, *more]
+    return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
+
+
+def wait_for(condition, process, seconds=120):
+    end = time.time() + seconds
+    while not condition():
+        assert process.poll() is None and time.time() < end, process.communicate()
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("stage, number", [("vae", signal.SIGINT), ("transformer", signal.SIGTERM)])
+def test_a_signal_ends_the_run_after_a_whole_step(stage, number, run, images, tmp_path):
+    workers = ["--workers", 1] if stage == "vae" else []
+    process = start(stage, images, tmp_path, 100_000, "--eval-every", 100_000, *workers, vae=run / "vae.pt")
+    log = tmp_path / f"{stage}.jsonl"
+    wait_for(lambda: log.exists() and log.stat().st_size, process)
+    process.send_signal(number)
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, error
+    step = load(tmp_path, stage)["step"]
+    assert step >= 10 and f"stopped by {number.name} after step {step}" in out and "--resume goes on" in out and "Traceback" not in error
+
+
+KILLS = int(os.environ.get("DQ_KILLS", 2))
+
+
+def test_kill_9_at_random_moments(images, tmp_path):
+    """DQ_KILLS=20 makes it 20 runs."""
+    steps, flags = 12, ["--save-every", 2, "--eval-every", 6]
+    whole = start("vae", images, tmp_path / "whole", steps, *flags)
+    before = time.time()
+    assert whole.wait() == 0
+    seconds, chance = time.time() - before, random.Random(0)
+    for i in range(KILLS):
+        out, deaths = tmp_path / str(i), 0
+        while True:
+            resume = ["--resume"] if (out / "vae.pt").exists() else []
+            process = start("vae", images, out, steps, *flags, *resume)
+            try:
+                process.wait(chance.uniform(0.3, 1.0) * seconds if deaths < 2 else None)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                deaths += 1
+            process.communicate()
+            if process.returncode == 0:
+                break
+            assert process.returncode == -signal.SIGKILL
+        same(load(tmp_path / "whole", "vae"), load(out, "vae"))
+
+
+def test_a_full_disk_leaves_the_former_checkpoint_whole(images, tmp_path):
+    assert call(train_vae.main, "--data", images, "--out", tmp_path, "--steps", 2, *VAE) is None
+    former = (tmp_path / "vae.pt").read_bytes()
+    few = len(former) // 2
+    process = start("vae", images, tmp_path, 4, "--resume", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (few, few)))
+    _, error = process.communicate()
+    assert process.returncode == 1 and error.splitlines()[-1].startswith("error: could not write") and "Traceback" not in error
+    assert (tmp_path / "vae.pt").read_bytes() == former and not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("bad_step", [3, 12])
+def test_a_loss_that_is_not_a_number_stops_the_run(bad_step, images, tmp_path, monkeypatch):
+    calls, real = [], dq.budget_loss
+
+    def budget_loss(gate, ratios):
+        calls.append(1)
+        return real(gate, ratios) * (math.nan if len(calls) == bad_step else 1)
+    monkeypatch.setattr(dq, "budget_loss", budget_loss)
+    with pytest.raises(dq.UserError) as error:
+        train_vae.main(["--data", str(images), "--out", str(tmp_path), "--steps", "30", "--save-every", "10", *VAE])
+    assert f"step {bad_step}: not finite in the loss: loss, budget;" in str(error.value)
+    if bad_step > 10:
+        assert "that of step 10" in str(error.value) and load(tmp_path, "vae")["step"] == 10
+    else:
+        assert "no checkpoint yet" in str(error.value) and not (tmp_path / "vae.pt").exists()
+
+
+def test_broken_weights_are_not_saved(images, tmp_path, monkeypatch):
+    """The loss is finite and its gradient is not: the last step before a checkpoint can do that."""
+    real = train_vae.backward
+
+    def backward(y, last, *args):
+        weight = real(y, last, *args)
+        last.grad.fill_(math.inf)
+        return weight
+    monkeypatch.setattr(train_vae, "backward", backward)
+    with pytest.raises(dq.UserError, match="a weight is not finite"):
+        train_vae.main(["--data", str(images), "--out", str(tmp_path), "--steps", "1", *VAE])
+    assert not (tmp_path / "vae.pt").exists()
+
+
+# ------------------------------------------------------------------------------------------------
+# Several processes
+
+
+def torchrun(n, name, *args, **kwargs):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", ROOT / name, *args]
+    return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env=os.environ | dict(OMP_NUM_THREADS="1"), **kwargs)
+
+
+@pytest.mark.parametrize("stage, flags", [
+    ("vae", [*VAE, *CRITIC, "--router", "learned", "--clip", 1]), ("vae", [*VAE, "--router", "entropy"]), ("transformer", [*TRANSFORMER, "--label-dropout", 0])],
+    ids=["vae with a discriminator", "vae with the entropy router", "transformer"])
+def test_two_processes_compute_what_one_computes(stage, flags, run, images, tmp_path):
+    flags = ["--data", images, "--steps", 6, "--dtype", "fp32", *flags, "--lr", 2e-4, *(["--vae", run / "vae.pt"] if stage == "transformer" else [])]
+    two = torchrun(2, f"train_{stage}.py", *flags, "--out", tmp_path / "two")
+    out, error = two.communicate(timeout=150)
+    assert two.returncode == 0, error
+    assert call(dict(vae=train_vae, transformer=train_transformer)[stage].main, *flags, "--out", tmp_path / "one") is None
+    assert out.count("wrote") == 1                                           # only one of them writes
+    a, b = load(tmp_path / "one", stage), load(tmp_path / "two", stage)
+    for part in ("weights", "critic"):
+        if part in a:
+            same(a[part], b[part], atol=1e-4, rtol=2e-3)                     # of the 1.2e-3 that Adam can have moved a weight
+    held_out = [train_vae.read_log(tmp_path / name / f"{stage}.jsonl")[-1] for name in ("one", "two")]
+    same(*held_out, atol=0, rtol=0)
+
+
+def job(what, rank, world, port, path):
+    """One of `world` processes: what the test below compares with a single process."""
+    os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
+    torch.save(what(rank, world), path / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def several_steps(rank, world):
+    """Codebook, router and budget over ten steps of a global batch. -> the codebook and all losses"""
+    torch.manual_seed(0)
+    model = dq.DQVAE(dq.VAEConfig(size=16, codebook_size=64))
+    x = torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    mine, losses = x.chunk(world)[rank], []
+    for _ in range(10):
+        out = model(mine)
+        budget = dq.budget_loss(out.gate, (0.5, 0.5))
+        gradient = torch.autograd.grad(budget, model.router.mlp[2].weight)[0]
+        losses.append(torch.stack([budget.detach(), dq.total(out.commitment.detach()) / world, dq.total(gradient.norm() * 0 + gradient.sum()) / world]))
+    return dict(codes=model.codebook.codes, uses=model.codebook.uses, losses=torch.stack(losses))
+
+
+def free_port():
+    import socket
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def test_codebook_router_and_budget_are_those_of_the_global_batch(tmp_path):
+    alone = several_steps(0, 1)
+    context, port = multiprocessing.get_context("spawn"), free_port()
+    jobs = [context.Process(target=job, args=(several_steps, rank, 2, port, tmp_path)) for rank in (0, 1)]
+    for process in jobs:
+        process.start()
+    for process in jobs:
+        process.join()
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    same(first["codes"], second["codes"])                                    # identical, bit by bit
+    same(alone, first, atol=1e-6, rtol=1e-4)
+
+
+def children(pid):
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.skipif(not os.path.exists("/proc"), reason="needs /proc")
+def test_a_dead_process_ends_the_job(images, tmp_path):
+    process = torchrun(2, "train_vae.py", "--data", images, "--out", tmp_path, "--steps", 100_000, *VAE, "--eval-every", 100_000)
+    log = tmp_path / "vae.jsonl"
+    wait_for(lambda: log.exists() and log.stat().st_size, process)
+    os.kill(children(process.pid)[-1], signal.SIGKILL)
+    _, error = process.communicate(timeout=90)
+    assert process.returncode != 0 and ("is gone" in error or "SIGKILL" in error or "Signal 9" in error)
+
+
+def test_more_gpus_than_there_are(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    with pytest.raises(dq.UserError, match="1 GPU.*process 3"):
+        train_vae.main(["--out", str(tmp_path)])
+
+
+# ------------------------------------------------------------------------------------------------
+# Hostile and broken files
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.system, ("touch ran",)
+
+
+def spoil(path, how, tmp_path):
+    """A broken variant of a checkpoint -> its path."""
+    broken = tmp_path / "broken.pt"
+    data = bytearray(path.read_bytes())
+    if how == "truncated":
+        data = data[:len(data) * 2 // 3]
+    elif how == "bits flipped":
+        data[len(data) // 2] ^= 0xFF
+    elif how == "empty":
+        data = b""
+    broken.write_bytes(data)
+    if how == "code":
+        torch.save(dict(kind="dq-transformer", config=Bomb()), broken)
+    elif how in ("version", "config"):
+        checkpoint = torch.load(path, weights_only=True)
+        if how == "version":
+            checkpoint["weights"]["something.new"] = checkpoint["weights"].pop("condition.weight")
+        else:
+            checkpoint["config"] = dict(size="big")
+        torch.save(checkpoint, broken)
+    return broken
+
+
+@pytest.mark.parametrize("how", ["truncated", "bits flipped", "empty", "code", "version", "config"])
+def test_broken_checkpoints(how, run, images, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    broken = spoil(run / "transformer.pt", how, tmp_path)
+    line = call(sample.main, broken)
+    assert line.startswith("error: ") and "\n" not in line
+    assert not (tmp_path / "ran").exists()                                   # a checkpoint runs no code
+    (tmp_path / "out").mkdir()
+    broken.rename(tmp_path / "out/transformer.pt")
+    line = call(train_transformer.main, "--data", images, "--vae", run / "vae.pt", "--steps", 8, *TRANSFORMER, "--resume")
+    assert line.startswith("error: ") and "\n" not in line
+
+
+def test_images_that_are_odd_or_broken(tmp_path, capfd):
+    """What can be read is read, the rest is named once and left out."""
+    root = tmp_path / "images"
+    root.mkdir()
+    Image.new("RGB", (1, 1), "red").save(root / "one.png")
+    Image.new("RGB", (20_000, 10), "green").save(root / "wide.png")
+    Image.new("RGB", (10, 20_000), "blue").save(root / "high.png")
+    Image.new("RGB", (30, 30), "white").save(os.fsencode(root) + b"/caf\xe9 \xff.png")   # no UTF-8
+    Image.new("RGB", (30, 30), "white").save(root / "名前 🙂.png")
+    Image.new("1", (20_000, 20_000)).save(root / "bomb.png")
+    Image.new("1", (10_000, 10_000)).save(root / "small bomb.png")
+    (root / "empty.png").write_bytes(b"")
+    (root / "text.jpg").write_text("no image")
+    (root / "cut.png").write_bytes((root / "wide.png").read_bytes()[:-30])
+    (root / "folder.png").mkdir()
+    (root / "dangling.png").symlink_to("nowhere.png")
+    os.mkfifo(root / "pipe.png")                                             # who opens it waits for ever
+    (root / "locked.png").write_bytes((root / "one.png").read_bytes())
+    (root / "locked.png").chmod(0)
+    train, val = (dq.ImageFolder(root, 8, split, augment=True) for split in ("train", "val"))
+    for data in (train, val):
+        for i in range(2 * len(data)):
+            image, _ = data[i]
+            assert image.shape == (3, 8, 8) and image.isfinite().all()
+    told = capfd.readouterr().err
+    for name in ("bomb.png", "small bomb.png", "empty.png", "text.jpg", "cut.png", "dangling.png", "pipe.png"):
+        assert any(f"/{name}: " in line for line in told.splitlines()), name
+    for name in ("one.png", "wide.png", "high.png", "folder.png"):
+        assert f"/{name}" not in told
+    assert "Traceback" not in told
+    assert call(train_vae.main, "--data", root, "--out", tmp_path / "out", "--steps", 2, *VAE) is None
+
+
+def test_classes_of_any_name(tmp_path):
+    for name in (b"caf\xe9", "名前".encode()):
+        folder = os.fsencode(tmp_path) + b"/images/" + name
+        os.makedirs(folder)
+        for i in range(4):
+            Image.new("RGB", (16, 16), (60 * i, 90, 0)).save(folder + b"/%d.png" % i)
+    common = ["--data", tmp_path / "images", "--out", tmp_path, "--steps", 1]
+    for module, flags in ((train_vae, [*common, *VAE]), (train_transformer, [*common, *TRANSFORMER]), (sample, [tmp_path / "transformer.pt", "--n", 2])):
+        assert call(module.main, *flags) is None
+    done = script("sample.py", tmp_path / "transformer.pt", "--label", "dog")
+    assert done.returncode == 1 and "no class 'dog'" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_training_starts_without_a_look_at_every_file(tmp_path, monkeypatch):
+    root = tmp_path / "images"
+    root.mkdir()
+    Image.new("RGB", (8, 8)).save(root / "0.png")
+    for i in range(1, 3000):
+        os.link(root / "0.png", root / f"{i}.png")
+    opened, real = [], dq.load_image
+    monkeypatch.setattr(dq, "load_image", lambda *args: (opened.append(1), real(*args))[1])
+    train_vae.main(["--data", str(root), "--out", str(tmp_path), "--steps", "2", *VAE])
+    assert len(opened) <= 512 + 2 * 4                                        # the held-out images, two batches
+
+
+@pytest.mark.skipif(not os.path.exists("/proc"), reason="needs /proc")
+def test_memory_stays_flat(images, tmp_path, monkeypatch):
+    used, real = {}, train_vae.Run.after
+
+    def after(self, done, *args):
+        real(self, done, *args)
+        used[done] = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2 ** 20
+    monkeypatch.setattr(train_vae.Run, "after", after)
+    train_vae.main(["--data", str(images), "--out", str(tmp_path), "--steps", "200", *VAE, "--eval-every", "50"])
+    assert used[200] - used[80] < 10, used                                  # MiB
+
+
+@pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reason="the trap below is inherited by a fork")
+def test_a_loader_process_that_dies_is_reported(images, tmp_path, monkeypatch):
+    def trap(self, i):
+        os.kill(os.getpid(), signal.SIGKILL)
+    data = dq.ImageFolder(images, 16)
+    monkeypatch.setattr(train_vae, "open_data", lambda folder, size, split, *args, **kwargs: data if split == "train" else dq.ToyShapes(size, n=4))
+    parent, real = os.getpid(), dq.ImageFolder.__getitem__
+    monkeypatch.setattr(dq.ImageFolder, "__getitem__", lambda self, i: real(self, i) if os.getpid() == parent else trap(self, i))
+    with pytest.raises(SystemExit) as end:
+        dq.run(lambda: train_vae.main(["--data", str(images), "--out", str(tmp_path), "--steps", "4", *VAE, "--workers", "1"]))
+    assert end.value.code.startswith("error: a process that loads images died") and "\n" not in end.value.code
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1000, 3)])
+def test_a_grain_map_of_another_shape_is_stretched(size, run, tmp_path):
+    Image.new("L", size, 255).save(tmp_path / "map.png")
+    assert call(sample.main, run / "transformer.pt", "--n", 1, "--grain-map", tmp_path / "map.png", "--out", tmp_path / "x.png", "--device", DEVICE) is None
