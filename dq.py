@@ -128,7 +128,7 @@ class TrainConfig:
     weight_decay: float = 0.0            # stage 2
     warmup: int = 100                    # steps
     eval_every: int = 250                # steps
-    accumulate: int = 1                  # parts in which a batch is worked on
+    accumulate: int = 1                  # parts in which a batch is worked on; in stage 2 each is as wide as it needs
     clip: float = 1.0                    # largest norm of the gradient; 0: no limit
     budget_weight: float = 1.0           # stage 1 only, from here on
     l2_weight: float = 1.0               # beside the absolute error, whose weight is 1
@@ -160,7 +160,7 @@ PRESETS = {
     "toy": Preset(
         VAEConfig(), TransformerConfig(),
         TrainConfig(steps=1000, batch_size=32, lr=2e-3, clip=0.0),
-        TrainConfig(steps=1200, batch_size=32, lr=1.5e-3, weight_decay=0.05)),
+        TrainConfig(steps=1200, batch_size=32, lr=1.5e-3, weight_decay=0.05, accumulate=2)),
     # the same data at 64 x 64, 160 codes an image: stage 1 takes 50 minutes on two cores, stage 2 wants a GPU
     "toy64": Preset(
         VAEConfig(size=64, codebook_size=512),
@@ -1348,12 +1348,28 @@ def pick_device(name, dtype):
 
 def run(main):
     """Call a script's main; what the user can mend ends in one line and exit status 1."""
+    end = attempt(main)
+    if processes()[1] > 1:
+        if end is None:
+            dist.barrier()                                                   # none leaves while another is still at work
+            dist.destroy_process_group()
+        else:                                                                # an orderly exit could wait for ever for processes that are gone
+            print(end if isinstance(end, str) else "", file=sys.stderr, flush=True)
+            os._exit(1 if isinstance(end, str) else end)
+    if end is not None:
+        sys.exit(end)
+
+
+def attempt(main):
+    """-> None, an exit status, or the line to end with."""
     try:
-        main()
+        return main()
+    except SystemExit as exit:
+        return exit.code
     except (UserError, OSError) as error:
-        sys.exit(f"error: {str(error).strip().splitlines()[-1]}")            # a loader process adds lines before ours
+        return f"error: {str(error).strip().splitlines()[-1]}"               # a loader process adds lines before ours
     except KeyboardInterrupt:
-        sys.exit(130)
+        return 130
     except RuntimeError as error:
         says = {"DataLoader worker": "a process that loads images died; with fewer --workers it may have more memory, and --resume goes on",
                 "gloo": "another process of this job is gone; --resume goes on from the last checkpoint",
@@ -1362,4 +1378,4 @@ def run(main):
         known = [line for sign, line in says.items() if sign in str(error)]
         if not known:
             raise
-        sys.exit(f"error: {known[0]} ({str(error).strip().splitlines()[0]})")
+        return f"error: {known[0]} ({str(error).strip().splitlines()[0]})"

@@ -5,6 +5,7 @@ never touches a pixel. Writes into --out: transformer.pt (checkpoint, with the f
 transformer.best.pt (that of the lowest held-out loss), transformer.jsonl (log), transformer.png
 (samples, and where their codes are).
 """
+import functools
 import itertools
 import math
 from dataclasses import asdict, replace
@@ -56,20 +57,24 @@ def lengths(pos, layout):
     return (pos != layout.end).sum(1) + 1
 
 
-def batches(length, batch_size, seed, start=0, window=32):
-    """Endless batches of sequence numbers (batch_size,), from batch number `start` on, with hardly any padding.
+def batches(length, batch_size, seed, start=0):
+    """Endless batches of sequence numbers (batch_size,) in a fresh random order every epoch, from batch number `start` on.
 
-    Each epoch has a fresh random order. Of every `window` batches of it the sequences are sorted by length (M,)
-    and dealt out anew, so that like goes with like; these batches then come in random order. Batch
-    number b is a function of (seed, batch size, b) alone, so a resumed run sees what it would have seen.
+    Inside a batch they are sorted by length (M,), so that parts of it need little padding. (Whole
+    batches of like length would need less, but learned less: 168 nats against 164 after 600 steps on
+    the toy data.) Batch number b is a function of (seed, batch size, b) alone, so a resumed run sees
+    what it would have seen.
     """
-    n, places = len(length), window * batch_size
-    for w in itertools.count(start // window):
-        epoch, place = np.divmod(w * places + np.arange(places), n)
-        index = np.concatenate([np.random.default_rng([seed, e]).permutation(n)[place[epoch == e]] for e in np.unique(epoch)])
-        index = index[np.argsort(length[index], kind="stable")].reshape(window, batch_size)
-        index = np.random.default_rng([seed, w, 1]).permutation(index)
-        yield from torch.from_numpy(index[max(0, start - w * window):])
+    n = len(length)
+    for b in itertools.count(start):
+        epoch, place = np.divmod(b * batch_size + np.arange(batch_size), n)
+        index = np.concatenate([shuffled(n, seed, e)[place[epoch == e]] for e in np.unique(epoch)])
+        yield torch.from_numpy(index[np.argsort(length[index], kind="stable")])
+
+
+@functools.lru_cache(maxsize=2)
+def shuffled(n, seed, epoch):
+    return np.random.default_rng([seed, epoch]).permutation(n)
 
 
 def nats(model, batch, device, autocast):
@@ -148,7 +153,7 @@ def main(argv=None):
         set_learning_rate([optimizer], step, args, train.warmup)
         optimizer.zero_grad(set_to_none=True)
         nats_of = dict(position=0.0, content=0.0)
-        for part in next(order).chunk(run.world)[run.rank].chunk(args.accumulate):
+        for part in next(order)[run.rank::run.world].chunk(args.accumulate):
             longest = min(-(-int(length[part].max()) // 8) * 8, pos.shape[1])  # no wider than this part needs; few different widths
             position, content = nats(forward, (pos[part, :longest], code[part, :longest], label[part]), device, autocast)
             losses = dict(position=position.sum() * run.world / args.batch_size, content=content.sum() * run.world / args.batch_size)

@@ -239,8 +239,6 @@ class Run:
             self.release_signals()
         if self.rank == 0:
             print(f"wrote {self.path}, {self.path.with_suffix('.png')} and {self.log_path}")
-        if self.world > 1:
-            dist.destroy_process_group()
 
     def log(self, done, values):
         """On the terminal and, as one JSON object a line, in the file."""

@@ -8,7 +8,7 @@ stage1   one training step of the paper's DQ-VAE (dual, 256 x 256, batch 2, auto
          ours in bf16, ours in fp32, and the same network in its plain textbook form in fp32
 
 stage2   steps of the toy preset's DQ-Transformer on tilings as the toy data has them, tokens a second without
-         padding: ours (like lengths together, bf16 where --dtype says so, the kernels that the trainer picks) and the
+         padding: ours (parts of like length, bf16 where --dtype says so, the kernels that the trainer picks) and the
          straightforward loop (random batches padded to the longest sequence, fp32, torch's defaults)
 """
 import argparse
@@ -217,23 +217,24 @@ def stage2(args):
         order = train_transformer.batches(length.numpy(), B, seed=0) if ours else (torch.randint(len(pos), (B,)) for _ in itertools.count())
         tokens = []
 
-        def step(part, width):
+        def add_gradients(part, width):
             batch = pos[part, :width].to(device), code[part, :width].to(device), label[part].to(device)
             if ours:
                 with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype != "fp32"):
                     position, content = train_transformer.nats(model, batch, device, contextlib.nullcontext)
             else:
                 position, content = model(*batch).values()
-            optimizer.zero_grad(set_to_none=True)
-            (position + content).mean().backward()
-            optimizer.step()
+            ((position + content).sum() / B).backward()
 
         def loop():
             tokens.append(0)
             for _ in range(n_steps):
-                part = next(order)
-                step(part, min(-(-int(length[part].max()) // 8) * 8, pos.shape[1]) if ours else pos.shape[1])
-                tokens[-1] += int(length[part].sum())
+                batch = next(order)
+                optimizer.zero_grad(set_to_none=True)
+                for part in batch.chunk(preset.train_transformer.accumulate if ours else 1):
+                    add_gradients(part, min(-(-int(length[part].max()) // 8) * 8, pos.shape[1]) if ours else pos.shape[1])
+                optimizer.step()
+                tokens[-1] += int(length[batch].sum())
         return loop, tokens
 
     (ours, our_tokens), (plain, plain_tokens) = make(True), make(False)

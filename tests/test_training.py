@@ -1,6 +1,8 @@
 """The figures that the trainers report, against naive computations."""
+import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -90,6 +92,19 @@ def test_encoding_keeps_every_image_and_its_mirror_image():
                   for i, (p, c) in enumerate(zip(*layout.pack(*model.encode(v))))]
     assert sorted(zip(pos.tolist(), code.tolist(), label.tolist())) == sorted(wanted)
     assert (pos[:, -1] == layout.end).all() and (train_transformer.lengths(pos, layout) == pos.shape[1]).any()
+
+
+def test_batches_of_stage_2():
+    """Each epoch deals every sequence once, in another order; a batch is sorted; any start gives the same batches."""
+    length = np.random.default_rng(0).integers(6, 18, size=12)
+    dealt = list(itertools.islice(train_transformer.batches(length, 4, seed=5), 9))
+    epochs = [torch.cat(dealt[e:e + 3]).tolist() for e in (0, 3, 6)]
+    assert all(sorted(epoch) == list(range(12)) for epoch in epochs) and len({tuple(epoch) for epoch in epochs}) == 3
+    assert all((np.diff(length[batch]) >= 0).all() for batch in dealt)
+    for start in (1, 4, 8):
+        assert torch.equal(next(train_transformer.batches(length, 4, seed=5, start=start)), dealt[start])
+    big = next(train_transformer.batches(length, 30, seed=5)).tolist()       # more than an epoch
+    assert all(2 <= big.count(i) <= 3 for i in range(12))
 
 
 def test_schedules():
