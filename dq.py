@@ -204,10 +204,10 @@ def total(x):
     return x
 
 
-def own_part(draw, n, *shape):
-    """draw(shape) for the global batch -> what belongs to the n images of this process, (n, *shape)."""
+def own_part(x):
+    """Of a tensor for the global batch, what belongs to the images of this process."""
     rank, world = processes()
-    return draw(n * world, *shape)[rank * n:(rank + 1) * n]
+    return x.chunk(world)[rank]
 
 
 class GrainRouter(nn.Module):
@@ -249,8 +249,8 @@ class GrainRouter(nn.Module):
         logits = self.logits(maps)                                           # B, K, h, w
         if not self.training:
             return one_hot(logits.argmax(dim=1), logits.shape[1])
-        exponential = own_part(lambda *shape: torch.empty(shape, device=logits.device).exponential_(), *logits.shape)
-        gumbel = -exponential.log()                                          # B, K, h, w
+        exponential = torch.empty(processes()[1] * len(logits), *logits.shape[1:], device=logits.device).exponential_()
+        gumbel = -own_part(exponential).log()                                # B, K, h, w
         soft = (logits + noise * gumbel).softmax(dim=1)
         hard = one_hot(soft.argmax(dim=1), logits.shape[1])
         return hard + (soft - soft.detach())                                 # B, K, h, w: exactly one-hot
@@ -264,7 +264,7 @@ class RandomRouter(nn.Module):
         self.register_buffer("thresholds", torch.tensor(ratios).cumsum(0)[:-1])  # K - 1
 
     def score(self, x, maps):
-        return own_part(lambda *shape: torch.rand(shape, device=x.device), len(x), *maps[0].shape[-2:])  # B, h, w
+        return own_part(torch.rand(processes()[1] * len(x), *maps[0].shape[-2:], device=x.device))  # B, h, w
 
     def forward(self, x, maps, noise=1.0):
         grains = torch.bucketize(self.score(x, maps), self.thresholds)       # B, h, w
@@ -388,12 +388,12 @@ class Codebook(nn.Module):
 
         In the first batch all of them are dead: that is how the codebook is initialised.
         """
-        mean_uses = total(weight.sum()) / len(self.uses)
+        V, M, (rank, world) = len(self.uses), len(z), processes()
+        mean_uses = total(weight.sum()) / V
         dead = (self.uses < self.dead_below * mean_uses)[:, None]            # V, 1
-        (rank, world), M = processes(), len(z)
         weights = torch.zeros(world, M, device=z.device)
         weights[rank] = weight.nan_to_num(1.0)                               # should the loss be NaN, the trainer says so
-        V, weights = len(self.uses), total(weights).view(-1)                 # world x M
+        weights = total(weights).view(-1)                                    # world x M
         chosen = torch.multinomial(weights, V, replacement=V > len(weights))  # V
         fresh = torch.where((chosen // M == rank)[:, None], z[chosen % M], 0)
         fresh = total(fresh)                                                 # V, D: each came from one process
@@ -908,7 +908,9 @@ class Job(NamedTuple):
     key: torch.Tensor                    # n + 1: of the noise
     given: tuple                         # positions and contents, each n + 1, L, -1 where they are to be drawn; or None
     options: SampleOptions
-    matrices: tuple                      # of the position stack, the content stack and the two heads
+    matrices: list                       # for each layer what its block multiplies with
+    position_head: torch.Tensor
+    content_head: torch.Tensor
 
 
 class DecodeState(NamedTuple):
@@ -960,6 +962,13 @@ def decode_one(model, job, state, end):
             logits = unlabelled + options.cfg * (labelled - unlabelled)
         return logits / options.temperature if options.temperature != 1 else logits  # B, P or V
 
+    def unless_given(drawn, which):
+        """which: 0 for positions, 1 for contents."""
+        if job.given is None:
+            return drawn
+        given = job.given[which][image, state.t]                             # B
+        return torch.where(given >= 0, given, drawn)
+
     # embed the last pair, or the condition
     label = job.label[image]                                                 # B
     h = model.embed(last.clamp(min=0), state.last_code)                      # B, C
@@ -973,27 +982,21 @@ def decode_one(model, job, state, end):
     bias = torch.zeros_like(future, dtype=state.cache[0].dtype).masked_fill_(future, -math.inf)[:, None]  # R heads, 1, end
 
     # where: position stack, then one draw among the legal ids
-    position_matrices, content_matrices, position_head, content_head = job.matrices
+    layers = list(zip([*model.position_stack, *model.content_stack], job.matrices, state.cache))
     n_position = len(model.position_stack)
     noise = gumbel_noise(job.key[image], state.t, P + model.config.codebook_size)  # B, P + V
-    for block, matrices, cache in zip(model.position_stack, position_matrices, state.cache[:n_position]):
+    for block, matrices, cache in layers[:n_position]:
         h = block.decode(h, matrices, cache, slot, bias)                     # R, C
     legal = layout.legal(state.last, state.grains[:, :-1])                   # B, P
-    logits = guide(project(model.position_norm(h), position_head))
-    pos = (logits + noise[:, :P]).masked_fill_(~legal, -math.inf).argmax(-1)  # B
-    if job.given:
-        given = job.given[0][image, state.t]                                 # B
-        pos = torch.where(given >= 0, given, pos)
+    logits = guide(project(model.position_norm(h), job.position_head))
+    pos = unless_given((logits + noise[:, :P]).masked_fill_(~legal, -math.inf).argmax(-1), 0)  # B
 
     # what: content stack, then one draw
     h = h + model.position(pos).repeat(twice, 1)                             # R, C
-    for block, matrices, cache in zip(model.content_stack, content_matrices, state.cache[n_position:]):
+    for block, matrices, cache in layers[n_position:]:
         h = block.decode(h, matrices, cache, slot, bias)
-    logits = filter_logits(guide(project(model.content_norm(h), content_head)), options.top_k, options.top_p)
-    code = (logits + noise[:, P:]).argmax(-1)                                # B
-    if job.given:
-        given = job.given[1][image, state.t]
-        code = torch.where(given >= 0, given, code)
+    logits = filter_logits(guide(project(model.content_norm(h), job.content_head)), options.top_k, options.top_p)
+    code = unless_given((logits + noise[:, P:]).argmax(-1), 1)               # B
     code = code.masked_fill_(layout.is_eos[pos], -1)
 
     # write the pair, and take the next image where this one has its last EOS
@@ -1032,8 +1035,8 @@ def generate(model, label, options=SampleOptions(), seed=0, given=None, slots=No
     n, L = len(label), layout.max_len
     given = given and tuple(F.pad(each, (0, 0, 0, 1), value=-1) for each in given)
     job = Job(F.pad(model.labels(label, n), (0, 1)), image_keys(seed, torch.arange(first, first + n + 1, device=device)), given, options,
-              ([block.matrices(dtype) for block in model.position_stack], [block.matrices(dtype) for block in model.content_stack],
-               for_few_rows(model.position_head.weight, dtype), for_few_rows(model.content_head.weight, dtype)))
+              [block.matrices(dtype) for block in (*model.position_stack, *model.content_stack)],
+              for_few_rows(model.position_head.weight, dtype), for_few_rows(model.content_head.weight, dtype))
     state = start_state(model, n, slots or n, options.cfg != 1 and bool(model.config.classes), dtype)
     steps, looks, at, step = {}, [], 0, 0                                    # no slot is further than `at`
     with torch.autocast(device.type, enabled=False):
@@ -1354,8 +1357,12 @@ def run(main):
             dist.barrier()                                                   # none leaves while another is still at work
             dist.destroy_process_group()
         else:                                                                # an orderly exit could wait for ever for processes that are gone
-            print(end if isinstance(end, str) else "", file=sys.stderr, flush=True)
-            os._exit(1 if isinstance(end, str) else end)
+            if isinstance(end, str):
+                print(end, file=sys.stderr)
+                end = 1
+            for stream in (sys.stdout, sys.stderr):
+                stream.flush()
+            os._exit(end)
     if end is not None:
         sys.exit(end)
 

@@ -99,7 +99,8 @@ def main(argv=None):
             folder.mkdir(parents=True, exist_ok=True)
     for path in (out, args.gif):
         dq.require(path is None or path.suffix.lower() in Image.registered_extensions(), f"{path}: no picture format has that ending")
-    bf16 = args.dtype == "bf16" or args.dtype == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    with autocast():
+        bf16 = torch.is_autocast_enabled(device.type) and (device.type == "cuda" or args.dtype == "bf16")
     tiles, captions = [], []
     with tqdm(total=args.n, desc="sampling", unit="image", disable=None) as bar:
         for first in range(0, args.n, 16 * args.batch_size):                 # slots run empty at the end of each round only

@@ -5,8 +5,6 @@ never touches a pixel. Writes into --out: transformer.pt (checkpoint, with the f
 transformer.best.pt (that of the lowest held-out loss), transformer.jsonl (log), transformer.png
 (samples, and where their codes are).
 """
-import functools
-import itertools
 import math
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import dq
-from train_vae import Run, common_flags, distribute, open_data, prepare, set_learning_rate
+from train_vae import Run, common_flags, deal, distribute, open_data, prepare, set_learning_rate
 
 
 def parse(argv=None):
@@ -41,7 +39,7 @@ def encode(vae, data, device, autocast, workers, mirrored):
     small = torch.int16 if max(layout.n_positions, vae.config.codebook_size) < 2 ** 15 else torch.int32
     loader = torch.utils.data.DataLoader(data, 64, num_workers=workers)
     pos, code, label = [], [], []
-    for x, y in tqdm(loader, desc="encoding", disable=None, leave=False):
+    for x, y in tqdm(loader, desc="encoding", disable=None if dq.processes()[0] == 0 else True, leave=False):
         x = x.to(device)
         for view in (x, x.flip(3)) if mirrored else (x,):
             with autocast():
@@ -58,23 +56,15 @@ def lengths(pos, layout):
 
 
 def batches(length, batch_size, seed, start=0):
-    """Endless batches of sequence numbers (batch_size,) in a fresh random order every epoch, from batch number `start` on.
+    """Endless batches of sequence numbers (batch_size,), in the order of `deal`.
 
     Inside a batch they are sorted by length (M,), so that parts of it need little padding. (Whole
     batches of like length would need less, but learned less: 168 nats against 164 after 600 steps on
-    the toy data.) Batch number b is a function of (seed, batch size, b) alone, so a resumed run sees
-    what it would have seen.
+    the toy data.)
     """
-    n = len(length)
-    for b in itertools.count(start):
-        epoch, place = np.divmod(b * batch_size + np.arange(batch_size), n)
-        index = np.concatenate([shuffled(n, seed, e)[place[epoch == e]] for e in np.unique(epoch)])
+    for batch in deal(len(length), batch_size, seed, start):
+        index = np.array(batch) % len(length)
         yield torch.from_numpy(index[np.argsort(length[index], kind="stable")])
-
-
-@functools.lru_cache(maxsize=2)
-def shuffled(n, seed, epoch):
-    return np.random.default_rng([seed, epoch]).permutation(n)
 
 
 def nats(model, batch, device, autocast):

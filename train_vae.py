@@ -101,27 +101,33 @@ def open_data(folder, size, split, augment=False, seed=0):
     return dq.ToyShapes(size, seed=seed) if split == "train" else dq.ToyShapes(size, n=512, seed=seed + 1_000_003)
 
 
-def stream(dataset, batch_size, seed, start=0, workers=0, part=None):
-    """Endless batches in a fresh random order every epoch, from batch number `start` on.
+def deal(n, batch_size, seed, start=0):
+    """Endless lists of batch_size numbers below n, in a fresh random order every epoch, from batch number `start` on.
 
-    Batch number b is a function of (seed, batch size, b) alone, so a resumed run sees what it would have
-    seen. part: (number, how many) of the part of each batch that is wanted; None: this process's.
+    Epoch e counts from e n on. Batch number b is a function of the arguments and b alone, so a resumed
+    run sees what it would have seen.
     """
-    def indices():
-        n, place = len(dataset), start * batch_size
+    def numbers():
+        place = start * batch_size
         while True:
             epoch, skip = divmod(place, n)
             order = np.random.default_rng([seed, epoch]).permutation(n)[skip:]
             yield from (epoch * n + int(i) for i in order)
             place += len(order)
 
-    def batches():
-        (rank, world), endless = part or dq.processes(), indices()
-        while True:
-            batch = list(itertools.islice(endless, batch_size))
-            yield batch[rank * batch_size // world:(rank + 1) * batch_size // world]
+    endless = numbers()
+    while True:
+        yield list(itertools.islice(endless, batch_size))
 
-    return iter(torch.utils.data.DataLoader(dataset, batch_sampler=batches(), num_workers=workers, worker_init_fn=leave_signals_to_the_parent,
+
+def stream(dataset, batch_size, seed, start=0, workers=0, part=None):
+    """Endless batches of a data set, in the order of `deal`.
+
+    part: (number, how many) of the part of each batch that is wanted; None: this process's.
+    """
+    rank, world = part or dq.processes()
+    batches = (batch[rank * batch_size // world:(rank + 1) * batch_size // world] for batch in deal(len(dataset), batch_size, seed, start))
+    return iter(torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=workers, worker_init_fn=leave_signals_to_the_parent,
                                             generator=torch.Generator(), pin_memory=torch.cuda.is_available()))
 
 
@@ -162,7 +168,6 @@ class Run:
         self.start, self.saved, self.best, self.signal, self.recent = 0, None, math.inf, 0, []
         if args.resume:
             self.restore(fixed)
-        self.handlers = {each: signal.signal(each, self.asked_to_stop) for each in (signal.SIGINT, signal.SIGTERM)}
 
     def asked_to_stop(self, number, frame):
         self.signal = number
@@ -197,13 +202,13 @@ class Run:
         self.best = checkpoint["best"]
 
     def save(self, done):
-        name, keys, *rest = np.random.get_state()
-        rng = dict(python=random.getstate(), numpy=(name, keys.tolist(), *rest), torch=torch.get_rng_state(),
-                   cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
-        self.refuse_nan(done)
-        dq.require(all(tensor.isfinite().all() for tensor in self.model.state_dict().values() if tensor.is_floating_point()),
-                   f"step {done}: a weight is not finite; {self.last_good()}")
+        self.refuse_nan()
+        finite = [tensor.isfinite().all() for tensor in self.model.state_dict().values() if tensor.is_floating_point()]
+        dq.require(torch.stack(finite).all(), f"step {done}: a weight is not finite; {self.last_good()}")
         if self.rank == 0:
+            name, keys, *rest = np.random.get_state()
+            rng = dict(python=random.getstate(), numpy=(name, keys.tolist(), *rest), torch=torch.get_rng_state(),
+                       cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
             dq.save_checkpoint(self.path, self.kind, self.config, self.model, step=done, best=self.best, rng=rng, **self.extra,
                                **{name: part.state_dict() for name, part in self.parts.items()})
         self.saved = done
@@ -233,6 +238,7 @@ class Run:
                     self.log_file.write(json.dumps(line) + "\n")
         self.bar = tqdm(range(self.start, self.args.steps), initial=self.start, total=self.args.steps,
                         desc={"dq-vae": "DQ-VAE", "dq-transformer": "DQ-Transformer"}[self.kind], disable=None if self.rank == 0 else True)
+        self.handlers = {each: signal.signal(each, self.asked_to_stop) for each in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield from self.bar
         finally:
@@ -251,13 +257,14 @@ class Run:
     def after(self, done, terms, evaluate):
         """Call after each step. terms: the loss and its terms, scalars on the device; evaluate() -> held-out figures"""
         args = self.args
-        self.recent.append((done, list(terms), torch.stack([term.detach().float() for term in terms.values()])))
+        values = torch.stack([term.detach().float() for term in terms.values()])
+        self.recent.append((done, list(terms), values))
         if done % 10 == 0:                                                   # the device is asked for values every tenth step only
-            values = self.refuse_nan(done)
+            newest = self.refuse_nan()
             if self.rank == 0:
-                self.log(done, dict(zip(terms, values)))
+                self.log(done, dict(zip(terms, newest)))
         if done % args.eval_every == 0 or done == args.steps:
-            self.refuse_nan(done)
+            self.refuse_nan()
             with torch.random.fork_rng():                                    # how often it is done doesn't change the training
                 if self.rank == 0:
                     figures = evaluate()
@@ -267,7 +274,8 @@ class Run:
                         dq.save_checkpoint(self.path.with_suffix(".best.pt"), self.kind, self.config, self.model, step=done, best=self.best, **self.extra)
         leave = self.signal
         if self.world > 1:                                                   # all leave together, or the rest would wait for ever
-            leave = signal.SIGTERM if done % 10 == 0 and total_flag(self.signal, self.model) else 0
+            flag = torch.tensor(float(self.signal), device=values.device)
+            leave = signal.SIGTERM if done % 10 == 0 and dq.total(flag) > 0 else 0
         if done % args.save_every == 0 or done == args.steps or leave:
             self.save(done)
         if leave and done < args.steps:
@@ -276,7 +284,7 @@ class Run:
                 print(f"stopped by {signal.Signals(leave).name} after step {done}, saved in {self.path}; the same command with --resume goes on")
             sys.exit(128 + leave)
 
-    def refuse_nan(self, done):
+    def refuse_nan(self):
         """Look at the terms since the last look. -> the newest ones, mean over the processes"""
         newest = []
         for step, names, values in self.recent:
@@ -285,11 +293,6 @@ class Run:
             dq.require(not bad, f"step {step}: not finite in the loss: {', '.join(bad)}; {self.last_good()}; a lower --lr may help")
         self.recent.clear()
         return newest
-
-
-def total_flag(flag, model):
-    """Whether any process has set its flag."""
-    return dq.total(torch.tensor(float(flag), device=next(model.parameters()).device)).item() > 0
 
 
 def read_log(path):

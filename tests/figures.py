@@ -6,7 +6,6 @@ python tests/figures.py rd OUT [--jobs N] [-- FLAGS]   trains what is missing be
 python tests/figures.py log FILE.jsonl       draws the curves of a run's log beside it, FILE.curves.png
 """
 import argparse
-import json
 import math
 import subprocess
 import sys
@@ -16,6 +15,9 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from train_vae import read_log  # noqa: E402
+
 BUDGETS = (0.1, 0.3, 0.5, 0.7, 0.9)
 COLOURS = {"learned": "#c01530", "entropy": "#3a6ea5", "random": "#777777", "fixed": "#000000"}
 
@@ -62,10 +64,6 @@ def plot(curves, title, x_label, y_label="", size=(560, 400)):
     draw.text(((left + right) // 2, h - 44), x_label, fill="black", font=font, anchor="ma")
     draw.text(((left + right) // 2, 16), " · ".join(part for part in (title, y_label) if part), fill="black", font=font, anchor="ma")
     return image.resize(size, Image.Resampling.LANCZOS)
-
-
-def read_log(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def rate_distortion(out, flags, jobs, factors):
