@@ -21,6 +21,7 @@ Symbols, the same everywhere:
     grains (B, h, w): the granularity of every region
     codes  (B, H, W): codebook ids on the finest grid, a coarse code repeated over its region
 """
+import functools
 import math
 import os
 import sys
@@ -645,10 +646,12 @@ class Layout(nn.Module):
         follow = torch.where((forced >= 0)[:, None], ids == forced[:, None], follow)
         tables = dict(grain=grain,                # its granularity
                       region=region,              # its region, -1 for EOS and the start
-                      after=after,                # the granularity that is being written after it
                       follow=follow,
+                      unordered=(after < K - 1)[:, None],  # any of those, or only the first
                       is_eos=is_eos,
                       place=torch.where(region < 0, N, region)[:P],  # its region, N for EOS
+                      home=region[:P].clamp(min=0),  # its region; an EOS has one that does not matter, since
+                      rank=torch.where(is_eos, 0, grain)[:P],  # only codes coarser than this, in that region, rule it out
                       index=ids)
         for name, table in tables.items():
             self.register_buffer(name, table, persistent=False)
@@ -697,48 +700,48 @@ class Layout(nn.Module):
 
     def legal(self, prev, grains):
         """Which position ids may follow. prev: (B,) or (B, L) ids, -1 at the start; grains: (B, N)
-        granularities known so far, -1 elsewhere -> mask (B, P) or (B, L, P).
+        granularities known so far, -1 elsewhere (further columns are not looked at) -> mask (B, P) or (B, L, P).
 
         Inside a region: its next cell. Between regions: the first cell of any later region that is
         not covered, or EOS; in the finest granularity, which must leave no hole, the first such
         region, or EOS when there is none. What `prev` shows to lie in its future is not looked at,
         so a whole training sequence can be masked with its final grains.
         """
-        if prev.dim() == 2:
-            grains = grains[:, None]                                         # B, 1, N
-        k = self.after[prev][..., None]                                      # B, (L,) 1
-        free = F.pad((grains < 0) | (grains >= k), (0, 1), value=True)       # B, (L,) N + 1: not covered by a coarser code
-        mask = self.follow[prev] & free[..., self.place]                     # B, (L,) P
-        first = mask.byte().argmax(-1, keepdim=True)                         # the lowest id
-        return mask & ((k < self.n_grains - 1) | (self.index == first))
+        there = grains.index_select(1, self.home)                            # B, P: what covers the region of each id
+        free = (there < 0) | (there >= self.rank)                            # B, P: no coarser code does
+        free = free if prev.dim() == 1 else free[:, None]                    # B, (1,) P
+        mask = self.follow[prev] & free                                      # B, (L,) P
+        first = mask.view(torch.uint8).argmax(-1, keepdim=True)              # B, (L,) 1: the lowest id
+        return mask & (self.unordered[prev] | (self.index == first))
 
 
 # ------------------------------------------------------------------------------------------------
 # 6  DQ-Transformer (the paper's stage 2: Position-Transformer and Content-Transformer)
 
 
-def for_few_rows(weight, dtype, rows):
-    """A matrix (O, C) in the form in which `project` multiplies so many rows with it fastest."""
-    weight = weight.to(dtype)
-    if weight.device.type != "cpu" or dtype != torch.float32:
-        return weight
-    if rows < 8:
-        return weight.view(2, -1, weight.shape[1]) if len(weight) % 2 == 0 else weight  # 2, O / 2, C
-    return torch.ops.mkldnn._reorder_linear_weight(weight, rows) if torch.backends.mkldnn.is_available() else weight  # opaque
+def few_rows(weight, dtype, rows, gelu=False):
+    """-> F.linear(., weight), and GELU if wanted, as a function of x (R, C) with so few rows R that its work is to read weights.
 
-
-def project(x, weight):
-    """F.linear(x, weight) for a few rows: x (R, C) -> (R, O). In sampling that is all a step does.
-
-    The work is to read the weights once, and on CPUs F.linear reads them at a fraction of the memory's speed. A few rows
-    are two to three times faster with the weights as left factor, cut in two; from eight on, up to twice as fast with the weights
-    in oneDNN's own order, by the operator that torch.compile uses for that.
+    On CPUs F.linear reads them at a fraction of the memory's speed. One to three rows are two to four times faster with the
+    weights as left factor, cut in two for two threads (bfloat16 gains nothing there); more rows are two to three times faster
+    with the weights in oneDNN's own order, by the operator that torch.compile uses for that, and faster still in bfloat16.
     """
-    if weight.is_mkldnn:
-        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")  # R, O
-    if weight.dim() == 2:
-        return F.linear(x.to(weight.dtype), weight)
-    return torch.bmm(weight, x.t().expand(2, -1, -1)).view(-1, len(x)).t()   # R, O
+    cpu, weight = weight.device.type == "cpu", weight.detach()
+    if cpu and rows < 4 and weight.dtype == torch.float32 and len(weight) % 2 == 0:
+        halves = weight.view(2, -1, weight.shape[1])                         # 2, O / 2, C
+
+        def product(x):
+            y = torch.bmm(halves, x.t().expand(2, -1, -1))                   # 2, O / 2, R
+            return y.view(1, -1) if rows == 1 else y.view(-1, rows).t().contiguous()  # R, O
+    elif cpu and torch.backends.mkldnn.is_available() and (dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        packed, post = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype), rows), "gelu" if gelu else "none"
+        return lambda x: torch.ops.mkldnn._linear_pointwise(x.to(dtype), packed, None, post, [], "none")  # R, O
+    else:
+        weight = weight.to(dtype)
+
+        def product(x):
+            return F.linear(x.to(dtype), weight)                             # R, O
+    return (lambda x: F.gelu(product(x))) if gelu else product
 
 
 class Block(nn.Module):
@@ -760,23 +763,27 @@ class Block(nn.Module):
         x = x + self.drop(self.proj(y.transpose(1, 2).reshape(B, L, C)))     # B, L, C
         return x + self.drop(self.down(F.gelu(self.up(self.norm2(x)))))
 
-    def matrices(self, dtype, rows):
-        """What `decode` multiplies so many rows with."""
-        return [for_few_rows(linear.weight, dtype, rows) for linear in (self.qkv, self.proj, self.up, self.down)]
+    def for_decoding(self, dtype, rows):
+        """What `decode` multiplies so many rows with; the queries come out scaled for the attention."""
+        qkv, C = self.qkv.weight.detach().clone(), self.proj.weight.shape[0]
+        qkv[:C] *= (C // self.heads) ** -0.5
+        return (few_rows(qkv, dtype, rows), few_rows(self.proj.weight, dtype, rows),
+                few_rows(self.up.weight, dtype, rows, gelu=True), few_rows(self.down.weight, dtype, rows))
 
-    def decode(self, x, matrices, cache, slot, bias):
-        """The same for one more position of every row. x: (R, C); cache: (2, R heads, L, d), keys and values, of which the
-        rows `slot` of (2 R heads L, d) are written; bias: (R heads, 1, end), -inf where the cache is not to be read."""
-        (R, C), end, d, (qkv, proj, up, down) = x.shape, bias.shape[-1], cache.shape[-1], matrices
-        qkv = project(F.layer_norm(x, (C,), self.norm1.weight), qkv).contiguous()  # R, 3 C
-        cache.view(-1, d).index_copy_(0, slot, qkv[:, C:].reshape(-1, d))
-        k, v = cache[:, :, :end].unbind()                                    # each R heads, end, d
-        # written out, since on CPUs the fused kernel takes up to twice the time for a single query
-        attention = torch.baddbmm(bias, qkv[:, :C].reshape(-1, 1, d), k.transpose(1, 2), alpha=d ** -0.5).softmax(-1)  # R heads, 1, end
-        y = torch.bmm(attention, v)                                          # R heads, 1, d
-        x = x + project(y.view(R, C), proj)
-        h = F.gelu(project(F.layer_norm(x, (C,), self.norm2.weight), up).contiguous())  # R, 4 C
-        return x + project(h, down)                                          # R, C
+    def decode(self, x, products, slot, bias, cache, keys, values):
+        """The same for one more position of every row.
+
+        x: (R, C); products: of `for_decoding`; cache: (2 R heads L, d), of which the rows `slot` (R, 2 heads) are written;
+        keys (R heads, d, end) and values (R heads, end, d): views of the part that attention reads; bias: (R heads, 1, end),
+        -inf where it is not to look.
+        """
+        (R, C), d, (qkv, proj, up, down) = x.shape, values.shape[-1], products
+        h = qkv(torch.layer_norm(x, (C,), self.norm1.weight)).to(cache.dtype)  # R, 3 C
+        cache[slot] = h[:, C:].view(R, -1, d)
+        # written out, since on CPUs the fused kernel takes up to three times as long for a single query
+        attention = torch.bmm(h[:, :C].reshape(-1, 1, d), keys).add_(bias).softmax(-1)  # R heads, 1, end
+        x = x + proj(torch.bmm(attention, values).view(R, C))                # R, C
+        return x + down(up(torch.layer_norm(x, (C,), self.norm2.weight)))    # R, C
 
 
 class DQTransformer(nn.Module):
@@ -887,84 +894,120 @@ def filter_logits(logits, top_k, top_p):
 
 
 def scramble(x):
-    """A hash of int32 to int32, in place, whose high bits are the good ones: MurmurHash3's finaliser without its last shift."""
-    x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF)).mul_(-0x7A143595)         # a shift repeats the sign; products wrap
-    return x.bitwise_xor_((x >> 13).bitwise_and_(0x7FFFF)).mul_(-0x3D4D51CB)
+    """One round of mixing of int32 to int32, in place: high bits into the low ones, then all into the high ones."""
+    return x.bitwise_xor_((x >> 15).bitwise_and_(0x1FFFF)).mul_(-0x7A143595)  # a shift repeats the sign; products wrap
 
 
 def image_keys(seed, images):
     """A hash of (seed, image) for every image number (n,) -> (n,), int32."""
     keys = images.int()
     for part in (seed & 0x7FFFFFFF, seed >> 31 & 0x7FFFFFFF):
-        keys = scramble(keys * 0x2545F491 + part)
+        keys = scramble(scramble(keys * 0x2545F491 + part))
     return keys
 
 
-def gumbel_noise(key, t, n):
-    """Gumbel noise (B, n): entry j of row b is a function of (key[b], t[b], j) and nothing else, so of the image's number, not
-    of its slot, its batch or the device."""
-    entries = torch.arange(n, dtype=torch.int32, device=t.device) * -0x61C88647  # n
-    x = scramble((key + t.int() * 0x27D4EB2F)[:, None] ^ entries)            # B, n: any int32
-    uniform = ((x >> 9).float() + (2 ** 22 + 0.5)) / 2 ** 23                 # in (0, 1), exact in float32
-    return -(-uniform.log()).log()
+def noise_entries(n, device=None):
+    """What tells the n entries of a row of `gumbel_noise` apart: int32 (n,)."""
+    return scramble(torch.arange(1, n + 1, dtype=torch.int32, device=device))
+
+
+def gumbel_noise(key, t, entries):
+    """Gumbel noise (B, n): entry j of row b is a function of (key[b], t[b], entries[j]) and nothing else, so of the image's
+    number, not of its slot, its batch or the device."""
+    x = (key + t.int() * 0x27D4EB2F)[:, None] ^ entries                      # B, n: any int32
+    x = scramble(x.mul_(-0x61C88647))
+    uniform = (x >> 9) * 2.0 ** -23 + (0.5 + 2.0 ** -24)                     # in (0, 1), exact in float32
+    return uniform.log_().neg_().log_().neg_()
 
 
 class Job(NamedTuple):
-    """What is wanted: n images. Row n of each tensor is for slots that have nothing to do."""
-    label: torch.Tensor                  # n + 1: rows of the condition embedding
+    """What is wanted, n images, and the weights in the form that a step wants. Image n is nobody's: for slots with nothing to do."""
+    start: torch.Tensor                  # n + 1: P + the row of the condition embedding
     key: torch.Tensor                    # n + 1: of the noise
+    entries: torch.Tensor                # P + V: of the noise
     given: tuple                         # positions and contents, each n + 1, L, -1 where they are to be drawn; or None
     options: SampleOptions
-    matrices: list                       # for each layer what its block multiplies with
-    position_head: torch.Tensor
-    content_head: torch.Tensor
+    where: torch.Tensor                  # P + classes + 1, C: embedding of each position with its granularity, then the conditions
+    what: torch.Tensor                   # V + 2, C: embedding of each content, that of an EOS, and 0 beside a condition
+    products: list                       # for each layer what its block multiplies with
+    position_head: object                # functions as `few_rows` makes them
+    content_head: object
 
 
 class DecodeState(NamedTuple):
     """All that changes while images are being written by B slots; R = B rows, or 2 B with guidance."""
     cache: tuple                         # for each layer 2, R heads, L, d: keys and values
     image: torch.Tensor                  # B: which image the slot is writing; n when there is none left
-    next: torch.Tensor                   # scalar: the image that the next free slot takes
+    taken: torch.Tensor                  # scalar: the last image that a slot has taken
     t: torch.Tensor                      # B: the step that comes next
-    last: torch.Tensor                   # B: position id of the pair written last, -1 at the start
-    last_code: torch.Tensor              # B: and its content
+    last: torch.Tensor                   # B: row of `where` for the pair written last, or for the condition
+    last_code: torch.Tensor              # B: row of `what`
     grains: torch.Tensor                 # B, N + 1: granularities known so far; the last column is spare
     pos: torch.Tensor                    # n + 1, L: the images, the end id where nothing is written
-    code: torch.Tensor                   # n + 1, L
+    code: torch.Tensor                   # n + 1, L: V is the content of an EOS
 
 
-def start_state(model, n, slots, guided, dtype):
-    """All slots at the start of their first images."""
-    config, layout, device = model.config, model.layout, model.position_head.weight.device
-    B, L = min(n, slots), layout.max_len
-    rows, layers = B * (1 + guided), config.position_layers + config.content_layers
+def start_job(model, label, options, seed, given, first, dtype, rows):
+    """The job of `generate`, with weights for steps of so many rows."""
+    layout, n, device = model.layout, len(label), model.position_head.weight.device
+    P, content = layout.n_positions, model.content.weight
+    return Job(
+        start=P + F.pad(model.labels(label, n), (0, 1)),
+        key=image_keys(seed, torch.arange(first, first + n + 1, device=device)),
+        entries=noise_entries(P + model.config.codebook_size, device),
+        given=given and tuple(F.pad(each, (0, 0, 0, 1), value=-1) for each in given),
+        options=options,
+        where=torch.cat([model.position.weight + model.granularity(layout.grain[:P]), model.condition.weight]),
+        what=torch.cat([content, torch.zeros_like(content[:1])]),
+        products=[block.for_decoding(dtype, rows) for block in (*model.position_stack, *model.content_stack)],
+        position_head=few_rows(model.position_head.weight, dtype, rows),
+        content_head=few_rows(model.content_head.weight, dtype, rows))
+
+
+def start_state(model, job, slots, rows, dtype):
+    """All slots at the start of their first images, with caches for so many rows."""
+    config, layout, device = model.config, model.layout, job.start.device
+    n, B, L = len(job.start) - 1, slots, layout.max_len
     return DecodeState(
-        cache=tuple(torch.zeros(2, rows * config.heads, L, config.width // config.heads, device=device, dtype=dtype) for _ in range(layers)),
+        cache=tuple(torch.zeros(2, rows * config.heads, L, config.width // config.heads, device=device, dtype=dtype) for _ in job.products),
         image=torch.arange(B, device=device),
-        next=torch.tensor(B, device=device),
+        taken=torch.tensor(B - 1, device=device),
         t=torch.zeros(B, dtype=torch.long, device=device),
-        last=torch.full((B,), -1, device=device),
-        last_code=torch.full((B,), -1, device=device),
+        last=job.start[:B].clone(),
+        last_code=torch.full((B,), config.codebook_size + 1, device=device),
         grains=torch.full((B, layout.n_regions + 1), -1, device=device),
         pos=torch.full((n + 1, L), layout.end, device=device),
-        code=torch.full((n + 1, L), -1, device=device))
+        code=torch.full((n + 1, L), config.codebook_size, device=device))
 
 
-def decode_one(model, job, state, end):
+class Window(NamedTuple):
+    """What a step sees of the cache, as views: the first `end` places of every row."""
+    places: torch.Tensor                 # end: 0, 1, 2, ...
+    slot: torch.Tensor                   # R, 2 heads: where the keys and values of place 0 are, in the first of the views below
+    layers: list                         # for each layer three: 2 R heads L, d (all of it); keys R heads, d, end; values R heads, end, d
+
+
+def look_at(state, heads, end):
+    _, R_heads, L, d = state.cache[0].shape
+    slot = torch.arange(0, 2 * R_heads * L, L, device=state.t.device).view(2, -1, heads)  # 2, R, heads
+    return Window(torch.arange(end, device=state.t.device), slot.transpose(0, 1).reshape(-1, 2 * heads),
+                  [(cache.view(-1, d), cache[0, :, :end].transpose(1, 2), cache[1, :, :end]) for cache in state.cache])
+
+
+def decode_one(model, job, state, window):
     """Write one more pair of the image in every slot; a slot whose image is complete takes the next one.
 
-    end: how much of the cache to look at, more than every t. Reads nothing but its arguments,
-    changes nothing but `state`, and never asks the device for a value, so it can be captured as a
-    graph: all shapes depend on `end` alone.
+    The window must reach further than every t. Reads nothing but its arguments, changes nothing but
+    `state`, and never asks the device for a value, so it can be captured as a graph: all shapes
+    depend on the size of the window alone.
     """
     layout, options, image, t, last = model.layout, job.options, state.image, state.t, state.last
-    heads, B, n, P = model.config.heads, len(t), len(job.label) - 1, layout.n_positions
-    _, rows, L, _ = state.cache[0].shape                                     # rows = R heads
-    twice = rows // heads // B                                               # 2 with guidance: labelled, unlabelled
+    (B, n), P, V = (len(t), len(job.start) - 1), layout.n_positions, model.config.codebook_size
+    C, heads, guided = model.config.width, model.config.heads, len(window.slot) > B
 
     def guide(logits):
         logits = logits.float()                                              # R, P or V
-        if twice == 2:
+        if guided:
             labelled, unlabelled = logits.chunk(2)
             logits = unlabelled + options.cfg * (labelled - unlabelled)
         return logits / options.temperature if options.temperature != 1 else logits  # B, P or V
@@ -973,54 +1016,52 @@ def decode_one(model, job, state, end):
         """which: 0 for positions, 1 for contents."""
         if job.given is None:
             return drawn
-        given = job.given[which][image, state.t]                             # B
+        given = job.given[which][image, t]                                   # B
         return torch.where(given >= 0, given, drawn)
 
-    # embed the last pair, or the condition
-    label = job.label[image]                                                 # B
-    h = model.embed(last.clamp(min=0), state.last_code)                      # B, C
-    if twice == 2:
-        label = torch.cat([label, torch.full_like(label, len(model.config.classes))])  # R
-        h, t, last = h.repeat(2, 1), t.repeat(2), last.repeat(2)             # R, C; R; R
-    h = torch.where((last < 0)[:, None], model.condition(label), h) + model.order(t)  # R, C
-    slot = torch.arange(0, 2 * rows * L, L, device=t.device).view(2, -1, heads).transpose(0, 1) + t[:, None, None]  # R, 2, heads
-    slot = slot.reshape(-1)                                                  # where the cache is written, in the order of keys and values
-    future = torch.arange(end, device=t.device) > t.repeat_interleave(heads)[:, None]  # R heads, end
-    bias = torch.zeros_like(future, dtype=state.cache[0].dtype).masked_fill_(future, -math.inf)[:, None]  # R heads, 1, end
+    # embed the last pair, or the condition; with guidance once more, for the rows without a label
+    rows_last, rows_code, rows_t = last, state.last_code, t
+    if guided:
+        rows_last = torch.cat([last, last.masked_fill(last >= P, len(job.where) - 1)])
+        rows_code, rows_t = rows_code.repeat(2), t.repeat(2)                 # R
+    h = job.where.index_select(0, rows_last) + job.what.index_select(0, rows_code) + model.order.weight.index_select(0, rows_t)  # R, C
+    slot = window.slot + rows_t[:, None]                                     # R, 2 heads
+    future = window.places > rows_t[:, None]                                 # R, end
+    bias = torch.zeros_like(future, dtype=state.cache[0].dtype).masked_fill_(future, -math.inf)
+    bias = bias[:, None].expand(-1, heads, -1).reshape(-1, 1, len(window.places))  # R heads, 1, end
 
     # where: position stack, then one draw among the legal ids
-    layers = list(zip([*model.position_stack, *model.content_stack], job.matrices, state.cache))
-    n_position = len(model.position_stack)
-    noise = gumbel_noise(job.key[image], state.t, P + model.config.codebook_size)  # B, P + V
-    for block, matrices, cache in layers[:n_position]:
-        h = block.decode(h, matrices, cache, slot, bias)                     # R, C
-    legal = layout.legal(state.last, state.grains[:, :-1])                   # B, P
-    logits = guide(project(model.position_norm(h), job.position_head))
+    layers = list(zip([*model.position_stack, *model.content_stack], job.products, window.layers))
+    noise = gumbel_noise(job.key.index_select(0, image), t, job.entries)     # B, P + V
+    for block, products, views in layers[:len(model.position_stack)]:
+        h = block.decode(h, products, slot, bias, *views)                    # R, C
+    legal = layout.legal(last.clamp(max=P), state.grains)                    # B, P
+    logits = guide(job.position_head(torch.layer_norm(h, (C,), model.position_norm.weight)))
     pos = unless_given((logits + noise[:, :P]).masked_fill_(~legal, -math.inf).argmax(-1), 0)  # B
 
     # what: content stack, then one draw
-    h = h + model.position(pos).repeat(twice, 1)                             # R, C
-    for block, matrices, cache in layers[n_position:]:
-        h = block.decode(h, matrices, cache, slot, bias)
-    logits = filter_logits(guide(project(model.content_norm(h), job.content_head)), options.top_k, options.top_p)
-    code = unless_given((logits + noise[:, P:]).argmax(-1), 1)               # B
-    code = code.masked_fill_(layout.is_eos[pos], -1)
+    h = h + model.position.weight.index_select(0, pos.repeat(2) if guided else pos)  # R, C
+    for block, products, views in layers[len(model.position_stack):]:
+        h = block.decode(h, products, slot, bias, *views)
+    logits = guide(job.content_head(torch.layer_norm(h, (C,), model.content_norm.weight)))
+    code = unless_given((filter_logits(logits, options.top_k, options.top_p) + noise[:, P:]).argmax(-1), 1)  # B
+    code = code.masked_fill(layout.is_eos.index_select(0, pos), V)
 
     # write the pair, and take the next image where this one has its last EOS
-    state.pos[image, state.t], state.code[image, state.t] = pos, code
-    state.grains.scatter_(1, layout.place[pos][:, None], layout.grain[pos][:, None])
+    state.pos[image, t], state.code[image, t] = pos, code
+    state.grains.scatter_(1, layout.place.index_select(0, pos)[:, None], layout.grain.index_select(0, pos)[:, None])
     done = pos == layout.end                                                 # B
-    state.image.copy_(torch.where(done, state.next + done.cumsum(0) - 1, image).clamp_(max=n))
-    state.next.add_(done.sum())
-    fresh = done | (state.image == n)
-    state.t.copy_((state.t + 1).masked_fill_(fresh, 0))
-    state.last.copy_(pos.masked_fill_(fresh, -1))
-    state.last_code.copy_(code)
-    state.grains.masked_fill_(fresh[:, None], -1)
+    order = done.cumsum(0)                                                   # B: 1, 2, ... among those
+    image.copy_(torch.where(done, state.taken + order, image).clamp_(max=n))
+    state.taken.add_(order[-1])
+    t.add_(1).masked_fill_(done, 0)
+    last.copy_(torch.where(done, job.start.index_select(0, image), pos))
+    state.last_code.copy_(code.masked_fill_(done, V + 1))
+    state.grains.masked_fill_(done[:, None], -1)
 
 
 @torch.inference_mode()
-def generate(model, label, options=SampleOptions(), seed=0, given=None, slots=None, first=0, dtype=None, bucket=None, look_every=None):
+def generate(model, label, options=SampleOptions(), seed=0, given=None, slots=None, first=0, dtype=None, bucket=None, look_every=None, graphs=None):
     """Draw images. label: (n,) classes, -1 for none -> pos, code, each (n, max_len); Layout.unpack reads them.
 
     given: optional (pos, code), each (n, max_len), -1 where it is to be drawn. Two uses: the positions of a
@@ -1029,45 +1070,45 @@ def generate(model, label, options=SampleOptions(), seed=0, given=None, slots=No
     slots: how many images are written at a time (None: all); a slot whose image is complete takes
     the next, so the cost follows the mean length. Image i's noise depends on seed and first + i alone.
 
-    dtype: of the matrices and the cache; None: the model's. The sum that runs through the layers keeps the model's.
-
-    bucket: the part of the cache that is looked at is rounded up to a multiple of this; on a GPU one
-    graph is captured for each size. look_every: steps between two looks at the state from the
-    host. On a GPU the host reads what the state was one look ago, so that the device never waits.
+    What makes it fast. dtype: of the matrices (None: the model's), and on a GPU of the cache; the sum that runs through the
+    layers keeps the model's. bucket: the part of the cache that a step sees is rounded up to a multiple of this. graphs
+    (None: on GPUs): a step is captured as a CUDA graph for each such size, and replayed. look_every: steps between two
+    looks of the host at the state; with graphs it reads what the state was one look ago, so that the device never waits.
     """
     options.check()
-    layout, device, dtype = model.layout, model.position_head.weight.device, dtype or model.position_head.weight.dtype
-    cuda = device.type == "cuda"
-    bucket, look_every = bucket or (128 if cuda else 1), look_every or (32 if cuda else 1)
+    layout, weight = model.layout, model.position_head.weight
+    dtype, graphs = dtype or weight.dtype, weight.is_cuda if graphs is None else graphs
+    bucket, look_every = bucket or (128 if graphs else 8), look_every or (32 if graphs else 1)
     n, L = len(label), layout.max_len
-    given = given and tuple(F.pad(each, (0, 0, 0, 1), value=-1) for each in given)
-    state = start_state(model, n, slots or n, options.cfg != 1 and bool(model.config.classes), dtype)
-    rows = state.cache[0].shape[1] // model.config.heads
-    job = Job(F.pad(model.labels(label, n), (0, 1)), image_keys(seed, torch.arange(first, first + n + 1, device=device)), given, options,
-              [block.matrices(dtype, rows) for block in (*model.position_stack, *model.content_stack)],
-              for_few_rows(model.position_head.weight, dtype, rows), for_few_rows(model.content_head.weight, dtype, rows))
-    steps, looks, at, step = {}, [], 0, 0                                    # no slot is further than `at`
-    with torch.autocast(device.type, enabled=False):
+    slots = min(n, slots or n)
+    rows = 2 * slots if options.cfg != 1 and model.config.classes else slots
+    job = start_job(model, label, options, seed, given, first, dtype, rows)
+    state = start_state(model, job, slots, rows, dtype if weight.is_cuda else weight.dtype)
+    # for one to three rows oneDNN's GELU takes up to eight times as long as torch's own
+    with torch.autocast(weight.device.type, enabled=False), torch.backends.mkldnn.flags(enabled=weight.dtype != torch.float32, allow_tf32=None):
+        steps = [functools.partial(decode_one, model, job, state, look_at(state, model.config.heads, min(end, L)))
+                 for end in range(bucket, L + bucket, bucket)]
+        if graphs:
+            steps = [capture(step, state) for step in steps]
+        looks, at, n_steps = [], 0, 0                                        # no slot is further than `at`
         while True:
-            end = min(-(-(at + 1) // bucket) * bucket, L)
-            if end not in steps:
-                def one(end=end):
-                    decode_one(model, job, state, end)
-                steps[end] = capture(one, state) if cuda else one
-            steps[end]()
-            at, step = min(at + 1, L - 1), step + 1
-            if step % look_every == 0:
-                look = torch.stack([(state.image < n).any(), state.t.max()]).to("cpu", non_blocking=True)
-                looks.append((step, look, torch.cuda.current_stream().record_event() if cuda else None))
-                if look_every == 1 or len(looks) > 1:
-                    then, look, arrived = looks.pop(0)
-                    if cuda:
-                        arrived.synchronize()                                # of the look before: the device has work until the next
-                    busy, far = look.tolist()
-                    if not busy:
-                        break
-                    at = min(far + step - then, L - 1)
-    return state.pos[:n], state.code[:n]
+            steps[at // bucket]()
+            at, n_steps = min(at + 1, L - 1), n_steps + 1
+            if n_steps % look_every:
+                continue
+            look = torch.stack([state.image.min(), state.t.max()]).to("cpu", non_blocking=True)
+            looks.append((n_steps, look, torch.cuda.current_stream().record_event() if graphs else None))
+            if graphs and len(looks) == 1:
+                continue
+            then, look, arrived = looks.pop(0)
+            if graphs:
+                arrived.synchronize()                                        # of the look before: the device has work until the next
+            least, furthest = look.tolist()
+            if least == n:                                                   # every slot has run out of images
+                break
+            at = min(furthest + n_steps - then, L - 1)
+    pos, code = state.pos[:n], state.code[:n]
+    return pos, code.masked_fill_(code == model.config.codebook_size, -1)
 
 
 def capture(step, state):

@@ -27,7 +27,7 @@ def parse(argv=None):
     add("--cfg", type=float, default=2.0, help="classifier-free guidance; 1: off")
     add("--seed", type=int, default=0, help="of the draws")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    add("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 where the hardware has it; on CPUs only to decode the codes into pixels, since sampling gains nothing from it there")
+    add("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 where the hardware has it")
     add("--out", metavar="FILE", type=Path, help="the grid, of the first 32 images; None: samples.png beside the checkpoint")
     add("--save-dir", metavar="DIR", type=Path, help="also write every image as a PNG of its own here")
     add("--gif", metavar="FILE", type=Path, help="also write how the first image grows, code by code")
@@ -100,13 +100,13 @@ def main(argv=None):
     for path in (out, args.gif):
         dq.require(path is None or path.suffix.lower() in Image.registered_extensions(), f"{path}: no picture format has that ending")
     with autocast():
-        bf16 = torch.is_autocast_enabled(device.type) and (device.type == "cuda" or args.dtype == "bf16")
+        dtype = torch.bfloat16 if torch.is_autocast_enabled(device.type) else torch.float32
     tiles, captions = [], []
     with tqdm(total=args.n, desc="sampling", unit="image", disable=None) as bar:
         for first in range(0, args.n, 16 * args.batch_size):                 # slots run empty at the end of each round only
             y = label[first:first + 16 * args.batch_size].to(device)
             open_pairs = None if given is None else tuple(t.expand(len(y), -1) for t in given)
-            pos, code = dq.generate(model, y, options, args.seed, open_pairs, slots=args.batch_size, first=first, dtype=torch.bfloat16 if bf16 else None)
+            pos, code = dq.generate(model, y, options, args.seed, open_pairs, slots=args.batch_size, first=first, dtype=dtype)
             codes, grains = layout.unpack(pos, code)
             with autocast(), torch.inference_mode():
                 images = torch.cat([vae.decode(c).float() for c in codes.split(64)])

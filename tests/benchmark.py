@@ -2,7 +2,7 @@
 
 sampling the fused loop against a loop that runs the model on the whole sequence so far at every step: 2 + 6 layers,
          width 256, 8 heads, 512 codes, half of the regions fine; the naive loop is timed at every 16th step, on
-         the sequences that the fused loop drew, and must draw the same pairs there
+         the sequences that the fused loop drew, and must draw the same codes there (in fp32)
 
 stage1   one training step of the paper's DQ-VAE (dual, 256 x 256, batch 2, autoencoder and codebook losses):
          ours in bf16, ours in fp32, and the same network in its plain textbook form in fp32
@@ -67,37 +67,51 @@ def sampling(args):
     device, dtype = torch.device(args.device), dict(fp32=torch.float32, bf16=torch.bfloat16)[args.dtype]
     side = int(args.regions ** 0.5)
     torch.manual_seed(0)
-    config = dq.TransformerConfig(size=8 * side, factors=(8, 4), codebook_size=512, width=args.width, heads=8,
+    config = dq.TransformerConfig(size=8 * side, factors=(8, 4), codebook_size=args.codebook_size, width=args.width, heads=8,
                                   position_layers=args.position_layers, content_layers=args.content_layers)
-    model = dq.DQTransformer(config).to(device, dtype).eval()
-    layout, weights = model.layout, sum(p.numel() * p.element_size() for p in model.parameters())
+    model = dq.DQTransformer(config).to(device).eval()
+    layout = model.layout
+    matrices = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    read = sum(w.numel() for w in matrices) * dtype.itemsize                 # bytes a step
     print(f"Sampling {side} x {side} regions, half of them fine; {args.position_layers} + {args.content_layers} layers, width {args.width}, {args.dtype}; {hardware(device)}")
+    print(f"jobs of {args.images} images a slot; medians of {args.rounds} rounds" + (f"; copying takes {copy_bandwidth(device):.0f} GB/s" if device.type == "cuda" else ""))
     print(f"{'batch':>5}{'images/s':>10}{'ms a code':>11}{'weights GB/s':>14}{'naive images/s':>16}{'fused / naive':>15}{'matrix work':>13}")
     for B in args.batch_sizes:
-        fine = torch.rand(B, side * side, device=device).argsort(1) < side * side // 2
-        given = dq.given_tiling(layout, fine.view(B, side, side).long())
-        label = torch.full((B,), -1, device=device)
+        n = args.images * B
+        fine = torch.rand(n, side * side, device=device).argsort(1) < side * side // 2
+        given = dq.given_tiling(layout, fine.view(n, side, side).long())
+        label = torch.full((n,), -1, device=device)
 
         def fused():
-            return dq.generate(model, label, seed=1, given=given)
-        seconds = statistics.median(compare(device, args.rounds, fused=fused)["fused"])
-        pos, code = fused()
-        steps = int((pos[0] != layout.end).sum())
+            return dq.generate(model, label, seed=1, given=given, slots=B, dtype=dtype)
+        seconds = statistics.median(compare(device, args.rounds, fused=fused)["fused"]) / args.images  # for B images
+        pos, code = (t[:B] for t in fused())
+        length = int((pos[0] != layout.end).sum()) + 1
         with torch.inference_mode():
             naive = 0.0
-            for t in range(0, steps, 16):
+            for t in range(0, length, 16):
                 def step():
-                    position, content = model.logits(pos[:, :t + 1], code[:, :t + 1])
-                    noise = dq.gumbel_noise(dq.image_keys(1, torch.arange(B, device=device)), torch.full((B,), t, device=device), layout.n_positions + 512)
+                    with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16"):
+                        position, content = model.logits(pos[:, :t + 1], code[:, :t + 1])
+                    noise = dq.gumbel_noise(dq.image_keys(1, torch.arange(B, device=device)), torch.full((B,), t, device=device),
+                                            dq.noise_entries(layout.n_positions + config.codebook_size, device))
                     return (position[:, t] + noise[:, :layout.n_positions]).argmax(-1), (content[:, t] + noise[:, layout.n_positions:]).argmax(-1)
                 _, drawn = step()
                 there = code[:, t] >= 0
-                if dtype == torch.float32:
+                if args.dtype == "fp32":
                     assert torch.equal(drawn[there], code[there, t]), "the loops draw different codes"
-                naive += 16 * statistics.median(compare(device, 1, step=step)["step"])
+                naive += min(16, length - t) * statistics.median(compare(device, 1, step=step)["step"])
         share = matrix_share(fused) if device.type == "cpu" else float("nan")
         codes = int((code >= 0).sum()) / B
-        print(f"{B:5}{B / seconds:10.2f}{1000 * seconds / codes:11.2f}{weights * steps / seconds / 1e9:14.1f}{B / naive:16.3f}{naive / seconds:15.1f}{share:13.0%}", flush=True)
+        print(f"{B:5}{B / seconds:10.2f}{1000 * seconds / codes:11.2f}{read * length / seconds / 1e9:14.1f}{B / naive:16.3f}{naive / seconds:15.1f}{share:13.0%}"
+              + (f"  {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB at most" if device.type == "cuda" else ""), flush=True)
+
+
+def copy_bandwidth(device):
+    """Bytes read and written per second by copying 1 GiB, in 1e9."""
+    a = torch.empty(2 ** 30, dtype=torch.uint8, device=device)
+    b = torch.empty_like(a)
+    return 2 * len(a) / min(compare(device, 5, copy=lambda: b.copy_(a))["copy"]) / 1e9
 
 
 def matrix_share(step):
@@ -105,7 +119,7 @@ def matrix_share(step):
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         step()
     own = {e.key: e.self_cpu_time_total for e in profile.key_averages()}
-    return sum(v for k, v in own.items() if any(name in k for name in ("mm", "linear", "attention"))) / sum(own.values())
+    return sum(v for k, v in own.items() if any(name in k for name in ("mm", "_linear", "attention"))) / sum(own.values())
 
 
 # ------------------------------------------------------------------------------------------------
@@ -253,6 +267,8 @@ if __name__ == "__main__":
     add("--rounds", type=int, default=5)
     add("--batch-size", type=int, default=2, help="stage1")
     add("--regions", type=int, default=64, help="sampling")
+    add("--images", type=int, default=4, help="sampling: images a slot")
+    add("--codebook-size", type=int, default=512, help="sampling")
     add("--batch-sizes", type=int, nargs="+", default=[1, 8, 64], help="sampling")
     add("--width", type=int, default=256, help="sampling")
     add("--position-layers", type=int, default=2, help="sampling")

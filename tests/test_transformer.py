@@ -1,6 +1,8 @@
 """DQTransformer and its sampler: a proper distribution over tilings, the same with and without the cache."""
+import contextlib
 import itertools
 import math
+import types
 
 import pytest
 import torch
@@ -58,7 +60,7 @@ def naive_generate(model, label, options, seed, first=0, given=None):
         pairs = []
         while not pairs or pairs[-1][0] != layout.end:
             t = len(pairs)
-            noise = dq.gumbel_noise(dq.image_keys(seed, torch.tensor([first + i], device=device)), torch.tensor([t], device=device), layout.n_positions + config.codebook_size)[0].cpu()
+            noise = dq.gumbel_noise(dq.image_keys(seed, torch.tensor([first + i], device=device)), torch.tensor([t], device=device), dq.noise_entries(layout.n_positions + config.codebook_size, device))[0].cpu()
 
             def logits(which, position):
                 """Of step t, guided: which = 0 for the position, 1 for the content, given the position."""
@@ -219,11 +221,83 @@ def test_refilled_slots_cost_the_mean_length(device, monkeypatch):
         assert len(calls) <= 1.15 * int(lengths.sum()) / 16
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=str)
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 9])
+@torch.inference_mode()
+def test_products_with_few_rows_equal_sums(rows, dtype, tolerance, device):
+    x = torch.randn(rows, 24, device=device)
+    for out in (6, 7):                                                       # 7 rows of weights can't be cut in two
+        weight = torch.randn(out, 24, device=device) / 24 ** 0.5
+        naive = (x.double()[:, None] * weight.double()).sum(-1)
+        gelu = naive * 0.5 * (1 + torch.erf(naive / 2 ** 0.5))
+        for wanted, activate in ((naive, False), (gelu, True)):
+            got = dq.few_rows(weight, dtype, rows, activate)(x)
+            assert got.shape == (rows, out) and got.is_contiguous()
+            torch.testing.assert_close(got.double(), wanted, atol=tolerance, rtol=tolerance)
+
+
+class FakeCuda:
+    """What `generate` asks of torch.cuda to capture steps and replay them, with the device's queue played by the CPU.
+
+    As on a GPU, a step that is being captured does nothing but be recorded, with the tensors that it was given.
+    """
+
+    def __init__(self, monkeypatch):
+        self.capturing, self.counts, real = None, dict(captured=0, replayed=0, direct=0), dq.decode_one
+
+        def decode_one(*args):
+            if self.capturing is None:
+                self.counts["direct"] += 1
+                return real(*args)
+            self.capturing.steps.append(lambda: real(*args))
+
+        class Graph:
+            def __init__(graph):
+                graph.steps = []
+
+            def replay(graph):
+                self.counts["replayed"] += 1
+                for step in graph.steps:
+                    step()
+
+        @contextlib.contextmanager
+        def capture(graph):
+            self.capturing = graph
+            yield
+            self.capturing = None
+            self.counts["captured"] += 1
+        event = types.SimpleNamespace(synchronize=lambda: None)
+        stream = types.SimpleNamespace(wait_stream=lambda other: None, record_event=lambda: event)
+        monkeypatch.setattr(dq, "decode_one", decode_one)
+        for name, fake in dict(CUDAGraph=Graph, graph=capture, Stream=lambda: stream, current_stream=lambda: stream,
+                               stream=lambda s: contextlib.nullcontext()).items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+
+
+@pytest.mark.parametrize("cfg", [1.0, 2.5])
+@torch.no_grad()
+def test_the_captured_path_draws_the_same(cfg, monkeypatch):
+    """Capture in front of the first step, its warm-ups undone, replays only from then on, looks that come late."""
+    model = tiny(8, (4, 2, 1), V=5, classes=("a", "b"))
+    label, options = torch.arange(9) % 2, SampleOptions(temperature=2.0, cfg=cfg)
+    given = [torch.where(torch.rand(len(label), 1) < 0.5, t, -1) for t in generate(model, label, options, seed=1)]  # some images whole
+    for extra in (dict(), dict(given=given)):
+        pos, code = generate(model, label, options, seed=7, slots=2, **extra)
+        with monkeypatch.context() as patch:
+            cuda = FakeCuda(patch)
+            again = generate(model, label, options, seed=7, slots=2, graphs=True, bucket=16, look_every=4, **extra)
+        assert torch.equal(again[0], pos) and torch.equal(again[1], code)
+        sizes = -(-model.layout.max_len // 16)
+        assert cuda.counts["captured"] == cuda.counts["direct"] == sizes     # one warm-up each, and nothing outside a graph
+        lengths = model.layout.length(model.layout.unpack(pos, code)[1])
+        assert int(lengths.sum()) / 2 <= cuda.counts["replayed"] <= (int(lengths.sum()) + int(lengths.max())) / 2 + 2 * 4 + 1
+
+
 def test_noise_is_gumbel_and_independent():
     image, t = torch.arange(200), torch.arange(200) % 7
 
     def noise(seed, t):
-        return dq.gumbel_noise(dq.image_keys(seed, image), t, 500).double()
+        return dq.gumbel_noise(dq.image_keys(seed, image), t, dq.noise_entries(500)).double()
     x = noise(3, t)
     assert x.shape == (200, 500) and torch.isfinite(x).all()
     uniform = torch.exp(-torch.exp(-x)).flatten().sort().values              # the distribution function makes it uniform
@@ -232,7 +306,7 @@ def test_noise_is_gumbel_and_independent():
     for a, b in ((x[:, :-1], x[:, 1:]), (x[:-1], x[1:]), (x, noise(4, t)), (x, noise(3, t + 1)), (x, noise(3 + (1 << 40), t)), (x, x.flip(1))):
         r = torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1]
         assert abs(r) < 4 / a.numel() ** 0.5
-    row = dq.gumbel_noise(dq.image_keys(3, torch.tensor([17])), t[17:18], 500)[0]
+    row = dq.gumbel_noise(dq.image_keys(3, torch.tensor([17])), t[17:18], dq.noise_entries(500))[0]
     assert torch.equal(row.double(), x[17])                                  # whatever else is in the batch
 
 
