@@ -759,7 +759,12 @@ class Block(nn.Module):
         """x: (B, L, C)."""
         B, L, C = x.shape
         q, k, v = self.qkv(self.norm1(x)).view(B, L, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)  # each B, heads, L, d
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=self.dropout if self.training else 0.0)
+        if x.is_cuda:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=self.dropout if self.training else 0.0)
+        else:                                                                # on CPUs the fused kernel's backward is slow: half a training step
+            future = torch.full((L, L), -math.inf, dtype=q.dtype, device=x.device).triu(1)
+            attention = (q * q.shape[-1] ** -0.5 @ k.transpose(2, 3) + future).softmax(-1)  # B, heads, L, L
+            y = F.dropout(attention, self.dropout, self.training) @ v        # B, heads, L, d
         x = x + self.drop(self.proj(y.transpose(1, 2).reshape(B, L, C)))     # B, L, C
         return x + self.drop(self.down(F.gelu(self.up(self.norm2(x)))))
 

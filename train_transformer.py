@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import dq
@@ -67,12 +66,16 @@ def batches(length, batch_size, seed, start=0):
         yield torch.from_numpy(index[np.argsort(length[index], kind="stable")])
 
 
+def width(length, limit, device):
+    """Columns that sequences of these lengths (M,) need, rounded up: GPUs compute in eights, and few widths mean few compilations."""
+    multiple = 8 if device.type == "cuda" else 2
+    return min(-(-int(length.max()) // multiple) * multiple, limit)
+
+
 def nats(model, batch, device, autocast):
     """Negative log-likelihoods of a batch: position (B,), content (B,)."""
     pos, code, label = (t.to(device, non_blocking=True).long() for t in batch)
-    # on CPUs the backward of the written-out attention takes half the time of the fused kernel's
-    kernels = [SDPBackend.MATH] if device.type == "cpu" else [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    with autocast(), sdpa_kernel(kernels):
+    with autocast():
         losses = model(pos, code, label)
     return losses["position"], losses["content"]
 
@@ -144,8 +147,8 @@ def main(argv=None):
         optimizer.zero_grad(set_to_none=True)
         nats_of = dict(position=0.0, content=0.0)
         for part in next(order)[run.rank::run.world].chunk(args.accumulate):
-            longest = min(-(-int(length[part].max()) // 8) * 8, pos.shape[1])  # no wider than this part needs; few different widths
-            position, content = nats(forward, (pos[part, :longest], code[part, :longest], label[part]), device, autocast)
+            columns = width(length[part], pos.shape[1], device)
+            position, content = nats(forward, (pos[part, :columns], code[part, :columns], label[part]), device, autocast)
             losses = dict(position=position.sum() * run.world / args.batch_size, content=content.sum() * run.world / args.batch_size)
             # nats per code; by the mean number of codes, so that every image counts for what it costs
             ((losses["position"] + losses["content"]) / codes_per_image).backward()

@@ -7,9 +7,10 @@ sampling the fused loop against a loop that runs the model on the whole sequence
 stage1   one training step of the paper's DQ-VAE (dual, 256 x 256, batch 2, autoencoder and codebook losses):
          ours in bf16, ours in fp32, and the same network in its plain textbook form in fp32
 
-stage2   steps of the toy preset's DQ-Transformer on tilings as the toy data has them, tokens a second without
-         padding: ours (parts of like length, bf16 where --dtype says so, the kernels that the trainer picks) and the
-         straightforward loop (random batches padded to the longest sequence, fp32, torch's defaults)
+stage2   steps of a preset's DQ-Transformer (for toy on tilings as its data has them), tokens a second without
+         padding: ours (parts of like length, bf16 where --dtype says so, attention written out on CPUs) and the
+         straightforward loop (random batches padded to the longest sequence, fp32, torch's own attention);
+         and the model's FLOPs a second, as a share of what one large product reaches
 """
 import argparse
 import contextlib
@@ -213,12 +214,27 @@ def stage1(args):
 # stage2
 
 
+class TextbookBlock(dq.Block):
+    """Attention by torch's own function on every device."""
+
+    def forward(self, x):
+        B, L, C = x.shape
+        q, k, v = (t.view(B, L, self.heads, -1).transpose(1, 2) for t in self.qkv(self.norm1(x)).chunk(3, dim=-1))  # each B, heads, L, d
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.proj(y.transpose(1, 2).reshape(B, L, C))                # B, L, C
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
 def stage2(args):
-    device, preset, n_steps = torch.device(args.device), dq.PRESETS["toy"], 20
-    toy, config, B = dq.ToyShapes(), preset.transformer, preset.train_transformer.batch_size
+    device, preset, n_steps = torch.device(args.device), dq.PRESETS[args.preset], 20
+    config, B, parts = preset.transformer, preset.train_transformer.batch_size, preset.train_transformer.accumulate
     layout = dq.Layout(config.size, config.factors)
-    grains = torch.stack([F.avg_pool2d(toy.detail_mask(i)[None].float(), config.factors[0])[0] > 0.1 for i in range(2048)]).long()  # M, h, w
     torch.manual_seed(0)
+    if args.preset == "toy":
+        toy = dq.ToyShapes()
+        grains = torch.stack([F.avg_pool2d(toy.detail_mask(i)[None].float(), config.factors[0])[0] > 0.1 for i in range(2048)]).long()  # M, h, w
+    else:
+        grains = torch.bucketize(torch.rand(2048, layout.side, layout.side), torch.tensor(preset.vae.ratios).cumsum(0)[:-1])
     codes = torch.randint(config.codebook_size, (len(grains), layout.side, layout.side))  # one for a region is enough here
     pos, code = layout.pack(dq.upsample(codes[:, None].float(), layout.fine_side)[:, 0].long(), grains)
     length, label = train_transformer.lengths(pos, layout), torch.full((len(pos),), -1)
@@ -227,12 +243,15 @@ def stage2(args):
     def make(ours):
         torch.manual_seed(0)
         model = dq.DQTransformer(config).to(device)
+        if not ours:
+            for block in (*model.position_stack, *model.content_stack):
+                block.__class__ = TextbookBlock
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=ours or None)
         order = train_transformer.batches(length.numpy(), B, seed=0) if ours else (torch.randint(len(pos), (B,)) for _ in itertools.count())
         tokens = []
 
-        def add_gradients(part, width):
-            batch = pos[part, :width].to(device), code[part, :width].to(device), label[part].to(device)
+        def add_gradients(part, columns):
+            batch = pos[part, :columns].to(device), code[part, :columns].to(device), label[part].to(device)
             if ours:
                 with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype != "fp32"):
                     position, content = train_transformer.nats(model, batch, device, contextlib.nullcontext)
@@ -245,8 +264,8 @@ def stage2(args):
             for _ in range(n_steps):
                 batch = next(order)
                 optimizer.zero_grad(set_to_none=True)
-                for part in batch.chunk(preset.train_transformer.accumulate if ours else 1):
-                    add_gradients(part, min(-(-int(length[part].max()) // 8) * 8, pos.shape[1]) if ours else pos.shape[1])
+                for part in batch.chunk(1 if args.preset == "toy" and not ours else parts):
+                    add_gradients(part, train_transformer.width(length[part], pos.shape[1], device) if ours else pos.shape[1])
                 optimizer.step()
                 tokens[-1] += int(length[batch].sum())
         return loop, tokens
@@ -254,9 +273,16 @@ def stage2(args):
     (ours, our_tokens), (plain, plain_tokens) = make(True), make(False)
     seconds = compare(device, args.rounds, ours=ours, plain=plain)
     rate = {name: [t / s for t, s in zip(tokens[1:], seconds[name])] for name, tokens in (("ours", our_tokens), ("plain", plain_tokens))}
-    print(f"Stage 2, toy preset, batch {B}, sequences of {length.min()} to {length.max()} pairs (mean {length.float().mean():.1f}); {hardware(device)}; medians of {args.rounds} rounds of {n_steps} steps")
+    print(f"Stage 2, preset {args.preset}, batch {B} in {parts} parts, sequences of {length.min()} to {length.max()} pairs (mean {length.float().mean():.1f}); {hardware(device)}; medians of {args.rounds} rounds of {n_steps} steps")
+    dtype, side = torch.float32 if args.dtype == "fp32" else torch.bfloat16, 8192 if device.type == "cuda" else 1024
+    a = torch.randn(side, side, device=device, dtype=dtype)
+    peak = 2 * side ** 3 / min(compare(device, 5, product=lambda: a @ a)["product"])
+    matrices = sum(m.weight.numel() for m in dq.DQTransformer(config).modules() if isinstance(m, torch.nn.Linear))
+    layers = config.position_layers + config.content_layers
+    flops = 6 * (matrices + layers * config.width * length.float().mean().item())  # a token, forward and backward; causal attention
     for name, says in (("plain", "padded, fp32"), ("ours", f"ours, {args.dtype}")):
-        print(f"{says:20}{statistics.median(rate[name]):10.0f} tokens/s")
+        median = statistics.median(rate[name])
+        print(f"{says:20}{median:10.0f} tokens/s{median / length.float().mean().item():10.1f} images/s; model FLOPs {median * flops / peak:.0%} of a large {args.dtype} product's")
     print(f"ours / padded: {statistics.median(a / b for a, b in zip(rate['ours'], rate['plain'])):.2f}")
 
 
@@ -274,6 +300,7 @@ if __name__ == "__main__":
     add("--position-layers", type=int, default=2, help="sampling")
     add("--content-layers", type=int, default=6, help="sampling")
     add("--dtype", choices=["fp32", "bf16"], default="fp32", help="sampling, stage2")
+    add("--preset", choices=list(dq.PRESETS), default="toy", help="stage2")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     globals()[args.what](args)
