@@ -74,6 +74,8 @@ def width(length, limit, device):
 
 def nats(model, batch, device, autocast):
     """Negative log-likelihoods of a batch: position (B,), content (B,)."""
+    if device.type == "cuda":
+        batch = [t.pin_memory() for t in batch]                              # else the copy would wait for the device
     pos, code, label = (t.to(device, non_blocking=True).long() for t in batch)
     with autocast():
         losses = model(pos, code, label)
