@@ -986,17 +986,27 @@ def start_state(model, job, slots, rows, dtype):
 
 
 class Window(NamedTuple):
-    """What a step sees of the cache, as views: the first `end` places of every row."""
+    """The cache as a step sees it, with room for the first `end` places of every row and no gaps, which CPUs read up to three times faster."""
     places: torch.Tensor                 # end: 0, 1, 2, ...
     slot: torch.Tensor                   # R, 2 heads: where the keys and values of place 0 are, in the first of the views below
-    layers: list                         # for each layer three: 2 R heads L, d (all of it); keys R heads, d, end; values R heads, end, d
+    layers: list                         # for each layer three views: 2 R heads end, d (all of it); keys R heads, d, end; values R heads, end, d
 
 
 def look_at(state, heads, end):
-    _, R_heads, L, d = state.cache[0].shape
-    slot = torch.arange(0, 2 * R_heads * L, L, device=state.t.device).view(2, -1, heads)  # 2, R, heads
+    """-> the Window of this size, at the beginning of the memory of the cache."""
+    _, R_heads, _, d = state.cache[0].shape
+    views = [cache.view(-1)[:2 * R_heads * end * d].view(2, R_heads, end, d) for cache in state.cache]
+    slot = torch.arange(0, 2 * R_heads * end, end, device=state.t.device).view(2, -1, heads)  # 2, R, heads
     return Window(torch.arange(end, device=state.t.device), slot.transpose(0, 1).reshape(-1, 2 * heads),
-                  [(cache.view(-1, d), cache[0, :, :end].transpose(1, 2), cache[1, :, :end]) for cache in state.cache])
+                  [(view.view(-1, d), view[0].transpose(1, 2), view[1]) for view in views])
+
+
+def move(old, new):
+    """The cache from one window into another, as far as both reach."""
+    ends = len(old.places), len(new.places)
+    for (whole, *_), (target, *_) in zip(old.layers, new.layers):
+        here, there = (view.view(-1, end, view.shape[-1])[:, :min(ends)] for view, end in zip((whole, target), ends))
+        there.copy_(here.clone())                                            # the two share memory
 
 
 def decode_one(model, job, state, window):
@@ -1083,7 +1093,7 @@ def generate(model, label, options=SampleOptions(), seed=0, given=None, slots=No
     options.check()
     layout, weight = model.layout, model.position_head.weight
     dtype, graphs = dtype or weight.dtype, weight.is_cuda if graphs is None else graphs
-    bucket, look_every = bucket or (128 if graphs else 8), look_every or (32 if graphs else 1)
+    bucket, look_every = bucket or (128 if graphs else 32), look_every or (32 if graphs else 1)
     n, L = len(label), layout.max_len
     slots = min(n, slots or n)
     rows = 2 * slots if options.cfg != 1 and model.config.classes else slots
@@ -1091,13 +1101,16 @@ def generate(model, label, options=SampleOptions(), seed=0, given=None, slots=No
     state = start_state(model, job, slots, rows, dtype if weight.is_cuda else weight.dtype)
     # for one to three rows oneDNN's GELU takes up to eight times as long as torch's own
     with torch.autocast(weight.device.type, enabled=False), torch.backends.mkldnn.flags(enabled=weight.dtype != torch.float32, allow_tf32=None):
-        steps = [functools.partial(decode_one, model, job, state, look_at(state, model.config.heads, min(end, L)))
-                 for end in range(bucket, L + bucket, bucket)]
+        windows = [look_at(state, model.config.heads, min(end, L)) for end in range(bucket, L + bucket, bucket)]  # graphs read them: to be kept
+        steps = [functools.partial(decode_one, model, job, state, window) for window in windows]
         if graphs:
             steps = [capture(step, state) for step in steps]
-        looks, at, n_steps = [], 0, 0                                        # no slot is further than `at`
+        looks, at, n_steps, size = [], 0, 0, 0                               # no slot is further than `at`
         while True:
-            steps[at // bucket]()
+            if not size // 2 <= at // bucket <= size:                        # too narrow, or much too wide
+                move(windows[size], windows[at // bucket])
+                size = at // bucket
+            steps[size]()
             at, n_steps = min(at + 1, L - 1), n_steps + 1
             if n_steps % look_every:
                 continue

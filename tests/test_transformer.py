@@ -3,6 +3,7 @@ import contextlib
 import itertools
 import math
 import types
+import weakref
 
 import pytest
 import torch
@@ -88,12 +89,12 @@ def naive_generate(model, label, options, seed, first=0, given=None):
     return images
 
 
-@pytest.mark.parametrize("how", [dict(), dict(slots=2), dict(slots=3, bucket=8, look_every=4), dict(slots=2, bucket=64, look_every=32)], ids=str)
+@pytest.mark.parametrize("how", [dict(), dict(slots=2, bucket=2), dict(slots=3, bucket=8, look_every=4), dict(slots=2, bucket=64, look_every=32)], ids=str)
 @pytest.mark.parametrize("cfg", [1.0, 2.5])
 @pytest.mark.parametrize("size, factors", [(8, (4,)), (8, (4, 2)), (8, (4, 2, 1))])
 @torch.no_grad()
 def test_the_fused_loop_draws_what_the_naive_loop_draws(size, factors, cfg, how, device):
-    """Code by code: in one batch or in few slots that are refilled, over slices of the cache or at fixed sizes."""
+    """Code by code: in one batch or in few slots that are refilled, over many windows of the cache or a single one."""
     model = tiny(size, factors, V=5, classes=("a", "b"), device=device)
     options, label = SampleOptions(temperature=2.0, top_k=4, top_p=0.95, cfg=cfg), torch.tensor([0, 1, 1, -1, 0], device=device)
     pos, code = generate(model, label, options, seed=7, first=10, **how)
@@ -239,17 +240,19 @@ def test_products_with_few_rows_equal_sums(rows, dtype, tolerance, device):
 class FakeCuda:
     """What `generate` asks of torch.cuda to capture steps and replay them, with the device's queue played by the CPU.
 
-    As on a GPU, a step that is being captured does nothing but be recorded, with the tensors that it was given.
+    As on a GPU, a step that is being captured does nothing but be recorded, with the tensors that it was given; and
+    a graph doesn't keep those of its window alive.
     """
 
     def __init__(self, monkeypatch):
         self.capturing, self.counts, real = None, dict(captured=0, replayed=0, direct=0), dq.decode_one
 
-        def decode_one(*args):
+        def decode_one(model, job, state, window):
             if self.capturing is None:
                 self.counts["direct"] += 1
-                return real(*args)
-            self.capturing.steps.append(lambda: real(*args))
+                return real(model, job, state, window)
+            places, slot, rest = weakref.ref(window.places), weakref.ref(window.slot), window._replace(places=None, slot=None)
+            self.capturing.steps.append(lambda: real(model, job, state, rest._replace(places=places(), slot=slot())))
 
         class Graph:
             def __init__(graph):
