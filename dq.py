@@ -941,7 +941,7 @@ class Job(NamedTuple):
 
 class DecodeState(NamedTuple):
     """All that changes while images are being written by B slots; R = B rows, or 2 B with guidance."""
-    cache: tuple                         # for each layer 2, R heads, L, d: keys and values
+    cache: tuple                         # for each layer memory for keys and values: 2, R heads, L, d; steps see it through a Window
     image: torch.Tensor                  # B: which image the slot is writing; n when there is none left
     taken: torch.Tensor                  # scalar: the last image that a slot has taken
     t: torch.Tensor                      # B: the step that comes next

@@ -13,7 +13,6 @@ stage2   steps of a preset's DQ-Transformer (for toy on tilings as its data has 
          and the model's FLOPs a second, as a share of what one large product reaches
 """
 import argparse
-import contextlib
 import itertools
 import os
 import platform
@@ -85,7 +84,10 @@ def sampling(args):
 
         def fused():
             return dq.generate(model, label, seed=1, given=given, slots=B, dtype=dtype)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         seconds = statistics.median(compare(device, args.rounds, fused=fused)["fused"]) / args.images  # for B images
+        peak = f"  {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB at most" if device.type == "cuda" else ""
         pos, code = (t[:B] for t in fused())
         length = int((pos[0] != layout.end).sum()) + 1
         with torch.inference_mode():
@@ -104,8 +106,7 @@ def sampling(args):
                 naive += min(16, length - t) * statistics.median(compare(device, 1, step=step)["step"])
         share = matrix_share(fused) if device.type == "cpu" else float("nan")
         codes = int((code >= 0).sum()) / B
-        print(f"{B:5}{B / seconds:10.2f}{1000 * seconds / codes:11.2f}{read * length / seconds / 1e9:14.1f}{B / naive:16.3f}{naive / seconds:15.1f}{share:13.0%}"
-              + (f"  {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB at most" if device.type == "cuda" else ""), flush=True)
+        print(f"{B:5}{B / seconds:10.2f}{1000 * seconds / codes:11.2f}{read * length / seconds / 1e9:14.1f}{B / naive:16.3f}{naive / seconds:15.1f}{share:13.0%}{peak}", flush=True)
 
 
 def copy_bandwidth(device):
@@ -250,13 +251,15 @@ def stage2(args):
         order = train_transformer.batches(length.numpy(), B, seed=0) if ours else (torch.randint(len(pos), (B,)) for _ in itertools.count())
         tokens = []
 
+        def autocast():
+            return torch.autocast(device.type, torch.bfloat16, enabled=args.dtype != "fp32")
+
         def add_gradients(part, columns):
-            batch = pos[part, :columns].to(device), code[part, :columns].to(device), label[part].to(device)
+            batch = pos[part, :columns], code[part, :columns], label[part]
             if ours:
-                with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype != "fp32"):
-                    position, content = train_transformer.nats(model, batch, device, contextlib.nullcontext)
+                position, content = train_transformer.nats(model, batch, device, autocast)
             else:
-                position, content = model(*batch).values()
+                position, content = model(*(t.to(device) for t in batch)).values()
             ((position + content).sum() / B).backward()
 
         def loop():
