@@ -707,7 +707,7 @@ class Layout(nn.Module):
         region, or EOS when there is none. What `prev` shows to lie in its future is not looked at,
         so a whole training sequence can be masked with its final grains.
         """
-        there = grains.index_select(1, self.home)                            # B, P: what covers the region of each id
+        there = grains.gather(1, self.home.expand(len(grains), -1))          # B, P: what covers the region of each id
         free = (there < 0) | (there >= self.rank)                            # B, P: no coarser code does
         free = free if prev.dim() == 1 else free[:, None]                    # B, (1,) P
         mask = self.follow[prev] & free                                      # B, (L,) P
@@ -725,23 +725,26 @@ def few_rows(weight, dtype, rows, gelu=False):
     On CPUs F.linear reads them at a fraction of the memory's speed. One to three rows are two to four times faster with the
     weights as left factor, cut in two for two threads (bfloat16 gains nothing there); more rows are two to three times faster
     with the weights in oneDNN's own order, by the operator that torch.compile uses for that, and faster still in bfloat16.
+    x is of the weight's type or, where that differs, of `dtype`.
     """
     cpu, weight = weight.device.type == "cpu", weight.detach()
     if cpu and rows < 4 and weight.dtype == torch.float32 and len(weight) % 2 == 0:
-        halves = weight.view(2, -1, weight.shape[1])                         # 2, O / 2, C
+        halves, dtype = weight.view(2, -1, weight.shape[1]), weight.dtype    # 2, O / 2, C
 
         def product(x):
             y = torch.bmm(halves, x.t().expand(2, -1, -1))                   # 2, O / 2, R
             return y.view(1, -1) if rows == 1 else y.view(-1, rows).t().contiguous()  # R, O
     elif cpu and torch.backends.mkldnn.is_available() and (dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()):
-        packed, post = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype), rows), "gelu" if gelu else "none"
-        return lambda x: torch.ops.mkldnn._linear_pointwise(x.to(dtype), packed, None, post, [], "none")  # R, O
-    else:
-        weight = weight.to(dtype)
+        packed, after = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype), rows), "gelu" if gelu else "none"
+        linear, gelu = torch.ops.mkldnn._linear_pointwise.default, False
 
         def product(x):
-            return F.linear(x.to(dtype), weight)                             # R, O
-    return (lambda x: F.gelu(product(x))) if gelu else product
+            return linear(x, packed, None, after, [], "none")                # R, O
+    else:
+        product = functools.partial(F.linear, weight=weight.to(dtype))       # R, O
+    activated = (lambda x: F.gelu(product(x))) if gelu else product
+    # not x.to(dtype) for all: in a step, calls that do nothing are 5 % of the time
+    return activated if weight.dtype == dtype else lambda x: activated(x.to(dtype))
 
 
 class Block(nn.Module):
@@ -769,26 +772,25 @@ class Block(nn.Module):
         return x + self.drop(self.down(F.gelu(self.up(self.norm2(x)))))
 
     def for_decoding(self, dtype, rows):
-        """What `decode` multiplies so many rows with; the queries come out scaled for the attention."""
-        qkv, C = self.qkv.weight.detach().clone(), self.proj.weight.shape[0]
-        qkv[:C] *= (C // self.heads) ** -0.5
-        return (few_rows(qkv, dtype, rows), few_rows(self.proj.weight, dtype, rows),
-                few_rows(self.up.weight, dtype, rows, gelu=True), few_rows(self.down.weight, dtype, rows))
+        """-> the same as a function for one more position of so many rows, with matrices of this type."""
+        C, d = self.proj.weight.shape[0], self.proj.weight.shape[0] // self.heads
+        norm1, norm2, qkv = self.norm1.weight, self.norm2.weight, self.qkv.weight.detach().clone()
+        qkv[:C] *= d ** -0.5                                                 # queries come out scaled for the attention
+        qkv, proj = few_rows(qkv, dtype, rows), few_rows(self.proj.weight, dtype, rows)
+        up, down = few_rows(self.up.weight, dtype, rows, gelu=True), few_rows(self.down.weight, dtype, rows)
 
-    def decode(self, x, products, slot, bias, cache, keys, values):
-        """The same for one more position of every row.
-
-        x: (R, C); products: of `for_decoding`; cache: (2 R heads L, d), of which the rows `slot` (R, 2 heads) are written;
-        keys (R heads, d, end) and values (R heads, end, d): views of the part that attention reads; bias: (R heads, 1, end),
-        -inf where it is not to look.
-        """
-        (R, C), d, (qkv, proj, up, down) = x.shape, values.shape[-1], products
-        h = qkv(torch.layer_norm(x, (C,), self.norm1.weight)).to(cache.dtype)  # R, 3 C
-        cache[slot] = h[:, C:].view(R, -1, d)
-        # written out, since on CPUs the fused kernel takes up to three times as long for a single query
-        attention = torch.bmm(h[:, :C].reshape(-1, 1, d), keys).add_(bias).softmax(-1)  # R heads, 1, end
-        x = x + proj(torch.bmm(attention, values).view(R, C))                # R, C
-        return x + down(up(torch.layer_norm(x, (C,), self.norm2.weight)))    # R, C
+        def decode(x, slot, bias, cache, keys, values):
+            """x: (R, C); cache: (2 R heads L, d), of which the rows `slot` (R, 2 heads) are written; keys (R heads, d, end)
+            and values (R heads, end, d): views of the part that attention reads; bias: (R heads, 1, end), -inf where it is
+            not to look."""
+            h = qkv(torch.layer_norm(x, (C,), norm1))                        # R, 3 C
+            q, kv = (h if h.dtype == cache.dtype else h.to(cache.dtype)).split_with_sizes([C, 2 * C], 1)
+            cache[slot] = kv.view(rows, -1, d)
+            # written out, since on CPUs the fused kernel takes up to three times as long for a single query
+            attention = torch.bmm(q.reshape(-1, 1, d), keys).add_(bias).softmax(-1)  # R heads, 1, end
+            x = x + proj(torch.bmm(attention, values).view(rows, C))         # R, C
+            return x + down(up(torch.layer_norm(x, (C,), norm2)))            # R, C
+        return decode
 
 
 class DQTransformer(nn.Module):
@@ -934,7 +936,8 @@ class Job(NamedTuple):
     options: SampleOptions
     where: torch.Tensor                  # P + classes + 1, C: embedding of each position with its granularity, then the conditions
     what: torch.Tensor                   # V + 2, C: embedding of each content, that of an EOS, and 0 beside a condition
-    products: list                       # for each layer what its block multiplies with
+    position_stack: list                 # of functions that take a layer one position further (see `Block.for_decoding`)
+    content_stack: list
     position_head: object                # functions as `few_rows` makes them
     content_head: object
 
@@ -964,7 +967,8 @@ def start_job(model, label, options, seed, given, first, dtype, rows):
         options=options,
         where=torch.cat([model.position.weight + model.granularity(layout.grain[:P]), model.condition.weight]),
         what=torch.cat([content, torch.zeros_like(content[:1])]),
-        products=[block.for_decoding(dtype, rows) for block in (*model.position_stack, *model.content_stack)],
+        position_stack=[block.for_decoding(dtype, rows) for block in model.position_stack],
+        content_stack=[block.for_decoding(dtype, rows) for block in model.content_stack],
         position_head=few_rows(model.position_head.weight, dtype, rows),
         content_head=few_rows(model.content_head.weight, dtype, rows))
 
@@ -974,7 +978,7 @@ def start_state(model, job, slots, rows, dtype):
     config, layout, device = model.config, model.layout, job.start.device
     n, B, L = len(job.start) - 1, slots, layout.max_len
     return DecodeState(
-        cache=tuple(torch.zeros(2, rows * config.heads, L, config.width // config.heads, device=device, dtype=dtype) for _ in job.products),
+        cache=tuple(torch.zeros(2, rows * config.heads, L, config.width // config.heads, device=device, dtype=dtype) for _ in job.position_stack + job.content_stack),
         image=torch.arange(B, device=device),
         taken=torch.tensor(B - 1, device=device),
         t=torch.zeros(B, dtype=torch.long, device=device),
@@ -1021,7 +1025,8 @@ def decode_one(model, job, state, window):
     C, heads, guided = model.config.width, model.config.heads, len(window.slot) > B
 
     def guide(logits):
-        logits = logits.float()                                              # R, P or V
+        if logits.dtype != torch.float32:
+            logits = logits.float()                                          # R, P or V
         if guided:
             labelled, unlabelled = logits.chunk(2)
             logits = unlabelled + options.cfg * (labelled - unlabelled)
@@ -1046,18 +1051,17 @@ def decode_one(model, job, state, window):
     bias = bias[:, None].expand(-1, heads, -1).reshape(-1, 1, len(window.places))  # R heads, 1, end
 
     # where: position stack, then one draw among the legal ids
-    layers = list(zip([*model.position_stack, *model.content_stack], job.products, window.layers))
     noise = gumbel_noise(job.key.index_select(0, image), t, job.entries)     # B, P + V
-    for block, products, views in layers[:len(model.position_stack)]:
-        h = block.decode(h, products, slot, bias, *views)                    # R, C
+    for decode, views in zip(job.position_stack, window.layers):
+        h = decode(h, slot, bias, *views)                                    # R, C
     legal = layout.legal(last.clamp(max=P), state.grains)                    # B, P
     logits = guide(job.position_head(torch.layer_norm(h, (C,), model.position_norm.weight)))
     pos = unless_given((logits + noise[:, :P]).masked_fill_(~legal, -math.inf).argmax(-1), 0)  # B
 
     # what: content stack, then one draw
     h = h + model.position.weight.index_select(0, pos.repeat(2) if guided else pos)  # R, C
-    for block, products, views in layers[len(model.position_stack):]:
-        h = block.decode(h, products, slot, bias, *views)
+    for decode, views in zip(job.content_stack, window.layers[len(job.position_stack):]):
+        h = decode(h, slot, bias, *views)
     logits = guide(job.content_head(torch.layer_norm(h, (C,), model.content_norm.weight)))
     code = unless_given((filter_logits(logits, options.top_k, options.top_p) + noise[:, P:]).argmax(-1), 1)  # B
     code = code.masked_fill(layout.is_eos.index_select(0, pos), V)
