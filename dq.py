@@ -905,12 +905,12 @@ def scramble(x):
     return x.bitwise_xor_((x >> 15).bitwise_and_(0x1FFFF)).mul_(-0x7A143595)  # a shift repeats the sign; products wrap
 
 
-def image_keys(seed, images):
-    """A hash of (seed, image) for every image number (n,) -> (n,), int32."""
+def noise_keys(seed, images, L):
+    """A hash of (seed, image, t) for image numbers (n,) and the L pairs of each -> (n, L), int32."""
     keys = images.int()
     for part in (seed & 0x7FFFFFFF, seed >> 31 & 0x7FFFFFFF):
         keys = scramble(scramble(keys * 0x2545F491 + part))
-    return keys
+    return keys[:, None] + torch.arange(L, dtype=torch.int32, device=images.device) * 0x27D4EB2F
 
 
 def noise_entries(n, device=None):
@@ -918,10 +918,10 @@ def noise_entries(n, device=None):
     return scramble(torch.arange(1, n + 1, dtype=torch.int32, device=device))
 
 
-def gumbel_noise(key, t, entries):
-    """Gumbel noise (B, n): entry j of row b is a function of (key[b], t[b], entries[j]) and nothing else, so of the image's
-    number, not of its slot, its batch or the device."""
-    x = (key + t.int() * 0x27D4EB2F)[:, None] ^ entries                      # B, n: any int32
+def gumbel_noise(key, entries):
+    """Gumbel noise (B, n): entry j of row b is a function of key[b] and entries[j] and nothing else, so of the image's number
+    and the step, not of the image's slot, its batch or the device."""
+    x = key[:, None] ^ entries                                               # B, n: any int32
     x = scramble(x.mul_(-0x61C88647))
     uniform = (x >> 9) * 2.0 ** -23 + (0.5 + 2.0 ** -24)                     # in (0, 1), exact in float32
     return uniform.log_().neg_().log_().neg_()
@@ -930,7 +930,7 @@ def gumbel_noise(key, t, entries):
 class Job(NamedTuple):
     """What is wanted, n images, and the weights in the form that a step wants. Image n is nobody's: for slots with nothing to do."""
     start: torch.Tensor                  # n + 1: P + the row of the condition embedding
-    key: torch.Tensor                    # n + 1: of the noise
+    key: torch.Tensor                    # n + 1, L: of the noise
     entries: torch.Tensor                # P + V: of the noise
     given: tuple                         # positions and contents, each n + 1, L, -1 where they are to be drawn; or None
     options: SampleOptions
@@ -961,7 +961,7 @@ def start_job(model, label, options, seed, given, first, dtype, rows):
     P, content = layout.n_positions, model.content.weight
     return Job(
         start=P + F.pad(model.labels(label, n), (0, 1)),
-        key=image_keys(seed, torch.arange(first, first + n + 1, device=device)),
+        key=noise_keys(seed, torch.arange(first, first + n + 1, device=device), layout.max_len),
         entries=noise_entries(P + model.config.codebook_size, device),
         given=given and tuple(F.pad(each, (0, 0, 0, 1), value=-1) for each in given),
         options=options,
@@ -991,7 +991,7 @@ def start_state(model, job, slots, rows, dtype):
 
 class Window(NamedTuple):
     """The cache as a step sees it, with room for the first `end` places of every row and no gaps, which CPUs read up to three times faster."""
-    places: torch.Tensor                 # end: 0, 1, 2, ...
+    bias: torch.Tensor                   # end, 1, end: for each step what attention adds to its scores, 0 or, for later places, -inf
     slot: torch.Tensor                   # R, 2 heads: where the keys and values of place 0 are, in the first of the views below
     layers: list                         # for each layer three views: 2 R heads end, d (all of it); keys R heads, d, end; values R heads, end, d
 
@@ -1001,13 +1001,14 @@ def look_at(state, heads, end):
     _, R_heads, _, d = state.cache[0].shape
     views = [cache.view(-1)[:2 * R_heads * end * d].view(2, R_heads, end, d) for cache in state.cache]
     slot = torch.arange(0, 2 * R_heads * end, end, device=state.t.device).view(2, -1, heads)  # 2, R, heads
-    return Window(torch.arange(end, device=state.t.device), slot.transpose(0, 1).reshape(-1, 2 * heads),
+    later = torch.full((end, end), -math.inf, dtype=views[0].dtype, device=slot.device).triu(1)
+    return Window(later[:, None], slot.transpose(0, 1).reshape(-1, 2 * heads),
                   [(view.view(-1, d), view[0].transpose(1, 2), view[1]) for view in views])
 
 
 def move(old, new):
     """The cache from one window into another, as far as both reach."""
-    ends = len(old.places), len(new.places)
+    ends = len(old.bias), len(new.bias)
     for (whole, *_), (target, *_) in zip(old.layers, new.layers):
         here, there = (view.view(-1, end, view.shape[-1])[:, :min(ends)] for view, end in zip((whole, target), ends))
         there.copy_(here.clone())                                            # the two share memory
@@ -1046,24 +1047,22 @@ def decode_one(model, job, state, window):
         rows_code, rows_t = rows_code.repeat(2), t.repeat(2)                 # R
     h = job.where.index_select(0, rows_last) + job.what.index_select(0, rows_code) + model.order.weight.index_select(0, rows_t)  # R, C
     slot = window.slot + rows_t[:, None]                                     # R, 2 heads
-    future = window.places > rows_t[:, None]                                 # R, end
-    bias = torch.zeros_like(future, dtype=state.cache[0].dtype).masked_fill_(future, -math.inf)
-    bias = bias[:, None].expand(-1, heads, -1).reshape(-1, 1, len(window.places))  # R heads, 1, end
+    bias = window.bias.index_select(0, rows_t.repeat_interleave(heads))      # R heads, 1, end
 
     # where: position stack, then one draw among the legal ids
-    noise = gumbel_noise(job.key.index_select(0, image), t, job.entries)     # B, P + V
+    noise, content_noise = gumbel_noise(job.key[image, t], job.entries).split([P, V], dim=1)  # B, P and B, V
     for decode, views in zip(job.position_stack, window.layers):
         h = decode(h, slot, bias, *views)                                    # R, C
     legal = layout.legal(last.clamp(max=P), state.grains)                    # B, P
     logits = guide(job.position_head(torch.layer_norm(h, (C,), model.position_norm.weight)))
-    pos = unless_given((logits + noise[:, :P]).masked_fill_(~legal, -math.inf).argmax(-1), 0)  # B
+    pos = unless_given((logits + noise).masked_fill_(~legal, -math.inf).argmax(-1), 0)  # B
 
     # what: content stack, then one draw
     h = h + model.position.weight.index_select(0, pos.repeat(2) if guided else pos)  # R, C
     for decode, views in zip(job.content_stack, window.layers[len(job.position_stack):]):
         h = decode(h, slot, bias, *views)
     logits = guide(job.content_head(torch.layer_norm(h, (C,), model.content_norm.weight)))
-    code = unless_given((filter_logits(logits, options.top_k, options.top_p) + noise[:, P:]).argmax(-1), 1)  # B
+    code = unless_given((filter_logits(logits, options.top_k, options.top_p) + content_noise).argmax(-1), 1)  # B
     code = code.masked_fill(layout.is_eos.index_select(0, pos), V)
 
     # write the pair, and take the next image where this one has its last EOS

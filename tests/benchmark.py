@@ -96,7 +96,7 @@ def sampling(args):
                 def step():
                     with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16"):
                         position, content = model.logits(pos[:, :t + 1], code[:, :t + 1])
-                    noise = dq.gumbel_noise(dq.image_keys(1, torch.arange(B, device=device)), torch.full((B,), t, device=device),
+                    noise = dq.gumbel_noise(dq.noise_keys(1, torch.arange(B, device=device), layout.max_len)[:, t],
                                             dq.noise_entries(layout.n_positions + config.codebook_size, device))
                     return (position[:, t] + noise[:, :layout.n_positions]).argmax(-1), (content[:, t] + noise[:, layout.n_positions:]).argmax(-1)
                 _, drawn = step()

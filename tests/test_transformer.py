@@ -61,7 +61,7 @@ def naive_generate(model, label, options, seed, first=0, given=None):
         pairs = []
         while not pairs or pairs[-1][0] != layout.end:
             t = len(pairs)
-            noise = dq.gumbel_noise(dq.image_keys(seed, torch.tensor([first + i], device=device)), torch.tensor([t], device=device), dq.noise_entries(layout.n_positions + config.codebook_size, device))[0].cpu()
+            noise = dq.gumbel_noise(dq.noise_keys(seed, torch.tensor([first + i], device=device), t + 1)[:, t], dq.noise_entries(layout.n_positions + config.codebook_size, device))[0].cpu()
 
             def logits(which, position):
                 """Of step t, guided: which = 0 for the position, 1 for the content, given the position."""
@@ -251,8 +251,8 @@ class FakeCuda:
             if self.capturing is None:
                 self.counts["direct"] += 1
                 return real(model, job, state, window)
-            places, slot, rest = weakref.ref(window.places), weakref.ref(window.slot), window._replace(places=None, slot=None)
-            self.capturing.steps.append(lambda: real(model, job, state, rest._replace(places=places(), slot=slot())))
+            bias, slot, rest = weakref.ref(window.bias), weakref.ref(window.slot), window._replace(bias=None, slot=None)
+            self.capturing.steps.append(lambda: real(model, job, state, rest._replace(bias=bias(), slot=slot())))
 
         class Graph:
             def __init__(graph):
@@ -300,7 +300,7 @@ def test_noise_is_gumbel_and_independent():
     image, t = torch.arange(200), torch.arange(200) % 7
 
     def noise(seed, t):
-        return dq.gumbel_noise(dq.image_keys(seed, image), t, dq.noise_entries(500)).double()
+        return dq.gumbel_noise(dq.noise_keys(seed, image, 8)[image, t], dq.noise_entries(500)).double()
     x = noise(3, t)
     assert x.shape == (200, 500) and torch.isfinite(x).all()
     uniform = torch.exp(-torch.exp(-x)).flatten().sort().values              # the distribution function makes it uniform
@@ -309,7 +309,7 @@ def test_noise_is_gumbel_and_independent():
     for a, b in ((x[:, :-1], x[:, 1:]), (x[:-1], x[1:]), (x, noise(4, t)), (x, noise(3, t + 1)), (x, noise(3 + (1 << 40), t)), (x, x.flip(1))):
         r = torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1]
         assert abs(r) < 4 / a.numel() ** 0.5
-    row = dq.gumbel_noise(dq.image_keys(3, torch.tensor([17])), t[17:18], dq.noise_entries(500))[0]
+    row = dq.gumbel_noise(dq.noise_keys(3, torch.tensor([17]), 8)[:, t[17]], dq.noise_entries(500))[0]
     assert torch.equal(row.double(), x[17])                                  # whatever else is in the batch
 
 
