@@ -5,7 +5,8 @@ sampling the fused loop against a loop that runs the model on the whole sequence
          the sequences that the fused loop drew, and must draw the same codes there (in fp32)
 
 stage1   one training step of the paper's DQ-VAE (dual, 256 x 256, batch 2, autoencoder and codebook losses):
-         ours in bf16, ours in fp32, and the same network in its plain textbook form in fp32
+         ours in bf16, ours in fp32, and the same network in its plain textbook form in fp32; and ours in bf16 with
+         all losses, so with LPIPS (random weights take as long) and the discriminator's step
 
 stage2   steps of a preset's DQ-Transformer (for toy on tilings as its data has them), tokens a second without
          padding: ours (parts of like length, bf16 where --dtype says so, attention written out on CPUs) and the
@@ -27,6 +28,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import dq  # noqa: E402
 import train_transformer  # noqa: E402
+import train_vae  # noqa: E402
 
 
 def hardware(device):
@@ -181,31 +183,51 @@ def stage1(args):
     model = dq.DQVAE(config)
     x = torch.rand(args.batch_size, 3, config.size, config.size, device=device) * 2 - 1
 
-    def make_step(model, bf16):
-        model = model.to(device, memory_format=torch.channels_last if device.type == "cuda" else torch.contiguous_format)
-        optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
+    layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+
+    def make_step(model, bf16, all_losses=False):
+        model = model.to(device, memory_format=layout)
+        forward = train_vae.compiled(model) if bf16 and args.compile else model
+        optimizer, autocast = torch.optim.Adam(model.parameters(), lr=1e-4), lambda: torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+        if all_losses:
+            lpips, critic = train_vae.Perceptual().to(device), train_vae.Discriminator().to(device, memory_format=layout)
+            for weight in lpips.weights:
+                weight.fill_(0.1)
+            critic_optimizer = torch.optim.Adam(critic.parameters(), lr=1e-4)
 
         def step():
             torch.manual_seed(0)
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                out = model(x)
-            loss = (out.reconstruction.float() - x).abs().mean() + out.commitment + 10 * dq.budget_loss(out.gate, config.ratios)
+            with autocast():
+                out = forward(x)
+            y = out.reconstruction.float()                                   # B, 3, S, S
+            loss, other = (y - x).abs().mean(), out.commitment + 10 * dq.budget_loss(out.gate, config.ratios)
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            if all_losses:
+                with autocast():
+                    perceptual, adversarial = lpips(x, y).mean(), -critic(y).mean()
+                train_vae.backward(y, model.decoder.out[-1].weight, loss + perceptual, adversarial, other)
+                critic_optimizer.zero_grad(set_to_none=True)
+                with autocast():
+                    critic_loss = train_vae.hinge_loss(critic(x), critic(y.detach()))
+                critic_loss.backward()
+                critic_optimizer.step()
+            else:
+                (loss + other).backward()
             optimizer.step()
-            return loss.item()
+            return (loss + other).item()
         return step
 
-    plain = textbook(model)
-    copy = dq.DQVAE(config)
-    copy.load_state_dict(model.state_dict())
-    steps = dict(textbook=make_step(plain, False), fp32=make_step(model, False), bf16=make_step(copy, True))
+    plain, *copies = textbook(model), dq.DQVAE(config), dq.DQVAE(config)
+    for copy in copies:
+        copy.load_state_dict(model.state_dict())
+    steps = dict(textbook=make_step(plain, False), fp32=make_step(model, False), bf16=make_step(copies[0], True), all=make_step(copies[1], True, True))
     losses = {name: step() for name, step in steps.items()}                  # the same network? then the same first loss
-    assert abs(losses["fp32"] - losses["textbook"]) < 1e-3 and abs(losses["bf16"] - losses["textbook"]) < 2e-2, losses
+    assert abs(losses["fp32"] - losses["textbook"]) < 1e-3 and all(abs(losses[name] - losses["textbook"]) < 2e-2 for name in ("bf16", "all")), losses
     seconds = compare(device, args.rounds, **steps)
     print(f"One training step of DQ-VAE (dual, 256 x 256, batch {args.batch_size}), {hardware(device)}; medians of {args.rounds} rounds")
     print(f"{'':24}{'s a step':>10}{'images/s':>10}{'textbook / this':>17}")
-    for name, label in (("textbook", "textbook, fp32"), ("fp32", "ours, fp32"), ("bf16", "ours, bf16")):
+    compiled = ", compiled" if args.compile else ""
+    for name, label in (("textbook", "textbook, fp32"), ("fp32", "ours, fp32"), ("bf16", f"ours, bf16{compiled}"), ("all", f"all losses{compiled}")):
         median = statistics.median(seconds[name])
         print(f"{label:24}{median:10.2f}{args.batch_size / median:10.2f}{ratio(seconds, 'textbook', name):17.2f}")
     print(f"fp32 / bf16: {ratio(seconds, 'fp32', 'bf16'):.2f}")
@@ -247,6 +269,7 @@ def stage2(args):
         if not ours:
             for block in (*model.position_stack, *model.content_stack):
                 block.__class__ = TextbookBlock
+        forward = torch.compile(model) if ours and args.compile else model
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=ours or None)
         order = train_transformer.batches(length.numpy(), B, seed=0) if ours else (torch.randint(len(pos), (B,)) for _ in itertools.count())
         tokens = []
@@ -257,7 +280,7 @@ def stage2(args):
         def add_gradients(part, columns):
             batch = pos[part, :columns], code[part, :columns], label[part]
             if ours:
-                position, content = train_transformer.nats(model, batch, device, autocast)
+                position, content = train_transformer.nats(forward, batch, device, autocast)
             else:
                 position, content = model(*(t.to(device) for t in batch)).values()
             ((position + content).sum() / B).backward()
@@ -283,9 +306,9 @@ def stage2(args):
     matrices = sum(m.weight.numel() for m in dq.DQTransformer(config).modules() if isinstance(m, torch.nn.Linear))
     layers = config.position_layers + config.content_layers
     flops = 6 * (matrices + layers * config.width * length.float().mean().item())  # a token, forward and backward; causal attention
-    for name, says in (("plain", "padded, fp32"), ("ours", f"ours, {args.dtype}")):
+    for name, says in (("plain", "padded, fp32"), ("ours", f"ours, {args.dtype}" + (", compiled" if args.compile else ""))):
         median = statistics.median(rate[name])
-        print(f"{says:20}{median:10.0f} tokens/s{median / length.float().mean().item():10.1f} images/s; model FLOPs {median * flops / peak:.0%} of a large {args.dtype} product's")
+        print(f"{says:22}{median:10.0f} tokens/s{median / length.float().mean().item():10.1f} images/s; model FLOPs {median * flops / peak:.0%} of a large {args.dtype} product's")
     print(f"ours / padded: {statistics.median(a / b for a, b in zip(rate['ours'], rate['plain'])):.2f}")
 
 
@@ -303,6 +326,7 @@ if __name__ == "__main__":
     add("--position-layers", type=int, default=2, help="sampling")
     add("--content-layers", type=int, default=6, help="sampling")
     add("--dtype", choices=["fp32", "bf16"], default="fp32", help="sampling, stage2")
+    add("--compile", action="store_true", help="stage1, stage2: ours through torch.compile")
     add("--preset", choices=list(dq.PRESETS), default="toy", help="stage2")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()

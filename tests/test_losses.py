@@ -125,6 +125,26 @@ def test_gradients_added_at_the_image_are_those_of_the_whole_loss():
         torch.testing.assert_close(gradient, model.get_parameter(name).grad)
 
 
+def test_a_compiled_model_gets_the_same_gradients():
+    """torch.compile with the adversarial loss, without a compiler: the capture of the graphs is what could go wrong."""
+    config = dq.VAEConfig(size=16, codebook_size=16)
+    model, x, gradients = dq.DQVAE(config), torch.rand(2, 3, 16, 16) * 2 - 1, []
+    model(x)                                                                 # the codebook starts from its first batch
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for forward in (model, train_vae.compiled(model, backend="aot_eager")):
+        model.load_state_dict(state)
+        model.zero_grad()
+        torch.manual_seed(1)
+        out = forward(x)
+        assert "Convolution" in out.reconstruction.grad_fn.name()            # the last layer is a node of its own, to walk back to
+        loss, gan = (out.reconstruction - x).abs().mean(), -out.reconstruction.tanh().mean()
+        weight = backward(out.reconstruction, model.decoder.out[-1].weight, loss, gan, out.commitment + dq.budget_loss(out.gate, config.ratios))
+        gradients.append([weight] + [p.grad for p in model.parameters() if p.grad is not None])
+    assert len(gradients[0]) == len(gradients[1]) > 50
+    for a, b in zip(*gradients):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
 def test_discriminator_is_the_usual_patchgan():
     with torch.device("meta"):
         critic = Discriminator()
