@@ -237,6 +237,15 @@ def test_products_with_few_rows_equal_sums(rows, dtype, tolerance, device):
             torch.testing.assert_close(got.double(), wanted, atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.parametrize("cfg", [1.0, 2.5])
+def test_bfloat16_matrices_draw_nearly_the_same(cfg, device):
+    """Most images come out whole as in float32; by chance none would."""
+    model, label, options = tiny(8, (4, 2), V=5, classes=("a", "b"), device=device), torch.arange(64, device=device) % 2, SampleOptions(cfg=cfg)
+    a, b = (torch.cat(generate(model, label, options, seed=1, slots=8, dtype=dtype), dim=1) for dtype in (None, torch.bfloat16))
+    same = (a == b).all(dim=1).float().mean()
+    assert 0.8 < same < 1                                                    # 1: nothing was computed in bfloat16
+
+
 class FakeCuda:
     """What `generate` asks of torch.cuda to capture steps and replay them, with the device's queue played by the CPU.
 
