@@ -736,7 +736,7 @@ def few_rows(weight, dtype, rows, gelu=False):
             return y.view(1, -1) if rows == 1 else y.view(-1, rows).t().contiguous()  # R, O
     elif cpu and torch.backends.mkldnn.is_available() and (dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         packed, after = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype), rows), "gelu" if gelu else "none"
-        linear, gelu = torch.ops.mkldnn._linear_pointwise.default, False
+        linear, gelu = torch.ops.mkldnn._linear_pointwise.default, False     # it does the GELU too
 
         def product(x):
             return linear(x, packed, None, after, [], "none")                # R, O
@@ -773,7 +773,8 @@ class Block(nn.Module):
 
     def for_decoding(self, dtype, rows):
         """-> the same as a function for one more position of so many rows, with matrices of this type."""
-        C, d = self.proj.weight.shape[0], self.proj.weight.shape[0] // self.heads
+        C = self.proj.in_features
+        d = C // self.heads
         norm1, norm2, qkv = self.norm1.weight, self.norm2.weight, self.qkv.weight.detach().clone()
         qkv[:C] *= d ** -0.5                                                 # queries come out scaled for the attention
         qkv, proj = few_rows(qkv, dtype, rows), few_rows(self.proj.weight, dtype, rows)
@@ -784,8 +785,8 @@ class Block(nn.Module):
             and values (R heads, end, d): views of the part that attention reads; bias: (R heads, 1, end), -inf where it is
             not to look."""
             h = qkv(torch.layer_norm(x, (C,), norm1))                        # R, 3 C
-            q, kv = (h if h.dtype == cache.dtype else h.to(cache.dtype)).split_with_sizes([C, 2 * C], 1)
-            cache[slot] = kv.view(rows, -1, d)
+            q, kv = (h if h.dtype == cache.dtype else h.to(cache.dtype)).split_with_sizes([C, 2 * C], 1)  # R, C and R, 2 C
+            cache[slot] = kv.view(rows, -1, d)                               # R, 2 heads, d
             # written out, since on CPUs the fused kernel takes up to three times as long for a single query
             attention = torch.bmm(q.reshape(-1, 1, d), keys).add_(bias).softmax(-1)  # R heads, 1, end
             x = x + proj(torch.bmm(attention, values).view(rows, C))         # R, C
@@ -978,7 +979,8 @@ def start_state(model, job, slots, rows, dtype):
     config, layout, device = model.config, model.layout, job.start.device
     n, B, L = len(job.start) - 1, slots, layout.max_len
     return DecodeState(
-        cache=tuple(torch.zeros(2, rows * config.heads, L, config.width // config.heads, device=device, dtype=dtype) for _ in job.position_stack + job.content_stack),
+        cache=tuple(torch.zeros(2, rows * config.heads, L, config.width // config.heads, device=device, dtype=dtype)
+                    for _ in range(config.position_layers + config.content_layers)),
         image=torch.arange(B, device=device),
         taken=torch.tensor(B - 1, device=device),
         t=torch.zeros(B, dtype=torch.long, device=device),
