@@ -1,17 +1,15 @@
 """Dynamic vector quantization: images as variable-length codes, and a transformer that writes them.
 
-After Huang, Mao, Chen, Zhang, "Towards Accurate Image Coding: Improved Autoregressive Image
-Generation with Dynamic Vector Quantization", CVPR 2023 (arXiv 2305.11718).
-
-The file reads in the order in which data flows:
-    1  configuration and presets      what can be chosen, and the choices that work
+After Huang, Mao, Chen, Zhang, "Towards Accurate Image Coding: Improved Autoregressive Image Generation with Dynamic
+Vector Quantization", CVPR 2023 (arXiv 2305.11718). The file reads in the order in which data flows:
+    1  configuration                  what fixes the architecture of the two models
     2  dynamic grained coding         routers pick a granularity for every region; the budget loss
     3  codebook                       one for all granularities, learned by moving averages
     4  encoder, decoder, DQVAE        image -> codes and grains -> image
     5  sequences                      Layout: codes and grains <-> (position, content) pairs
     6  DQ-Transformer                 a position stack and, on top of it, a content stack
     7  sampling                       one step over explicit state, and the loop around it
-    8  files                          images in, pictures and checkpoints out
+    8  checkpoints                    written so that a crash loses nothing, read without running any code
 
 Symbols, the same everywhere:
     B batch   K granularities, k = 0 the coarsest   N regions = cells of the coarsest grid, h x w
@@ -21,15 +19,12 @@ Symbols, the same everywhere:
     grains (B, h, w): the granularity of every region
     codes  (B, H, W): codebook ids on the finest grid, a coarse code repeated over its region
 """
-import functools
+import copy
+import itertools
 import math
 import os
-import sys
-import warnings
 import zipfile
-import zlib
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -37,12 +32,25 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps
 
 
 # ------------------------------------------------------------------------------------------------
-# 1  Configuration and presets
+# 1  Configuration
 
+class UserError(ValueError):
+    """Something that the user can mend; the message is one clear line."""
+
+def require(condition, message):
+    if not condition:
+        raise UserError(message)
+
+def check_factors(size, factors):
+    """UserError unless factors are powers of two, coarse to fine, and fit an image of this size."""
+    powers = factors and all(f >= 1 and f & (f - 1) == 0 for f in factors)
+    require(powers, f"factors must be powers of two, not {factors}")
+    require(all(a > b for a, b in zip(factors, factors[1:])), f"factors must fall from coarse to fine, not {factors}")
+    fits = size >= 1 and size % factors[0] == 0
+    require(fits, f"image size {size} is not a multiple of the largest factor {factors[0]}")
 
 @dataclass
 class VAEConfig:
@@ -61,38 +69,20 @@ class VAEConfig:
     attention_from: int = 4              # attention in the trunk at this factor and above; heads always have it
 
     def __post_init__(self):
-        self.factors, self.ratios = tuple(self.factors), tuple(self.ratios)
-        self.multipliers = tuple(self.multipliers)
+        for name in ("factors", "ratios", "multipliers"):
+            setattr(self, name, tuple(getattr(self, name)))
         check_factors(self.size, self.factors)
-        require(len(self.ratios) == len(self.factors),
-                f"{len(self.factors)} factors need {len(self.factors)} ratios, coarse to fine, not {self.ratios}")
-        require(min(self.ratios) >= 0 and abs(sum(self.ratios) - 1) < 1e-6, f"ratios must be shares that sum to 1, not {self.ratios}")
-        require(self.router in ("learned", "entropy", "random"), f"router must be learned, entropy or random, not {self.router!r}")
-        for name in ("codebook_size", "code_dim", "channels", "width", "encoder_blocks", "decoder_blocks"):
-            require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("channels", "width"):
-            require(getattr(self, name) % 32 == 0, f"{name} must be a multiple of 32, for GroupNorm's 32 groups, not {getattr(self, name)}")
+        K = len(self.factors)
+        require(len(self.ratios) == K, f"{K} factors need {K} ratios, coarse to fine, not {self.ratios}")
+        require(min(self.ratios) >= 0 and abs(sum(self.ratios) - 1) < 1e-6,
+                f"ratios must be shares that sum to 1, not {self.ratios}")
+        require(self.router in ROUTERS, f"router must be learned, entropy or random, not {self.router!r}")
+        require(min(self.codebook_size, self.code_dim) >= 1, "a codebook needs at least one code of one dimension")
+        require(self.channels % 32 == self.width % 32 == 0, "channels and width must be multiples of 32, for GroupNorm")
 
     def level_width(self, level):
         """Channels at downsampling factor 2**level."""
         return self.width * self.multipliers[min(level, len(self.multipliers) - 1)]
-
-
-def check_factors(size, factors):
-    """ValueError unless factors are powers of two, coarse to fine, and fit an image of this size."""
-    require(factors and all(f >= 1 and f & (f - 1) == 0 for f in factors), f"factors must be powers of two, not {factors}")
-    require(all(a > b for a, b in zip(factors, factors[1:])), f"factors must fall from coarse to fine, not {factors}")
-    require(size >= 1 and size % factors[0] == 0, f"image size {size} is not a multiple of the largest factor {factors[0]}")
-
-
-class UserError(ValueError):
-    """Something that the user can mend; the message is one clear line."""
-
-
-def require(condition, message):
-    if not condition:
-        raise UserError(message)
-
 
 @dataclass
 class TransformerConfig:
@@ -111,91 +101,20 @@ class TransformerConfig:
     def __post_init__(self):
         self.factors, self.classes = tuple(self.factors), tuple(self.classes)
         check_factors(self.size, self.factors)
-        require(self.heads >= 1 and self.width % self.heads == 0,
-                f"width {self.width} is not a multiple of the number of heads, {self.heads}")
-        for name in ("codebook_size", "width", "position_layers", "content_layers"):
-            require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("dropout", "label_dropout"):
-            require(0 <= getattr(self, name) < 1, f"{name} must be at least 0 and below 1, not {getattr(self, name)}")
-
-
-@dataclass
-class TrainConfig:
-    """How a stage is trained: Adam(W), linear warm-up, then cosine to zero."""
-    steps: int
-    batch_size: int
-    lr: float
-    betas: tuple = (0.9, 0.99)
-    weight_decay: float = 0.0            # stage 2
-    warmup: int = 100                    # steps
-    eval_every: int = 250                # steps
-    accumulate: int = 1                  # parts in which a batch is worked on; in stage 2 each is as wide as it needs
-    clip: float = 1.0                    # largest norm of the gradient; 0: no limit
-    budget_weight: float = 1.0           # stage 1 only, from here on
-    l2_weight: float = 1.0               # beside the absolute error, whose weight is 1
-    perceptual_weight: float = 0.0       # LPIPS
-    gan_weight: float = 0.0              # adversarial loss, times its adaptive weight
-    gan_start: int = 0                   # step from which the discriminator takes part
-
-
-@dataclass
-class Preset:
-    vae: VAEConfig
-    transformer: TransformerConfig       # size, factors, codebook and classes are taken from the data
-    train_vae: TrainConfig
-    train_transformer: TrainConfig
-
-
-# The paper's models (section 4 and the released settings); the learning rate is 4.5e-6 per image of a batch of 120.
-PAPER = dict(size=256, codebook_size=1024, code_dim=256, channels=256, width=128, encoder_blocks=2, decoder_blocks=3, attention_from=8)
-DUAL = VAEConfig(**PAPER, factors=(16, 8), ratios=(0.5, 0.5), multipliers=(1, 1, 2, 2, 4))
-TRIPLE = VAEConfig(**PAPER, factors=(32, 16, 8), ratios=(0.4, 0.3, 0.3), multipliers=(1, 1, 2, 2, 4, 4))
-LARGE = TransformerConfig(size=256, factors=(16, 8), codebook_size=1024, width=1024, heads=8, position_layers=6, content_layers=18, dropout=0.1)
-FFHQ_STEPS, IMAGENET_STEPS = 27_700, 507_000                                 # 50 epochs of 66,500 and of 1,217,000 images
-STAGE1 = TrainConfig(steps=IMAGENET_STEPS, batch_size=120, accumulate=4, lr=5.4e-4, betas=(0.5, 0.9), warmup=1000, eval_every=5000, clip=0.0,
-                     budget_weight=10.0, l2_weight=0.0, perceptual_weight=1.0, gan_weight=1.0)
-STAGE2 = TrainConfig(steps=IMAGENET_STEPS, batch_size=240, accumulate=4, lr=5e-4, betas=(0.9, 0.95), weight_decay=0.01, warmup=1000, eval_every=5000)
-
-PRESETS = {
-    # minutes on two CPU cores: what the README's first command runs
-    "toy": Preset(
-        VAEConfig(), TransformerConfig(),
-        TrainConfig(steps=1000, batch_size=32, lr=2e-3, clip=0.0),
-        TrainConfig(steps=1200, batch_size=32, lr=1.5e-3, weight_decay=0.05, accumulate=2)),
-    # the same data at 64 x 64, 160 codes an image: stage 1 takes 50 minutes on two cores, stage 2 wants a GPU
-    "toy64": Preset(
-        VAEConfig(size=64, codebook_size=512),
-        TransformerConfig(size=64, codebook_size=512, width=256, heads=8, content_layers=6),
-        TrainConfig(steps=4000, batch_size=32, lr=2e-3, clip=0.0),
-        TrainConfig(steps=6000, batch_size=64, lr=1e-3, weight_decay=0.05)),
-    # a few thousand pictures with smooth surfaces and small features, 640 codes each, with all of the paper's losses
-    "emoji128": Preset(
-        VAEConfig(size=128, codebook_size=512, attention_from=8),
-        TransformerConfig(size=128, codebook_size=512, width=384, heads=6, position_layers=3, content_layers=9, dropout=0.1),
-        TrainConfig(steps=4000, batch_size=8, lr=1e-3, clip=0.0, perceptual_weight=1.0, gan_weight=0.5, gan_start=2000),
-        TrainConfig(steps=20_000, batch_size=64, lr=5e-4, betas=(0.9, 0.95), weight_decay=0.05, eval_every=1000)),
-    # the paper's
-    "ffhq256": Preset(
-        DUAL, LARGE, replace(STAGE1, steps=FFHQ_STEPS, eval_every=1000), replace(STAGE2, steps=FFHQ_STEPS, eval_every=1000)),
-    "imagenet256": Preset(DUAL, LARGE, STAGE1, STAGE2),
-    "imagenet256-triple": Preset(TRIPLE, replace(LARGE, factors=TRIPLE.factors), replace(STAGE1, budget_weight=1.0), STAGE2),
-}
+        whole = self.heads >= 1 and self.width % self.heads == 0
+        require(whole, f"width {self.width} is not a multiple of the number of heads, {self.heads}")
 
 
 # ------------------------------------------------------------------------------------------------
 # 2  Dynamic grained coding (the paper's stage 1: "Dynamic Grained Coding" and "budget loss")
 #
-# Every router has  score(x, maps) -> (B, h, w), higher where finer codes are wanted (what evaluation
-# compares with the truth), and  forward(x, maps, noise) -> gate (B, K, h, w), one-hot over K.
-#
-# Under torchrun each of n processes works on its part of a global batch, and all of them draw the same
-# random numbers, for the global batch. So what they compute together is what one process computes.
-
+# Every router has  score(x, maps) -> (B, h, w), higher where finer codes are wanted (what evaluation compares with
+# the truth), and  forward(x, maps, noise) -> gate (B, K, h, w), one-hot over K. Under torchrun each process works on
+# its part of a global batch, and all draw the same random numbers, for all of it: together they compute what one would.
 
 def processes():
     """-> number of this process, how many there are: 0, 1 without torchrun."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
-
 
 def total(x):
     """Sum of a tensor over the processes, without a gradient."""
@@ -204,138 +123,146 @@ def total(x):
         dist.all_reduce(x)
     return x
 
-
 def own_part(x):
     """Of a tensor for the global batch, what belongs to the images of this process."""
     rank, world = processes()
     return x.chunk(world)[rank]
 
+def norm(channels):
+    return nn.GroupNorm(32, channels, eps=1e-6)
+
+def one_hot(grains, n):
+    """(B, h, w) -> (B, n, h, w), float."""
+    return F.one_hot(grains, n).permute(0, 3, 1, 2).float()
 
 class GrainRouter(nn.Module):
     """The paper's learned gate: normalise each map, pool to the regions, and let an MLP choose."""
 
     def __init__(self, channels, n_grains):
         super().__init__()
-        self.norms = nn.ModuleList(nn.GroupNorm(32, channels, eps=1e-6) for _ in range(n_grains))
+        self.norms = nn.ModuleList(norm(channels) for _ in range(n_grains))
         width = channels * n_grains
         self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, n_grains))
 
     def logits(self, maps):
         """maps: K tensors (B, Z, H_k, W_k), coarse to fine -> (B, K, h, w)."""
         regions = maps[0].shape[-2:]
-        pooled = [F.adaptive_avg_pool2d(norm(m), regions) for norm, m in zip(self.norms, maps)]  # K x (B, Z, h, w)
+        pooled = [F.adaptive_avg_pool2d(normalise(m), regions) for normalise, m in zip(self.norms, maps)]
         x = torch.cat(pooled, dim=1).permute(0, 2, 3, 1)                     # B, h, w, K Z
         return self.mlp(x).permute(0, 3, 1, 2).float()                       # B, K, h, w
 
     def score(self, x, maps):
         p = self.logits(maps).softmax(dim=1)                                 # B, K, h, w
-        return sum(k * p[:, k] for k in range(p.shape[1]))                   # B, h, w: the expected granularity
+        return sum(k * p[:, k] for k in range(p.shape[1]))                   # B, h, w: the mean granularity
 
     def forward(self, x, maps, noise=1.0):
         """In training a sample (hard Gumbel-softmax, its noise scaled by `noise`), else the argmax.
 
-        What the gate needs in order to learn. Its output multiplies the maps (DQVAE.mix), so
-        d loss / d gate_k says how the reconstruction would change if the region moved towards
-        granularity k; the softmax hands that on to the logits, since forward is one-hot but
-        backward sees `soft` (straight-through). For this to teach anything:
-        * both sides of the choice must be tried: the Gumbel noise is what samples them;
-        * the gate must reach the reconstruction with its own sign, so the one-hot must multiply
-          the maps and nothing may detach it on the way;
-        * the budget loss, which knows nothing of the image, must not drown that signal: it pulls
-          on all regions alike, and a weight that is too high leaves a gate at the right ratio
-          that chooses by chance;
-        * the noise must fade before training ends. With full noise the *sampled* ratio can meet
-          the budget while the *argmax*, the one that evaluation uses, is far from it.
+        What the gate needs in order to learn. Its output multiplies the maps (DQVAE.mix), so d loss / d gate_k says
+        how the reconstruction would change if the region moved towards granularity k; the softmax hands that on to
+        the logits, since forward is one-hot but backward sees `soft` (straight-through). With c_k = d loss / d gate_k
+        and p = soft,
+            d loss / d logit_k = p_k (c_k - sum_j p_j c_j):
+        a granularity that is better than the average of its rivals becomes likelier. For this to teach anything:
+        * both sides of the choice must be tried: the Gumbel noise is what samples them (the argmax of logits plus
+          -log(Exponential) noise is a draw from their softmax);
+        * the gate must reach the reconstruction with its own sign, so the one-hot must multiply the maps and nothing
+          may detach it on the way;
+        * the budget loss, which knows nothing of the image, must not drown that signal: it pulls on all regions alike,
+          and a weight that is too high leaves a gate at the right ratio that chooses by chance;
+        * the noise must fade before training ends. With full noise the *sampled* ratio can meet the budget while the
+          *argmax*, the one that evaluation uses, is far from it.
         """
         logits = self.logits(maps)                                           # B, K, h, w
         if not self.training:
             return one_hot(logits.argmax(dim=1), logits.shape[1])
         exponential = torch.empty(processes()[1] * len(logits), *logits.shape[1:], device=logits.device).exponential_()
-        gumbel = -own_part(exponential).log()                                # B, K, h, w
-        soft = (logits + noise * gumbel).softmax(dim=1)
+        exponential = own_part(exponential)                                  # B, K, h, w
+        soft = (logits - noise * exponential.log()).softmax(dim=1)           # B, K, h, w
         hard = one_hot(soft.argmax(dim=1), logits.shape[1])
         return hard + (soft - soft.detach())                                 # B, K, h, w: exactly one-hot
 
+class ThresholdRouter(nn.Module):
+    """Cuts a score into granularities at K - 1 thresholds."""
 
-class RandomRouter(nn.Module):
-    """Granularities drawn blindly at the wanted ratios: the control for every claim about routing."""
-
-    def __init__(self, ratios):
+    def __init__(self, thresholds):
         super().__init__()
-        self.register_buffer("thresholds", torch.tensor(ratios).cumsum(0)[:-1])  # K - 1
-
-    def score(self, x, maps):
-        return own_part(torch.rand(processes()[1] * len(x), *maps[0].shape[-2:], device=x.device))  # B, h, w
+        self.register_buffer("thresholds", thresholds)                       # K - 1
 
     def forward(self, x, maps, noise=1.0):
         grains = torch.bucketize(self.score(x, maps), self.thresholds)       # B, h, w
         return one_hot(grains, len(self.thresholds) + 1)                     # B, K, h, w
 
+class RandomRouter(ThresholdRouter):
+    """Granularities drawn blindly at the wanted ratios: the control for every claim about routing."""
 
-class EntropyRouter(nn.Module):
+    def __init__(self, ratios):
+        super().__init__(torch.tensor(ratios).cumsum(0)[:-1])
+
+    def score(self, x, maps):
+        return own_part(torch.rand(processes()[1] * len(x), *maps[0].shape[-2:], device=x.device))  # B, h, w
+
+class EntropyRouter(ThresholdRouter):
     """Shannon entropy of the grey levels of each region, cut at quantiles of the training images."""
 
     def __init__(self, ratios, factor):
-        super().__init__()
-        self.ratios, self.factor = ratios, factor
-        self.register_buffer("thresholds", torch.zeros(len(ratios) - 1))     # K - 1, in nats
+        super().__init__(torch.zeros(len(ratios) - 1))                       # in nats; the trainer measures them
+        self.factor = factor
 
     def score(self, x, maps=None):
-        """x: (B, 3, S, S) in [-1, 1] -> entropy of each region in nats, (B, h, w).
-
-        The histogram has 32 bins, each a Gaussian of deviation 0.01 around its centre.
-        """
-        rgb = torch.tensor([0.2989, 0.5870, 0.1140], device=x.device)
-        grey = (x.float() * rgb[:, None, None]).sum(1, keepdim=True)         # B, 1, S, S
+        """x: (B, 3, S, S) in [-1, 1] -> entropy of each region in nats (B, h, w). Grey is 0.2989 red + 0.5870 green +
+        0.1140 blue; of the 32 bins, even from -1 to 1, each weighs a pixel by a Gaussian of deviation 0.01."""
+        red, green, blue = x.float().split(1, dim=1)                         # each B, 1, S, S
+        grey = 0.2989 * red + 0.5870 * green + 0.1140 * blue                 # B, 1, S, S
         pixels = F.unfold(grey, self.factor, stride=self.factor)             # B, F F, N
         bins = torch.linspace(-1, 1, 32, device=x.device)
-        hist = torch.stack([torch.exp(-0.5 * ((pixels - b) / 0.01) ** 2).mean(1) for b in bins], -1)  # B, N, 32
+        hist = [torch.exp(-0.5 * ((pixels - centre) / 0.01) ** 2).mean(1) for centre in bins]  # 32 x (B, N)
+        hist = torch.stack(hist, dim=-1)                                     # B, N, 32
         p = hist / (hist.sum(-1, keepdim=True) + 1e-10)
         entropy = -(p * (p + 1e-10).log()).sum(-1)                           # B, N
-        return entropy.view(-1, x.shape[2] // self.factor, x.shape[3] // self.factor)
+        return entropy.view(-1, x.shape[2] // self.factor, x.shape[3] // self.factor)  # B, h, w
 
-    def calibrate(self, images):
-        """Set the thresholds from an iterable of training batches (B, 3, S, S).
-
-        Where many regions tie (blank surroundings), the ties go to the coarser side.
-        """
-        scores = torch.cat([self.score(x).flatten() for x in images])
-        cuts = torch.tensor(self.ratios, dtype=torch.float64).cumsum(0)[:-1].clamp(0, 1)
-        self.thresholds.copy_(torch.from_numpy(np.quantile(scores.cpu().double().numpy(), cuts.numpy())))
-
-    def forward(self, x, maps, noise=1.0):
-        grains = torch.bucketize(self.score(x), self.thresholds)             # B, h, w
-        return one_hot(grains, len(self.thresholds) + 1)                     # B, K, h, w
-
-
-def one_hot(grains, n):
-    """(B, h, w) -> (B, n, h, w), float."""
-    return F.one_hot(grains, n).permute(0, 3, 1, 2).float()
-
+ROUTERS = {
+    "learned": lambda config: GrainRouter(config.channels, len(config.factors)),
+    "entropy": lambda config: EntropyRouter(config.ratios, config.factors[0]),
+    "random": lambda config: RandomRouter(config.ratios),
+}
 
 def budget_loss(gate, ratios):
-    """How far the shares of the granularities in this batch are from the wanted ones.
+    """Sum over k of (share of granularity k in this batch - the wanted share)^2. -> scalar
 
-    gate: (B, K, h, w), one-hot; ratios: K wanted shares. The mean runs over the whole batch: images
-    may differ from each other, but not the data set from its budget. For K = 2 this times 10 is the
-    2 gamma (r - r*)^2 with gamma = 10 of the authors' model.
+    gate: (B, K, h, w), one-hot; ratios: K wanted shares. The mean runs over the batch: images may differ, but not the
+    data set from its budget. For K = 2, ten times this is the authors' 2 gamma (r - r*)^2 with gamma = 10.
     """
     share = gate.mean(dim=(0, 2, 3))                                         # K
     # of all processes in forward; the mean of their gradients is then that of the global batch
     share = share + (total(share) / processes()[1] - share).detach()
-    return ((share - torch.tensor(ratios, device=gate.device)) ** 2).sum()
+    return sum((share[k] - ratio) ** 2 for k, ratio in enumerate(ratios))
 
 
 # ------------------------------------------------------------------------------------------------
 # 3  Codebook
 
+def straight_through(z, q):
+    """q, whose gradient goes to z unchanged, since the choice of the nearest code has no gradient of its own."""
+    return z + (q - z).detach()
+
+def sample_vectors(z, weight, n):
+    """n of the vectors z (M, D) of all processes, drawn by weight (M,), as far as possible none twice -> (n, D)"""
+    (rank, world), M = processes(), len(z)
+    weights = torch.zeros(world, M, device=z.device)
+    weights[rank] = weight.nan_to_num(1.0)                                   # if the loss is NaN, the trainer says so
+    weights = total(weights).view(-1)                                        # world M
+    chosen = torch.multinomial(weights, n, replacement=n > len(weights))     # n
+    mine = (chosen // M == rank)[:, None]                                    # n, 1
+    return total(torch.where(mine, z[chosen % M], 0))                        # n, D: each came from one process
 
 class Codebook(nn.Module):
     """Vector quantization with one codebook for all granularities, learned by moving averages.
 
-    forward(z (B, D, H, W), weight (B, H, W)) -> quantised z (B, D, H, W), ids (B, H, W), loss.
-    `weight` makes every *code* count once: a coarse code that is repeated over 4 cells gives each
-    of them 1/4, in the commitment loss and in the averages.
+    forward(z (B, D, H, W), weight (B, H, W)) -> quantised z (B, D, H, W), ids (B, H, W), loss. `weight` makes every
+    *code* count once: a coarse code that is repeated over 4 cells gives each of them 1/4, in the commitment loss and
+    in the averages. A code is dead when its average use is below dead_below times the mean of all.
     """
 
     def __init__(self, size, dim, decay=0.99, commitment=0.25, dead_below=0.1):
@@ -356,24 +283,23 @@ class Codebook(nn.Module):
             B, D, H, W = z.shape
             flat = z.float().permute(0, 2, 3, 1).reshape(-1, D)              # B H W, D
             if self.training:
-                self.restart(flat.detach(), weight.reshape(-1))
+                self.restart(flat.detach(), weight.flatten())
             ids = self.assign(flat.detach())                                 # B H W
             if self.training:
-                self.update(flat.detach(), weight.reshape(-1), ids)
+                self.update(flat.detach(), weight.flatten(), ids)
             q = self.codes[ids]                                              # B H W, D
             distance = (q - flat).square().mean(1).view(B, H, W)
             loss = self.commitment * (weight * distance).mean()              # pulls z to its code
-            # Straight-through: forward gives q, backward hands the gradient of q to z unchanged,
-            # since the choice of the nearest code has no gradient of its own.
-            q = flat + (q - flat).detach()
-            return q.view(B, H, W, D).permute(0, 3, 1, 2).contiguous(), ids.view(B, H, W), loss
+            q = straight_through(flat, q).view(B, H, W, D).permute(0, 3, 1, 2)  # B, D, H, W
+            return q.contiguous(), ids.view(B, H, W), loss
 
     @torch.no_grad()
     def update(self, z, weight, ids):
-        """Each code moves to the average of the vectors that chose it: one EMA step of k-means.
+        """Each code moves to the average of the vectors that chose it: online k-means. z: (M, D); weight, ids: (M,)
 
-        The average is short at first: a codebook that remembers a hundred batches lags behind an
-        encoder that has just begun to learn, and then few codes are in use and colours come late.
+        k-means puts a code at sums / uses over all data. Here both are moving averages over batches, so that the codes
+        follow an encoder that moves; short ones at first (decay n / (9 + n) in batch n = 1, 2, ..., so 0.1, 0.18, ...,
+        up to self.decay): otherwise they lag behind an encoder that has just begun to learn, and few codes are in use.
         """
         self.age += 1
         decay = (self.age / (9 + self.age)).clamp(max=self.decay)
@@ -385,23 +311,15 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def restart(self, z, weight):
-        """Codes that hardly anything chooses start anew at random vectors of the batch.
-
-        In the first batch all of them are dead: that is how the codebook is initialised.
-        """
-        V, M, (rank, world) = len(self.uses), len(z), processes()
-        mean_uses = total(weight.sum()) / V
-        dead = (self.uses < self.dead_below * mean_uses)[:, None]            # V, 1
-        weights = torch.zeros(world, M, device=z.device)
-        weights[rank] = weight.nan_to_num(1.0)                               # should the loss be NaN, the trainer says so
-        weights = total(weights).view(-1)                                    # world x M
-        chosen = torch.multinomial(weights, V, replacement=V > len(weights))  # V
-        fresh = torch.where((chosen // M == rank)[:, None], z[chosen % M], 0)
-        fresh = total(fresh)                                                 # V, D: each came from one process
-        fresh = fresh + 0.01 * fresh.std(0, correction=0) * torch.randn_like(fresh)  # none twice: rounding would choose
-        self.codes.copy_(torch.where(dead, fresh, self.codes))
-        self.uses.copy_(torch.where(dead[:, 0], mean_uses, self.uses))
-        self.sums.copy_(torch.where(dead, fresh * mean_uses, self.sums))
+        """Dead codes start anew at vectors of the batch (drawn by weight; noise of 1 % of their deviation added), and
+        count as used as often as the mean, the batch's weight / V. At first all are dead. z: (M, D); weight: (M,)"""
+        mean_uses = total(weight.sum()) / len(self.uses)
+        dead = self.uses < self.dead_below * mean_uses                       # V
+        fresh = sample_vectors(z, weight, len(self.uses))                    # V, D
+        fresh = fresh + 0.01 * fresh.std(0, correction=0) * torch.randn_like(fresh)  # rounding must not decide ties
+        self.codes.copy_(torch.where(dead[:, None], fresh, self.codes))
+        self.uses.copy_(torch.where(dead, mean_uses, self.uses))
+        self.sums.copy_(torch.where(dead[:, None], fresh * mean_uses, self.sums))
 
     def lookup(self, ids):
         """(B, H, W) -> (B, D, H, W)."""
@@ -410,11 +328,6 @@ class Codebook(nn.Module):
 
 # ------------------------------------------------------------------------------------------------
 # 4  Encoder, decoder, DQVAE (the VQGAN trunk, with one head per granularity)
-
-
-def norm(channels):
-    return nn.GroupNorm(32, channels, eps=1e-6)
-
 
 class ResBlock(nn.Module):
     def __init__(self, c_in, c_out):
@@ -428,7 +341,6 @@ class ResBlock(nn.Module):
         h = self.conv2(F.silu(self.norm2(h)))
         return self.shortcut(x) + h
 
-
 class AttnBlock(nn.Module):
     """Single-headed attention over all positions of the map."""
 
@@ -438,10 +350,10 @@ class AttnBlock(nn.Module):
 
     def forward(self, x):
         B, c, H, W = x.shape
-        q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).chunk(3, dim=-1)  # each B, H W, c
-        y = F.scaled_dot_product_attention(q, k, v)                          # B, H W, c
+        qkv = self.qkv(self.norm(x)).flatten(2).transpose(1, 2)              # B, H W, 3 c
+        q, k, v = qkv[:, None].chunk(3, dim=-1)                              # each B, 1, H W, c; 1 head
+        y = F.scaled_dot_product_attention(q, k, v)[:, 0]                    # B, H W, c
         return x + self.proj(y.transpose(1, 2).reshape(B, c, H, W).contiguous())
-
 
 def make_level(config, level, c_in, n_blocks):
     """The blocks at downsampling factor 2**level, with attention after each where it is due."""
@@ -453,38 +365,35 @@ def make_level(config, level, c_in, n_blocks):
         c_in = c
     return nn.Sequential(*layers)
 
+def make_head(c, channels):
+    """What turns the trunk at a granularity's resolution into its map."""
+    return nn.Sequential(ResBlock(c, c), AttnBlock(c), ResBlock(c, c), norm(c), nn.SiLU(),
+                         nn.Conv2d(c, channels, 3, padding=1))
 
 class Encoder(nn.Module):
     """Image (B, 3, S, S) -> K maps (B, Z, S/F_k, S/F_k), coarse to fine."""
 
     def __init__(self, config):
         super().__init__()
-        self.factors = config.factors
-        n_levels = int(math.log2(config.factors[0])) + 1
-        widths = [config.level_width(i) for i in range(n_levels)]
+        self.levels_of = [f.bit_length() - 1 for f in config.factors]        # level i has downsampling factor 2^i
+        widths = [config.level_width(i) for i in range(self.levels_of[0] + 1)]
         self.stem = nn.Conv2d(3, config.width, 3, padding=1)
-        self.levels = nn.ModuleList(
-            make_level(config, i, widths[max(i - 1, 0)] if i else config.width, config.encoder_blocks)
-            for i in range(n_levels))
+        self.levels = nn.ModuleList(make_level(config, i, c_in, config.encoder_blocks)
+                                    for i, c_in in enumerate([config.width, *widths[:-1]]))
         self.downs = nn.ModuleList(nn.Conv2d(c, c, 3, stride=2) for c in widths[:-1])
-        self.heads = nn.ModuleList(self._head(widths[int(math.log2(f))], config.channels) for f in config.factors)
-
-    @staticmethod
-    def _head(c, channels):
-        return nn.Sequential(ResBlock(c, c), AttnBlock(c), ResBlock(c, c), norm(c), nn.SiLU(),
-                             nn.Conv2d(c, channels, 3, padding=1))
+        self.heads = nn.ModuleList(make_head(widths[i], config.channels) for i in self.levels_of)
 
     def forward(self, x):
         h = self.stem(x)                                                     # B, width, S, S
         maps = {}
         for i, level in enumerate(self.levels):
             h = level(h)                                                     # B, c_i, S/2^i, S/2^i
-            if 2 ** i in self.factors:
-                maps[2 ** i] = self.heads[self.factors.index(2 ** i)](h)     # B, Z, S/2^i, S/2^i
+            if i in self.levels_of:
+                maps[i] = self.heads[self.levels_of.index(i)](h)             # B, Z, S/2^i, S/2^i
             if i < len(self.downs):
-                h = self.downs[i](F.pad(h, (0, 1, 0, 1)))                    # B, c_i, S/2^(i+1), S/2^(i+1)
-        return [maps[f] for f in self.factors]
-
+                h = F.pad(h, (0, 1, 0, 1))                                   # right and below only, as in VQGAN
+                h = self.downs[i](h)                                         # B, c_i, S/2^(i+1), S/2^(i+1)
+        return [maps[i] for i in self.levels_of]
 
 class PositionEmbedding(nn.Module):
     """Adds where a cell is: sines of a learned linear map of (x, y), then a row and a column vector."""
@@ -502,13 +411,12 @@ class PositionEmbedding(nn.Module):
         learned = self.rows[:, None] + self.columns[None]                    # H, W, Z
         return z + torch.sin(self.fourier(self.grid)) + learned.permute(2, 0, 1)  # B, Z, H, W
 
-
 class Decoder(nn.Module):
     """Quantised grid (B, Z, H, W) -> image (B, 3, S, S). It sees codes only, never the grains."""
 
     def __init__(self, config):
         super().__init__()
-        top = int(math.log2(config.factors[-1]))
+        top = config.factors[-1].bit_length() - 1
         c = config.level_width(top)
         self.position = PositionEmbedding(config.channels, config.size // config.factors[-1])
         self.stem = nn.Conv2d(config.channels, c, 3, padding=1)
@@ -529,6 +437,9 @@ class Decoder(nn.Module):
                 h = self.ups[i](F.interpolate(h, scale_factor=2))            # twice the side
         return self.out(h)                                                   # B, 3, S, S
 
+def upsample(x, side):
+    """Repeat every cell of (B, c, h, h) so that the side becomes `side`, a multiple of h."""
+    return F.interpolate(x, size=(side, side)) if x.shape[-1] != side else x
 
 class VAEOutput(NamedTuple):
     reconstruction: torch.Tensor         # B, 3, S, S
@@ -537,7 +448,6 @@ class VAEOutput(NamedTuple):
     gate: torch.Tensor                   # B, K, h, w
     commitment: torch.Tensor             # scalar
     maps: list                           # the encoder's, K x (B, Z, H_k, W_k)
-
 
 class DQVAE(nn.Module):
     """Images to variable-length codes and back (the paper's stage 1).
@@ -549,11 +459,8 @@ class DQVAE(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        K = len(config.factors)
         self.encoder, self.decoder = Encoder(config), Decoder(config)
-        self.router = {"learned": lambda: GrainRouter(config.channels, K),
-                       "entropy": lambda: EntropyRouter(config.ratios, config.factors[0]),
-                       "random": lambda: RandomRouter(config.ratios)}[config.router]()
+        self.router = ROUTERS[config.router](config)
         self.pre_quant = nn.Conv2d(config.channels, config.code_dim, 1)
         self.codebook = Codebook(config.codebook_size, config.code_dim)
         self.post_quant = nn.Conv2d(config.code_dim, config.channels, 1)
@@ -564,10 +471,10 @@ class DQVAE(nn.Module):
         return sum(upsample(gate[:, k:k + 1], side) * upsample(m, side) for k, m in enumerate(maps))
 
     def cell_weight(self, gate):
-        """1 / (how many cells of the finest grid share a code). -> (B, H, W)"""
-        share = torch.tensor([(self.config.factors[-1] / f) ** 2 for f in self.config.factors], device=gate.device)
-        weight = (gate.detach() * share[:, None, None]).sum(1, keepdim=True)  # B, 1, h, w
-        return upsample(weight, self.config.size // self.config.factors[-1])[:, 0]
+        """1 / (how many cells of the finest grid share a code), no gradient. gate: (B, K, h, w) -> (B, H, W)"""
+        share = [(self.config.factors[-1] / f) ** 2 for f in self.config.factors]
+        weight = sum(share[k] * gate.detach()[:, k:k + 1] for k in range(len(share)))  # B, 1, h, w
+        return upsample(weight, self.config.size // self.config.factors[-1])[:, 0]  # B, H, W
 
     def quantize(self, x, noise=1.0):
         """Image -> quantised grid (B, D, H, W), codes, gate, commitment loss, the encoder's maps."""
@@ -591,24 +498,24 @@ class DQVAE(nn.Module):
         return self.decoder(self.post_quant(self.codebook.lookup(codes)))    # B, 3, S, S
 
 
-def upsample(x, side):
-    """Repeat every cell of (B, c, h, h) so that the side becomes `side`, a multiple of h."""
-    return F.interpolate(x, size=(side, side)) if x.shape[-1] != side else x
-
-
 # ------------------------------------------------------------------------------------------------
 # 5  Sequences (the paper's stage 2: coarse to fine, position and content)
-
 
 class Layout(nn.Module):
     """Between (codes, grains) and the sequence of (position, content) pairs of an image.
 
-    Granularity k owns the position ids  offset_k + r s_k + j  for region r and cell j in it, both in
-    raster order, and then one EOS id; the next granularity's ids follow. So an id names
-    granularity, place and order at once, and an image's sequence is its codes *sorted by id*, with
-    the EOS ids in place: coarse codes first, raster inside, the cells of a region together.
-    After its last EOS a sequence goes on with that EOS for ever: padding is an ordinary token
-    that is certain and so costs nothing. The content of an EOS is -1.
+    Granularity k owns the position ids  offset_k + r s_k + j  for region r and cell j in it, both in raster order,
+    and then one EOS id; the next granularity's ids follow. So an id names granularity, place and order at once, and an
+    image's sequence is its codes *sorted by id*, with the EOS ids in place: coarse codes first, raster inside, the
+    cells of a region together. After its last EOS a sequence goes on with that EOS for ever: padding is an ordinary
+    token that is certain and so costs nothing. The content of an EOS is -1.
+
+    Example, 2 x 2 regions of which the second is fine (factors 2 and 1, 4 x 4 pixels):
+        grains   codes      ids: coarse 0 to 3, EOS 4; fine 5 to 8, 9 to 12, 13 to 16, 17 to 20, EOS 21
+        0 1      a a b c    position  0  2  3  4   9 10 11 12  21
+        0 0      a a d e    content   a  f  g  -1  b c  d  e   -1      and then (21, -1) up to max_len
+                 f f g g
+                 f f g g
     """
 
     def __init__(self, size, factors):
@@ -620,39 +527,31 @@ class Layout(nn.Module):
         self.cells = [(factors[0] // f) ** 2 for f in factors]               # s_k
         self.n_grains = K = len(factors)
         self.max_len = N * self.cells[-1] + K                                # all fine, and the EOS ids
-        self.offsets, self.eos, P = [], [], 0
-        for s in self.cells:
-            self.offsets.append(P)
-            self.eos.append(P + N * s)
-            P += N * s + 1
-        self.n_positions = P
+        blocks = [N * s + 1 for s in self.cells]                             # ids of each granularity, its EOS last
+        self.offsets = [sum(blocks[:k]) for k in range(K)]
+        self.eos = [sum(blocks[:k + 1]) - 1 for k in range(K)]
+        self.n_positions = P = sum(blocks)
         self.end = P - 1                                                     # the last EOS
 
-        # What an id says, as tables. Row P (also reached as row -1) stands for "before the first pair".
-        ids = torch.arange(P)
-        grain, cell = torch.zeros(P + 1, dtype=torch.long), torch.zeros(P + 1, dtype=torch.long)
-        region, after, forced = (torch.full((P + 1,), fill) for fill in (-1, 0, -1))
-        is_eos = torch.isin(torch.arange(P + 1), torch.tensor(self.eos))
+        grain = torch.zeros(P, dtype=torch.long)                             # granularity of an id
+        region = torch.full((P,), N)                                         # its region; N for an EOS
+        # follow[a, b]: b may come after a, if no coarser code covers its region. Row P, which is also row -1, is
+        # for the start. choice[a]: any of those may come, or else only the first that is free.
+        follow = torch.zeros(P + 1, P, dtype=torch.bool)
+        choice = torch.zeros(P + 1, 1, dtype=torch.bool)
+        later = torch.ones(N, N, dtype=torch.bool).triu(1)                   # [r, r']: region r' comes after r
         for k, s in enumerate(self.cells):
-            own = slice(self.offsets[k], self.eos[k])
-            j = torch.arange(N * s)
-            grain[own], region[own], cell[own], after[own] = k, j // s, j % s, k
-            forced[own] = torch.where(j % s < s - 1, ids[own] + 1, -1)
-            grain[self.eos[k]], after[self.eos[k]] = k, min(k + 1, K - 1)
-        forced[self.end] = self.end
-        # which ids may come after which, as far as regions covered by coarser codes have no say in it
-        later = (cell[:P] == 0) & (region[:P] > region[:, None])             # P + 1, P
-        follow = (grain[:P] == after[:, None]) & (is_eos[:P] | later)
-        follow = torch.where((forced >= 0)[:, None], ids == forced[:, None], follow)
-        tables = dict(grain=grain,                # its granularity
-                      region=region,              # its region, -1 for EOS and the start
-                      follow=follow,
-                      unordered=(after < K - 1)[:, None],  # any of those, or only the first
-                      is_eos=is_eos,
-                      place=torch.where(region < 0, N, region)[:P],  # its region, N for EOS
-                      home=region[:P].clamp(min=0),  # its region; an EOS has one that does not matter, since
-                      rank=torch.where(is_eos, 0, grain)[:P],  # only codes coarser than this, in that region, rule it out
-                      index=ids)
+            cell = self.offsets[k] + torch.arange(N * s).view(N, s)          # N, s_k: ids
+            first, last, before = cell[:, 0], cell[:, -1], self.offsets[k] - 1
+            grain[self.offsets[k]:self.eos[k] + 1] = k
+            region[cell] = torch.arange(N)[:, None]
+            follow[cell[:, :-1], cell[:, 1:]] = True                         # inside a region: its next cell
+            follow[last[:, None], first] = later                             # after a region: a later one ...
+            follow[before, first] = True                                     # (at the beginning: any)
+            follow[last, self.eos[k]] = follow[before, self.eos[k]] = True   # ... or EOS
+            choice[last] = choice[before] = k < K - 1                        # the finest must leave no hole
+        follow[self.end, self.end] = True
+        tables = dict(grain=grain, region=region, is_eos=region == N, follow=follow, choice=choice)
         for name, table in tables.items():
             self.register_buffer(name, table, persistent=False)
 
@@ -660,14 +559,14 @@ class Layout(nn.Module):
         """codes (B, H, W), grains (B, h, w) -> pos, code, each (B, max_len)."""
         B, h, m = len(codes), self.side, self.fine_side // self.side         # m x m fine cells a region
         blocks = codes.reshape(B, h, m, h, m).transpose(2, 3).reshape(B, self.n_regions, m, m)
-        flat = grains.reshape(B, -1, 1)                                      # B, N, 1
+        flat, ids = grains.reshape(B, -1, 1), torch.arange(self.n_positions, device=codes.device)  # B, N, 1; P
         keys, contents = [], []
         for k, s in enumerate(self.cells):
             step = m // math.isqrt(s)                                        # one code fills step x step cells
             content = blocks[:, :, ::step, ::step].reshape(B, self.n_regions, s)  # B, N, s_k
-            ids = self.index[self.offsets[k]:self.eos[k]].view(1, self.n_regions, s)
-            eos = self.index[self.eos[k]].expand(B, 1)
-            keys += [torch.where(flat == k, ids, self.end).flatten(1), eos]  # what is not there sorts last
+            own = ids[self.offsets[k]:self.eos[k]].view(1, self.n_regions, s)
+            eos = ids[self.eos[k]].expand(B, 1)
+            keys += [torch.where(flat == k, own, self.end).flatten(1), eos]  # what is not there sorts last
             contents += [torch.where(flat == k, content, -1).flatten(1), torch.full_like(eos, -1)]
         pos, order = torch.cat(keys, 1).sort(dim=1)                          # B, P
         code = torch.cat(contents, 1).gather(1, order)
@@ -691,114 +590,100 @@ class Layout(nn.Module):
     def grains(self, pos):
         """Granularity of the regions that the ids pos (B, L) cover, -1 elsewhere. -> (B, N)"""
         known = torch.full((len(pos), self.n_regions + 1), -1, device=pos.device)
-        return known.scatter(1, self.place[pos], self.grain[pos])[:, :-1]    # EOS wrote to a spare column
-
-    def length(self, grains):
-        """Pairs in the sequence of each image, EOS ids included. (B, h, w) -> (B,)"""
-        cells = torch.tensor(self.cells, device=grains.device)
-        return cells[grains].sum(dim=(1, 2)) + self.n_grains
+        return known.scatter(1, self.region[pos], self.grain[pos])[:, :-1]   # EOS wrote to a spare column
 
     def legal(self, prev, grains):
-        """Which position ids may follow. prev: (B,) or (B, L) ids, -1 at the start; grains: (B, N)
-        granularities known so far, -1 elsewhere (further columns are not looked at) -> mask (B, P) or (B, L, P).
+        """Which position ids may follow. prev: (B,) or (B, L) ids, -1 at the start; grains: (B, N) granularities known
+        so far, -1 elsewhere -> mask (B, P) or (B, L, P).
 
-        Inside a region: its next cell. Between regions: the first cell of any later region that is
-        not covered, or EOS; in the finest granularity, which must leave no hole, the first such
-        region, or EOS when there is none. What `prev` shows to lie in its future is not looked at,
-        so a whole training sequence can be masked with its final grains.
+        Inside a region: its next cell. Between regions: the first cell of any later region that is not covered, or
+        EOS; in the finest granularity, which must leave no hole, the first such region, or EOS when there is none.
+
+        A training sequence can be masked with its *final* grains, though they hold what comes after prev. For what
+        may cover a later region? Either a code coarser than prev, which then came before it. Or one as fine or finer,
+        and that counts as free here, since only codes coarser than the id in question rule it out.
         """
-        there = grains.gather(1, self.home.expand(len(grains), -1))          # B, P: what covers the region of each id
-        free = (there < 0) | (there >= self.rank)                            # B, P: no coarser code does
-        free = free if prev.dim() == 1 else free[:, None]                    # B, (1,) P
-        mask = self.follow[prev] & free                                      # B, (L,) P
-        first = mask.view(torch.uint8).argmax(-1, keepdim=True)              # B, (L,) 1: the lowest id
-        return mask & (self.unordered[prev] | (self.index == first))
+        grains = F.pad(grains, (0, 1), value=-1)                             # B, N + 1: nothing covers an EOS
+        covered = grains.gather(1, self.region.expand(len(grains), -1))      # B, P
+        free = (covered < 0) | (covered >= self.grain)                       # B, P: no coarser code lies there
+        mask = self.follow[prev] & (free if prev.dim() == 1 else free[:, None])  # B, (L,) P
+        first = mask.cumsum(-1, dtype=torch.int) == 1                        # and what is illegal behind it
+        return mask & (self.choice[prev] | first)
 
 
 # ------------------------------------------------------------------------------------------------
 # 6  DQ-Transformer (the paper's stage 2: Position-Transformer and Content-Transformer)
 
+class Linear(nn.Linear):
+    """x (..., in) -> (..., out), without bias. With `residual` (..., out) that is added to the product."""
 
-def few_rows(weight, dtype, rows, gelu=False):
-    """-> F.linear(., weight), and GELU if wanted, as a function of x (R, C) with so few rows R that its work is to read weights.
+    def __init__(self, n_in, n_out):
+        super().__init__(n_in, n_out, bias=False)
 
-    On CPUs F.linear reads them at a fraction of the memory's speed. One to three rows are two to four times faster with the
-    weights as left factor, cut in two for two threads (bfloat16 gains nothing there); more rows are two to three times faster
-    with the weights in oneDNN's own order, by the operator that torch.compile uses for that, and faster still in bfloat16.
-    x is of the weight's type or, where that differs, of `dtype`.
-    """
-    cpu, weight = weight.device.type == "cpu", weight.detach()
-    if cpu and rows < 4 and weight.dtype == torch.float32 and len(weight) % 2 == 0:
-        halves, dtype = weight.view(2, -1, weight.shape[1]), weight.dtype    # 2, O / 2, C
+    def forward(self, x, residual=None):
+        weight, rows = self.weight, x.numel() // x.shape[-1]
+        plain = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        if x.device.type == "cpu" and rows <= 128 and not plain:
+            # Few rows, as in sampling: the work is to read the weights. CPUs do that 2 to 4 times faster where they
+            # are the left factor, cut in as many parts as there are threads.
+            parts = math.gcd(len(weight), torch.get_num_threads())
+            left, right = weight.view(parts, -1, x.shape[-1]), x.reshape(rows, -1).t().expand(parts, -1, -1)
+            y = torch.bmm(left, right).permute(2, 0, 1).reshape(*x.shape[:-1], -1)  # ..., out
+            return y if residual is None else residual + y
+        if residual is None:
+            return F.linear(x, weight)
+        return torch.addmm(residual.view(rows, -1), x.view(rows, -1), weight.t()).view_as(residual)
 
-        def product(x):
-            y = torch.bmm(halves, x.t().expand(2, -1, -1))                   # 2, O / 2, R
-            return y.view(1, -1) if rows == 1 else y.view(-1, rows).t().contiguous()  # R, O
-    elif cpu and torch.backends.mkldnn.is_available() and (dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()):
-        packed, after = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype), rows), "gelu" if gelu else "none"
-        linear, gelu = torch.ops.mkldnn._linear_pointwise.default, False     # it does the GELU too
-
-        def product(x):
-            return linear(x, packed, None, after, [], "none")                # R, O
-    else:
-        product = functools.partial(F.linear, weight=weight.to(dtype))       # R, O
-    activated = (lambda x: F.gelu(product(x))) if gelu else product
-    # not x.to(dtype) for all: in a step, calls that do nothing are 5 % of the time
-    return activated if weight.dtype == dtype else lambda x: activated(x.to(dtype))
-
+def attention(q, k, v, mask=None, dropout=0.0):
+    """softmax(q k^T / sqrt(d) + mask) v; causal when there is no mask. q: (B, heads, L, d); k, v: (B, heads, M, d)"""
+    if q.is_cuda:
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None)  # B, heads, L, d
+    # written out: on CPUs the fused kernel is slow for a single query, and its backward takes half of a training step
+    (L, d), M = q.shape[2:], k.shape[2]
+    if mask is None:
+        mask = torch.full((L, M), -math.inf, dtype=q.dtype, device=q.device).triu(1)
+    keys = k.reshape(-1, M, d).transpose(1, 2)                               # B heads, d, M
+    scores = torch.baddbmm(mask.view(-1, L, M), q.reshape(-1, L, d), keys, alpha=d ** -0.5)  # B heads, L, M
+    weights = F.dropout(scores.softmax(-1), dropout) if dropout else scores.softmax(-1)
+    return torch.bmm(weights, v.reshape(-1, M, d)).view(q.shape)             # B, heads, L, d
 
 class Block(nn.Module):
-    """Pre-norm transformer block, causal."""
+    """Pre-norm transformer block. In training causal over a whole sequence; in sampling a step over a cache."""
 
     def __init__(self, config):
         super().__init__()
         C = config.width
         self.heads, self.dropout = config.heads, config.dropout
-        self.norm1, self.qkv, self.proj = nn.LayerNorm(C, bias=False), nn.Linear(C, 3 * C, bias=False), nn.Linear(C, C, bias=False)
-        self.norm2, self.up, self.down = nn.LayerNorm(C, bias=False), nn.Linear(C, 4 * C, bias=False), nn.Linear(4 * C, C, bias=False)
+        self.norm1, self.qkv, self.proj = nn.LayerNorm(C, bias=False), Linear(C, 3 * C), Linear(C, C)
+        self.norm2, self.up, self.down = nn.LayerNorm(C, bias=False), Linear(C, 4 * C), Linear(4 * C, C)
         self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, x):
-        """x: (B, L, C)."""
+    def forward(self, x, cache=None, at=None, mask=None):
+        """x: (B, L, C) -> (B, L, C).
+
+        In sampling L = 1. cache (2, B, heads, M, d): the keys and values of the pairs so far; it takes those of x too,
+        at the rows and places `at`, (B,) and (B,). mask (B, heads, 1, M): -inf where attention is not to look.
+        """
         B, L, C = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(B, L, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)  # each B, heads, L, d
-        if x.is_cuda:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=self.dropout if self.training else 0.0)
-        else:                                                                # on CPUs the fused kernel's backward is slow: half a training step
-            future = torch.full((L, L), -math.inf, dtype=q.dtype, device=x.device).triu(1)
-            attention = (q * q.shape[-1] ** -0.5 @ k.transpose(2, 3) + future).softmax(-1)  # B, heads, L, L
-            y = F.dropout(attention, self.dropout, self.training) @ v        # B, heads, L, d
-        x = x + self.drop(self.proj(y.transpose(1, 2).reshape(B, L, C)))     # B, L, C
-        return x + self.drop(self.down(F.gelu(self.up(self.norm2(x)))))
-
-    def for_decoding(self, dtype, rows):
-        """-> the same as a function for one more position of so many rows, with matrices of this type."""
-        C = self.proj.in_features
-        d = C // self.heads
-        norm1, norm2, qkv = self.norm1.weight, self.norm2.weight, self.qkv.weight.detach().clone()
-        qkv[:C] *= d ** -0.5                                                 # queries come out scaled for the attention
-        qkv, proj = few_rows(qkv, dtype, rows), few_rows(self.proj.weight, dtype, rows)
-        up, down = few_rows(self.up.weight, dtype, rows, gelu=True), few_rows(self.down.weight, dtype, rows)
-
-        def decode(x, slot, bias, cache, keys, values):
-            """x: (R, C); cache: (2 R heads L, d), of which the rows `slot` (R, 2 heads) are written; keys (R heads, d, end)
-            and values (R heads, end, d): views of the part that attention reads; bias: (R heads, 1, end), -inf where it is
-            not to look."""
-            h = qkv(torch.layer_norm(x, (C,), norm1))                        # R, 3 C
-            q, kv = (h if h.dtype == cache.dtype else h.to(cache.dtype)).split_with_sizes([C, 2 * C], 1)  # R, C and R, 2 C
-            cache[slot] = kv.view(rows, -1, d)                               # R, 2 heads, d
-            # written out, since on CPUs the fused kernel takes up to three times as long for a single query
-            attention = torch.bmm(q.reshape(-1, 1, d), keys).add_(bias).softmax(-1)  # R heads, 1, end
-            x = x + proj(torch.bmm(attention, values).view(rows, C))         # R, C
-            return x + down(up(torch.layer_norm(x, (C,), norm2)))            # R, C
-        return decode
-
+        qkv = self.qkv(self.norm1(x)).view(B, L, 3, self.heads, C // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                 # each B, heads, L, d
+        if cache is None:
+            y = attention(q, k, v, dropout=self.dropout if self.training else 0.0)  # B, heads, L, d
+            x = x + self.drop(self.proj(y.transpose(1, 2).reshape(B, L, C)))  # B, L, C
+            return x + self.drop(self.down(F.gelu(self.up(self.norm2(x)))))
+        cache[:, at[0], :, at[1]] = qkv[:, 0, 1:]                            # B, 2, heads, d
+        y = attention(q, *cache, mask)                                       # B, heads, 1, d
+        x = self.proj(y.view(B, 1, C), residual=x)                           # B, 1, C
+        return self.down(F.gelu(self.up(self.norm2(x))), residual=x)
 
 class DQTransformer(nn.Module):
     """p(image) = prod_t p(pos_t | before) p(code_t | before, pos_t): where, then what, by two stacks.
 
-    The content embedding is shared between granularities; the position embeddings are not (every
-    id has its own row), and a granularity embedding tells them apart.
+    Each factor sums to 1 over what may come at its step, and every legal walk ends in a complete tiling, so the
+    product sums to 1 over all images. Position comes first: a content needs to know its place and size.
+
+    The content embedding is shared between granularities; the position embeddings are not (every id has its own row),
+    and a granularity embedding tells them apart.
     """
 
     def __init__(self, config):
@@ -814,18 +699,15 @@ class DQTransformer(nn.Module):
         self.drop = nn.Dropout(config.dropout)
         self.position_stack = nn.ModuleList(Block(config) for _ in range(config.position_layers))
         self.content_stack = nn.ModuleList(Block(config) for _ in range(config.content_layers))
-        self.position_norm, self.position_head = nn.LayerNorm(C, bias=False), nn.Linear(C, P, bias=False)
-        self.content_norm, self.content_head = nn.LayerNorm(C, bias=False), nn.Linear(C, V, bias=False)
-        self.apply(self._init)
+        self.position_norm, self.position_head = nn.LayerNorm(C, bias=False), Linear(C, P)
+        self.content_norm, self.content_head = nn.LayerNorm(C, bias=False), Linear(C, V)
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02)
         depth = config.position_layers + config.content_layers               # GPT-2: residual branches start small
         for block in [*self.position_stack, *self.content_stack]:
             for linear in (block.proj, block.down):
                 nn.init.normal_(linear.weight, std=0.02 / math.sqrt(2 * depth))
-
-    @staticmethod
-    def _init(module):
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=0.02)
 
     def embed(self, pos, code):
         """A pair as a vector: content + position + granularity. pos, code (...) -> (..., C)"""
@@ -834,16 +716,13 @@ class DQTransformer(nn.Module):
 
     def labels(self, label, B):
         """(B,) labels or None -> (B,) rows of the condition embedding; negative labels mean none."""
-        none = len(self.config.classes)
-        if label is None or not none:
-            return torch.full((B,), none, device=self.condition.weight.device)
-        return torch.where(label < 0, none, label)
+        none = torch.full((B,), len(self.config.classes), device=self.condition.weight.device)
+        return none if label is None or not self.config.classes else torch.where(label < 0, none, label)
 
     def logits(self, pos, code, label=None):
         """pos, code (B, L) -> position logits (B, L, P), -inf where not legal, and content logits (B, L, V).
-
-        Entry t of both is computed from the condition and the pairs before t; the content logits
-        also from pos[:, t].
+        Entry t of both is computed from the condition and the pairs before t; the content logits also from pos[:, t].
+        In training each label is hidden with probability label_dropout, as if the image had none.
         """
         B, L = pos.shape
         label = self.labels(label, B)
@@ -867,14 +746,13 @@ class DQTransformer(nn.Module):
     def forward(self, pos, code, label=None):
         """-> {"position": (B,), "content": (B,)}: negative log-likelihoods of the images, in nats."""
         position, content = self.logits(pos, code, label)
-        position = F.cross_entropy(position.transpose(1, 2), pos, reduction="none")  # B, L; 0 where forced
-        content = F.cross_entropy(content.transpose(1, 2), code, reduction="none", ignore_index=-1)  # B, L; 0 at EOS
-        return {"position": position.sum(1), "content": content.sum(1)}
+        nll = dict(position=F.cross_entropy(position.flatten(0, 1), pos.flatten(), reduction="none"),  # B L
+                   content=F.cross_entropy(content.flatten(0, 1), code.flatten(), reduction="none", ignore_index=-1))
+        return {name: each.view(pos.shape).sum(1) for name, each in nll.items()}  # 0 where forced, 0 at EOS
 
 
 # ------------------------------------------------------------------------------------------------
 # 7  Sampling
-
 
 class SampleOptions(NamedTuple):
     """temperature acts on positions and contents, top-k and top-p on contents; cfg = 1: no guidance."""
@@ -889,7 +767,6 @@ class SampleOptions(NamedTuple):
         require(0 < self.top_p <= 1, f"top-p must be above 0 and at most 1, not {self.top_p}")
         require(self.cfg >= 0, f"cfg must be at least 0, not {self.cfg}")
 
-
 def filter_logits(logits, top_k, top_p):
     """Keep the k likeliest entries, then the fewest whose probabilities reach p; the rest -> -inf. (B, V)"""
     if 0 < top_k < logits.shape[-1]:
@@ -900,433 +777,193 @@ def filter_logits(logits, top_k, top_p):
         logits = logits.masked_fill(torch.zeros_like(surplus).scatter(1, order, surplus), -math.inf)
     return logits
 
-
-def scramble(x):
-    """One round of mixing of int32 to int32, in place: high bits into the low ones, then all into the high ones."""
-    return x.bitwise_xor_((x >> 15).bitwise_and_(0x1FFFF)).mul_(-0x7A143595)  # a shift repeats the sign; products wrap
-
-
-def noise_keys(seed, images, L):
-    """A hash of (seed, image, t) for image numbers (n,) and the L pairs of each -> (n, L), int32."""
-    keys = images.int()
-    for part in (seed & 0x7FFFFFFF, seed >> 31 & 0x7FFFFFFF):
-        keys = scramble(scramble(keys * 0x2545F491 + part))
-    return keys[:, None] + torch.arange(L, dtype=torch.int32, device=images.device) * 0x27D4EB2F
-
-
-def noise_entries(n, device=None):
-    """What tells the n entries of a row of `gumbel_noise` apart: int32 (n,)."""
-    return scramble(torch.arange(1, n + 1, dtype=torch.int32, device=device))
-
-
-def gumbel_noise(key, entries):
-    """Gumbel noise (B, n): entry j of row b is a function of key[b] and entries[j] and nothing else, so of the image's number
-    and the step, not of the image's slot, its batch or the device."""
-    x = key[:, None] ^ entries                                               # B, n: any int32
-    x = scramble(x.mul_(-0x61C88647))
-    uniform = (x >> 9) * 2.0 ** -23 + (0.5 + 2.0 ** -24)                     # in (0, 1), exact in float32
-    return uniform.log_().neg_().log_().neg_()
-
+def draw(logits, u):
+    """The first entry at which the cumulated probability reaches u. logits: (B, n), u: (B,) in (0, 1] -> (B,)"""
+    p = logits.softmax(-1)                                                   # B, n
+    cdf = p.cumsum(-1)
+    reached = cdf >= u[:, None] * cdf[:, -1:]
+    # argmax takes the first of the largest: of those reached or, should rounding leave none, of those that can be drawn
+    return ((p > 0) * (1 + reached.int())).argmax(-1)
 
 class Job(NamedTuple):
-    """What is wanted, n images, and the weights in the form that a step wants. Image n is nobody's: for slots with nothing to do."""
-    start: torch.Tensor                  # n + 1: P + the row of the condition embedding
-    key: torch.Tensor                    # n + 1, L: of the noise
-    entries: torch.Tensor                # P + V: of the noise
+    """What is wanted, n images. Row n is for slots that have run out of images; what they write is thrown away."""
+    condition: torch.Tensor              # n + 1: rows of the condition embedding
+    uniform: torch.Tensor                # n + 1, L, 2: what decides the draws of position and content
     given: tuple                         # positions and contents, each n + 1, L, -1 where they are to be drawn; or None
     options: SampleOptions
-    where: torch.Tensor                  # P + classes + 1, C: embedding of each position with its granularity, then the conditions
-    what: torch.Tensor                   # V + 2, C: embedding of each content, that of an EOS, and 0 beside a condition
-    position_stack: list                 # of functions that take a layer one position further (see `Block.for_decoding`)
-    content_stack: list
-    position_head: object                # functions as `few_rows` makes them
-    content_head: object
 
-
-class DecodeState(NamedTuple):
-    """All that changes while images are being written by B slots; R = B rows, or 2 B with guidance."""
-    cache: tuple                         # for each layer memory for keys and values: 2, R heads, L, d; steps see it through a Window
+class State(NamedTuple):
+    """What changes while B slots write images; R = B rows, or 2 B with guidance: labelled, then unlabelled."""
+    cache: list                          # for each layer its keys and values: 2, R, heads, M, d
     image: torch.Tensor                  # B: which image the slot is writing; n when there is none left
     taken: torch.Tensor                  # scalar: the last image that a slot has taken
-    t: torch.Tensor                      # B: the step that comes next
-    last: torch.Tensor                   # B: row of `where` for the pair written last, or for the condition
-    last_code: torch.Tensor              # B: row of `what`
-    grains: torch.Tensor                 # B, N + 1: granularities known so far; the last column is spare
-    pos: torch.Tensor                    # n + 1, L: the images, the end id where nothing is written
-    code: torch.Tensor                   # n + 1, L: V is the content of an EOS
+    t: torch.Tensor                      # B: number of the pair that comes next
+    last: torch.Tensor                   # B: position of the pair before, -1 at the start
+    last_code: torch.Tensor              # B: its content
+    grains: torch.Tensor                 # B, N + 1: granularities known so far; in the last column EOS ids write
+    pos: torch.Tensor                    # n + 1, L: the images; the end id where nothing is written
+    code: torch.Tensor                   # n + 1, L
 
+def start(model, label, options, seed, given, first, slots):
+    """-> the job of `generate`, and its state in front of the first step, with caches of no length yet."""
+    config, layout, device, n = model.config, model.layout, label.device, len(label)
+    # each image has a generator of its own, so its draws depend on the seed and its number, and on nothing else
+    uniform = [1 - np.random.default_rng([seed, i]).random((layout.max_len, 2), np.float32)  # 1 - [0, 1) is (0, 1]
+               for i in range(first, first + n + 1)]
+    given = given and tuple(F.pad(each, (0, 0, 0, 1), value=-1) for each in given)
+    job = Job(F.pad(model.labels(label, n), (0, 1)), torch.from_numpy(np.stack(uniform)).to(device), given, options)
+    rows = 2 * slots if options.cfg != 1 and config.classes else slots
+    cache = torch.zeros(2, rows, config.heads, 0, config.width // config.heads, dtype=model.order.weight.dtype)
 
-def start_job(model, label, options, seed, given, first, dtype, rows):
-    """The job of `generate`, with weights for steps of so many rows."""
-    layout, n, device = model.layout, len(label), model.position_head.weight.device
-    P, content = layout.n_positions, model.content.weight
-    return Job(
-        start=P + F.pad(model.labels(label, n), (0, 1)),
-        key=noise_keys(seed, torch.arange(first, first + n + 1, device=device), layout.max_len),
-        entries=noise_entries(P + model.config.codebook_size, device),
-        given=given and tuple(F.pad(each, (0, 0, 0, 1), value=-1) for each in given),
-        options=options,
-        where=torch.cat([model.position.weight + model.granularity(layout.grain[:P]), model.condition.weight]),
-        what=torch.cat([content, torch.zeros_like(content[:1])]),
-        position_stack=[block.for_decoding(dtype, rows) for block in model.position_stack],
-        content_stack=[block.for_decoding(dtype, rows) for block in model.content_stack],
-        position_head=few_rows(model.position_head.weight, dtype, rows),
-        content_head=few_rows(model.content_head.weight, dtype, rows))
+    def full(shape, value):
+        return torch.full(shape, value, device=device)
+    return job, State([cache.to(device)] * (config.position_layers + config.content_layers),
+                      image=torch.arange(slots, device=device), taken=full((), slots - 1), t=full((slots,), 0),
+                      last=full((slots,), -1), last_code=full((slots,), -1),
+                      grains=full((slots, layout.n_regions + 1), -1),
+                      pos=full((n + 1, layout.max_len), layout.end), code=full((n + 1, layout.max_len), -1))
 
+def resized(state, end):
+    """The state with caches for `end` pairs and without gaps, which CPUs read up to three times faster than slices."""
+    caches = []
+    for old in state.cache:
+        new, both = old.new_zeros(*old.shape[:3], end, old.shape[4]), min(end, old.shape[3])
+        new[..., :both, :] = old[..., :both, :]
+        caches.append(new)
+    return state._replace(cache=caches)
 
-def start_state(model, job, slots, rows, dtype):
-    """All slots at the start of their first images, with caches for so many rows."""
-    config, layout, device = model.config, model.layout, job.start.device
-    n, B, L = len(job.start) - 1, slots, layout.max_len
-    return DecodeState(
-        cache=tuple(torch.zeros(2, rows * config.heads, L, config.width // config.heads, device=device, dtype=dtype)
-                    for _ in range(config.position_layers + config.content_layers)),
-        image=torch.arange(B, device=device),
-        taken=torch.tensor(B - 1, device=device),
-        t=torch.zeros(B, dtype=torch.long, device=device),
-        last=job.start[:B].clone(),
-        last_code=torch.full((B,), config.codebook_size + 1, device=device),
-        grains=torch.full((B, layout.n_regions + 1), -1, device=device),
-        pos=torch.full((n + 1, L), layout.end, device=device),
-        code=torch.full((n + 1, L), config.codebook_size, device=device))
-
-
-class Window(NamedTuple):
-    """The cache as a step sees it, with room for the first `end` places of every row and no gaps, which CPUs read up to three times faster."""
-    bias: torch.Tensor                   # end, 1, end: for each step what attention adds to its scores, 0 or, for later places, -inf
-    slot: torch.Tensor                   # R, 2 heads: where the keys and values of place 0 are, in the first of the views below
-    layers: list                         # for each layer three views: 2 R heads end, d (all of it); keys R heads, d, end; values R heads, end, d
-
-
-def look_at(state, heads, end):
-    """-> the Window of this size, at the beginning of the memory of the cache."""
-    _, R_heads, _, d = state.cache[0].shape
-    views = [cache.view(-1)[:2 * R_heads * end * d].view(2, R_heads, end, d) for cache in state.cache]
-    slot = torch.arange(0, 2 * R_heads * end, end, device=state.t.device).view(2, -1, heads)  # 2, R, heads
-    later = torch.full((end, end), -math.inf, dtype=views[0].dtype, device=slot.device).triu(1)
-    return Window(later[:, None], slot.transpose(0, 1).reshape(-1, 2 * heads),
-                  [(view.view(-1, d), view[0].transpose(1, 2), view[1]) for view in views])
-
-
-def move(old, new):
-    """The cache from one window into another, as far as both reach."""
-    ends = len(old.bias), len(new.bias)
-    for (whole, *_), (target, *_) in zip(old.layers, new.layers):
-        here, there = (view.view(-1, end, view.shape[-1])[:, :min(ends)] for view, end in zip((whole, target), ends))
-        there.copy_(here.clone())                                            # the two share memory
-
-
-def decode_one(model, job, state, window):
+def decode_one(model, job, state, end):
     """Write one more pair of the image in every slot; a slot whose image is complete takes the next one.
 
-    The window must reach further than every t. Reads nothing but its arguments, changes nothing but
-    `state`, and never asks the device for a value, so it can be captured as a graph: all shapes
-    depend on the size of the window alone.
+    Attention sees the first `end` places of the cache: more than any t. Reads nothing but its arguments, changes
+    nothing but `state`, in place, and never asks the device for a value, so it can be captured as a graph.
     """
-    layout, options, image, t, last = model.layout, job.options, state.image, state.t, state.last
-    (B, n), P, V = (len(t), len(job.start) - 1), layout.n_positions, model.config.codebook_size
-    C, heads, guided = model.config.width, model.config.heads, len(window.slot) > B
+    layout, options, image, t = model.layout, job.options, state.image, state.t
+    B, R, n = len(t), state.cache[0].shape[1], len(job.condition) - 1
+
+    def rows(labelled, unlabelled):
+        return torch.cat([labelled, unlabelled]) if R > B else labelled      # R, ...: with guidance everything twice
 
     def guide(logits):
-        if logits.dtype != torch.float32:
-            logits = logits.float()                                          # R, P or V
-        if guided:
+        logits = logits[:, 0].float()                                        # R, n
+        if R > B:
             labelled, unlabelled = logits.chunk(2)
             logits = unlabelled + options.cfg * (labelled - unlabelled)
-        return logits / options.temperature if options.temperature != 1 else logits  # B, P or V
+        return logits / options.temperature                                  # B, n
 
     def unless_given(drawn, which):
-        """which: 0 for positions, 1 for contents."""
-        if job.given is None:
-            return drawn
-        given = job.given[which][image, t]                                   # B
-        return torch.where(given >= 0, given, drawn)
+        given = job.given[which][image, t] if job.given else drawn           # B
+        return torch.where(given < 0, drawn, given)
 
-    # embed the last pair, or the condition; with guidance once more, for the rows without a label
-    rows_last, rows_code, rows_t = last, state.last_code, t
-    if guided:
-        rows_last = torch.cat([last, last.masked_fill(last >= P, len(job.where) - 1)])
-        rows_code, rows_t = rows_code.repeat(2), t.repeat(2)                 # R
-    h = job.where.index_select(0, rows_last) + job.what.index_select(0, rows_code) + model.order.weight.index_select(0, rows_t)  # R, C
-    slot = window.slot + rows_t[:, None]                                     # R, 2 heads
-    bias = window.bias.index_select(0, rows_t.repeat_interleave(heads))      # R heads, 1, end
+    # embed the last pair, or at the start the condition
+    condition, unlabelled = job.condition[image], torch.full_like(t, len(model.config.classes))  # B
+    pair = model.embed(state.last.clamp(min=0), state.last_code)             # B, C
+    at = torch.arange(R, device=t.device), rows(t, t)                        # R, R
+    h = torch.where((at[1] == 0)[:, None], model.condition(rows(condition, unlabelled)), rows(pair, pair))
+    h = (h + model.order(at[1]))[:, None]                                    # R, 1, C
+    future = torch.arange(end, device=t.device) > at[1][:, None, None, None]  # R, 1, 1, M
+    mask = torch.zeros(R, model.config.heads, 1, end, dtype=h.dtype, device=t.device).masked_fill(future, -math.inf)
+    caches = [cache[..., :end, :] for cache in state.cache]
 
     # where: position stack, then one draw among the legal ids
-    noise, content_noise = gumbel_noise(job.key[image, t], job.entries).split([P, V], dim=1)  # B, P and B, V
-    for decode, views in zip(job.position_stack, window.layers):
-        h = decode(h, slot, bias, *views)                                    # R, C
-    legal = layout.legal(last.clamp(max=P), state.grains)                    # B, P
-    logits = guide(job.position_head(torch.layer_norm(h, (C,), model.position_norm.weight)))
-    pos = unless_given((logits + noise).masked_fill_(~legal, -math.inf).argmax(-1), 0)  # B
+    for block, cache in zip(model.position_stack, caches):
+        h = block(h, cache, at, mask)                                    # R, 1, C
+    logits = guide(model.position_head(model.position_norm(h)))              # B, P
+    logits = logits.masked_fill(~layout.legal(state.last, state.grains[:, :-1]), -math.inf)
+    u = job.uniform[image, t]                                                # B, 2
+    pos = unless_given(draw(logits, u[:, 0]), 0)                             # B
 
     # what: content stack, then one draw
-    h = h + model.position.weight.index_select(0, pos.repeat(2) if guided else pos)  # R, C
-    for decode, views in zip(job.content_stack, window.layers[len(job.position_stack):]):
-        h = decode(h, slot, bias, *views)
-    logits = guide(job.content_head(torch.layer_norm(h, (C,), model.content_norm.weight)))
-    code = unless_given((filter_logits(logits, options.top_k, options.top_p) + content_noise).argmax(-1), 1)  # B
-    code = code.masked_fill(layout.is_eos.index_select(0, pos), V)
+    place = model.position(pos)                                              # B, C
+    h = h + rows(place, place)[:, None]                                      # R, 1, C
+    for block, cache in zip(model.content_stack, caches[len(model.position_stack):]):
+        h = block(h, cache, at, mask)
+    logits = filter_logits(guide(model.content_head(model.content_norm(h))), options.top_k, options.top_p)  # B, V
+    code = unless_given(draw(logits, u[:, 1]), 1).masked_fill(layout.is_eos[pos], -1)  # B
 
-    # write the pair, and take the next image where this one has its last EOS
+    # write the pair, and behind the last EOS go on with the next image; slots that end together take consecutive ones
     state.pos[image, t], state.code[image, t] = pos, code
-    state.grains.scatter_(1, layout.place.index_select(0, pos)[:, None], layout.grain.index_select(0, pos)[:, None])
+    state.grains.scatter_(1, layout.region[pos][:, None], layout.grain[pos][:, None])
     done = pos == layout.end                                                 # B
     order = done.cumsum(0)                                                   # B: 1, 2, ... among those
-    image.copy_(torch.where(done, state.taken + order, image).clamp_(max=n))
+    image.copy_(torch.where(done, state.taken + order, image).clamp(max=n))
     state.taken.add_(order[-1])
-    t.add_(1).masked_fill_(done, 0)
-    last.copy_(torch.where(done, job.start.index_select(0, image), pos))
-    state.last_code.copy_(code.masked_fill_(done, V + 1))
+    t.copy_((t + 1).masked_fill(done, 0))
+    state.last.copy_(pos.masked_fill(done, -1))
+    state.last_code.copy_(code)
     state.grains.masked_fill_(done[:, None], -1)
 
-
 @torch.inference_mode()
-def generate(model, label, options=SampleOptions(), seed=0, given=None, slots=None, first=0, dtype=None, bucket=None, look_every=None, graphs=None):
+def generate(model, label, options=SampleOptions(), seed=0, given=None, slots=None, first=0, dtype=None, bucket=None,
+             look_every=None, graphs=None, compile=False):
     """Draw images. label: (n,) classes, -1 for none -> pos, code, each (n, max_len); Layout.unpack reads them.
 
-    given: optional (pos, code), each (n, max_len), -1 where it is to be drawn. Two uses: the positions of a
-    grain map with all contents open choose where the detail goes, and the coarse part of a
-    photo's sequence with the rest open redraws its details (see `given_tiling` and `given_coarse`).
-    slots: how many images are written at a time (None: all); a slot whose image is complete takes
-    the next, so the cost follows the mean length. Image i's noise depends on seed and first + i alone.
+    given: optional (pos, code), each (n, max_len), -1 where it is to be drawn (sample.py has two uses for it).
+    slots: how many images are written at a time (None: all); a slot whose image is complete takes the next, so the
+    cost follows the mean length. Image i depends on its label, the seed and first + i alone.
 
-    What makes it fast. dtype: of the matrices (None: the model's), and on a GPU of the cache; the sum that runs through the
-    layers keeps the model's. bucket: the part of the cache that a step sees is rounded up to a multiple of this. graphs
-    (None: on GPUs): a step is captured as a CUDA graph for each such size, and replayed. look_every: steps between two
-    looks of the host at the state; with graphs it reads what the state was one look ago, so that the device never waits.
+    What makes it fast. dtype: of weights and cache (None: the model's). bucket: attention looks at a part of the cache
+    that grows by so many places. graphs (None: on GPUs): for each such size a step is captured as a CUDA graph when it
+    is first needed, and then replayed. compile: torch.compile the step. look_every: steps between the host's looks.
     """
     options.check()
-    layout, weight = model.layout, model.position_head.weight
-    dtype, graphs = dtype or weight.dtype, weight.is_cuda if graphs is None else graphs
+    n, L, device = len(label), model.layout.max_len, label.device
+    graphs = device.type == "cuda" if graphs is None else graphs
     bucket, look_every = bucket or (128 if graphs else 32), look_every or (32 if graphs else 1)
-    n, L = len(label), layout.max_len
-    slots = min(n, slots or n)
-    rows = 2 * slots if options.cfg != 1 and model.config.classes else slots
-    job = start_job(model, label, options, seed, given, first, dtype, rows)
-    state = start_state(model, job, slots, rows, dtype if weight.is_cuda else weight.dtype)
-    # for one to three rows oneDNN's GELU takes up to eight times as long as torch's own
-    with torch.autocast(weight.device.type, enabled=False), torch.backends.mkldnn.flags(enabled=weight.dtype != torch.float32, allow_tf32=None):
-        windows = [look_at(state, model.config.heads, min(end, L)) for end in range(bucket, L + bucket, bucket)]  # graphs read them: to be kept
-        steps = [functools.partial(decode_one, model, job, state, window) for window in windows]
-        if graphs:
-            steps = [capture(step, state) for step in steps]
-        looks, at, n_steps, size = [], 0, 0, 0                               # no slot is further than `at`
-        while True:
-            if not size // 2 <= at // bucket <= size:                        # too narrow, or much too wide
-                move(windows[size], windows[at // bucket])
-                size = at // bucket
-            steps[size]()
-            at, n_steps = min(at + 1, L - 1), n_steps + 1
-            if n_steps % look_every:
-                continue
-            look = torch.stack([state.image.min(), state.t.max()]).to("cpu", non_blocking=True)
-            looks.append((n_steps, look, torch.cuda.current_stream().record_event() if graphs else None))
-            if graphs and len(looks) == 1:
-                continue
-            then, look, arrived = looks.pop(0)
-            if graphs:
-                arrived.synchronize()                                        # of the look before: the device has work until the next
-            least, furthest = look.tolist()
-            if least == n:                                                   # every slot has run out of images
-                break
-            at = min(furthest + n_steps - then, L - 1)
-    pos, code = state.pos[:n], state.code[:n]
-    return pos, code.masked_fill_(code == model.config.codebook_size, -1)
-
-
-def capture(step, state):
-    """A CUDA graph of step(), to call. The warm-up in front of it is undone (the cache needs no undoing)."""
-    former = [tensor.clone() for tensor in state[1:]]
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    for tensor, old in zip(state[1:], former):
-        tensor.copy_(old)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
-
-
-def given_tiling(layout, grains):
-    """For `generate`: this grain map (B, h, w), every content open."""
-    H = layout.fine_side
-    pos, _ = layout.pack(torch.zeros(len(grains), H, H, dtype=torch.long, device=grains.device), grains)
-    return pos, torch.full_like(pos, -1)
-
-
-def given_coarse(layout, codes, grains, keep):
-    """For `generate`: the codes of the `keep` coarsest granularities of these images, the rest open."""
-    pos, code = layout.pack(codes, grains)
-    kept = layout.grain[pos] < keep
-    return torch.where(kept, pos, -1), torch.where(kept, code, -1)
+    if dtype not in (None, model.order.weight.dtype):
+        model = copy.deepcopy(model).to(dtype)
+    step = torch.compile(decode_one) if compile else decode_one
+    # in float32 oneDNN has nothing to offer but a GELU that takes six times as long for so few numbers
+    onednn = torch.backends.mkldnn.flags(enabled=model.order.weight.dtype != torch.float32, allow_tf32=None)
+    with torch.cuda.device_of(label), torch.autocast(device.type, enabled=False), onednn:
+        job, state = start(model, label, options, seed, given, first, min(n, slots or n))
+        size, captured = 0, {}
+        if graphs:                                                           # they read memory that stays where it is
+            state = resized(state, -(-L // bucket) * bucket)
+            pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+        furthest = 0                                                         # no slot is further than this
+        for n_steps in itertools.count(1):
+            end = (furthest // bucket + 1) * bucket
+            if end in captured:
+                captured[end].replay()
+            elif graphs:
+                step(model, job, state, end)                                 # a step like any other, and the warm-up of
+                captured[end] = torch.cuda.CUDAGraph()                       # the capture, which computes nothing
+                with torch.cuda.graph(captured[end], pool=pool, stream=stream):
+                    step(model, job, state, end)
+            else:
+                if end > size or end <= size // 2:
+                    state, size = resized(state, end), end
+                step(model, job, state, size)
+            furthest = min(furthest + 1, L - 1)
+            if n_steps % look_every == 0:
+                least, furthest = torch.stack([state.image.min(), state.t.max()]).tolist()
+                if least == n:                                               # every slot has run out of images
+                    return state.pos[:n], state.code[:n]
 
 
 # ------------------------------------------------------------------------------------------------
-# 8  Files: images in, pictures and checkpoints out
+# 8  Checkpoints
 
-
-class ToyShapes(torch.utils.data.Dataset):
-    """Textured shapes (much information) on smooth gradients (little), any size, made on the fly.
-
-    self[i] -> image (3, S, S) in [-1, 1], label (the kind of shape, i % 4). Image i depends on
-    (seed, i mod n) alone. detail_mask(i) tells where the information is.
-    """
-    classes = ("circle", "square", "triangle", "cross")
-    backgrounds = np.array([[205, 226, 240], [240, 222, 206], [214, 236, 212], [232, 216, 240],
-                            [246, 238, 200], [150, 178, 206], [206, 160, 150], [150, 190, 160]]) / 255
-    inks = np.array([[[30, 60, 130], [250, 200, 60]], [[190, 40, 50], [250, 240, 225]], [[20, 110, 90], [250, 170, 140]],
-                     [[90, 40, 120], [150, 220, 210]], [[40, 40, 50], [245, 245, 245]], [[220, 100, 20], [40, 60, 100]]]) / 255
-
-    def __init__(self, size=32, n=8192, seed=0):
-        self.size, self.n, self.seed = size, n, seed
-        line = (np.arange(size) + 0.5) / size * 2 - 1                        # pixel centres in [-1, 1]
-        self.x, self.y = np.meshgrid(line, line)                             # S, S; y points down
-
-    def __len__(self):
-        return self.n
-
-    def _shape(self, i):
-        """Signed distance to the shape's edge (S, S), negative inside, and the generator for all the rest."""
-        rng = np.random.default_rng([self.seed, i % self.n])
-        r = rng.choice([0.6, 0.675, 0.75])
-        x, y = self.x - rng.integers(-2, 3) / 8, self.y - rng.integers(-2, 3) / 8  # on a grid: few codes say much
-        kind = self.classes[i % self.n % 4]
-        if kind == "circle":
-            d = np.hypot(x, y) - r
-        elif kind == "square":
-            d = np.maximum(abs(x), abs(y)) - 0.85 * r
-        elif kind == "triangle":
-            d = np.maximum(0.866 * abs(x) - 0.5 * y - 0.55 * r, y - 0.7 * r)
-        else:
-            a, b = np.maximum(abs(x), abs(y)), np.minimum(abs(x), abs(y))
-            d = np.maximum(a - r, b - 0.36 * r)
-        return d, x, y, rng
-
-    def detail_mask(self, i):
-        """Pixels of the textured shape: (S, S), bool."""
-        return torch.from_numpy(self._shape(i)[0] < 0)
-
-    def __getitem__(self, i):
-        d, x, y, rng = self._shape(i)
-        c0, c1 = self.backgrounds[rng.choice(len(self.backgrounds), 2, replace=False)]
-        angle = rng.uniform(0, 2 * np.pi)
-        t = 0.5 + (np.cos(angle) * self.x + np.sin(angle) * self.y) / 2.83   # S, S in [0, 1]
-        image = c0 + (c1 - c0) * t[..., None]                                # S, S, 3
-        turn, k = rng.integers(4) * np.pi / 4, 2 * np.pi / 0.5               # 4 periods across the image
-        u, v = k * (np.cos(turn) * x + np.sin(turn) * y), k * (np.cos(turn) * y - np.sin(turn) * x)
-        wave = (np.sin(u), np.sin(u) * np.sin(v) * 1.4, np.cos(u) * 0.6 + np.cos(v) * 0.6 - 0.3)[rng.integers(3)]
-        sharp = self.size * 0.5 / 8                                          # stripes, checks or dots; soft edges
-        ink0, ink1 = self.inks[rng.integers(len(self.inks))]
-        texture = ink0 + (ink1 - ink0) * np.clip(0.5 + sharp * wave, 0, 1)[..., None]
-        edge = np.clip(1.5 + (d + 0.06) * self.size / 2, 0, 1)[..., None]    # an outline that closes the shape
-        texture = texture + (ink0 - texture) * edge
-        cover = np.clip(0.5 - d * self.size / 2, 0, 1)[..., None]            # antialiased edge
-        image = image + (texture - image) * cover
-        return torch.from_numpy(image.transpose(2, 0, 1) * 2 - 1).float(), i % self.n % 4
-
-
-class ImageFolder(torch.utils.data.Dataset):
-    """Every image below a folder; the first level of sub-folders are classes if there are two or more.
-
-    self[i] -> image (3, S, S) in [-1, 1], label (-1 without a class). i may run past the length:
-    i // len(self) is then the epoch, which with the seed fixes the random crop and flip.
-    One file in 20, chosen by a hash of its name, is held out: split "val" has those, "train" the
-    rest. A file that can't be decoded is named in a warning, and the next one stands in for it.
-    """
-    suffixes = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-
-    def __init__(self, root, size, split="train", augment=False, seed=0):
-        self.root, self.size, self.augment, self.seed, self.broken = Path(root), size, augment, seed, set()
-        require(self.root.is_dir(), f"no such folder: {root}")
-        files = sorted(Path(folder, name) for folder, _, names in os.walk(self.root) for name in names
-                       if os.path.splitext(name)[1].lower() in self.suffixes)
-        require(files, f"no images below {root} (looked for {', '.join(sorted(self.suffixes))})")
-        folder = [p.relative_to(self.root).parts[0] if p.parent != self.root else None for p in files]
-        names = sorted(set(folder) - {None})
-        self.classes = tuple(names) if len(names) > 1 else ()
-        files = [(p, self.classes.index(f) if self.classes and f else -1) for p, f in zip(files, folder)]
-        held = [zlib.crc32(p.relative_to(self.root).as_posix().encode(errors="surrogateescape")) % 20 == 0 for p, _ in files]
-        if len(set(held)) == 1:                                              # so few files that chance left one side empty
-            held = [i == 0 for i in range(len(files))]
-        own, other = ([f for f, h in zip(files, held) if h == side] for side in (split == "val", split != "val"))
-        self.n = len(own) or 1                                               # a single file is in both
-        self.files = own + other                                             # the other split only stands in for broken files
-
-    def __len__(self):
-        return self.n
-
-    def __getitem__(self, i):
-        start = i % self.n
-        for j in (*range(start, self.n), *range(start), *range(self.n, len(self.files))):
-            path, label = self.files[j]
-            if path in self.broken:
-                continue
-            try:
-                return load_image(path, self.size, np.random.default_rng([self.seed, i]) if self.augment else None), label
-            except UserError as error:
-                self.broken.add(path)
-                print(f"warning: left out {error}", file=sys.stderr)
-        raise UserError(f"none of the {len(self.files)} images below {self.root} can be decoded")
-
-
-def load_image(path, size, rng=None):
-    """One file -> (3, S, S) in [-1, 1]: short side to S, then a centre crop, or a random crop and flip."""
-    image = open_image(path)
-    w, h = image.size
-    scale = size / min(w, h)
-    w, h = max(size, round(w * scale)), max(size, round(h * scale))          # what it would be when resized
-    x, y = ((w - size) // 2, (h - size) // 2) if rng is None else (rng.integers(w - size + 1), rng.integers(h - size + 1))
-    sx, sy = image.width / w, image.height / h
-    box = (x * sx, y * sy, min((x + size) * sx, image.width), min((y + size) * sy, image.height))
-    image = image.resize((size, size), Image.Resampling.BICUBIC, box, reducing_gap=3.0)  # Pillow antialiases
-    if rng is not None and rng.random() < 0.5:
-        image = ImageOps.mirror(image)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
-
-
-def open_image(path):
-    """One file -> Pillow image, RGB and upright. UserError when it can't be decoded, whatever the reason."""
-    require(os.path.isfile(path), f"{path}: no such file")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)   # more pixels than Pillow thinks sane
-            with Image.open(path) as image:
-                return to_rgb(ImageOps.exif_transpose(image))
-    except Exception as error:                                               # decoders raise nearly everything on broken files
-        raise UserError(f"{path}: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from None
-
-
-def to_rgb(image):
-    """A Pillow image of any mode -> RGB; transparency over white, 16 bits and floats scaled to 8."""
-    if image.mode.startswith("I") or image.mode == "F":
-        x = np.asarray(image).astype(np.float32)
-        top = 1.0 if image.mode == "F" and x.max() <= 1 else 65535.0 if x.max() > 255 or ";16" in image.mode else 255.0
-        image = Image.fromarray((x * (255 / top)).clip(0, 255).round().astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-def save_checkpoint(path, kind, config, model, **state):
-    """One file: kind, config as a plain dict, weights, and whatever a trainer needs to go on.
-
-    Written under another name first, so that a crash leaves the former file whole.
-    """
+def write_file(path, save):
+    """save(file) under another name first, so that whatever fails or stops leaves the older file whole."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
-            torch.save(dict(kind=kind, config=asdict(config), weights=model.state_dict(), **state), file)
+            save(file)
             file.flush()
-            os.fsync(file.fileno())
-    except (OSError, RuntimeError) as error:
+            os.fsync(file)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = str(error).split("\n")[0]
+        raise UserError(f"could not write {path} ({reason}); what was there before is whole") from None
+    finally:
         temporary.unlink(missing_ok=True)
-        raise UserError(f"could not write {path} ({str(error).splitlines()[0]}); what was there before is whole") from None
-    os.replace(temporary, path)
 
+def save_checkpoint(path, kind, config, model, **state):
+    """One file: kind, config as a plain dict, weights, and whatever a trainer needs to go on."""
+    checkpoint = dict(kind=kind, config=asdict(config), weights=model.state_dict(), **state)
+    write_file(path, lambda file: torch.save(checkpoint, file))
 
 def load_checkpoint(path, kind):
     """-> the dict that was saved, on the CPU. UserError when the file is not a checkpoint of this kind."""
@@ -1336,15 +973,14 @@ def load_checkpoint(path, kind):
         with zipfile.ZipFile(path) as archive:
             require(archive.testzip() is None, "a checksum is wrong")        # torch.load doesn't look at them
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # runs no code of the file's
+        found = checkpoint.get("kind", "something else")
     except Exception as error:
         raise UserError(f"{path} is not a checkpoint, or is damaged ({type(error).__name__})") from None
-    found = checkpoint.get("kind") if isinstance(checkpoint, dict) else None
-    require(found == kind, f"{path} holds {f'a {found}' if found else 'no dq checkpoint'}; a {kind} is needed ({maker} writes it)")
+    require(found == kind, f"{path} holds {found}; a {kind} is needed ({maker} writes it)")
     return checkpoint
 
-
 def rebuild(model_class, config_class, config, weights, device):
-    """A saved model for use, not for training."""
+    """A saved model for use, not for training. config: the dict that was saved"""
     try:
         model = model_class(config_class(**config))
         model.load_state_dict(weights)
@@ -1352,109 +988,12 @@ def rebuild(model_class, config_class, config, weights, device):
         raise UserError(f"the checkpoint is damaged or of another version ({str(error).splitlines()[0]})") from None
     return model.to(device).eval().requires_grad_(False)
 
-
 def load_vae(path, device):
-    checkpoint = load_checkpoint(path, "dq-vae")
-    return rebuild(DQVAE, VAEConfig, checkpoint.get("config"), checkpoint.get("weights"), device)
-
+    saved = load_checkpoint(path, "dq-vae")
+    return rebuild(DQVAE, VAEConfig, saved.get("config"), saved.get("weights"), device)
 
 def load_transformer(path, device):
     """-> DQTransformer and the DQVAE that its checkpoint carries."""
-    checkpoint = load_checkpoint(path, "dq-transformer")
-    return (rebuild(DQTransformer, TransformerConfig, checkpoint.get("config"), checkpoint.get("weights"), device),
-            rebuild(DQVAE, VAEConfig, checkpoint.get("vae_config"), checkpoint.get("vae_weights"), device))
-
-
-def to_picture(x, side=128):
-    """(3, S, S) in [-1, 1] -> Pillow image, enlarged by whole pixels to about `side`. Never rescaled in brightness."""
-    pixels = ((x.detach().float().cpu() + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
-    image = Image.fromarray(pixels)
-    times = max(1, side // image.width)
-    return image.resize((image.width * times,) * 2, Image.Resampling.NEAREST)
-
-
-def draw_grains(x, grains, factors):
-    """One box per code over an image (3, S, S): blue for the coarsest granularity, orange, then red. grains: (h, w)"""
-    picture = to_picture(x)
-    picture = Image.blend(picture, Image.new("RGB", picture.size, "white"), 0.35)
-    pen, region = ImageDraw.Draw(picture), picture.width / grains.shape[1]
-    grains = grains.tolist()
-    for k in range(len(factors)):                                            # finer boxes lie on top
-        cells = factors[0] // factors[k]
-        for y, x in [(y, x) for y, row in enumerate(grains) for x, g in enumerate(row) if g == k]:
-            for j in range(cells ** 2):
-                x0, y0 = (x + j % cells / cells) * region, (y + j // cells / cells) * region
-                pen.rectangle([x0, y0, x0 + region / cells, y0 + region / cells], outline=["#3a6ea5", "#e07b00", "#c01530"][k % 3])
-    return picture
-
-
-def save_grid(path, pictures, columns, captions=None):
-    """Pillow images of one size -> one picture, row by row, a caption above each."""
-    w, h = pictures[0].size
-    top, gap = 14 if captions else 0, 2
-    rows = -(-len(pictures) // columns)
-    sheet = Image.new("RGB", (columns * (w + gap) - gap, rows * (h + gap + top) - gap), "white")
-    for i, picture in enumerate(pictures):
-        x, y = i % columns * (w + gap), i // columns * (h + gap + top)
-        sheet.paste(picture, (x, y + top))
-        if captions:
-            ImageDraw.Draw(sheet).text((x + 2, y + 1), captions[i], fill="black")
-    sheet.save(path)
-
-
-def pick_device(name, dtype):
-    """--device and --dtype -> device and a function that opens an autocast context.
-
-    auto: the GPU if there is one; bfloat16 where the hardware computes in it, else float32.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError):
-        raise UserError(f"no such device here: {name}") from None
-    if dtype == "auto":
-        cpu = getattr(torch.cpu, "get_capabilities", dict)()
-        fast = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else cpu.get("avx512_bf16") or cpu.get("amx_bf16")
-        dtype = "bf16" if fast else "fp32"
-    return device, lambda: torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16")
-
-
-def run(main):
-    """Call a script's main; what the user can mend ends in one line and exit status 1."""
-    end = attempt(main)
-    if processes()[1] > 1:
-        if end is None:
-            dist.barrier()                                                   # none leaves while another is still at work
-            dist.destroy_process_group()
-        else:                                                                # an orderly exit could wait for ever for processes that are gone
-            if isinstance(end, str):
-                print(end, file=sys.stderr)
-                end = 1
-            for stream in (sys.stdout, sys.stderr):
-                stream.flush()
-            os._exit(end)
-    if end is not None:
-        sys.exit(end)
-
-
-def attempt(main):
-    """-> None, an exit status, or the line to end with."""
-    try:
-        return main()
-    except SystemExit as exit:
-        return exit.code
-    except (UserError, OSError) as error:
-        return f"error: {str(error).strip().splitlines()[-1]}"               # a loader process adds lines before ours
-    except KeyboardInterrupt:
-        return 130
-    except RuntimeError as error:
-        says = {"DataLoader worker": "a process that loads images died; with fewer --workers it may have more memory, and --resume goes on",
-                "gloo": "another process of this job is gone; --resume goes on from the last checkpoint",
-                "NCCL": "another process of this job is gone, or its network; --resume goes on from the last checkpoint",
-                "out of memory": "not enough memory on the device; a smaller --batch-size or a larger --accumulate takes less"}
-        known = [line for sign, line in says.items() if sign in str(error)]
-        if not known:
-            raise
-        return f"error: {known[0]} ({str(error).strip().splitlines()[0]})"
+    saved = load_checkpoint(path, "dq-transformer")
+    return (rebuild(DQTransformer, TransformerConfig, saved.get("config"), saved.get("weights"), device),
+            rebuild(DQVAE, VAEConfig, saved.get("vae_config"), saved.get("vae_weights"), device))

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import dq
 import sample
+from sample import ToyShapes
 
 parser = argparse.ArgumentParser()
 parser.add_argument("checkpoint", nargs="?", default="out/transformer.pt")
@@ -22,7 +23,7 @@ for name, default in zip(dq.SampleOptions._fields, dq.SampleOptions()):
 parser.add_argument("--seed", type=int, default=0)
 args = parser.parse_args()
 
-device, autocast = dq.pick_device("auto", "auto")
+device, autocast = sample.pick_device("auto", "auto")
 model, vae = dq.load_transformer(args.checkpoint, device)
 S = vae.config.size
 
@@ -40,7 +41,7 @@ for width in (32, 64, 128):
 classifier = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(16 * c, 4)).to(device)
 optimizer, steps = torch.optim.AdamW(classifier.parameters(), lr=2e-3), 400
 schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
-real = dq.ToyShapes(S, n=64 * steps, seed=args.seed + 7)
+real = ToyShapes(S, n=64 * steps, seed=args.seed + 7)
 for step in range(steps):
     x, y = batch(real, range(64 * step, 64 * step + 64))
     x = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1) if step % 2 else x   # half of them blurred:
@@ -51,7 +52,7 @@ for step in range(steps):
     schedule.step()
 classifier.eval()
 with torch.inference_mode():
-    x, y = batch(dq.ToyShapes(S, n=1000, seed=args.seed + 8), range(1000))
+    x, y = batch(ToyShapes(S, n=1000, seed=args.seed + 8), range(1000))
     print(f"real held-out images classified right: {(classifier(x).argmax(1) == y).float().mean():.3f}")
     label = torch.arange(400, device=device) % 4
     options = dq.SampleOptions(*(getattr(args, name) for name in dq.SampleOptions._fields))

@@ -2,11 +2,14 @@
 
 sampling the fused loop against a loop that runs the model on the whole sequence so far at every step: 2 + 6 layers,
          width 256, 8 heads, 512 codes, half of the regions fine; the naive loop is timed at every 16th step, on
-         the sequences that the fused loop drew, and must draw the same codes there (in fp32)
+         the sequences that the fused loop drew, and must draw the same codes there (in fp32);
+         --count: how many kernels a step of the paper's model is on a GPU, and how many bytes they read of its
+         weights and its cache. These are counts, made on the device "meta", so they need no GPU
 
 stage1   one training step of the paper's DQ-VAE (dual, 256 x 256, batch 2, autoencoder and codebook losses):
          ours in bf16, ours in fp32, and the same network in its plain textbook form in fp32; and ours in bf16 with
-         all losses, so with LPIPS (random weights take as long) and the discriminator's step
+         all losses, so with LPIPS (random weights take as long) and the discriminator's step. GPUs train with
+         channels last, where group norm, unless compiled, turns each map around and back: there a row without it
 
 stage2   steps of a preset's DQ-Transformer (for toy on tilings as its data has them), tokens a second without
          padding: ours (parts of like length, bf16 where --dtype says so, attention written out on CPUs) and the
@@ -20,13 +23,17 @@ import platform
 import statistics
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import dq  # noqa: E402
+import rehearsal  # noqa: E402
+import sample  # noqa: E402
 import train_transformer  # noqa: E402
 import train_vae  # noqa: E402
 
@@ -65,7 +72,41 @@ def ratio(seconds, slow, fast):
 # sampling
 
 
+def count_step(batch_size, dtype, cfg, end=384):
+    """A step of the paper's model (class-conditional, 256 x 256) -> kernels, bytes of weights, bytes of cache
+
+    end: places of the cache that attention reads. Its windows grow in steps of 128; 384 is their mean over an image
+    half of whose regions are fine.
+    """
+    config = replace(train_transformer.LARGE, size=256, factors=(16, 8), codebook_size=1024, classes=range(1000))
+    with torch.device("meta"):
+        model = dq.DQTransformer(config).to(dtype).eval()
+        label = torch.zeros(batch_size, dtype=torch.long)
+    with torch.no_grad():
+        job, state = dq.start(model, label, dq.SampleOptions(cfg=cfg), 0, None, 0, batch_size)
+        state = dq.resized(state, 1152)                                      # as in dq.generate: it holds a whole image
+        with rehearsal.rehearsal(fused_attention=True) as seen:
+            dq.decode_one(model, job, state, end)
+    assert not seen.waits, seen.waits
+    weights = {p.untyped_storage()._cdata for p in model.parameters()}
+    caches = {cache.untyped_storage()._cdata for cache in state.cache}
+    n_bytes = [sum(x.nbytes for x in seen.read if x.untyped_storage()._cdata in known) for known in (weights, caches)]
+    return seen.kernels, *n_bytes
+
+
+def count():
+    print("A step of the paper's model on a GPU, counted; mean over an image half of whose regions are fine")
+    print(f"{'batch':>5}{'type':>6}{'guidance':>10}{'kernels':>9}{'weights MB':>12}{'cache MB':>10}")
+    for batch_size in (1, 64):
+        for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+            for guidance, cfg in (("no", 1.0), ("yes", 2.0)):
+                kernels, weights, cache = count_step(batch_size, dtype, cfg)
+                print(f"{batch_size:5}{name:>6}{guidance:>10}{kernels:9}{weights / 1e6:12.1f}{cache / 1e6:10.1f}")
+
+
 def sampling(args):
+    if args.count:
+        return count()
     device, dtype = torch.device(args.device), dict(fp32=torch.float32, bf16=torch.bfloat16)[args.dtype]
     side = int(args.regions ** 0.5)
     torch.manual_seed(0)
@@ -81,7 +122,7 @@ def sampling(args):
     for B in args.batch_sizes:
         n = args.images * B
         fine = torch.rand(n, side * side, device=device).argsort(1) < side * side // 2
-        given = dq.given_tiling(layout, fine.view(n, side, side).long())
+        given = sample.given_tiling(layout, fine.view(n, side, side).long())
         label = torch.full((n,), -1, device=device)
 
         def fused():
@@ -92,15 +133,15 @@ def sampling(args):
         peak = f"  {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB at most" if device.type == "cuda" else ""
         pos, code = (t[:B] for t in fused())
         length = int((pos[0] != layout.end).sum()) + 1
+        u = [1 - np.random.default_rng([1, i]).random((layout.max_len, 2), np.float32) for i in range(B)]
+        u = torch.from_numpy(np.stack(u)).to(device)                         # B, L, 2: what decides the draws
         with torch.inference_mode():
             naive = 0.0
             for t in range(0, length, 16):
                 def step():
                     with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16"):
                         position, content = model.logits(pos[:, :t + 1], code[:, :t + 1])
-                    noise = dq.gumbel_noise(dq.noise_keys(1, torch.arange(B, device=device), layout.max_len)[:, t],
-                                            dq.noise_entries(layout.n_positions + config.codebook_size, device))
-                    return (position[:, t] + noise[:, :layout.n_positions]).argmax(-1), (content[:, t] + noise[:, layout.n_positions:]).argmax(-1)
+                    return dq.draw(position[:, t], u[:, t, 0]), dq.draw(content[:, t], u[:, t, 1])
                 _, drawn = step()
                 there = code[:, t] >= 0
                 if args.dtype == "fp32":
@@ -178,19 +219,20 @@ def textbook(model):
 
 def stage1(args):
     device = torch.device(args.device)
-    config = dq.PRESETS["imagenet256"].vae
+    config = train_vae.PRESETS["imagenet256"][0]
     torch.manual_seed(0)
     model = dq.DQVAE(config)
     x = torch.rand(args.batch_size, 3, config.size, config.size, device=device) * 2 - 1
 
-    layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+    on_gpu = device.type == "cuda"
+    as_trained = torch.channels_last if on_gpu else torch.contiguous_format
 
-    def make_step(model, bf16, all_losses=False):
-        model = model.to(device, memory_format=layout)
+    def make_step(model, bf16, all_losses=False, memory_format=as_trained):
+        model = model.to(device, memory_format=memory_format)
         forward = train_vae.compiled(model) if bf16 and args.compile else model
         optimizer, autocast = torch.optim.Adam(model.parameters(), lr=1e-4), lambda: torch.autocast(device.type, torch.bfloat16, enabled=bf16)
         if all_losses:
-            lpips, critic = train_vae.Perceptual().to(device), train_vae.Discriminator().to(device, memory_format=layout)
+            lpips, critic = train_vae.Perceptual().to(device), train_vae.Discriminator().to(device, memory_format=memory_format)
             for weight in lpips.weights:
                 weight.fill_(0.1)
             critic_optimizer = torch.optim.Adam(critic.parameters(), lr=1e-4)
@@ -217,19 +259,23 @@ def stage1(args):
             return (loss + other).item()
         return step
 
-    plain, *copies = textbook(model), dq.DQVAE(config), dq.DQVAE(config)
+    plain, copies = textbook(model), [dq.DQVAE(config) for _ in range(3)]
     for copy in copies:
         copy.load_state_dict(model.state_dict())
     steps = dict(textbook=make_step(plain, False), fp32=make_step(model, False), bf16=make_step(copies[0], True), all=make_step(copies[1], True, True))
+    if on_gpu:
+        steps["contiguous"] = make_step(copies[2], True, memory_format=torch.contiguous_format)
     losses = {name: step() for name, step in steps.items()}                  # the same network? then the same first loss
-    assert abs(losses["fp32"] - losses["textbook"]) < 1e-3 and all(abs(losses[name] - losses["textbook"]) < 2e-2 for name in ("bf16", "all")), losses
+    assert abs(losses["fp32"] - losses["textbook"]) < 1e-3 and all(abs(losses[name] - losses["textbook"]) < 2e-2 for name in set(steps) - {"fp32"}), losses
     seconds = compare(device, args.rounds, **steps)
     print(f"One training step of DQ-VAE (dual, 256 x 256, batch {args.batch_size}), {hardware(device)}; medians of {args.rounds} rounds")
-    print(f"{'':24}{'s a step':>10}{'images/s':>10}{'textbook / this':>17}")
+    print(f"{'':34}{'s a step':>10}{'images/s':>10}{'textbook / this':>17}")
     compiled = ", compiled" if args.compile else ""
-    for name, label in (("textbook", "textbook, fp32"), ("fp32", "ours, fp32"), ("bf16", f"ours, bf16{compiled}"), ("all", f"all losses{compiled}")):
+    labels = dict(textbook="textbook, fp32", fp32="ours, fp32", bf16=f"ours, bf16{compiled}",
+                  all=f"all losses{compiled}", contiguous=f"ours, bf16{compiled}, not channels last")
+    for name in steps:
         median = statistics.median(seconds[name])
-        print(f"{label:24}{median:10.2f}{args.batch_size / median:10.2f}{ratio(seconds, 'textbook', name):17.2f}")
+        print(f"{labels[name]:34}{median:10.2f}{args.batch_size / median:10.2f}{ratio(seconds, 'textbook', name):17.2f}")
     print(f"fp32 / bf16: {ratio(seconds, 'fp32', 'bf16'):.2f}")
 
 
@@ -249,15 +295,17 @@ class TextbookBlock(dq.Block):
 
 
 def stage2(args):
-    device, preset, n_steps = torch.device(args.device), dq.PRESETS[args.preset], 20
-    config, B, parts = preset.transformer, preset.train_transformer.batch_size, preset.train_transformer.accumulate
+    device, n_steps = torch.device(args.device), 20
+    vae, (config, schedule) = train_vae.PRESETS[args.preset][0], train_transformer.PRESETS[args.preset]
+    config = replace(config, size=vae.size, factors=vae.factors, codebook_size=vae.codebook_size)
+    B, parts = schedule.batch_size, schedule.accumulate
     layout = dq.Layout(config.size, config.factors)
     torch.manual_seed(0)
     if args.preset == "toy":
-        toy = dq.ToyShapes()
+        toy = sample.ToyShapes()
         grains = torch.stack([F.avg_pool2d(toy.detail_mask(i)[None].float(), config.factors[0])[0] > 0.1 for i in range(2048)]).long()  # M, h, w
     else:
-        grains = torch.bucketize(torch.rand(2048, layout.side, layout.side), torch.tensor(preset.vae.ratios).cumsum(0)[:-1])
+        grains = torch.bucketize(torch.rand(2048, layout.side, layout.side), torch.tensor(vae.ratios).cumsum(0)[:-1])
     codes = torch.randint(config.codebook_size, (len(grains), layout.side, layout.side))  # one for a region is enough here
     pos, code = layout.pack(dq.upsample(codes[:, None].float(), layout.fine_side)[:, 0].long(), grains)
     length, label = train_transformer.lengths(pos, layout), torch.full((len(pos),), -1)
@@ -280,7 +328,7 @@ def stage2(args):
         def add_gradients(part, columns):
             batch = pos[part, :columns], code[part, :columns], label[part]
             if ours:
-                position, content = train_transformer.nats(forward, batch, device, autocast)
+                position, content = train_transformer.nats(forward, *batch, device, autocast)
             else:
                 position, content = model(*(t.to(device) for t in batch)).values()
             ((position + content).sum() / B).backward()
@@ -291,7 +339,7 @@ def stage2(args):
                 batch = next(order)
                 optimizer.zero_grad(set_to_none=True)
                 for part in batch.chunk(1 if args.preset == "toy" and not ours else parts):
-                    add_gradients(part, train_transformer.width(length[part], pos.shape[1], device) if ours else pos.shape[1])
+                    add_gradients(part, train_transformer.columns_for(length[part], pos.shape[1], device) if ours else pos.shape[1])
                 optimizer.step()
                 tokens[-1] += int(length[batch].sum())
         return loop, tokens
@@ -326,8 +374,9 @@ if __name__ == "__main__":
     add("--position-layers", type=int, default=2, help="sampling")
     add("--content-layers", type=int, default=6, help="sampling")
     add("--dtype", choices=["fp32", "bf16"], default="fp32", help="sampling, stage2")
+    add("--count", action="store_true", help="sampling: kernels and bytes of a step of the paper's model, no times")
     add("--compile", action="store_true", help="stage1, stage2: ours through torch.compile")
-    add("--preset", choices=list(dq.PRESETS), default="toy", help="stage2")
+    add("--preset", choices=list(train_vae.PRESETS), default="toy", help="stage2")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     globals()[args.what](args)

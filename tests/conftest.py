@@ -9,12 +9,14 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-import dq  # noqa: E402
+import sample  # noqa: E402
+from sample import ToyShapes  # noqa: E402
 
 torch.backends.cudnn.allow_tf32 = False                                    # comparisons are in float32
 DEVICE = os.environ.get("DQ_TEST_DEVICE", "cpu")
 VAE = ["--size", "16", "--codebook-size", "16", "--batch-size", "4", "--device", DEVICE]
-TRANSFORMER = ["--width", "32", "--heads", "2", "--position-layers", "1", "--content-layers", "1", "--batch-size", "4", "--device", DEVICE]
+TRANSFORMER = ["--width", "32", "--heads", "2", "--position-layers", "1", "--content-layers", "1",
+               "--batch-size", "4", "--device", DEVICE]
 
 
 @pytest.fixture
@@ -34,19 +36,28 @@ def script(name, *args, cwd=None):
 @pytest.fixture(scope="session")
 def images(tmp_path_factory):
     """A folder of toy images in one sub-folder per class."""
-    root, toy = tmp_path_factory.mktemp("images"), dq.ToyShapes(24, n=48)
+    root, toy = tmp_path_factory.mktemp("images"), ToyShapes(24, n=48)
     for i in range(48):
         x, y = toy[i]
         (root / toy.classes[y]).mkdir(exist_ok=True)
-        dq.to_picture(x, 0).save(root / toy.classes[y] / f"{i}.png")
+        sample.to_picture(x, 0).save(root / toy.classes[y] / f"{i}.png")
     return root
 
 
-@pytest.fixture(scope="session")
-def run(images, tmp_path_factory):
-    """Both stages, trained for a few steps as a user would."""
-    out = tmp_path_factory.mktemp("run")
-    for name, flags in (("train_vae.py", VAE), ("train_transformer.py", TRANSFORMER)):
-        done = script(name, "--data", images, "--out", out, "--steps", 6, "--eval-every", 3, *flags)
-        assert done.returncode == 0, done.stderr
+def train(name, images, out, flags):
+    """A few steps of a stage, as a user would train them."""
+    done = script(name, "--data", images, "--out", out, "--steps", 6, "--eval-every", 3, *flags)
+    assert done.returncode == 0, done.stderr
     return out
+
+
+@pytest.fixture(scope="session")
+def vae_run(images, tmp_path_factory):
+    """A folder with a trained stage 1, which knows nothing of sequences and transformers."""
+    return train("train_vae.py", images, tmp_path_factory.mktemp("run"), VAE)
+
+
+@pytest.fixture(scope="session")
+def run(images, vae_run):
+    """The same folder, with stage 2 in it too."""
+    return train("train_transformer.py", images, vae_run, TRANSFORMER)

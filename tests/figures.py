@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from train_vae import read_log  # noqa: E402
+from train_transformer import read_log  # noqa: E402
 
 BUDGETS = (0.1, 0.3, 0.5, 0.7, 0.9)
 COLOURS = {"learned": "#c01530", "entropy": "#3a6ea5", "random": "#777777", "fixed": "#000000"}

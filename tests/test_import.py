@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 import dq
+import sample
 import train_vae
 
 
@@ -126,7 +127,7 @@ def test_the_parts_land_where_they_belong(tmp_path):
 def test_the_command_writes_a_checkpoint_that_the_other_scripts_take(tmp_path, capsys):
     torch.save({"state_dict": authors_checkpoint()}, tmp_path / "theirs.ckpt")
     for i in range(3):
-        dq.to_picture(dq.ToyShapes(32)[i][0]).save(tmp_path / f"{i}.png")
+        sample.to_picture(sample.ToyShapes(32)[i][0]).save(tmp_path / f"{i}.png")
     train_vae.main(["--import-authors", str(tmp_path / "theirs.ckpt"), "--data", str(tmp_path), "--out", str(tmp_path / "out"), "--dtype", "fp32"])
     said = capsys.readouterr().out
     assert "32 x 32" in said and "(8, 4)" in said and "psnr" in said

@@ -44,8 +44,12 @@ def grain_maps(layout, device):
     return torch.cat([torch.zeros(1, h, h, dtype=torch.long), torch.full((1, h, h), K - 1), torch.randint(0, K, (4, h, h))]).to(device)
 
 
+def padded(layout, pairs):
+    return pairs + [(layout.end, -1)] * (layout.max_len - len(pairs))
+
+
 @pytest.mark.parametrize("size, factors", CASES)
-def test_pack_equals_a_loop_and_unpack_is_its_inverse(size, factors, device):
+def test_pack_equals_a_loop(size, factors, device):
     layout = Layout(size, factors).to(device)
     grains = grain_maps(layout, device)
     codes = random_image(layout, grains)
@@ -53,18 +57,36 @@ def test_pack_equals_a_loop_and_unpack_is_its_inverse(size, factors, device):
     assert pos.shape == code.shape == (len(codes), layout.max_len)
     for b in range(len(codes)):
         pairs = naive_pack(layout, codes[b], grains[b])
-        assert len(pairs) == layout.length(grains)[b]
-        pairs += [(layout.end, -1)] * (layout.max_len - len(pairs))
-        assert list(zip(pos[b].tolist(), code[b].tolist())) == pairs
+        assert len(pairs) == sum(layout.cells[k] for k in grains[b].flatten()) + layout.n_grains
+        assert list(zip(pos[b].tolist(), code[b].tolist())) == padded(layout, pairs)
+
+
+@pytest.mark.parametrize("size, factors", CASES)
+def test_unpack_is_the_inverse_of_pack(size, factors, device):
+    """Of a whole sequence, and of its coarse codes alone: the other regions are not there."""
+    layout = Layout(size, factors).to(device)
+    grains = grain_maps(layout, device)
+    codes = random_image(layout, grains)
+    pairs = [naive_pack(layout, c, g) for c, g in zip(codes, grains)]
+    pos, code = torch.tensor([padded(layout, each) for each in pairs], device=device).unbind(-1)
     codes2, grains2 = layout.unpack(pos, code)
-    assert torch.equal(codes, codes2) and torch.equal(grains, grains2)
+    assert torch.equal(codes2, codes) and torch.equal(grains2, grains)
+    for b in range(len(pairs)):
+        n = sum(p < layout.eos[0] for p, _ in pairs[b]) + 1                  # the coarse ones and their EOS
+        codes2, grains2 = layout.unpack(pos[b:b + 1, :n], code[b:b + 1, :n])
+        known = grains[b] == 0
+        assert torch.equal(grains2[0], torch.where(known, 0, -1))
+        cells = known.repeat_interleave(layout.fine_side // layout.side, 0)
+        cells = cells.repeat_interleave(layout.fine_side // layout.side, 1)
+        assert torch.equal(codes2[0], torch.where(cells, codes[b], -1))
 
 
 def test_sizes_of_the_paper():
     layout = Layout(256, (16, 8))
     assert (layout.n_regions, layout.cells, layout.n_positions) == (256, [1, 4], 256 + 1 + 1024 + 1)
     half = torch.arange(256).view(1, 16, 16) % 2
-    assert layout.length(half) == 640 + 2
+    pos, code = layout.pack(torch.zeros(1, 32, 32, dtype=torch.long), half)
+    assert (pos != layout.end).sum() + 1 == 640 + 2 and (code >= 0).sum() == 640
 
 
 def naive_legal(layout, prefix):
@@ -127,4 +149,4 @@ def test_every_legal_walk_is_a_complete_tiling(size, factors, device):
     assert (codes == 3).all() and (grains >= 0).all()
     for row, g in zip(pos, grains):                                          # each region once
         ids = row[row != layout.end].tolist()
-        assert len(set(ids)) == len(ids) == layout.length(g[None]) - 1
+        assert len(set(ids)) == len(ids) == sum(layout.cells[k] for k in g.flatten()) + layout.n_grains - 1

@@ -1,4 +1,4 @@
-"""Training that is stopped, killed, spread over processes, fed with broken files: nothing is lost, nobody reads a traceback."""
+"""Training that is stopped, killed, spread over processes, fed with broken files: nothing is lost, no traceback."""
 import math
 import multiprocessing
 import os
@@ -20,9 +20,12 @@ import sample
 import train_transformer
 import train_vae
 from conftest import DEVICE, ROOT, TRANSFORMER, VAE, script
+from sample import ToyShapes, open_data
+from train_transformer import read_log
 
 CRITIC = ["--size", "24", "--gan-weight", "0.5", "--gan-start", "4"]
-STAGES = {"vae": (train_vae, VAE), "vae with a discriminator": (train_vae, VAE + CRITIC), "transformer": (train_transformer, TRANSFORMER)}
+STAGES = {"vae": (train_vae, VAE), "vae with a discriminator": (train_vae, VAE + CRITIC),
+          "transformer": (train_transformer, TRANSFORMER)}
 
 
 def same(a, b, path="checkpoint", **tolerance):
@@ -46,13 +49,13 @@ def same(a, b, path="checkpoint", **tolerance):
 
 
 def load(folder, stem):
-    return dq.load_checkpoint(folder / f"{stem}.pt", f"dq-{stem}")
+    return dq.load_checkpoint(folder / f"{stem}.pt", f"dq-{stem.split('.')[0]}")
 
 
 def call(main, *args):
     """A script's main as the shell calls it. -> the line that it ends with, or None"""
     try:
-        dq.run(lambda: main(list(map(str, args))))
+        sample.run(lambda: main(list(map(str, args))))
     except SystemExit as end:
         return end.code
 
@@ -66,14 +69,15 @@ class Killed(Exception):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_ten_steps_killed_and_ten_more_are_twenty_steps(stage, run, images, tmp_path, monkeypatch):
+def test_ten_steps_killed_and_ten_more_are_twenty_steps(stage, vae_run, images, tmp_path, monkeypatch):
     module, flags = STAGES[stage]
     stem = stage.split()[0]
     if stem == "transformer":
-        flags = flags + ["--vae", str(run / "vae.pt"), "--dropout", "0.1"]
+        flags = flags + ["--vae", str(vae_run / "vae.pt"), "--dropout", "0.1"]
 
     def train(out, *more):
-        module.main(["--data", str(images), "--out", str(tmp_path / out), "--steps", "20", "--eval-every", "5", "--save-every", "10", *flags, *more])
+        module.main(["--data", str(images), "--out", str(tmp_path / out), "--steps", "20",
+                     "--eval-every", "5", "--save-every", "10", *flags, *more])
 
     train("whole")
     save = dq.save_checkpoint
@@ -88,35 +92,93 @@ def test_ten_steps_killed_and_ten_more_are_twenty_steps(stage, run, images, tmp_
     monkeypatch.setattr(dq, "save_checkpoint", save)
     halves = tmp_path / "halves"
     assert load(halves, stem)["step"] == 10
-    with open(halves / f"{stem}.jsonl", "a") as log:                         # steps that were done after the checkpoint, and a torn line
-        log.write('{"step": 11, "loss": 3}\n{"step": 12, "lo')
+    with open(halves / f"{stem}.jsonl", "ab") as log:                        # later steps, and what is no line
+        log.write(b'{"step": 11, "loss": 3}\nnull\n[1]\n{"loss": 2}\n{"step": "4"}\n{"step": 3, "\xe9": 1}\n{"step": 12, "lo')
     for module_with_state in (random, np.random):                            # the world moves on meanwhile
         module_with_state.seed(99)
     torch.manual_seed(99)
     train("halves", "--resume")
     for name in (stem, f"{stem}.best"):
-        same(dq.load_checkpoint(tmp_path / "whole" / f"{name}.pt", f"dq-{stem}"), dq.load_checkpoint(halves / f"{name}.pt", f"dq-{stem}"))
+        same(*(dq.load_checkpoint(tmp_path / folder / f"{name}.pt", f"dq-{stem}") for folder in ("whole", "halves")))
     assert (tmp_path / "whole" / f"{stem}.jsonl").read_text() == (halves / f"{stem}.jsonl").read_text()
 
 
-def test_the_checkpoint_holds_all_random_states(run):
-    rng = load(run, "vae")["rng"]
+def test_the_checkpoint_holds_all_random_states(vae_run):
+    rng = load(vae_run, "vae")["rng"]
     assert rng.keys() == {"python", "numpy", "torch", "cuda"}
+
+
+def test_the_random_state_of_a_gpu_is_that_of_the_own_device(monkeypatch):
+    """Process 0 saves that of its GPU; each process gives it to its own."""
+    states = {torch.device("cuda", i): torch.tensor([i]) for i in range(3)}
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: states[device])
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: states.update({device: state}))
+    saved = train_transformer.random_states(torch.device("cuda", 1))
+    train_transformer.restore_random_states(saved, torch.device("cuda", 2))
+    assert [state.item() for state in states.values()] == [0, 1, 1]
+    older = saved | dict(cuda=[torch.tensor([7]), torch.tensor([8])])        # of all GPUs of process 0's machine
+    train_transformer.restore_random_states(older, torch.device("cuda", 2))
+    train_transformer.restore_random_states(saved | dict(cuda=None), torch.device("cuda", 0))  # saved on a CPU
+    assert [state.item() for state in states.values()] == [0, 1, 7]
+
+
+def test_resuming_with_other_settings(images, tmp_path, capsys):
+    """What makes another run is refused by name, what may change is named."""
+    def train(*flags):
+        return call(train_vae.main, "--out", tmp_path, *VAE, "--data", images, "--steps", 2, *flags)
+
+    def files():
+        return {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
+
+    (tmp_path / "other").mkdir()
+    Image.new("RGB", (16, 16)).save(tmp_path / "other/one.png")
+    assert train() is None
+    before = files()
+    for flag, value in (("--data", tmp_path / "other"), ("--batch-size", 8), ("--seed", 1), ("--lr", 0.5),
+                        ("--clip", 3), ("--budget-weight", 2), ("--codebook-size", 32), ("--gan-start", 7)):
+        line = train("--steps", 4, flag, value, "--resume")
+        assert line.startswith("error: ") and f"trained with {flag} " in line and "leave --resume out" in line, line
+    assert files() == before
+    capsys.readouterr()
+    for steps in (1, 2):                                                     # as many are done, or more
+        assert train("--steps", steps, "--resume", "--eval-every", 1) is None
+        out = capsys.readouterr().out.splitlines()
+        assert out[1:] == [f"nothing left to do: {tmp_path / 'vae.pt'} is at step 2"] and files() == before
+    assert train("--steps", 4, "--resume", "--eval-every", 1) is None
+    out = capsys.readouterr().out
+    assert "note: --steps was 2 and is 4 from step 2 on" in out and "note: --eval-every was 250 and is 1" in out
+    assert load(tmp_path, "vae")["step"] == 4
+
+
+def test_a_checkpoint_of_before_the_settings_goes_on(images, tmp_path):
+    """And what it holds as the lowest loss counts."""
+    flags = ["--data", images, "--out", tmp_path, *VAE]
+    assert call(train_vae.main, *flags, "--steps", 2) is None
+    checkpoint = load(tmp_path, "vae") | dict(best=0.0)
+    del checkpoint["settings"]
+    torch.save(checkpoint, tmp_path / "vae.pt")
+    assert call(train_vae.main, *flags, "--steps", 4, "--lr", 0.01, "--resume") is None
+    assert load(tmp_path, "vae")["step"] == 4 and load(tmp_path, "vae.best")["step"] == 2
 
 
 def test_evaluating_more_often_changes_nothing(images, tmp_path):
     for every in ("1", "4"):
-        train_vae.main(["--data", str(images), "--out", str(tmp_path / every), "--steps", "4", "--router", "random", *VAE, "--eval-every", every])
+        train_vae.main(["--data", str(images), "--out", str(tmp_path / every), "--steps", "4", "--router", "random",
+                        *VAE, "--eval-every", every])
     same(load(tmp_path / "1", "vae")["weights"], load(tmp_path / "4", "vae")["weights"])
 
 
-def test_the_best_checkpoint_is_that_of_the_lowest_held_out_loss(run):
-    for stem, key in (("vae", "loss"), ("transformer", "nats_per_image")):
-        held_out = [line for line in train_vae.read_log(run / f"{stem}.jsonl") if "psnr" in line or "nats_per_image" in line]
-        best = min(held_out, key=lambda line: line[key])
-        checkpoint = dq.load_checkpoint(run / f"{stem}.best.pt", f"dq-{stem}")
-        assert checkpoint["step"] == best["step"] and checkpoint["best"] == pytest.approx(best[key], abs=1e-4)
-    dq.load_transformer(run / "transformer.best.pt", "cpu")                  # it can be sampled from
+@pytest.mark.parametrize("stem, fixture, key", [("vae", "vae_run", "loss"), ("transformer", "run", "nats_per_image")])
+def test_the_best_checkpoint_is_that_of_the_lowest_held_out_loss(stem, fixture, key, request):
+    folder = request.getfixturevalue(fixture)
+    held_out = [line for line in read_log(folder / f"{stem}.jsonl") if "psnr" in line or "nats_per_image" in line]
+    best = min(held_out, key=lambda line: line[key])
+    checkpoint = dq.load_checkpoint(folder / f"{stem}.best.pt", f"dq-{stem}")
+    assert checkpoint["step"] == best["step"] and checkpoint["best"] == pytest.approx(best[key], abs=1e-4)
+
+
+def test_the_best_checkpoint_can_be_sampled_from(run):
+    dq.load_transformer(run / "transformer.best.pt", "cpu")
 
 
 def test_a_run_that_starts_anew_moves_the_former_one_aside(images, tmp_path, capsys):
@@ -131,8 +193,13 @@ def test_a_run_that_starts_anew_moves_the_former_one_aside(images, tmp_path, cap
 def start(stage, images, out, steps, *more, vae=None, **kwargs):
     """A script in a process of its own."""
     flags = [*VAE] if stage == "vae" else [*TRANSFORMER, "--vae", vae]
-    command = [sys.executable, ROOT / f"train_{stage}.py", "--data", images, "--out", out, "--steps", steps, *flags, *more]
-    return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
+    command = [sys.executable, ROOT / f"train_{stage}.py", "--data", images, "--out", out, "--steps", steps]
+    return piped([*command, *flags, *more], **kwargs)
+
+
+def piped(command, **kwargs):
+    pipe = subprocess.PIPE
+    return subprocess.Popen(list(map(str, command)), stdout=pipe, stderr=pipe, text=True, **kwargs)
 
 
 def wait_for(condition, process, seconds=120):
@@ -143,16 +210,30 @@ def wait_for(condition, process, seconds=120):
 
 
 @pytest.mark.parametrize("stage, number", [("vae", signal.SIGINT), ("transformer", signal.SIGTERM)])
-def test_a_signal_ends_the_run_after_a_whole_step(stage, number, run, images, tmp_path):
+def test_a_signal_ends_the_run_after_a_whole_step(stage, number, vae_run, images, tmp_path):
     workers = ["--workers", 1] if stage == "vae" else []
-    process = start(stage, images, tmp_path, 100_000, "--eval-every", 100_000, *workers, vae=run / "vae.pt")
+    process = start(stage, images, tmp_path, 100_000, "--eval-every", 100_000, *workers, vae=vae_run / "vae.pt")
     log = tmp_path / f"{stage}.jsonl"
     wait_for(lambda: log.exists() and log.stat().st_size, process)
     process.send_signal(number)
     out, error = process.communicate(timeout=60)
     assert process.returncode == 128 + number, error
     step = load(tmp_path, stage)["step"]
-    assert step >= 10 and f"stopped by {number.name} after step {step}" in out and "--resume goes on" in out and "Traceback" not in error
+    assert step >= 10 and f"stopped by {number.name} after step {step}" in out and "--resume goes on" in out
+    assert "Traceback" not in error
+
+
+def test_several_processes_ask_each_other_every_tenth_step_whether_to_stop(monkeypatch):
+    asked = []
+    monkeypatch.setattr(dq, "processes", lambda: (0, 2))
+    monkeypatch.setattr(dq, "total", lambda flag: (asked.append(flag.item()), flag)[1])
+    with train_transformer.Stop(torch.device("cpu")) as stop:
+        for done in range(1, 31):
+            if done == 13:
+                os.kill(os.getpid(), signal.SIGINT)
+            assert bool(stop.asked(done)) == (done >= 20 and done % 10 == 0)
+    assert asked == [0, signal.SIGINT, signal.SIGINT]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 KILLS = int(os.environ.get("DQ_KILLS", 2))
@@ -186,10 +267,22 @@ def test_a_full_disk_leaves_the_former_checkpoint_whole(images, tmp_path):
     assert call(train_vae.main, "--data", images, "--out", tmp_path, "--steps", 2, *VAE) is None
     former = (tmp_path / "vae.pt").read_bytes()
     few = len(former) // 2
-    process = start("vae", images, tmp_path, 4, "--resume", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (few, few)))
+    process = start("vae", images, tmp_path, 4, "--resume", preexec_fn=files_of_at_most(few))
     _, error = process.communicate()
-    assert process.returncode == 1 and error.splitlines()[-1].startswith("error: could not write") and "Traceback" not in error
+    assert process.returncode == 1 and "Traceback" not in error
+    assert error.splitlines()[-1].startswith("error: could not write")
     assert (tmp_path / "vae.pt").read_bytes() == former and not list(tmp_path.glob("*.tmp"))
+
+
+def files_of_at_most(n_bytes):
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, n_bytes))
+
+
+def test_a_full_disk_names_the_log(images, tmp_path):
+    process = start("vae", images, tmp_path, 20, preexec_fn=files_of_at_most(50))
+    _, error = process.communicate()
+    assert process.returncode == 1 and error.startswith(f"error: could not write {tmp_path / 'vae.jsonl'} (")
+    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize("bad_step", [3, 12])
@@ -207,6 +300,29 @@ def test_a_loss_that_is_not_a_number_stops_the_run(bad_step, images, tmp_path, m
         assert "that of step 10" in str(error.value) and load(tmp_path, "vae")["step"] == 10
     else:
         assert "no checkpoint yet" in str(error.value) and not (tmp_path / "vae.pt").exists()
+
+
+@pytest.mark.parametrize("bad_part", [0, 1])
+def test_a_loss_that_is_not_a_number_in_one_part_of_a_batch_stops_the_run(bad_part, images, tmp_path, monkeypatch):
+    calls, real = [], dq.budget_loss
+
+    def budget_loss(gate, ratios):
+        calls.append(1)
+        return real(gate, ratios) * (math.nan if len(calls) == 3 + bad_part else 1)
+    monkeypatch.setattr(dq, "budget_loss", budget_loss)
+    line = call(train_vae.main, "--data", images, "--out", tmp_path, "--steps", 4, *VAE, "--accumulate", 2)
+    assert line.startswith("error: step 2: not finite in the loss: loss, budget;")
+
+
+def test_what_is_logged_is_the_mean_over_the_parts_of_a_batch(images, tmp_path, monkeypatch):
+    calls, real = [], dq.budget_loss
+
+    def budget_loss(gate, ratios):
+        calls.append(1)
+        return real(gate, ratios) * 0 + (len(calls) - 1) % 4                 # 0, 1, 2, 3 in the parts of each batch
+    monkeypatch.setattr(dq, "budget_loss", budget_loss)
+    train_vae.main(["--data", str(images), "--out", str(tmp_path), "--steps", "10", *VAE, "--accumulate", "4"])
+    assert read_log(tmp_path / "vae.jsonl")[0]["budget"] == 1.5
 
 
 def test_broken_weights_are_not_saved(images, tmp_path, monkeypatch):
@@ -228,26 +344,29 @@ def test_broken_weights_are_not_saved(images, tmp_path, monkeypatch):
 
 
 def torchrun(n, name, *args, **kwargs):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", ROOT / name, *args]
-    return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            env=os.environ | dict(OMP_NUM_THREADS="1"), **kwargs)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", ROOT / name]
+    return piped([*command, *args], env=os.environ | dict(OMP_NUM_THREADS="1"), **kwargs)
 
 
 @pytest.mark.parametrize("stage, flags", [
-    ("vae", [*VAE, *CRITIC, "--router", "learned", "--clip", 1]), ("vae", [*VAE, "--router", "entropy"]), ("transformer", [*TRANSFORMER, "--label-dropout", 0])],
+    ("vae", [*VAE, *CRITIC, "--router", "learned", "--clip", 1]),
+    ("vae", [*VAE, "--router", "entropy"]),
+    ("transformer", [*TRANSFORMER, "--label-dropout", 0])],
     ids=["vae with a discriminator", "vae with the entropy router", "transformer"])
-def test_two_processes_compute_what_one_computes(stage, flags, run, images, tmp_path):
-    flags = ["--data", images, "--steps", 6, "--dtype", "fp32", *flags, "--lr", 2e-4, *(["--vae", run / "vae.pt"] if stage == "transformer" else [])]
+def test_two_processes_compute_what_one_computes(stage, flags, vae_run, images, tmp_path):
+    flags = ["--data", images, "--steps", 6, "--dtype", "fp32", *flags, "--lr", 2e-4]
+    if stage == "transformer":
+        flags += ["--vae", vae_run / "vae.pt"]
     two = torchrun(2, f"train_{stage}.py", *flags, "--out", tmp_path / "two")
     out, error = two.communicate(timeout=150)
     assert two.returncode == 0, error
-    assert call(dict(vae=train_vae, transformer=train_transformer)[stage].main, *flags, "--out", tmp_path / "one") is None
+    assert call(STAGES[stage][0].main, *flags, "--out", tmp_path / "one") is None
     assert out.count("wrote") == 1                                           # only one of them writes
     a, b = load(tmp_path / "one", stage), load(tmp_path / "two", stage)
     for part in ("weights", "critic"):
         if part in a:
-            same(a[part], b[part], atol=1e-4, rtol=2e-3)                     # of the 1.2e-3 that Adam can have moved a weight
-    held_out = [train_vae.read_log(tmp_path / name / f"{stage}.jsonl")[-1] for name in ("one", "two")]
+            same(a[part], b[part], atol=1e-4, rtol=2e-3)                     # Adam can have moved a weight by 1.2e-3
+    held_out = [read_log(tmp_path / name / f"{stage}.jsonl")[-1] for name in ("one", "two")]
     same(*held_out, atol=0, rtol=0)
 
 
@@ -270,7 +389,8 @@ def several_steps(rank, world):
         out = model(mine)
         budget = dq.budget_loss(out.gate, (0.5, 0.5))
         gradient = torch.autograd.grad(budget, model.router.mlp[2].weight)[0]
-        losses.append(torch.stack([budget.detach(), dq.total(out.commitment.detach()) / world, dq.total(gradient.norm() * 0 + gradient.sum()) / world]))
+        commitment = dq.total(out.commitment.detach()) / world
+        losses.append(torch.stack([budget.detach(), commitment, dq.total(gradient.sum()) / world]))
     return dict(codes=model.codebook.codes, uses=model.codebook.uses, losses=torch.stack(losses))
 
 
@@ -281,15 +401,48 @@ def free_port():
         return s.getsockname()[1]
 
 
-def test_codebook_router_and_budget_are_those_of_the_global_batch(tmp_path):
-    alone = several_steps(0, 1)
+def in_two_processes(what, tmp_path):
+    """-> what(rank, 2) of each."""
     context, port = multiprocessing.get_context("spawn"), free_port()
-    jobs = [context.Process(target=job, args=(several_steps, rank, 2, port, tmp_path)) for rank in (0, 1)]
+    jobs = [context.Process(target=job, args=(what, rank, 2, port, tmp_path)) for rank in (0, 1)]
     for process in jobs:
         process.start()
     for process in jobs:
         process.join()
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    return [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+
+
+class CountedShapes(ToyShapes):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.made = 0
+
+    def __getitem__(self, i):
+        self.made += 1
+        return super().__getitem__(i)
+
+
+def encode_shapes(rank, world):
+    """-> pos, code and label of 151 images, and how many of them this process has made"""
+    torch.manual_seed(0)
+    model, data = dq.DQVAE(dq.VAEConfig(size=16, codebook_size=64)), CountedShapes(16, n=151)
+    model.codebook.codes.normal_()
+    plain = torch.autocast("cpu", enabled=False)
+    encoded = train_transformer.encode(model.eval(), data, torch.device("cpu"), lambda: plain, workers=0, mirrored=True)
+    return *encoded, data.made
+
+
+def test_each_process_encodes_its_part_and_has_all(tmp_path):
+    *alone, made = encode_shapes(0, 1)
+    assert made == 151 and len(alone[0]) == 302 and alone[2].tolist()[:4] == [0, 0, 1, 1]
+    for *encoded, made in in_two_processes(encode_shapes, tmp_path):
+        same(alone, encoded)
+        assert made == 76                                                    # of 152: the first image twice
+
+
+def test_codebook_router_and_budget_are_those_of_the_global_batch(tmp_path):
+    alone = several_steps(0, 1)
+    first, second = in_two_processes(several_steps, tmp_path)
     same(first["codes"], second["codes"])                                    # identical, bit by bit
     same(alone, first, atol=1e-6, rtol=1e-4)
 
@@ -300,7 +453,8 @@ def children(pid):
 
 @pytest.mark.skipif(not os.path.exists("/proc"), reason="needs /proc")
 def test_a_dead_process_ends_the_job(images, tmp_path):
-    process = torchrun(2, "train_vae.py", "--data", images, "--out", tmp_path, "--steps", 100_000, *VAE, "--eval-every", 100_000)
+    many = ["--steps", 100_000, "--eval-every", 100_000]
+    process = torchrun(2, "train_vae.py", "--data", images, "--out", tmp_path, *VAE, *many)
     log = tmp_path / "vae.jsonl"
     wait_for(lambda: log.exists() and log.stat().st_size, process)
     os.kill(children(process.pid)[-1], signal.SIGKILL)
@@ -358,7 +512,8 @@ def test_broken_checkpoints(how, run, images, tmp_path, monkeypatch):
     assert not (tmp_path / "ran").exists()                                   # a checkpoint runs no code
     (tmp_path / "out").mkdir()
     broken.rename(tmp_path / "out/transformer.pt")
-    line = call(train_transformer.main, "--data", images, "--vae", run / "vae.pt", "--steps", 8, *TRANSFORMER, "--resume")
+    flags = ["--data", images, "--vae", run / "vae.pt", "--steps", 8, *TRANSFORMER]
+    line = call(train_transformer.main, *flags, "--resume")
     assert line.startswith("error: ") and "\n" not in line
 
 
@@ -381,8 +536,7 @@ def test_images_that_are_odd_or_broken(tmp_path, capfd):
     os.mkfifo(root / "pipe.png")                                             # who opens it waits for ever
     (root / "locked.png").write_bytes((root / "one.png").read_bytes())
     (root / "locked.png").chmod(0)
-    train, val = (dq.ImageFolder(root, 8, split, augment=True) for split in ("train", "val"))
-    for data in (train, val):
+    for data in open_data(root, 8, augment=True):
         for i in range(2 * len(data)):
             image, _ = data[i]
             assert image.shape == (3, 8, 8) and image.isfinite().all()
@@ -402,8 +556,9 @@ def test_classes_of_any_name(tmp_path):
         for i in range(4):
             Image.new("RGB", (16, 16), (60 * i, 90, 0)).save(folder + b"/%d.png" % i)
     common = ["--data", tmp_path / "images", "--out", tmp_path, "--steps", 1]
-    for module, flags in ((train_vae, [*common, *VAE]), (train_transformer, [*common, *TRANSFORMER]), (sample, [tmp_path / "transformer.pt", "--n", 2])):
-        assert call(module.main, *flags) is None
+    assert call(train_vae.main, *common, *VAE) is None
+    assert call(train_transformer.main, *common, *TRANSFORMER) is None
+    assert call(sample.main, tmp_path / "transformer.pt", "--n", 2) is None
     done = script("sample.py", tmp_path / "transformer.pt", "--label", "dog")
     assert done.returncode == 1 and "no class 'dog'" in done.stderr and done.stderr.count("\n") == 1
 
@@ -412,22 +567,22 @@ def test_training_starts_without_a_look_at_every_file(tmp_path, monkeypatch):
     root = tmp_path / "images"
     root.mkdir()
     Image.new("RGB", (8, 8)).save(root / "0.png")
-    for i in range(1, 3000):
+    for i in range(1, 6000):
         os.link(root / "0.png", root / f"{i}.png")
-    opened, real = [], dq.load_image
-    monkeypatch.setattr(dq, "load_image", lambda *args: (opened.append(1), real(*args))[1])
+    opened, real = [], sample.open_image
+    monkeypatch.setattr(sample, "open_image", lambda *args: (opened.append(1), real(*args))[1])
     train_vae.main(["--data", str(root), "--out", str(tmp_path), "--steps", "2", *VAE])
     assert len(opened) <= 512 + 2 * 4                                        # the held-out images, two batches
 
 
 @pytest.mark.skipif(not os.path.exists("/proc"), reason="needs /proc")
 def test_memory_stays_flat(images, tmp_path, monkeypatch):
-    used, real = {}, train_vae.Run.after
+    used, real = {}, train_vae.Losses.add
 
-    def after(self, done, *args):
+    def add(self, done, *args):
         real(self, done, *args)
         used[done] = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2 ** 20
-    monkeypatch.setattr(train_vae.Run, "after", after)
+    monkeypatch.setattr(train_vae.Losses, "add", add)
     train_vae.main(["--data", str(images), "--out", str(tmp_path), "--steps", "200", *VAE, "--eval-every", "50"])
     assert used[200] - used[80] < 10, used                                  # MiB
 
@@ -435,17 +590,17 @@ def test_memory_stays_flat(images, tmp_path, monkeypatch):
 @pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reason="the trap below is inherited by a fork")
 def test_a_loader_process_that_dies_is_reported(images, tmp_path, monkeypatch):
     def trap(self, i):
-        os.kill(os.getpid(), signal.SIGKILL)
-    data = dq.ImageFolder(images, 16)
-    monkeypatch.setattr(train_vae, "open_data", lambda folder, size, split, *args, **kwargs: data if split == "train" else dq.ToyShapes(size, n=4))
-    parent, real = os.getpid(), dq.ImageFolder.__getitem__
-    monkeypatch.setattr(dq.ImageFolder, "__getitem__", lambda self, i: real(self, i) if os.getpid() == parent else trap(self, i))
-    with pytest.raises(SystemExit) as end:
-        dq.run(lambda: train_vae.main(["--data", str(images), "--out", str(tmp_path), "--steps", "4", *VAE, "--workers", "1"]))
-    assert end.value.code.startswith("error: a process that loads images died") and "\n" not in end.value.code
+        if os.getpid() != parent:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(self, i)
+    parent, real = os.getpid(), sample.ImageFolder.__getitem__
+    monkeypatch.setattr(sample.ImageFolder, "__getitem__", trap)
+    line = call(train_vae.main, "--data", images, "--out", tmp_path, "--steps", 4, *VAE, "--workers", 1)
+    assert line.startswith("error: a process that loads images died") and "\n" not in line
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1000, 3)])
 def test_a_grain_map_of_another_shape_is_stretched(size, run, tmp_path):
     Image.new("L", size, 255).save(tmp_path / "map.png")
-    assert call(sample.main, run / "transformer.pt", "--n", 1, "--grain-map", tmp_path / "map.png", "--out", tmp_path / "x.png", "--device", DEVICE) is None
+    flags = ["--n", 1, "--grain-map", tmp_path / "map.png", "--out", tmp_path / "x.png", "--device", DEVICE]
+    assert call(sample.main, run / "transformer.pt", *flags) is None

@@ -78,18 +78,42 @@ def test_evaluation_of_a_transformer():
     assert figures["bits_per_pixel"] == pytest.approx(sum(nats) / 6 / math.log(2) / 64, rel=1e-4)
 
 
+def test_evaluation_is_no_wider_than_needed(monkeypatch):
+    model = tiny(8, (4, 2), V=5)
+    grains = torch.zeros(5, 2, 2, dtype=torch.long)                          # 4 codes and 2 EOS each ...
+    grains[1], grains[3] = 1, 1                                              # ... but for two images of 16 codes
+    pos, code = model.layout.pack(random_image(model.layout, grains, 5), grains)
+    widths, real = [], train_transformer.nats
+
+    def nats(model, pos, *rest):
+        widths.append(tuple(pos.shape))
+        return real(model, pos, *rest)
+    monkeypatch.setattr(train_transformer, "nats", nats)
+    train_transformer.evaluate(model, (pos, code, torch.full((5,), -1)), torch.device("cpu"), plain, batch_size=3)
+    assert widths == [(3, 6), (2, 18)]
+
+
+def test_seeds_of_processes_have_nothing_in_common():
+    numbers = itertools.product(range(3), range(50), range(4))               # seed, step, process
+    seeds = {train_transformer.seed_of(*three) for three in numbers}
+    assert len(seeds) == 600
+    assert train_transformer.seed_of(1, 2, 3) == train_transformer.seed_of(1, 2, 3)
+    torch.manual_seed(max(seeds))                                            # torch takes them
+
+
 def test_encoding_keeps_every_image_and_its_mirror_image():
     torch.manual_seed(0)
     model = dq.DQVAE(dq.VAEConfig(size=16, codebook_size=8))
-    data = dq.ToyShapes(16, n=10)
+    data = sample.ToyShapes(16, n=10)
     x = torch.stack([data[i][0] for i in range(10)])
     model(x)
     model.eval()
     pos, code, label = train_transformer.encode(model, data, torch.device("cpu"), plain, workers=0, mirrored=True)
     layout = dq.Layout(16, (8, 4))
     with torch.no_grad():
-        wanted = [(p[:pos.shape[1]].tolist(), c[:pos.shape[1]].tolist(), i % 4) for v in (x, x.flip(3))
-                  for i, (p, c) in enumerate(zip(*layout.pack(*model.encode(v))))]
+        n = pos.shape[1]
+        wanted = [(p[:n].tolist(), c[:n].tolist(), i % 4) for view in (x, x.flip(3))
+                  for i, (p, c) in enumerate(zip(*layout.pack(*model.encode(view))))]
     assert sorted(zip(pos.tolist(), code.tolist(), label.tolist())) == sorted(wanted)
     assert (pos[:, -1] == layout.end).all() and (train_transformer.lengths(pos, layout) == pos.shape[1]).any()
 
@@ -110,9 +134,8 @@ def test_batches_of_stage_2():
 def test_schedules():
     assert [round(train_vae.gumbel_scale(s, 100), 3) for s in (0, 50, 70, 90, 99)] == [1, 1, 0.5, 0, 0]
 
-    class args:
-        lr, steps = 2.0, 110
-    rates = [train_vae.learning_rate(s, args, 10) for s in range(110)]
+    schedule = train_transformer.Schedule(steps=110, batch_size=1, lr=2.0, warmup=10)
+    rates = [train_transformer.learning_rate(s, schedule) for s in range(110)]
     assert rates[0] == 0.2 and rates[9] == max(rates) == 2.0 and rates[60] == pytest.approx(1.0) and rates[-1] < 0.01
 
 

@@ -2,13 +2,14 @@
 import contextlib
 import itertools
 import math
-import types
-import weakref
 
+import numpy as np
 import pytest
 import torch
 
 import dq
+from test_layout import naive_legal, random_image
+from sample import given_coarse, given_tiling
 from dq import DQTransformer, SampleOptions, TransformerConfig, generate
 
 
@@ -49,42 +50,98 @@ def test_probabilities_of_all_images_sum_to_one(device):
     assert abs(total - 1) < 1e-4
 
 
+def naive_embed(model, p, c):
+    """One pair: a row for the content, one for the position, one for the granularity."""
+    k = sum(p > eos for eos in model.layout.eos)
+    content = model.content.weight[c if c >= 0 else model.config.codebook_size]
+    return content + model.position.weight[p] + model.granularity.weight[k]
+
+
+@torch.no_grad()
+def test_a_pair_is_the_sum_of_three_rows(device):
+    model = tiny(8, (4, 2, 1), V=5, device=device)
+    pos = torch.arange(model.layout.n_positions, device=device)              # every place of every granularity
+    code = torch.where(model.layout.is_eos, -1, torch.randint_like(pos, 0, 5))
+    wanted = torch.stack([naive_embed(model, p, c) for p, c in zip(pos.tolist(), code.tolist())])
+    torch.testing.assert_close(model.embed(pos, code), wanted)
+    torch.testing.assert_close(model.embed(pos[None], code[None]), wanted[None])
+
+
+@pytest.mark.parametrize("training, label_dropout", [(False, 1.0), (True, 1.0), (True, 0.0)])
+@torch.no_grad()
+def test_logits_equal_a_loop_over_prefixes(training, label_dropout, device):
+    """Each step is computed anew from the pairs before it. In training, and then only, labels are hidden."""
+    model = tiny(8, (4, 2), V=5, classes=("a", "b"), label_dropout=label_dropout, device=device).train(training)
+    layout, label = model.layout, torch.tensor([0, 1, -1], device=device)
+    grains = torch.tensor([[[0, 1], [1, 0]], [[1, 1], [1, 1]], [[0, 0], [0, 0]]], device=device)
+    pos, code = layout.pack(random_image(layout, grains, V=5), grains)
+    position, content = model.logits(pos, code, label)
+    for b, t in itertools.product(range(3), range(layout.max_len)):
+        pairs = list(zip(pos[b].tolist(), code[b].tolist()))[:t]
+        hidden = label[b] < 0 or training and label_dropout == 1
+        h = torch.stack([model.condition.weight[2 if hidden else label[b]], *(naive_embed(model, *pair) for pair in pairs)])
+        h = (h + model.order.weight[:t + 1])[None]                           # 1, t + 1, C
+        for block in model.position_stack:
+            h = block(h)
+        wanted = torch.full((layout.n_positions,), -math.inf, device=device)
+        legal = list(naive_legal(layout, [p for p, _ in pairs]))
+        wanted[legal] = model.position_head(model.position_norm(h))[0, -1][legal]
+        torch.testing.assert_close(position[b, t], wanted, atol=1e-4, rtol=1e-4)
+        h = h + model.position.weight[pos[b, :t + 1]]
+        for block in model.content_stack:
+            h = block(h)
+        wanted = model.content_head(model.content_norm(h))[0, -1]
+        torch.testing.assert_close(content[b, t], wanted, atol=1e-4, rtol=1e-4)
+
+
+def lengths(layout, pos):
+    """Pairs up to and with the last EOS. (B, L) -> (B,)"""
+    return (pos != layout.end).sum(1) + 1
+
+
 def sample_of(model, B, seed=3, **kwargs):
     label = torch.arange(B, device=model.content.weight.device) % max(1, len(model.config.classes))
     return generate(model, label if model.config.classes else torch.full_like(label, -1), seed=seed, **kwargs), label
+
+
+def naive_draw(logits, u):
+    """Inverse of the distribution function, by a loop. logits: {entry: logit} -> entry"""
+    weights = {i: math.exp(logit - max(logits.values())) for i, logit in sorted(logits.items())}
+    reached = 0.0
+    for i, weight in weights.items():
+        reached += weight / sum(weights.values())
+        if reached >= u:
+            return i
+    return i                                                                 # u = 1, and rounding
 
 
 def naive_generate(model, label, options, seed, first=0, given=None):
     """One image after the other; every step runs the model on the whole sequence so far. -> lists of pairs"""
     layout, config, device, images = model.layout, model.config, label.device, []
     for i, y in enumerate(label.tolist()):
-        pairs = []
+        pairs, uniform = [], 1 - np.random.default_rng([seed, first + i]).random((layout.max_len, 2), np.float32)
         while not pairs or pairs[-1][0] != layout.end:
             t = len(pairs)
-            noise = dq.gumbel_noise(dq.noise_keys(seed, torch.tensor([first + i], device=device), t + 1)[:, t], dq.noise_entries(layout.n_positions + config.codebook_size, device))[0].cpu()
 
             def logits(which, position):
                 """Of step t, guided: which = 0 for the position, 1 for the content, given the position."""
-                sequence = torch.tensor([pairs + [[position, -1]]], device=device)
-                both = [model.logits(sequence[..., 0], sequence[..., 1], torch.tensor([each], device=device))[which][0, t].cpu() for each in (y, -1)]
+                pos, code = torch.tensor([pairs + [[position, -1]]], device=device).unbind(-1)
+                both = [model.logits(pos, code, torch.tensor([each], device=device))[which][0, t] for each in (y, -1)]
                 guided = both[1] + options.cfg * (both[0] - both[1]) if options.cfg != 1 and config.classes else both[0]
-                return guided / options.temperature
+                return (guided / options.temperature).tolist()
 
-            covered = torch.full((1, layout.n_regions), -1)                  # the rules, on what is there already
-            for p, _ in pairs:
-                if layout.region[p] >= 0:
-                    covered[0, layout.region[p]] = layout.grain[p]
-            legal = layout.legal(torch.tensor([pairs[-1][0] if pairs else -1], device=device), covered.to(device))[0].cpu()
-            free = {p: float(logits(0, p)[p] + noise[p]) for p in legal.nonzero().flatten().tolist()}
-            p = max(free, key=free.get)
+            legal = naive_legal(layout, [p for p, _ in pairs])
+            before = logits(0, min(legal))                                   # any will do: it is not seen yet
+            position = {p: before[p] for p in legal}
+            p = naive_draw(position, uniform[t, 0])
             if given is not None and given[0][i, t] >= 0:
                 p = int(given[0][i, t])
             content = logits(1, p)
-            kept = naive_filter(content.tolist(), options.top_k, options.top_p)
-            c = max(kept, key=lambda v: float(content[v] + noise[layout.n_positions + v]))
+            kept = naive_filter(content, options.top_k, options.top_p)
+            c = naive_draw({v: content[v] for v in kept}, uniform[t, 1])
             if given is not None and given[1][i, t] >= 0:
                 c = int(given[1][i, t])
-            pairs.append([p, -1 if layout.is_eos[p] else c])
+            pairs.append([p, -1 if p in layout.eos else c])
         images.append(pairs)
     return images
 
@@ -96,15 +153,33 @@ def naive_generate(model, label, options, seed, first=0, given=None):
 def test_the_fused_loop_draws_what_the_naive_loop_draws(size, factors, cfg, how, device):
     """Code by code: in one batch or in few slots that are refilled, over many windows of the cache or a single one."""
     model = tiny(size, factors, V=5, classes=("a", "b"), device=device)
-    options, label = SampleOptions(temperature=2.0, top_k=4, top_p=0.95, cfg=cfg), torch.tensor([0, 1, 1, -1, 0], device=device)
+    draws_as_the_naive_loop(model, cfg, how)
+
+
+@torch.no_grad()
+def test_the_step_draws_what_the_naive_loop_draws(device):
+    """With guidance, in slots that are refilled, and with some of the images given whole."""
+    model, label = tiny(8, (4, 2), V=5, classes=("a", "b"), device=device), torch.tensor([0, 1, 1, -1, 0], device=device)
+    draws_as_the_naive_loop(model, 1.0, dict(slots=5))
+    other = generate(model, label, seed=1)
+    given = [torch.where((label == 1)[:, None], each, -1) for each in other]
+    naive = draws_as_the_naive_loop(model, 2.5, dict(slots=2, given=given))
+    for i in (1, 2):
+        assert [p for p, _ in naive[i]] == other[0][i, :len(naive[i])].tolist()
+
+
+def draws_as_the_naive_loop(model, cfg, how):
+    options, device = SampleOptions(temperature=2.0, top_k=4, top_p=0.95, cfg=cfg), model.order.weight.device
+    label = torch.tensor([0, 1, 1, -1, 0], device=device)
     pos, code = generate(model, label, options, seed=7, first=10, **how)
-    naive = naive_generate(model, label, options, seed=7, first=10)
-    if len(factors) > 1:
+    naive = naive_generate(model, label, options, seed=7, first=10, given=how.get("given"))
+    if model.layout.n_grains > 1:
         assert len({len(pairs) for pairs in naive}) > 1                      # they end at different steps
     for i, pairs in enumerate(naive):
         n = len(pairs)
         assert pos[i, :n].tolist() == [p for p, _ in pairs] and code[i, :n].tolist() == [c for _, c in pairs]
         assert (pos[i, n:] == model.layout.end).all() and (code[i, n:] == -1).all()
+    return naive
 
 
 @torch.no_grad()
@@ -216,25 +291,25 @@ def test_refilled_slots_cost_the_mean_length(device, monkeypatch):
     calls, real = [], dq.decode_one
     monkeypatch.setattr(dq, "decode_one", lambda *args: (calls.append(1), real(*args))[1])
     pos, code = generate(model, torch.full((256,), -1, device=device), SampleOptions(temperature=3.0), slots=16)
-    lengths = model.layout.length(model.layout.unpack(pos, code)[1])
+    length = lengths(model.layout, pos)
     if device.type == "cpu":
-        assert lengths.min() <= 9 and lengths.max() >= 17
-        assert len(calls) <= 1.15 * int(lengths.sum()) / 16
+        assert length.min() <= 9 and length.max() >= 17
+        assert len(calls) <= 1.15 * int(length.sum()) / 16
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=str)
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 9])
-@torch.inference_mode()
-def test_products_with_few_rows_equal_sums(rows, dtype, tolerance, device):
-    x = torch.randn(rows, 24, device=device)
-    for out in (6, 7):                                                       # 7 rows of weights can't be cut in two
-        weight = torch.randn(out, 24, device=device) / 24 ** 0.5
-        naive = (x.double()[:, None] * weight.double()).sum(-1)
-        gelu = naive * 0.5 * (1 + torch.erf(naive / 2 ** 0.5))
-        for wanted, activate in ((naive, False), (gelu, True)):
-            got = dq.few_rows(weight, dtype, rows, activate)(x)
-            assert got.shape == (rows, out) and got.is_contiguous()
-            torch.testing.assert_close(got.double(), wanted, atol=tolerance, rtol=tolerance)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)], ids=str)
+@pytest.mark.parametrize("shape", [(1,), (2, 1), (3, 3), (200,)], ids=str)
+@pytest.mark.parametrize("n_out", [6, 7])                                    # 7 can't be cut in two
+def test_linear_equals_sums(n_out, shape, dtype, tolerance, device):
+    """With few rows and many, with and without a sum to add to, with and without a gradient."""
+    linear = dq.Linear(24, n_out).to(device, dtype)
+    x, residual = torch.randn(*shape, 24, device=device, dtype=dtype), torch.randn(*shape, n_out, device=device, dtype=dtype)
+    naive = (x.double()[..., None, :] * linear.weight.double()).sum(-1)
+    for gradient in (False, True):
+        with torch.set_grad_enabled(gradient):
+            for got, wanted in ((linear(x), naive), (linear(x, residual), naive + residual.double())):
+                assert got.shape == (*shape, n_out)
+                torch.testing.assert_close(got.double(), wanted, atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize("cfg", [1.0, 2.5])
@@ -243,53 +318,45 @@ def test_bfloat16_matrices_draw_nearly_the_same(cfg, device):
     model, label, options = tiny(8, (4, 2), V=5, classes=("a", "b"), device=device), torch.arange(64, device=device) % 2, SampleOptions(cfg=cfg)
     a, b = (torch.cat(generate(model, label, options, seed=1, slots=8, dtype=dtype), dim=1) for dtype in (None, torch.bfloat16))
     same = (a == b).all(dim=1).float().mean()
-    assert 0.8 < same < 1                                                    # 1: nothing was computed in bfloat16
+    assert 0.7 < same < 1                                                    # 1: nothing was computed in bfloat16
 
 
 class FakeCuda:
     """What `generate` asks of torch.cuda to capture steps and replay them, with the device's queue played by the CPU.
 
-    As on a GPU, a step that is being captured does nothing but be recorded, with the tensors that it was given; and
-    a graph doesn't keep those of its window alive.
+    As on a GPU, a step that is being captured does nothing but be recorded, with the tensors that it was given.
     """
 
     def __init__(self, monkeypatch):
         self.capturing, self.counts, real = None, dict(captured=0, replayed=0, direct=0), dq.decode_one
 
-        def decode_one(model, job, state, window):
+        def decode_one(*args):
             if self.capturing is None:
                 self.counts["direct"] += 1
-                return real(model, job, state, window)
-            bias, slot, rest = weakref.ref(window.bias), weakref.ref(window.slot), window._replace(bias=None, slot=None)
-            self.capturing.steps.append(lambda: real(model, job, state, rest._replace(bias=bias(), slot=slot())))
+                return real(*args)
+            self.capturing.step = lambda: real(*args)
 
         class Graph:
-            def __init__(graph):
-                graph.steps = []
-
             def replay(graph):
                 self.counts["replayed"] += 1
-                for step in graph.steps:
-                    step()
+                graph.step()
 
         @contextlib.contextmanager
-        def capture(graph):
+        def capture(graph, pool, stream):
+            assert pool == "pool" and stream == "stream"                     # one for all
             self.capturing = graph
             yield
             self.capturing = None
             self.counts["captured"] += 1
-        event = types.SimpleNamespace(synchronize=lambda: None)
-        stream = types.SimpleNamespace(wait_stream=lambda other: None, record_event=lambda: event)
         monkeypatch.setattr(dq, "decode_one", decode_one)
-        for name, fake in dict(CUDAGraph=Graph, graph=capture, Stream=lambda: stream, current_stream=lambda: stream,
-                               stream=lambda s: contextlib.nullcontext()).items():
+        for name, fake in dict(CUDAGraph=Graph, graph=capture, Stream=lambda device: "stream", graph_pool_handle=lambda: "pool").items():
             monkeypatch.setattr(torch.cuda, name, fake)
 
 
 @pytest.mark.parametrize("cfg", [1.0, 2.5])
 @torch.no_grad()
 def test_the_captured_path_draws_the_same(cfg, monkeypatch):
-    """Capture in front of the first step, its warm-ups undone, replays only from then on, looks that come late."""
+    """Each size of the cache is captured when it is first needed; all other steps are replays."""
     model = tiny(8, (4, 2, 1), V=5, classes=("a", "b"))
     label, options = torch.arange(9) % 2, SampleOptions(temperature=2.0, cfg=cfg)
     given = [torch.where(torch.rand(len(label), 1) < 0.5, t, -1) for t in generate(model, label, options, seed=1)]  # some images whole
@@ -299,45 +366,63 @@ def test_the_captured_path_draws_the_same(cfg, monkeypatch):
             cuda = FakeCuda(patch)
             again = generate(model, label, options, seed=7, slots=2, graphs=True, bucket=16, look_every=4, **extra)
         assert torch.equal(again[0], pos) and torch.equal(again[1], code)
-        sizes = -(-model.layout.max_len // 16)
-        assert cuda.counts["captured"] == cuda.counts["direct"] == sizes     # one warm-up each, and nothing outside a graph
-        lengths = model.layout.length(model.layout.unpack(pos, code)[1])
-        assert int(lengths.sum()) / 2 <= cuda.counts["replayed"] <= (int(lengths.sum()) + int(lengths.max())) / 2 + 2 * 4 + 1
+        length = lengths(model.layout, pos)
+        assert cuda.counts["captured"] == cuda.counts["direct"] == -(-int(length.max()) // 16)
+        steps = cuda.counts["replayed"] + cuda.counts["direct"]
+        assert int(length.sum()) / 2 <= steps <= (int(length.sum()) + int(length.max())) / 2 + 4 + 1
 
 
-def test_noise_is_gumbel_and_independent():
-    image, t = torch.arange(200), torch.arange(200) % 7
-
-    def noise(seed, t):
-        return dq.gumbel_noise(dq.noise_keys(seed, image, 8)[image, t], dq.noise_entries(500)).double()
-    x = noise(3, t)
-    assert x.shape == (200, 500) and torch.isfinite(x).all()
-    uniform = torch.exp(-torch.exp(-x)).flatten().sort().values              # the distribution function makes it uniform
-    assert (uniform - torch.linspace(0, 1, len(uniform), dtype=torch.double)).abs().max() < 1.95 / len(uniform) ** 0.5  # Kolmogorov, 99.9 %
-    assert abs(x.mean() - 0.5772) < 0.02 and abs(x.var() - math.pi ** 2 / 6) < 0.05
-    for a, b in ((x[:, :-1], x[:, 1:]), (x[:-1], x[1:]), (x, noise(4, t)), (x, noise(3, t + 1)), (x, noise(3 + (1 << 40), t)), (x, x.flip(1))):
-        r = torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1]
-        assert abs(r) < 4 / a.numel() ** 0.5
-    row = dq.gumbel_noise(dq.noise_keys(3, torch.tensor([17]), 8)[:, t[17]], dq.noise_entries(500))[0]
-    assert torch.equal(row.double(), x[17])                                  # whatever else is in the batch
+def test_a_small_job_captures_no_more_than_it_needs(monkeypatch):
+    model = tiny(8, (4, 2, 1), V=5)
+    coarse = torch.zeros(3, 2, 2, dtype=torch.long)                          # 4 codes and 3 EOS ids
+    cuda = FakeCuda(monkeypatch)
+    generate(model, torch.full((3,), -1), given=given_tiling(model.layout, coarse), graphs=True, bucket=8, look_every=1)
+    assert cuda.counts == dict(captured=1, direct=1, replayed=6)
 
 
-def test_the_extremes_of_the_noise_are_finite():
-    """The mapping of any 32 bits into (0, 1), at both ends."""
-    ends = torch.tensor([-2 ** 31, -1, 0, 2 ** 31 - 1], dtype=torch.int32)
-    uniform = ((ends >> 9).float() + (2 ** 22 + 0.5)) / 2 ** 23
-    assert 0 < uniform[0] < uniform[1] < uniform[2] < uniform[3] < 1
+@pytest.mark.parametrize("cfg", [1.0, 2.5])
+def test_the_step_is_one_graph_for_the_compiler(cfg, monkeypatch):
+    """torch.compile finds no break in a step, and draws the same (without a compiler: the capture is what could go wrong)."""
+    torch._dynamo.reset()
+    model, options = tiny(8, (4, 2), V=5, classes=("a", "b")), SampleOptions(temperature=2.0, top_k=4, top_p=0.9, cfg=cfg)
+    label, real = torch.arange(5) % 2, torch.compile
+    wanted = generate(model, label, options, seed=7, slots=2, bucket=64)
+    monkeypatch.setattr(torch, "compile", lambda step: real(step, fullgraph=True, backend="eager"))
+    compiled = generate(model, label, options, seed=7, slots=2, bucket=64, compile=True)
+    assert torch.equal(compiled[0], wanted[0]) and torch.equal(compiled[1], wanted[1])
+
+
+@pytest.mark.parametrize("seed", [1, 2 ** 62, 2 ** 64 - 1])
+def test_any_seed_has_images_of_its_own(seed, device):
+    model = tiny(8, (4, 2), V=5, device=device)
+    (_, zero), _ = sample_of(model, 8, seed=0)
+    (_, other), _ = sample_of(model, 8, seed=seed)
+    assert not torch.equal(zero, other)
+
+
+def test_draws_follow_the_distribution():
+    """u over a fine grid: each entry gets its probability; ends of the range; what has no probability is never drawn."""
+    logits = torch.tensor([-math.inf, 0.3, -math.inf, 1.2, -0.5, -math.inf])
+    n = 100_000
+    drawn = dq.draw(logits.expand(n, -1), (torch.arange(n) + 0.5) / n)
+    torch.testing.assert_close(torch.bincount(drawn, minlength=6) / n, logits.softmax(0), atol=2e-5, rtol=0)
+    assert (drawn.diff() >= 0).all()
+    for logits in torch.randn(50, 40).masked_fill(torch.rand(50, 40) < 0.7, -math.inf):
+        logits[17] = 0.1
+        ends = dq.draw(logits.expand(3, -1), torch.tensor([2.0 ** -24, 0.5, 1.0]))
+        possible = logits.isfinite().nonzero().flatten()
+        assert ends[0] == possible[0] and ends[2] == possible[-1]
 
 
 def test_given_tilings_and_given_codes_are_kept(device):
     model = tiny(8, (4, 2, 1), V=5, device=device)
     layout = model.layout
     wanted = torch.randint(0, 3, (6, 2, 2), device=device)
-    (pos, code), _ = sample_of(model, 6, given=dq.given_tiling(layout, wanted))
+    (pos, code), _ = sample_of(model, 6, given=given_tiling(layout, wanted))
     codes, grains = layout.unpack(pos, code)
     assert torch.equal(grains, wanted) and (codes >= 0).all()
     for keep in range(4):
-        (pos2, code2), _ = sample_of(model, 6, seed=8, given=dq.given_coarse(layout, codes, grains, keep))
+        (pos2, code2), _ = sample_of(model, 6, seed=8, given=given_coarse(layout, codes, grains, keep))
         codes2, grains2 = layout.unpack(pos2, code2)
         kept = grains < keep
         assert torch.equal(grains2[kept], grains[kept]) and (grains2[~kept] >= keep).all()

@@ -1,12 +1,17 @@
 """DQ-VAE: routing, budget, codebook, and the way the gradient takes."""
+import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 import dq
-from dq import DQVAE, Codebook, EntropyRouter, GrainRouter, RandomRouter, ToyShapes, VAEConfig, budget_loss
+import train_transformer
+import train_vae
+from dq import DQVAE, Codebook, EntropyRouter, GrainRouter, RandomRouter, VAEConfig, budget_loss, one_hot
+from sample import ToyShapes
 
 
 def small(**kwargs):
@@ -85,10 +90,42 @@ def test_budget_loss_lets_images_differ():
     assert budget_loss(gate, (0.5, 0.5)) == 0
 
 
+@pytest.mark.parametrize("K", [2, 3])
+def test_budget_loss_equals_a_loop_and_pulls_on_all_regions_alike(K):
+    ratios = torch.rand(K).softmax(0).tolist()
+    gate = one_hot(torch.randint(0, K, (3, 2, 2)), K).requires_grad_()
+    loss = budget_loss(gate, ratios)
+    loss.backward()
+    wanted = 0.0
+    for k, ratio in enumerate(ratios):
+        share = sum(gate[b, k, y, x].item() for b in range(3) for y in range(2) for x in range(2)) / 12
+        wanted += (share - ratio) ** 2
+        torch.testing.assert_close(gate.grad[:, k], torch.full((3, 2, 2), 2 * (share - ratio) / 12))
+    assert float(loss.detach()) == pytest.approx(wanted)
+
+
+def test_nearest_code_equals_a_loop():
+    book, z = Codebook(7, 3), torch.randn(50, 3)
+    book.codes.copy_(torch.randn(7, 3) * torch.linspace(0.2, 3, 7)[:, None])  # short ones and long ones
+    ids = book.assign(z)
+    assert len(ids.unique()) > 3
+    for vector, i in zip(z, ids.tolist()):
+        assert i == min(range(7), key=lambda v: float((book.codes[v] - vector).square().sum()))
+
+
+def test_straight_through_has_the_value_of_q_and_the_gradient_of_z():
+    z, q, cost = torch.randn(5, 3, requires_grad=True), torch.randn(5, 3), torch.randn(5, 3)
+    out = dq.straight_through(z, q)
+    torch.testing.assert_close(out.detach(), q)
+    (out * cost).sum().backward()
+    torch.testing.assert_close(z.grad, cost)
+
+
 @pytest.mark.parametrize("age, decay", [(0, 0.1), (5, 0.4), (1000, 0.9)])
 def test_ema_update_equals_a_loop_over_codes(age, decay):
     V, D = 6, 3
-    book = Codebook(V, D, decay=0.9, dead_below=0.0)
+    book = Codebook(V, D, decay=0.9)
+    book.restart = lambda *_: None
     book.codes.normal_()
     book.uses.uniform_(1, 2)
     book.sums.copy_(book.codes * book.uses[:, None])
@@ -130,18 +167,28 @@ def test_commitment_counts_every_code_once_and_pulls_only_the_encoder():
 
 
 def test_restart_revives_dead_codes_and_leaves_the_others():
-    book = Codebook(8, 2)
-    z = torch.randn(4, 2, 4, 4)
-    book(z, torch.ones(4, 4, 4))
-    assert (book.uses > 0).all()                                             # the first batch initialises all codes
-    book.codes[5], book.uses[5], book.sums[5] = 100.0, 0.0, 0.0
-    before = book.codes.clone()
-    book.restart(z.permute(0, 2, 3, 1).reshape(-1, 2), torch.ones(64))
-    assert book.codes[5].abs().max() < 10
+    book, z, weight = Codebook(8, 2), torch.randn(64, 2), torch.full((64,), 0.5)
+    book.restart(z, weight)                                                  # the first batch initialises all codes
+    assert (book.uses == 4).all()                                            # 64 / 2 uses for 8 codes
+    book.uses.copy_(torch.arange(8) + 1)
+    book.sums.copy_(book.codes * book.uses[:, None])
+    book.codes[5], book.uses[5], book.sums[5] = 100.0, 0.39, 39.0            # used less than a tenth of 4 times
+    before = [t.clone() for t in (book.codes, book.uses, book.sums)]
+    book.restart(z, weight)
     others = torch.arange(8) != 5
-    torch.testing.assert_close(book.codes[others], before[others])
-    distance = (z.permute(0, 2, 3, 1).reshape(-1, 2) - book.codes[5]).norm(dim=1)
+    for t, was in zip((book.codes, book.uses, book.sums), before):
+        torch.testing.assert_close(t[others], was[others])
+    distance = (z - book.codes[5]).norm(dim=1)
     assert 0 < distance.min() < 0.1                                          # hardly beside a vector of the batch
+    assert book.uses[5] == 4
+    torch.testing.assert_close(book.sums[5], 4 * book.codes[5])
+
+
+def test_restart_draws_by_weight():
+    book, z = Codebook(8, 2), torch.rand(64, 2)
+    z[32:] += 100
+    book.restart(z, (torch.arange(64) < 32).float())
+    assert (book.codes < 50).all()
 
 
 def test_a_batch_of_few_different_vectors_gives_codes_that_differ():
@@ -154,7 +201,7 @@ def test_a_batch_of_few_different_vectors_gives_codes_that_differ():
 def test_entropy_thresholds_and_random_routing_give_the_asked_ratios(ratios):
     x = torch.stack([ToyShapes(64)[i][0] for i in range(128)])
     entropy = EntropyRouter(ratios, 8)
-    entropy.calibrate(x.split(32))
+    train_vae.calibrate(entropy, ratios, x.split(32))
     for router in (entropy, RandomRouter(ratios)):
         share = router(x, [torch.zeros(1, 1, 8, 8)]).mean(dim=(0, 2, 3))
         torch.testing.assert_close(share, torch.tensor(ratios), atol=0.02, rtol=0)
@@ -172,26 +219,76 @@ def test_entropy_equals_a_loop_over_pixels():
         assert abs(ours[0, r // 2, r % 2] - expected) < 1e-3
 
 
+TRIPLE = CASES[2]
+
+
+def test_mix_equals_a_loop():
+    """The mixed map, and what the gate learns from it, for a gate of any numbers."""
+    model = DQVAE(small(factors=TRIPLE[0], ratios=TRIPLE[1]))
+    maps, gate = [torch.randn(2, 32, s, s) for s in (2, 4, 8)], torch.rand(2, 3, 2, 2, requires_grad=True)
+    cost = torch.randn(2, 32, 8, 8)
+    mixed = model.mix(maps, gate)
+    (mixed * cost).sum().backward()
+    wanted, gradient = torch.zeros(2, 32, 8, 8), torch.zeros(2, 3, 2, 2)
+    for b, k, y, x in itertools.product(range(2), range(3), range(8), range(8)):
+        side = (4, 2, 1)[k]                                                  # of what one vector of this map fills
+        vector = maps[k][b, :, y // side, x // side]
+        wanted[b, :, y, x] += gate.detach()[b, k, y // 4, x // 4] * vector
+        gradient[b, k, y // 4, x // 4] += cost[b, :, y, x] @ vector
+    torch.testing.assert_close(mixed.detach(), wanted)
+    torch.testing.assert_close(gate.grad, gradient, atol=1e-4, rtol=1e-4)
+
+
+def test_cell_weight_equals_a_loop():
+    model, grains = DQVAE(small(factors=TRIPLE[0], ratios=TRIPLE[1])), torch.randint(0, 3, (2, 2, 2))
+    weight = model.cell_weight(one_hot(grains, 3).requires_grad_())
+    assert weight.shape == (2, 8, 8) and not weight.requires_grad
+    for b, y, x in itertools.product(range(2), range(8), range(8)):
+        assert weight[b, y, x] == 1 / (16, 4, 1)[grains[b, y // 4, x // 4]]  # one code for so many cells
+
+
+def test_the_decoder_adds_the_position_of_each_cell():
+    """Sines of a linear map of (x, y), plus a vector for the row and one for the column."""
+    decoder, z = DQVAE(small()).decoder, torch.randn(2, 32, 4, 4)
+    embedding, wanted = decoder.position, torch.zeros(2, 32, 4, 4)
+    matrix, bias = embedding.fourier.weight[:, :, 0, 0], embedding.fourier.bias
+    for b, y, x in itertools.product(range(2), range(4), range(4)):
+        at = torch.tensor([2 * x / 3 - 1, 2 * y / 3 - 1])                    # corners at -1 and 1
+        wanted[b, :, y, x] = z[b, :, y, x] + torch.sin(matrix @ at + bias) + embedding.rows[y] + embedding.columns[x]
+    torch.testing.assert_close(embedding(z), wanted)
+    out = decoder(z)
+    decoder.position = torch.nn.Identity()
+    torch.testing.assert_close(decoder(wanted), out)
+
+
+def stage_2_config(name):
+    """That of a preset, for the codes of its DQ-VAE."""
+    vae = train_vae.PRESETS[name][0]
+    return replace(train_transformer.PRESETS[name][0], size=vae.size, factors=vae.factors, codebook_size=vae.codebook_size)
+
+
 @pytest.mark.parametrize("name, encoder, codes", [
     ("ffhq256", 33.3, 256 * 2.5), ("imagenet256", 33.3, 256 * 2.5), ("imagenet256-triple", 59.2, 64 * (0.4 + 0.3 * 4 + 0.3 * 16))])
 def test_the_papers_presets_have_the_papers_sizes(name, encoder, codes):
     def millions(*modules):
         return sum(p.numel() for m in modules for p in m.parameters()) / 1e6
-    preset = dq.PRESETS[name]
+    config = train_vae.PRESETS[name][0]
     with torch.device("meta"):
-        vae, transformer = DQVAE(preset.vae), dq.DQTransformer(preset.transformer)
+        vae, transformer = DQVAE(config), dq.DQTransformer(stage_2_config(name))
     assert millions(vae.encoder, vae.router) == pytest.approx(encoder, rel=0.02)
     assert millions(vae.decoder) == pytest.approx(14.4, rel=0.02)
     assert millions(transformer) == pytest.approx(309, rel=0.02)
     layout = transformer.layout
-    assert layout.n_regions * sum(r * s for r, s in zip(preset.vae.ratios, layout.cells)) == pytest.approx(codes)
+    assert layout.n_regions * sum(r * s for r, s in zip(config.ratios, layout.cells)) == pytest.approx(codes)
 
 
-def test_the_stages_of_every_preset_fit_together():
-    for preset in dq.PRESETS.values():
-        for name in ("size", "factors", "codebook_size"):
-            assert getattr(preset.vae, name) == getattr(preset.transformer, name)
-        assert preset.train_vae.batch_size % preset.train_vae.accumulate == 0
+def test_both_stages_have_the_same_presets():
+    assert list(train_vae.PRESETS) == list(train_transformer.PRESETS)
+    for name in train_vae.PRESETS:
+        stage_2_config(name)                                                 # or a UserError
+        for presets in (train_vae.PRESETS, train_transformer.PRESETS):
+            schedule = presets[name][1]
+            assert schedule.batch_size % schedule.accumulate == 0
 
 
 def test_bad_configurations_are_refused():
