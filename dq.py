@@ -311,7 +311,7 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def restart(self, z, weight):
-        """Dead codes start anew at vectors of the batch (drawn by weight; noise of 1 % of their deviation added), and
+        """Dead codes start anew at vectors of the batch (drawn by weight, plus noise of 1 % of its deviation), and
         count as used as often as the mean, the batch's weight / V. At first all are dead. z: (M, D); weight: (M,)"""
         mean_uses = total(weight.sum()) / len(self.uses)
         dead = self.uses < self.dead_below * mean_uses                       # V
