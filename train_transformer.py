@@ -596,10 +596,10 @@ def main(argv=None):
             last, stopped = done == schedule.steps, stop.asked(done)
             evaluates = done % schedule.eval_every == 0 or last
             saves = done % args.save_every == 0 or last or stopped
+            if done % 10 == 0 or evaluates or saves:                         # no figure and no file of a broken state
+                newest = losses.read(checkpoint.last_good())
             if done % 10 == 0:
-                log.write(done, losses.read(checkpoint.last_good()))
-            if evaluates or saves:
-                losses.read(checkpoint.last_good())
+                log.write(done, newest)
             if evaluates and rank == 0:
                 with torch.random.fork_rng(gpus):                            # how often it is done changes nothing
                     figures = evaluate(model, held_out, device, autocast)

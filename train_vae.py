@@ -132,8 +132,8 @@ class Perceptual(nn.Module):
         with torch.no_grad():
             maps_of_x = list(self.maps(x))
         distance = 0.0
-        for weight, a, b in zip(self.weights, maps_of_x, self.maps(y)):
-            distance = distance + (weight * (a - b).square()).sum(1).mean(dim=(1, 2))  # B
+        for importance, a, b in zip(self.weights, maps_of_x, self.maps(y)):
+            distance = distance + (importance * (a - b).square()).sum(1).mean(dim=(1, 2))  # B
         return distance
 
 
@@ -628,10 +628,10 @@ def main(argv=None):
             last, stopped = done == schedule.steps, stop.asked(done)
             evaluates = done % schedule.eval_every == 0 or last
             saves = done % args.save_every == 0 or last or stopped
+            if done % 10 == 0 or evaluates or saves:                         # no figure and no file of a broken state
+                newest = losses.read(checkpoint.last_good())
             if done % 10 == 0:
-                log.write(done, losses.read(checkpoint.last_good()))
-            if evaluates or saves:
-                losses.read(checkpoint.last_good())
+                log.write(done, newest)
             if evaluates and rank == 0:
                 with torch.random.fork_rng([device] if on_gpu else []):      # how often it is done changes nothing
                     figures, y, grains = evaluate(model, images, detailed, autocast, perceptual)

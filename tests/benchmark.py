@@ -26,7 +26,6 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -133,8 +132,7 @@ def sampling(args):
         peak = f"  {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB at most" if device.type == "cuda" else ""
         pos, code = (t[:B] for t in fused())
         length = int((pos[0] != layout.end).sum()) + 1
-        u = [1 - np.random.default_rng([1, i]).random((layout.max_len, 2), np.float32) for i in range(B)]
-        u = torch.from_numpy(np.stack(u)).to(device)                         # B, L, 2: what decides the draws
+        u = dq.start(model, label[:B], dq.SampleOptions(), 1, None, 0, B)[0].uniform[:B]  # B, L, 2: decides the draws
         with torch.inference_mode():
             naive = 0.0
             for t in range(0, length, 16):

@@ -8,7 +8,6 @@ import sys
 
 import pytest
 
-import assignment
 import dq
 import test_layout
 import test_transformer
