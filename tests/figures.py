@@ -1,25 +1,37 @@
-"""README's figures about stage 1.
+"""The README's figures.
 
-python tests/figures.py rd OUT [--jobs N] [-- FLAGS]   trains what is missing below OUT (one folder a row: routers x budgets and
-                                             the fixed-length ends, each with FLAGS of train_vae.py), prints the
-                                             table and draws OUT/rate_distortion.png
-python tests/figures.py log FILE.jsonl       draws the curves of a run's log beside it, FILE.curves.png
+python tests/figures.py rd OUT [--jobs N] [-- FLAGS]
+    trains what is missing below OUT (one folder a row: routers x budgets and the fixed-length ends, each
+    with FLAGS of train_vae.py), prints the table and draws OUT/rate_distortion.png
+python tests/figures.py log FILE.jsonl
+    draws the curves of a run's log beside it, FILE.curves.png
+python tests/figures.py walk [CHECKPOINT] [--image FILE]
+    follows one picture through both models: a commented printout, and the same as a figure, walk.png
 """
 import argparse
+import colorsys
 import math
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+import torch
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+import dq  # noqa: E402
+import sample  # noqa: E402
 from train_transformer import read_log  # noqa: E402
 
 BUDGETS = (0.1, 0.3, 0.5, 0.7, 0.9)
+ROUTERS = ("learned", "entropy", "random")
 COLOURS = {"learned": "#c01530", "entropy": "#3a6ea5", "random": "#777777", "fixed": "#000000"}
+
+
+# ------------------------------------------------------------------------------------------------
+# Curves: rd and log
 
 
 def ticks(low, high, n=5):
@@ -62,62 +74,530 @@ def plot(curves, title, x_label, y_label="", size=(560, 400)):
             draw.line([right - 230, y, right - 190, y], fill=colour, width=4)
             draw.text((right - 180, y), name, fill="black", font=font, anchor="lm")
     draw.text(((left + right) // 2, h - 44), x_label, fill="black", font=font, anchor="ma")
-    draw.text(((left + right) // 2, 16), " · ".join(part for part in (title, y_label) if part), fill="black", font=font, anchor="ma")
+    title = " · ".join(part for part in (title, y_label) if part)
+    draw.text(((left + right) // 2, 16), title, fill="black", font=font, anchor="ma")
     return image.resize(size, Image.Resampling.LANCZOS)
 
 
 def rate_distortion(out, flags, jobs, factors):
+    """Train the rows that are not there yet, print their table and draw it."""
     rows = {"fixed-coarse": ["--factors", factors[0]], "fixed-fine": ["--factors", factors[1]]}
-    for router in ("learned", "entropy", "random"):
+    for router in ROUTERS:
         for budget in BUDGETS:
-            rows[f"{router}-{budget}"] = ["--factors", *factors, "--router", router, "--ratios", f"{1 - budget:.1f}", budget]
+            ratios = f"{1 - budget:.1f}", budget
+            rows[f"{router}-{budget}"] = ["--factors", *factors, "--router", router, "--ratios", *ratios]
 
     def train(name):
         if not (out / name / "vae.pt").exists():                             # written last
-            subprocess.run([sys.executable, ROOT / "train_vae.py", "--out", out / name, *map(str, rows[name]), *flags], check=True)
+            command = [sys.executable, ROOT / "train_vae.py", "--out", out / name, *map(str, rows[name]), *flags]
+            dq.require(subprocess.run(command).returncode == 0, f"the run {name} failed; what it said is above")
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(train, rows))
-    end = {name: read_log(out / name / "vae.jsonl")[-1] for name in rows}
+    logs = {name: read_log(out / name / "vae.jsonl") for name in rows}
+    for name, log in logs.items():
+        dq.require(log and "psnr" in log[-1], f"{out / name / 'vae.jsonl'} does not end with an evaluation")
 
     def point(name):
-        return end[name]["codes_per_image"], end[name]["psnr"]
+        return logs[name][-1]["codes_per_image"], logs[name][-1]["psnr"]
     (x0, y0), (x1, y1) = point("fixed-coarse"), point("fixed-fine")
     print("| fine budget | learned | entropy | random | straight line |\n|---|---|---|---|---|")
     print(f"| fixed, coarse: {x0:.0f} codes | {y0:.2f} | | | |")
     for budget in BUDGETS:
-        cells = ["{1:.2f} ({0:.1f})".format(*point(f"{router}-{budget}")) for router in ("learned", "entropy", "random")]
+        cells = ["{1:.2f} ({0:.1f})".format(*point(f"{router}-{budget}")) for router in ROUTERS]
         codes = point(f"learned-{budget}")[0]
         print(f"| {budget} | {' | '.join(cells)} | {y0 + (y1 - y0) * (codes - x0) / (x1 - x0):.2f} |")
     print(f"| fixed, fine: {x1:.0f} codes | {y1:.2f} | | | |")
-    curves = {router: (COLOURS[router], [point(f"{router}-{b}") for b in BUDGETS]) for router in ("learned", "entropy", "random")}
-    curves["fixed length"] = (COLOURS["fixed"], [(x0, y0), (x1, y1)])
-    plot(curves, "held-out PSNR, dB", "codes per image").save(out / "rate_distortion.png")
+    lines = {router: (COLOURS[router], [point(f"{router}-{b}") for b in BUDGETS]) for router in ROUTERS}
+    lines["fixed length"] = (COLOURS["fixed"], [(x0, y0), (x1, y1)])
+    plot(lines, "held-out PSNR, dB", "codes per image").save(out / "rate_distortion.png")
 
 
 def curves(path):
-    log = [{"held-out " * ("psnr" in line or "bits_per_pixel" in line) * (name != "step") + name: value for name, value in line.items()} for line in read_log(path)]
-    names = [name for name in dict.fromkeys(key for line in log for key in line) if name != "step" and any(isinstance(line.get(name), float) for line in log)]
+    """A panel for every number in the log; what evaluations and training steps both report are two."""
+    log = []
+    for line in read_log(path):
+        prefix = "held-out " if "psnr" in line or "bits_per_pixel" in line else ""
+        log.append({name if name == "step" else prefix + name: value for name, value in line.items()})
     panels = []
-    for name in names:
+    for name in dict.fromkeys(name for entry in log for name in entry if name != "step"):
         line = [(entry["step"], entry[name]) for entry in log if name in entry]
-        if len(line) > 1:
+        if len(line) > 1 and any(isinstance(value, float) for _, value in line):
             panels.append(plot({name: ("#c01530", line)}, name, "step", size=(300, 220)))
+    dq.require(panels, f"{path} is no log of a run, or holds no curve yet")
     sheet = Image.new("RGB", (4 * 300, -(-len(panels) // 4) * 220), "white")
     for i, panel in enumerate(panels):
         sheet.paste(panel, (i % 4 * 300, i // 4 * 220))
     sheet.save(path.with_suffix(".curves.png"))
 
 
-if __name__ == "__main__":
-    argv = sys.argv[1:]
-    flags = argv[argv.index("--") + 1:] if "--" in argv else []
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["rd", "log"])
-    parser.add_argument("path", type=Path)
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    parser.add_argument("--factors", type=int, nargs=2, default=(8, 4))
-    args = parser.parse_args(argv[:len(argv) - len(flags) - bool("--" in argv)])
-    if args.what == "rd":
-        rate_distortion(args.path, flags, args.jobs, args.factors)
+# ------------------------------------------------------------------------------------------------
+# A walk through one image: what both models make of it
+
+
+class Walk:
+    """One image on its way through both models. M: its pairs, up to and with the last EOS.
+
+    Built from x (3, S, S) in [-1, 1], its label (-1: none), and a seed, which only the random router needs.
+    """
+
+    @torch.inference_mode()
+    def __init__(self, model, vae, x, label=-1, seed=0):
+        self.config, self.layout, self.router, self.x = vae.config, model.layout, type(vae.router).__name__, x
+        K, label = self.layout.n_grains, torch.tensor([label])
+        self.names = {1: ["fixed"], 2: ["coarse", "fine"], 3: ["coarse", "medium", "fine"]}.get(K)
+        self.names = self.names or [f"granularity {k}" for k in range(K)]
+        with torch.random.fork_rng([]):
+            torch.manual_seed(seed)
+            seen = vae(x[None])
+            torch.manual_seed(seed)                                          # a random router shall score as it chose
+            self.score = vae.router.score(x[None], seen.maps)[0]             # h, w
+        self.grains, self.codes = seen.grains[0], seen.codes[0]              # h, w; H, W
+
+        pos, code = self.layout.pack(seen.codes, seen.grains)                # each 1, max_len
+        M = int((pos != self.layout.end).sum()) + 1
+        pos, code = pos[:, :M], code[:, :M]                                  # each 1, M
+        self.pos, self.code = pos[0], code[0]                                # M; the content of an EOS is -1
+        self.grain = self.layout.grain[self.pos]                             # M: granularity of each pair
+        self.counts = [int(((self.grain == k) & (self.code >= 0)).sum()) for k in range(K)]  # codes of each
+        self.n_codes = sum(self.counts)
+
+        # what the model expects in front of pair t, given the pairs before it; of the content also given pos[t]
+        place, content = model.logits(pos, code, label)                      # 1, M, P; 1, M, V
+        self.place = place[0].log_softmax(-1)                                # M, P: log p, -inf where not legal
+        self.content = content[0].log_softmax(-1)                            # M, V: log p
+        self.place_nats = -self.place.gather(1, self.pos[:, None])[:, 0]     # M
+        self.content_nats = -self.content.gather(1, self.code.clamp(min=0)[:, None])[:, 0]  # M
+        self.content_nats = self.content_nats.masked_fill(self.code < 0, 0.0)  # M
+        self.nats = (self.place_nats.sum() + self.content_nats.sum()).item()
+        self.forward = {name: loss.item() for name, loss in model(pos, code, label).items()}
+
+        self.decoded = vae.decode(self.layout.unpack(pos, code)[0])[0].clamp(-1, 1)  # 3, S, S: from the pairs alone
+        error = (self.decoded - x).square().mean().item()
+        self.psnr = 10 * math.log10(4 / max(error, 1e-10))                   # images in [-1, 1]: 4 is the range squared
+        self.bits_without = (self.n_codes * math.log2(self.config.codebook_size)  # a code: log2 V bits,
+                             + self.grains.numel() * math.log2(K))           # a region's granularity: log2 K
+
+    def where(self, position):
+        """A position id -> granularity k, region r, cell j in it; an EOS has neither region nor cell."""
+        k = int(self.layout.grain[position])
+        if self.layout.is_eos[position]:
+            return k, None, None
+        return k, *divmod(position - self.layout.offsets[k], self.layout.cells[k])
+
+    def describe(self, position):
+        """A position id in words."""
+        k, r, j = self.where(position)
+        if r is None:
+            return f"EOS of {self.names[k]}"
+        cells, side = self.layout.cells[k], self.layout.side
+        text = f"{self.names[k]}, region {r} (row {r // side}, column {r % side})"
+        if cells > 1:
+            side = math.isqrt(cells)
+            text += f", cell {j} (row {j // side}, column {j % side})"
+        return text
+
+    def moments(self):
+        """Steps t at which to look at the next place, and when that is: at the start, in the middle of the first
+        granularity's codes, behind each EOS but the last (if that is the only one: in front of it). Some may coincide.
+        """
+        eos = (self.code < 0).nonzero()[:, 0].tolist()
+        found = {eos[0] // 2: f"in the middle of the {self.names[0]} codes"}
+        if len(eos) == 1:
+            found[eos[0]] = "at the end"
+        for k, t in enumerate(eos[:-1]):
+            found[t + 1] = f"after the EOS of {self.names[k]}"
+        return sorted((found | {0: "at the start"}).items())
+
+
+# ------------------------------------------------------------------------------------------------
+# ... as a commented printout. Names in brackets are those of dq.py
+
+
+def matrix(values, form):
+    """(rows, columns) -> a line for each row."""
+    return ["       " + " ".join(format(value, form) for value in row) for row in values.tolist()]
+
+
+def plural(n, noun):
+    return f"{n} {noun}{'s' * (n != 1)}"
+
+
+def tell_grains(walk):
+    h, factor, names = walk.layout.side, walk.config.factors[0], walk.names
+    ends = " to ".join(f"{k} ({names[k]})" for k in sorted({0, len(names) - 1}))
+    meaning = {"learned": f"the mean granularity that it expects, {ends}",
+               "entropy": "the entropy of the region's grey levels, in nats",
+               "random": "a random number, blind to the picture"}[walk.config.router]
+    return [
+        f"1  Where is detail?   [DQVAE.quantize, {walk.router}]",
+        f"   The picture is cut into {h} x {h} regions of {factor} x {factor} pixels. The router scores each of them:",
+        f"   {meaning}.",
+        *matrix(walk.score, "5.2f"),
+        "   It chooses one of these for each region, the grains:",
+        *(f"       {k} = {name}: {plural(cells, 'code')} a region"
+          for k, (name, cells) in enumerate(zip(names, walk.layout.cells))),
+        "   and here its choice is",
+        *matrix(walk.grains, "5d"), ""]
+
+
+def tell_codes(walk):
+    V, N, K, cells = walk.config.codebook_size, walk.layout.n_regions, walk.layout.n_grains, walk.layout.cells
+    H, pixels, distinct = walk.layout.fine_side, walk.config.size ** 2, len(set(walk.code.tolist()) - {-1})
+    counts = " + ".join(f"{count} {name}" for count, name in zip(walk.counts, walk.names))
+    total = f"   {counts} = {plural(walk.n_codes, 'code')}, {distinct} of them different"
+    if K > 1:
+        total += f". (All {walk.names[0]} it would be {N * cells[0]}, all {walk.names[-1]} {N * cells[-1]}.)"
+    grains = f", {N} grains of log2 {K} = {math.log2(K):.4g}" if K > 1 else ""
+    return [
+        "2  What is there?   [DQVAE.mix, Codebook.assign]",
+        f"   Each cell of the finest grid, {H} x {H}, gets the number of the nearest of the codebook's {V} vectors.",
+        *(f"   A {name} code fills {cells[-1] // s} cells, which show the same number: it is one code all the same."
+          for name, s in list(zip(walk.names, cells))[:-1]),
+        *matrix(walk.codes, f"{len(str(V - 1))}d"),
+        total,
+        f"   Bits, if sent as they are: {plural(walk.n_codes, 'code')} of log2 {V} = {math.log2(V):.4g}{grains}; "
+        f"in all {walk.bits_without:.0f}, or {walk.bits_without / pixels:.3f} a pixel", ""]
+
+
+def tell_pairs(walk, shown):
+    """shown: of so many pairs of a granularity all are printed, of more the first and the last ones."""
+    layout = walk.layout
+    lines = ["3  In which order is it written?   [Layout.pack]",
+             "   As pairs of a place and a content, sorted by the id of the place:"]
+    for name, first, eos in zip(walk.names, layout.offsets, layout.eos):
+        lines.append(f"       ids {first} to {eos - 1} are {name}, {eos} is their EOS, an end token without content")
+    start = 0
+    for name, count in zip(walk.names, walk.counts):
+        left_out = range(0)
+        if count > shown:
+            left_out = range(start + shown - shown // 3, start + count - shown // 3)
+        lines.append(f"   {name}: {plural(count, 'code')}")
+        for t in range(start, start + count + 1):
+            position, code = int(walk.pos[t]), int(walk.code[t])
+            if t not in left_out:
+                what = f"{walk.describe(position)}  code {code}" if code >= 0 else "EOS"
+                lines.append(f"       t={t:<4d} id {position:<5d} {what}")
+            elif t == left_out[0]:
+                lines.append(f"       ... and {len(left_out)} more ...")
+        start += count + 1
+    return lines + [""]
+
+
+def tell_moments(walk, top=5):
+    P, V = walk.layout.n_positions, walk.config.codebook_size
+    lines = ["4  What does the transformer expect?   [DQTransformer.logits, Layout.legal]",
+             "   It knows the pairs before t. Its position stack says where the next code goes, among the legal places",
+             "   (the picture can still become whole); its content stack, told the place, says what is there.", ""]
+    for t, when in walk.moments():
+        p, came, legal = walk.place[t].exp(), int(walk.pos[t]), int(walk.place[t].isfinite().sum())
+        likely = p.argsort(descending=True)[:min(top, legal)].tolist()
+        listed = likely if came in likely else [*likely, came]
+        lines.append(f"   t={t}, {when}: {plural(legal, 'legal place')} of {P}")
+        for position in listed:
+            mark = "   <- what came" if position == came else ""
+            lines.append(f"       p {p[position]:.4f}  id {position:<5d} {walk.describe(position)}{mark}")
+        if legal > len(listed):
+            rest = (1 - p[listed].sum()).clamp(min=0)
+            lines.append(f"       p {rest:.4f}  all {legal - len(listed)} others together")
+        if walk.code[t] >= 0:
+            q, code = walk.content[t].exp(), int(walk.code[t])
+            rank, best = 1 + int((q > q[code]).sum()), int(q.argmax())
+            lines.append(f"     what is there: code {code}, p {q[code]:.4f}, number {rank} of {V} by likelihood"
+                         + (f"; number 1 is code {best}, p {q[best]:.4f}" if rank > 1 else ""))
+        lines.append("")
+    return lines
+
+
+def tell_cost(walk):
+    # `forward` takes cross entropies instead: if it said anything else, this file would be wrong
+    for ours, theirs in ((walk.place_nats, walk.forward["position"]), (walk.content_nats, walk.forward["content"])):
+        assert math.isclose(ours.sum().item(), theirs, rel_tol=1e-4, abs_tol=1e-3)
+    pixels, bits = walk.config.size ** 2, walk.nats / math.log(2)
+    rows = [(name, walk.grain == k) for k, name in enumerate(walk.names)] + [("all", walk.grain >= 0)]
+    return [
+        "5  What does it cost?   [DQTransformer.forward]",
+        "   -log p of what came, summed over the pairs, in nats:",
+        f"       {'':14}{'pairs':>7}{'places':>11}{'contents':>11}",
+        *(f"       {name:14}{int(row.sum()):7d}{walk.place_nats[row].sum():11.3f}{walk.content_nats[row].sum():11.3f}"
+          for name, row in rows),
+        f"   total {walk.nats:.3f} nats = {bits:.1f} bits = {bits / pixels:.3f} bits a pixel "
+        f"(without the transformer, see 2: {walk.bits_without / pixels:.3f})",
+        f"   DQTransformer.forward: {walk.forward['position']:.3f} + {walk.forward['content']:.3f} nats, the same",
+        f"   What these bits buy: the decoder gives the picture back with a PSNR of {walk.psnr:.2f} dB."]
+
+
+# ------------------------------------------------------------------------------------------------
+# ... and as a figure. It is drawn at twice its size and halved at the end, for smooth lines and letters
+
+
+SIDE, GAP, COLUMNS = 448, 36, 4          # of a panel, between panels; panels in a row
+BLUE, ORANGE, RED = "#3a6ea5", "#e07b00", "#c01530"                          # sample.draw_grains's: coarse to fine
+
+
+def code_colour(code):
+    """Always the same for a code; multiples of irrational numbers, mod 1, lie apart from each other."""
+    rgb = colorsys.hsv_to_rgb(code * 0.618034 % 1, 0.2 + 0.4 * (code * 0.414214 % 1), 0.97)
+    return tuple(round(255 * c) for c in rgb)
+
+
+def fit(picture):
+    """A square Pillow image -> SIDE x SIDE, its pixels kept apart where they are large."""
+    side = -(-SIDE // picture.width) * picture.width
+    return picture.resize((side, side), Image.Resampling.NEAREST).resize((SIDE, SIDE), Image.Resampling.BOX)
+
+
+def box_of(walk, position):
+    """The pixels of a panel that a place covers: left, top, right, bottom."""
+    k, r, j = walk.where(position)
+    n = math.isqrt(walk.layout.cells[k])                                     # cells along a region's side
+    row, column = r // walk.layout.side * n + j // n, r % walk.layout.side * n + j % n
+    side = SIDE / (walk.layout.side * n)
+    return [round(column * side), round(row * side), round((column + 1) * side), round((row + 1) * side)]
+
+
+def write_inside(pen, box, text, widest):
+    """In the middle of the box, as large as the text `widest` would fit; not at all where it is too small to read."""
+    width, height = box[2] - box[0], box[3] - box[1]
+    for size in (26, 22, 20):
+        font = ImageFont.load_default(size)
+        if font.getlength(widest) < 0.88 * width and size < height:
+            pen.text(((box[0] + box[2]) / 2, (box[1] + box[3]) / 2), text, fill="black", font=font, anchor="mm")
+            return
+
+
+def between(a, b, t):
+    """A colour on the way from a to b."""
+    return tuple(round(x + (y - x) * t) for x, y in zip(ImageColor.getrgb(a), ImageColor.getrgb(b)))
+
+
+def draw_score(walk):
+    """From blue, where coarse codes will do, over white to the colour of the finest granularity."""
+    low, high = walk.score.min().item(), walk.score.max().item()
+    if walk.config.router == "learned":                                      # then white is the middle of the scale
+        low, high = 0, walk.layout.n_grains - 1
+    warm = RED if walk.layout.n_grains > 2 else ORANGE
+    panel = Image.new("RGB", (SIDE, SIDE))
+    pen = ImageDraw.Draw(panel)
+    for r, value in enumerate(walk.score.flatten().tolist()):
+        t = (value - low) / (high - low) if high > low else 0.0
+        box, colour = box_of(walk, walk.layout.offsets[0] + r), between(BLUE, "white", 2 * t)
+        pen.rectangle(box, fill=colour if t < 0.5 else between("white", warm, 2 * t - 1), outline="#bbbbbb")
+        write_inside(pen, box, f"{value:.2f}", widest="0.00")
+    return panel
+
+
+def draw_codes(walk):
+    """A rectangle for every code; its colour says its number, and so does a figure where there is room."""
+    panel, widest = Image.new("RGB", (SIDE, SIDE), "white"), str(walk.config.codebook_size - 1)
+    pen = ImageDraw.Draw(panel)
+    for position, code in zip(walk.pos.tolist(), walk.code.tolist()):
+        if code >= 0:
+            pen.rectangle(box_of(walk, position), fill=code_colour(code), outline="white", width=2)
+            write_inside(pen, box_of(walk, position), str(code), widest)
+    return panel
+
+
+def draw_pairs(walk, width):
+    """A line for each granularity: its pairs in order, the id of the place above, the code below. Of many pairs the
+    first and the last ones and those at which a panel looks at the next place; these have arrows."""
+    moments = [t for t, _ in walk.moments()[:3]]
+    widest = max("EOS", str(walk.layout.end), str(walk.config.codebook_size - 1), key=len)
+    step, height, above, left = 13 * len(widest) + 12, 64, 40, 170
+    panel = Image.new("RGB", (width, len(walk.names) * (above + height)), "white")
+    pen, small, large = ImageDraw.Draw(panel), ImageFont.load_default(20), ImageFont.load_default(26)
+    room, start = (width - left) // step, 0
+    for k, (name, count) in enumerate(zip(walk.names, walk.counts)):
+        eos, y = start + count, k * (above + height) + above
+        shown = list(range(start, eos + 1))
+        if len(shown) > room:
+            n = (room - 5) // 2                                              # 5: a moment, its neighbours, two gaps
+            near = {t + d for t in moments for d in (-1, 0, 1) if start <= t + d <= eos}
+            shown = sorted({*shown[:n], *near, *shown[-n:]})
+        pen.text((0, y + height / 2), name, fill="black", font=large, anchor="lm")
+        x = left
+        for former, t in zip([start - 1, *shown], shown):
+            if t > former + 1:
+                pen.text((x + step / 2, y + height / 2), "...", fill="black", font=large, anchor="mm")
+                x += step
+            code = int(walk.code[t])
+            upper, lower = [x, y, x + step, y + height / 2], [x, y + height / 2, x + step, y + height]
+            pen.rectangle(upper, outline="#bbbbbb", fill="#f3f3f3")
+            pen.rectangle(lower, outline="#bbbbbb", fill=code_colour(code) if code >= 0 else "#dddddd")
+            write_inside(pen, upper, str(int(walk.pos[t])), widest)
+            write_inside(pen, lower, str(code) if code >= 0 else "EOS", widest)
+            if t in moments:
+                middle = x + step / 2
+                pen.polygon([middle - 8, y - 12, middle + 8, y - 12, middle, y - 3], fill="black")
+                pen.text((min(middle, width - 32), y - 14), f"t={t}", fill="black", font=small, anchor="mb")
+            x += step
+        start = eos + 1
+    return panel
+
+
+def draw_places(walk, t):
+    """The probabilities of the next place in front of pair t, in red over the picture; what came is framed.
+
+    The picture is pale where nothing is written yet.
+    """
+    picture = fit(sample.to_picture(walk.x))
+    panel = Image.blend(picture.convert("L").convert("RGB"), Image.new("RGB", picture.size, "white"), 0.7)
+    for position in walk.pos[:t].tolist():
+        if not walk.layout.is_eos[position]:
+            box = box_of(walk, position)
+            panel.paste(picture.crop(box), box)
+    p = walk.place[t].exp().tolist()
+    legal = [i for i in walk.place[t].isfinite().nonzero()[:, 0].tolist() if not walk.layout.is_eos[i]]
+    for position in legal:                                                   # the root makes one in a hundred visible
+        box = box_of(walk, position)
+        red = Image.new("RGB", (box[2] - box[0], box[3] - box[1]), RED)
+        panel.paste(Image.blend(panel.crop(box), red, 0.85 * p[position] ** 0.5), box)
+    pen = ImageDraw.Draw(panel)
+    for position in legal:
+        pen.rectangle(box_of(walk, position), outline=RED, width=1)
+        if p[position] >= 0.01:
+            write_inside(pen, box_of(walk, position), f"{100 * p[position]:.0f}", widest="100")
+    came = int(walk.pos[t])
+    left, top, right, bottom = [0, 0, SIDE, SIDE] if walk.layout.is_eos[came] else box_of(walk, came)
+    frame = [max(left - 3, 0), max(top - 3, 0), min(right + 2, SIDE - 1), min(bottom + 2, SIDE - 1)]
+    pen.rectangle(frame, outline="black", width=5)
+    return panel
+
+
+def caption_places(walk, t, when):
+    p, came, legal = walk.place[t].exp(), int(walk.pos[t]), walk.place[t].isfinite()
+    text = f"{when[0].upper()}{when[1:]}. " + ("In colour: written so far. " if t else "")
+    if legal.sum() == 1 and walk.layout.is_eos[came]:
+        return text + "Nothing is left: EOS is certain."
+    if legal.sum() == 1:
+        return text + f"The {walk.names[int(walk.grain[t])]} codes fill what is left, in order: the next is certain."
+    text += "" if t else "Red: where the first code may go, in percent. "
+    eos = int((legal & walk.layout.is_eos).nonzero())
+    came_text = "EOS, so all is framed" if came == eos else f"the frame, p {p[came]:.1%}"
+    return text + f"What came: {came_text}. EOS: p {p[eos]:.1%}."
+
+
+def draw_walk(walk, class_name=""):
+    """-> Pillow image: four panels, the pairs, four panels; each has a title above and a caption below."""
+    S, K, V = walk.config.size, walk.layout.n_grains, walk.config.codebook_size
+    kinds = [f"{plural(cells, 'code')} ({('blue', 'orange', 'red')[k % 3]})"
+             for k, cells in enumerate(walk.layout.cells)]
+    score = {"learned": f"The router's: how fine each region's codes should be, from 0 to {K - 1}." if K > 1 else
+                        "The router's; with one granularity it has nothing to say.",
+             "entropy": "The router's: entropy of each region's grey levels, in nats.",
+             "random": "The router's: random numbers."}[walk.config.router]
+    bits = walk.nats / math.log(2)
+    first = [
+        ("picture", fit(sample.to_picture(walk.x)), f"{S} x {S} pixels{class_name and ', class ' + class_name}."),
+        ("score", draw_score(walk), score),
+        ("grains", fit(sample.draw_grains(walk.x, walk.grains, walk.config.factors)),
+         f"The router's choice for each region: {' or '.join(kinds)}."),
+        ("codes", draw_codes(walk), f"{plural(walk.n_codes, 'code')} of a codebook of {V}, by number and colour.")]
+    width = COLUMNS * (SIDE + GAP) - GAP
+    pairs = [("pairs", draw_pairs(walk, width),
+              "The same codes in the order in which the transformer writes them. Above: the id of the place, which "
+              "also tells the granularity. Below: the code. EOS ends a granularity. At the arrows, the panels below "
+              "ask for the next place.")]
+    last = [
+        *((f"next place, t = {t}", draw_places(walk, t), caption_places(walk, t, when))
+          for t, when in walk.moments()[:3]),
+        ("decoded", fit(sample.to_picture(walk.decoded)),
+         f"From the codes alone: PSNR {walk.psnr:.1f} dB, for {bits:.0f} bits, {bits / S ** 2:.3f} a pixel.")]
+
+    titles, captions = ImageFont.load_default(30), ImageFont.load_default(25)
+    sheet, y, number = Image.new("RGB", (width + 2 * GAP, 4000), "white"), GAP, 1
+    pen = ImageDraw.Draw(sheet)
+    for row in (first, pairs, last):
+        ends = []
+        for i, (title, panel, caption) in enumerate(row):
+            x, below = GAP + i * (SIDE + GAP), y + 44 + panel.height + 12
+            pen.text((x, y), f"{number}  {title}", fill="black", font=titles)
+            sheet.paste(panel, (x, y + 44))
+            text = wrap(caption, captions, panel.width)
+            pen.multiline_text((x, below), text, fill="#333333", font=captions, spacing=6)
+            ends.append(pen.multiline_textbbox((x, below), text, font=captions, spacing=6)[3])
+            number += 1
+        y = math.ceil(max(ends)) + GAP
+    sheet = sheet.crop((0, 0, sheet.width, y + y % 2))
+    return sheet.resize((sheet.width // 2, sheet.height // 2), Image.Resampling.LANCZOS)
+
+
+def wrap(text, font, width):
+    """The text with line breaks between words, so that no line is wider."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return "\n".join(lines)
+
+
+def walk_through(args):
+    out = args.out or args.checkpoint.parent / "walk.png"
+    sample.check_ending("--out", out)
+    dq.require(0 <= args.seed < 2 ** 64, f"--seed must be at least 0 and below 2**64, not {args.seed}")
+    dq.require(args.pairs >= 1, f"--pairs must be at least 1, not {args.pairs}")
+    model, vae = dq.load_transformer(args.checkpoint, "cpu")
+    size, classes = vae.config.size, model.config.classes
+    if args.image:
+        x, label, name = sample.load_image(args.image, size), -1, str(args.image)
     else:
-        curves(args.path)
+        toy = sample.open_data(None, size)[1]
+        x, label = toy[args.seed]
+        name = f"held-out toy image {args.seed % len(toy)}"
+        label = label if classes == toy.classes else -1                      # a model of other pictures knows none
+    if args.label is not None:
+        label = sample.label_number(args.label, classes)
+    class_name = sample.caption(label, classes) if label >= 0 else ""
+    walk = Walk(model, vae, x, label, args.seed)
+    of_class = f"class {class_name}" if class_name else "no class"
+    print(f"A walk through {name} ({size} x {size} pixels, {of_class}), by the models of {args.checkpoint}\n")
+    print("\n".join([*tell_grains(walk), *tell_codes(walk), *tell_pairs(walk, args.pairs), *tell_moments(walk),
+                     *tell_cost(walk)]))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    sample.save_picture(out, draw_walk(walk, class_name))
+    print(f"\nwrote {out}")
+
+
+# ------------------------------------------------------------------------------------------------
+# The commands
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else [str(arg) for arg in argv]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    add = commands.add_parser("rd", help="rate and distortion of the routers",
+                              epilog="What stands behind -- goes to train_vae.py.").add_argument
+    add("out", metavar="OUT", type=Path, help="folder of the runs")
+    add("--jobs", type=int, default=1, help="runs at a time")
+    add("--factors", type=int, nargs=2, default=(8, 4))
+
+    add = commands.add_parser("log", help="curves of a run").add_argument
+    add("log", metavar="FILE.jsonl", type=Path)
+
+    add = commands.add_parser("walk", help="one picture, step by step",
+                              formatter_class=argparse.ArgumentDefaultsHelpFormatter).add_argument
+    add("checkpoint", nargs="?", type=Path, default=Path("out/transformer.pt"), help="what train_transformer.py wrote")
+    add("--image", metavar="FILE", type=Path, help="any picture; None: a held-out toy image")
+    add("--label", help="its class, by name or number; None: that of the toy image, or none")
+    add("--seed", type=int, default=0, help="which toy image; also what a random router draws")
+    add("--pairs", metavar="N", type=int, default=9, help="of each granularity, print so many pairs at most")
+    add("--out", metavar="PNG", type=Path, help="None: walk.png in the checkpoint's folder")
+
+    cut = argv.index("--") if "--" in argv else len(argv)                    # behind it: flags of train_vae.py
+    args, flags = parser.parse_args(argv[:cut]), argv[cut + 1:]
+    if flags and args.command != "rd":
+        parser.error(f"{args.command} takes nothing after --")
+    if args.command == "rd":
+        rate_distortion(args.out, flags, args.jobs, args.factors)
+    elif args.command == "log":
+        curves(args.log)
+    else:
+        walk_through(args)
+
+
+if __name__ == "__main__":
+    sample.run(main)
