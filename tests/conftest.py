@@ -29,8 +29,16 @@ def seed():
     torch.manual_seed(0)
 
 
-def script(name, *args, cwd=None):
-    return subprocess.run([sys.executable, str(ROOT / name), *map(str, args)], capture_output=True, text=True, cwd=cwd)
+def call(main, *args):
+    """A script's main as the shell calls it, in this process. -> the line that it ends with, or None"""
+    try:
+        sample.run(lambda: main(list(map(str, args))))
+    except SystemExit as end:
+        return end.code
+
+
+def script(name, *args):
+    return subprocess.run([sys.executable, str(ROOT / name), *map(str, args)], capture_output=True, text=True)
 
 
 @pytest.fixture(scope="session")

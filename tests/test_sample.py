@@ -8,20 +8,12 @@ from PIL import Image, ImageFont
 
 import dq
 import sample
-from conftest import DEVICE
+from conftest import DEVICE, call
 from test_transformer import tiny
 
 
-def call(*args):
-    """sample.py as the shell calls it. -> the line that it ends with, or None"""
-    try:
-        sample.run(lambda: sample.main([str(arg) for arg in args]))
-    except SystemExit as end:
-        return end.code
-
-
 def draw(run, *args):
-    return call(run / "transformer.pt", "--batch-size", 4, "--device", DEVICE, *args)
+    return call(sample.main, run / "transformer.pt", "--batch-size", 4, "--device", DEVICE, *args)
 
 
 @contextmanager
@@ -51,7 +43,7 @@ def nearly_full_disk(room=300):
 ])
 def test_what_could_not_be_written_is_refused_in_one_line(args, line, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert call("nowhere.pt", *args) == f"error: {line}"
+    assert call(sample.main, "nowhere.pt", *args) == f"error: {line}"
     assert not list(tmp_path.iterdir())
 
 

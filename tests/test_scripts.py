@@ -10,7 +10,7 @@ import dq
 import sample
 import train_transformer
 import train_vae
-from conftest import DEVICE, TRANSFORMER, VAE, script
+from conftest import DEVICE, TRANSFORMER, VAE, call, script
 
 
 @pytest.mark.parametrize("stage, fixture, figures", [
@@ -47,29 +47,27 @@ def test_sampling_with_every_option(run, images, tmp_path):
                   ["--label", "3", "--grain-map", tmp_path / "map.png"],
                   ["--input", photo, "--keep", 1],
                   ["--dtype", "fp32"]):
-        done = script("sample.py", run / "transformer.pt", "--n", 5, "--batch-size", 3, "--device", DEVICE,
-                      "--out", tmp_path / "grid.png", "--save-dir", tmp_path / "all", *extra)
-        assert done.returncode == 0, done.stderr
+        assert call(sample.main, run / "transformer.pt", "--n", 5, "--batch-size", 3, "--device", DEVICE,
+                    "--out", tmp_path / "grid.png", "--save-dir", tmp_path / "all", *extra) is None
         assert sorted(p.name for p in (tmp_path / "all").glob("*.png")) == [f"{i:06d}.png" for i in range(5)]
         assert Image.open(tmp_path / "all/000004.png").size == (16, 16)
     assert Image.open(tmp_path / "grid.png").width > 200
     assert Image.open(tmp_path / "x.gif").n_frames > 4
 
 
-def test_the_toy_data_needs_no_folder(tmp_path):
-    done = script("train_vae.py", *VAE, "--steps", 2, "--router", "entropy", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+def test_the_toy_data_needs_no_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert call(train_vae.main, *VAE, "--steps", 2, "--router", "entropy") is None
     figures = json.loads((tmp_path / "out/vae.jsonl").read_text().splitlines()[-1])
     assert 0 <= figures["auc"] <= 1 and abs(figures["share"][1] - 0.5) < 0.1
 
 
 def test_three_granularities_without_classes_and_with_loader_processes(images, tmp_path):
     common = ["--data", images, "--out", tmp_path, "--steps", 2, "--workers", 1]
-    for name, *flags in (("train_vae.py", *common, *VAE, "--factors", 8, 4, 2),
-                         ("train_transformer.py", *common, *TRANSFORMER, "--uncond"),
-                         ("sample.py", tmp_path / "transformer.pt", "--n", 3, "--device", DEVICE)):
-        done = script(name, *flags)
-        assert done.returncode == 0, done.stderr
+    for module, *flags in ((train_vae, *common, *VAE, "--factors", 8, 4, 2),
+                           (train_transformer, *common, *TRANSFORMER, "--uncond"),
+                           (sample, tmp_path / "transformer.pt", "--n", 3, "--device", DEVICE)):
+        assert call(module.main, *flags) is None
     checkpoint = dq.load_checkpoint(tmp_path / "transformer.pt", "dq-transformer")
     assert checkpoint["config"]["factors"] == (8, 4, 2) and checkpoint["config"]["classes"] == ()
     assert checkpoint["vae_config"]["ratios"] == pytest.approx((1 / 3,) * 3)
