@@ -55,6 +55,11 @@ PRESETS = {
     "toy64": (
         dq.VAEConfig(size=64, codebook_size=512),
         VAESchedule(steps=4000, batch_size=32, lr=2e-3, clip=0.0)),
+    # a few thousand pictures in 40 codes each: what README's emoji were made with, an hour a stage on one CPU core
+    "emoji64": (
+        dq.VAEConfig(size=64, factors=(16, 8), codebook_size=1024, channels=128, multipliers=(1, 2, 4, 4),
+                     attention_from=8),
+        VAESchedule(steps=5000, batch_size=16, lr=1e-3, clip=0.0)),
     # a few thousand pictures with smooth surfaces and small features, 640 codes each, with all of the paper's losses
     "emoji128": (
         dq.VAEConfig(size=128, codebook_size=512, attention_from=8),
