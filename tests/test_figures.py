@@ -8,9 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
+import conftest
 import dq
 import figures
 import sample
+import symptoms
+from conftest import script
 from test_layout import naive_legal, naive_pack
 
 SHAPES = [(16, (8,)), (16, (8, 4)), (16, (8, 4, 2))]
@@ -18,11 +21,7 @@ NAMES = {1: ["fixed"], 2: ["coarse", "fine"], 3: ["coarse", "medium", "fine"]}
 
 
 def call(*args):
-    """figures.py as the shell calls it. -> the line that it ends with, or None"""
-    try:
-        sample.run(lambda: figures.main(args))
-    except SystemExit as end:
-        return end.code
+    return conftest.call(figures.main, *args)
 
 
 def untrained(path, size, factors, router="entropy", classes=()):
@@ -356,3 +355,21 @@ def test_the_curves_of_a_log(tmp_path, monkeypatch):
     assert Image.open(tmp_path / "vae.curves.png").size == (4 * 300, 220)
     path.write_text("no log\n")
     assert call("log", path) == f"error: {path} is no log of a run, or holds no curve yet"
+
+
+# ------------------------------------------------------------------------------------------------
+# Symptoms
+
+
+def test_a_symptom_is_provoked_and_told(tmp_path):
+    """Of one that ends by itself, and soon; and what is told of a log."""
+    done = script("tests/symptoms.py", tmp_path, "--only", "not a number")
+    assert done.returncode == 0 and "not finite in the loss" in done.stdout and "--lr 100" in done.stdout
+    assert len(list((tmp_path / "few").glob("*.png"))) == 96 and not (tmp_path / "symptoms.png").exists()
+    (tmp_path / "collapse").mkdir()
+    lines = [dict(step=step, **more) for step in (100, 200, 300)
+             for more in (dict(budget=0.5), dict(psnr=step / 10, codebook_used=0.25, perplexity=3.0))]
+    (tmp_path / "collapse/vae.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    case = next(case for case in symptoms.CASES if case.name == "collapse")
+    assert symptoms.told(case, tmp_path)[1] == (
+        "step 200: psnr 20, codebook_used 0.25, perplexity 3, (budget in training 0.50000)")
