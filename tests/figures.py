@@ -7,6 +7,8 @@ python tests/figures.py log FILE.jsonl
     draws the curves of a run's log beside it, FILE.curves.png
 python tests/figures.py walk [CHECKPOINT] [--image FILE]
     follows one picture through both models: a commented printout, and the same as a figure, walk.png
+python tests/figures.py neighbours CHECKPOINT --data DIR
+    draws samples, and below each its nearest training picture: are they copies?
 """
 import argparse
 import colorsys
@@ -23,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import dq  # noqa: E402
 import sample  # noqa: E402
-from train_transformer import read_log  # noqa: E402
+from train_transformer import natural, positive, read_log  # noqa: E402
 
 BUDGETS = (0.1, 0.3, 0.5, 0.7, 0.9)
 ROUTERS = ("learned", "entropy", "random")
@@ -561,6 +563,54 @@ def walk_through(args):
 
 
 # ------------------------------------------------------------------------------------------------
+# Samples beside the training pictures that are nearest to them
+
+
+def nearest(x, pictures):
+    """Of pictures (M, 3, S, S), also mirrored, that of the least mean squared difference to each of x (n, 3, S, S).
+
+    -> these, mirrored where that is nearer (n, 3, S, S), and the root of that difference (n,)
+    """
+    views = torch.stack([pictures, pictures.flip(3)], dim=1).flatten(0, 1)   # 2 M, 3, S, S
+    distance = torch.cdist(x.flatten(1), views.flatten(1)) / x[0].numel() ** 0.5  # n, 2 M
+    least, index = distance.min(dim=1)                                       # n
+    return views[index], least
+
+
+@torch.inference_mode()
+def neighbours(args):
+    """Draws samples; prints how far they, and held-out pictures, are from the nearest training picture."""
+    out = args.out or args.checkpoint.parent / "neighbours.png"
+    sample.check_ending("--out", out)
+    columns = min(args.n, args.columns)
+    dq.require(args.n % columns == 0, f"--n {args.n} is not a multiple of --columns {columns}")
+    model, vae = dq.load_transformer(args.checkpoint, "cpu")
+    classes, size = model.config.classes, vae.config.size
+    parts = []
+    for data in sample.open_data(args.data, size, skip=args.checkpoint.parent):
+        pairs = map(sample.Once(data).__getitem__, range(len(data)))
+        parts.append(torch.stack([x for x, label in pairs if label != sample.BROKEN]))
+    train, held_out = parts                                                  # M, 3, S, S each
+    label = torch.arange(args.n) % len(classes) if classes else torch.full((args.n,), -1)
+    options = dq.SampleOptions(args.temperature, cfg=args.cfg)
+    codes, _ = model.layout.unpack(*dq.generate(model, label, options, args.seed))
+    x = vae.decode(codes).clamp(-1, 1)                                       # n, 3, S, S
+    y = vae.decode(torch.cat([vae.encode(part)[0] for part in held_out.split(64)])).clamp(-1, 1)
+    (near, distance), (_, usual) = nearest(x, train), nearest(y, train)
+    captions = [sample.caption(int(k), classes) if classes else f"{i}" for i, k in enumerate(label)]
+    rows = []
+    for start in range(0, args.n, columns):
+        part = slice(start, start + columns)
+        for pictures, texts in ((x, captions[part]), (near, [f"rms {d:.2f}" for d in distance[part].tolist()])):
+            rows += zip(map(sample.to_picture, pictures[part]), texts)
+    sample.save_grid(out, [picture for picture, _ in rows], columns, [text for _, text in rows])
+    print(f"root mean square difference to the nearest of {len(train)} training pictures, also mirrored (median, least "
+          f"to most; pixels in [-1, 1])\n  {args.n} samples: {distance.median():.3f}, {distance.min():.3f} to "
+          f"{distance.max():.3f}\n  {len(y)} held-out pictures, encoded and decoded: {usual.median():.3f}, "
+          f"{usual.min():.3f} to {usual.max():.3f}\nwrote {out}")
+
+
+# ------------------------------------------------------------------------------------------------
 # The commands
 
 
@@ -587,6 +637,17 @@ def main(argv=None):
     add("--pairs", metavar="N", type=int, default=9, help="of each granularity, print so many pairs at most")
     add("--out", metavar="PNG", type=Path, help="None: walk.png in the checkpoint's folder")
 
+    add = commands.add_parser("neighbours", help="samples beside the nearest training pictures",
+                              formatter_class=argparse.ArgumentDefaultsHelpFormatter).add_argument
+    add("checkpoint", type=Path, help="what train_transformer.py wrote")
+    add("--data", metavar="DIR", help="what it was trained on; None: the built-in toy shapes")
+    add("--n", type=positive, default=8, help="number of samples")
+    add("--columns", type=positive, default=8, help="samples in a row")
+    add("--temperature", type=float, default=sample.parse([]).temperature)
+    add("--cfg", type=float, default=sample.parse([]).cfg, help="guidance")
+    add("--seed", type=natural, default=0)
+    add("--out", metavar="PNG", type=Path, help="None: neighbours.png in the checkpoint's folder")
+
     cut = argv.index("--") if "--" in argv else len(argv)                    # behind it: flags of train_vae.py
     args, flags = parser.parse_args(argv[:cut]), argv[cut + 1:]
     if flags and args.command != "rd":
@@ -595,8 +656,10 @@ def main(argv=None):
         rate_distortion(args.out, flags, args.jobs, args.factors)
     elif args.command == "log":
         curves(args.log)
-    else:
+    elif args.command == "walk":
         walk_through(args)
+    else:
+        neighbours(args)
 
 
 if __name__ == "__main__":

@@ -358,6 +358,32 @@ def test_the_curves_of_a_log(tmp_path, monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------
+# Neighbours
+
+
+def test_the_nearest_picture_is_that_of_a_loop():
+    pictures, x = torch.rand(7, 3, 8, 8), torch.rand(4, 3, 8, 8)
+    x[2] = pictures[5].flip(2)                                               # mirrored
+    near, distance = figures.nearest(x, pictures)
+    for i in range(4):
+        views = [view for picture in pictures for view in (picture, picture.flip(2))]
+        each = [((x[i] - view) ** 2).mean().sqrt().item() for view in views]
+        assert distance[i].item() == pytest.approx(min(each), abs=1e-5)
+        assert torch.equal(near[i], views[each.index(min(each))])
+    assert distance[2] < 1e-3 < distance[0] and torch.equal(near[2], x[2])
+
+
+def test_samples_are_shown_beside_their_neighbours(images, tmp_path, capsys):
+    path = tmp_path / "t.pt"
+    untrained(path, 16, (8, 4), classes=("circle", "cross"))
+    assert call("neighbours", path, "--data", images, "--n", 6, "--columns", 3) is None
+    assert "6 samples: " in capsys.readouterr().out
+    w, h = Image.open(tmp_path / "neighbours.png").size
+    assert (w, h) == (3 * 130 - 2, 4 * 144 - 2)                              # tiles of 128, 2 apart, lines of 14
+    assert call("neighbours", path, "--data", images, "--n", 5, "--columns", 3).startswith("error: --n 5 is not a")
+
+
+# ------------------------------------------------------------------------------------------------
 # Symptoms
 
 
