@@ -1,0 +1,331 @@
+"""The variants of tests/ablations.py: each is a proper distribution over the images, and without what it says."""
+import itertools
+from functools import lru_cache
+
+import pytest
+import torch
+
+import ablations
+import dq
+import test_transformer
+import train_transformer
+from conftest import TRANSFORMER, script
+from test_layout import grain_maps, padded, random_image
+from test_transformer import all_images, draws_as_the_naive_loop
+
+KNOWN = ablations.variants([])
+ORDERS = ["raster", "row-first"]
+MODELS = ["shared-position", "no-granularity", "no-order", "single-stack"]
+CASES = [(8, (4,)), (4, (2, 1)), (6, (2, 1)), (8, (4, 2, 1))]
+
+
+def tiny(name, size=4, factors=(2, 1), V=2, classes=(), layers=(2, 2)):
+    """A random model with opinions; what is taken out stays out."""
+    torch.manual_seed(1)
+    config = dq.TransformerConfig(size=size, factors=factors, codebook_size=V, classes=classes, width=16, heads=2,
+                                  position_layers=layers[0], content_layers=layers[1])
+    with KNOWN[name].classes():
+        model = dq.DQTransformer(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() > 1 and p.requires_grad:
+                p.normal_(std=0.25)
+    return model
+
+
+# ------------------------------------------------------------------------------------------------
+# Orders
+
+
+def naive_ids(name, side, factors, grains):
+    """The position ids of an image, by loops over its regions or its rows. grains: a list of side^2"""
+    cells = [(factors[0] // f) ** 2 for f in factors]
+    offsets = [sum(side ** 2 * s + 1 for s in cells[:k]) for k in range(len(factors) + 1)]
+    if name == "raster":
+        ids = [offsets[k] + r * cells[k] + j for r, k in enumerate(grains) for j in range(cells[k])]
+        return ids + [offsets[-1] - 1]
+    ids = []
+    for k, f in enumerate(factors):
+        c = factors[0] // f
+        for row, column in itertools.product(range(side * c), repeat=2):
+            r = row // c * side + column // c
+            if grains[r] == k:
+                ids.append(offsets[k] + r * c * c + row % c * c + column % c)
+        ids.append(offsets[k + 1] - 1)
+    return ids
+
+
+@lru_cache
+def tree(name, side, factors):
+    """All sequences of ids, one for each tiling, and {what an image begins with: the set of what then comes}."""
+    tilings = itertools.product(range(len(factors)), repeat=side ** 2)
+    sequences, follow = [naive_ids(name, side, factors, grains) for grains in tilings], {}
+    for ids in sequences:
+        for t, p in enumerate(ids):
+            follow.setdefault(tuple(ids[:t]), set()).add(p)
+        follow[tuple(ids)] = {ids[-1]}                                       # the end goes on for ever
+    return sequences, follow
+
+
+def may_follow(name, layout, prefix):
+    """As test_layout.naive_legal: the ids that may follow a list of ids."""
+    ids = list(itertools.takewhile(lambda p: p != layout.end, prefix))
+    factors = tuple(int(layout.cells[-1] ** 0.5 / s ** 0.5) for s in layout.cells)  # up to a common one
+    return tree(name, layout.side, factors)[1][tuple(ids + [layout.end] * (len(ids) < len(prefix)))]
+
+
+@pytest.mark.parametrize("size, factors", CASES)
+@pytest.mark.parametrize("name", ORDERS)
+def test_packing_equals_a_loop_and_unpacking_is_its_inverse(name, size, factors, device):
+    layout = KNOWN[name].layout(size, factors).to(device)
+    grains = grain_maps(layout, device)
+    codes = random_image(layout, grains)
+    pos, code = layout.pack(codes, grains)
+    assert pos.shape == code.shape == (len(codes), layout.max_len)
+    for b, each in enumerate(grains.flatten(1).tolist()):
+        canvas = dict(zip(*(x[b].tolist() for x in dq.Layout.pack(layout, codes, grains))))  # which content an id has
+        pairs = [(p, canvas[p]) for p in naive_ids(name, layout.side, factors, each)]
+        assert list(zip(pos[b].tolist(), code[b].tolist())) == padded(layout, pairs)
+    again = layout.unpack(pos, code)
+    assert torch.equal(again[0], codes) and torch.equal(again[1], grains)
+
+
+@pytest.mark.parametrize("size, factors", CASES)
+@pytest.mark.parametrize("name", ORDERS)
+def test_legal_is_what_tilings_go_on_with(name, size, factors, device):
+    """At each step of the sequences of all tilings: with the grains known so far, and in training with the final ones.
+
+    As every set is exact, every legal walk is one of these sequences.
+    """
+    layout = KNOWN[name].layout(size, factors).to(device)
+    sequences, _ = tree(name, layout.side, factors)
+    pos = torch.tensor([ids + [layout.end] * (layout.max_len - len(ids)) for ids in sequences], device=device)
+    prev = torch.nn.functional.pad(pos[:, :-1], (1, 0), value=-1)
+    final = layout.legal(prev, layout.grains(pos))
+    assert final.shape == (*pos.shape, layout.n_positions)
+    for t in range(layout.max_len):
+        known = layout.grains(pos[:, :t]) if t else torch.full((len(pos), layout.n_regions), -1, device=device)
+        assert torch.equal(layout.legal(prev[:, t], known), final[:, t])
+    for b, ids in enumerate(pos.tolist()):
+        for t in range(layout.max_len):
+            assert set(final[b, t].nonzero().flatten().tolist()) == may_follow(name, layout, ids[:t])
+
+
+def test_a_worked_example():
+    """2 x 2 regions, the first two of them fine; the ids of test_layout's picture."""
+    grains = torch.tensor([[[1, 1], [0, 0]]])
+    codes = torch.tensor([[[1, 2, 5, 6], [3, 4, 7, 8], [0, 0, 9, 9], [0, 0, 9, 9]]])
+    pos, code = (x[0, :11].tolist() for x in ablations.RowFirstLayout(4, (2, 1)).pack(codes, grains))
+    assert pos == [2, 3, 4, 5, 6, 9, 10, 7, 8, 11, 12] and code == [0, 9, -1, 1, 2, 5, 6, 3, 4, 7, 8]
+    pos, code = (x[0, :11].tolist() for x in ablations.RasterLayout(4, (2, 1)).pack(codes, grains))
+    assert pos == [5, 6, 7, 8, 9, 10, 11, 12, 2, 3, 21] and code == [1, 2, 3, 4, 5, 6, 7, 8, 0, 9, -1]
+
+
+# ------------------------------------------------------------------------------------------------
+# Every variant
+
+
+@pytest.mark.parametrize("name, side", [*((n, 2) for n in ORDERS), ("single-stack", 2), *((n, 1) for n in MODELS)])
+@torch.no_grad()
+def test_probabilities_of_all_images_sum_to_one(name, side):
+    """Of 2 x 2 regions where the order is another one, or the product has other factors; else of one region."""
+    model = tiny(name, 2 * side, layers=(1, 1))
+    codes, grains = all_images(model.layout, 2)
+    assert len(codes) == 18 ** side ** 2                                     # 18 or 104,976
+    total = 0.0
+    for c, g in zip(codes.split(8192), grains.split(8192)):
+        losses = model(*model.layout.pack(c, g))
+        total += (-(losses["position"] + losses["content"])).double().exp().sum().item()
+    assert abs(total - 1) < 1e-4
+
+
+@pytest.mark.parametrize("name", ORDERS + MODELS)
+@torch.no_grad()
+def test_probabilities_of_all_tilings_sum_to_one_with_three_granularities(name):
+    """One code only, so it has probability 1."""
+    model = tiny(name, 8, (4, 2, 1), V=1)
+    grains = torch.tensor(list(itertools.product(range(3), repeat=4))).view(-1, 2, 2)
+    losses = model(*model.layout.pack(torch.zeros(len(grains), 8, 8, dtype=torch.long), grains))
+    assert (losses["content"] == 0).all() and losses["position"].min() > 0
+    assert abs((-losses["position"]).double().exp().sum().item() - 1) < 1e-5
+
+
+@pytest.mark.parametrize("name", ORDERS + MODELS)
+@pytest.mark.parametrize("factors", [(4, 2), (4, 2, 1)])
+@torch.no_grad()
+def test_the_sampler_draws_what_the_naive_loop_draws(name, factors, monkeypatch):
+    if name in ORDERS:
+        monkeypatch.setattr(test_transformer, "naive_legal", lambda layout, prefix: may_follow(name, layout, prefix))
+    model = tiny(name, 8, factors, V=5, classes=("a", "b"))
+    draws_as_the_naive_loop(model, 2.5, dict(slots=2, bucket=8))
+    pos, code = dq.generate(model, torch.full((40,), -1), seed=5)
+    codes, grains = model.layout.unpack(pos, code)
+    assert (codes >= 0).all() and (grains >= 0).all()                        # complete
+    for again, drawn in zip(model.layout.pack(codes, grains), (pos, code)):  # and in order, each code once
+        assert torch.equal(again, drawn)
+
+
+# ------------------------------------------------------------------------------------------------
+# What each is without
+
+
+def parameters(model):
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def test_numbers_of_parameters():
+    n = {name: parameters(tiny(name, 8, (4, 2, 1))) for name in ["ours"] + ORDERS + MODELS}
+    ids, places, C = (4 + 1) + (16 + 1) + (64 + 1), 64 + 3, 16
+    assert n["raster"] == n["row-first"] == n["single-stack"] == n["ours"]
+    assert n["ours"] - n["shared-position"] == (ids - places) * C
+    assert n["ours"] - n["no-granularity"] == 3 * C
+    assert n["ours"] - n["no-order"] == (64 + 3) * C
+
+
+@torch.no_grad()
+def test_shared_positions_are_places_on_the_finest_grid():
+    """Two ids have one row if and only if their codes begin in the same cell; an EOS has its own."""
+    model = tiny("shared-position", 8, (4, 2, 1), V=5)
+    place = []
+    for f, c in ((4, 1), (2, 2), (1, 4)):                                    # c x c codes a region
+        for r, j in itertools.product(range(4), range(c * c)):
+            place.append((r // 2 * 4 + j // c * f, r % 2 * 4 + j % c * f))   # pixel, which here is a cell
+        place.append(f"end of {f}")
+    rows = model.position(torch.arange(len(place)))
+    same = (rows[:, None] == rows).all(-1)
+    assert same.tolist() == [[a == b for b in place] for a in place]
+    pos = torch.tensor([0, 5])                                               # the whole first region, and its quarter
+    a, b = model.embed(pos, torch.tensor([3, 3])) - model.granularity.weight[:2]
+    torch.testing.assert_close(a, b)
+
+
+@torch.no_grad()
+def test_without_granularity_a_pair_is_the_sum_of_two_rows():
+    model = tiny("no-granularity", 8, (4, 2, 1), V=5)
+    pos, code = torch.arange(model.layout.n_positions), torch.randint(0, 5, (model.layout.n_positions,))
+    assert torch.equal(model.embed(pos, code), model.content.weight[code] + model.position.weight)
+
+
+@torch.no_grad()
+def test_without_order_the_past_is_a_set():
+    """With one layer below the position head, that is: the next ones look at what that one has made of each prefix."""
+    pos, code = torch.tensor([[0, 2, 3, 4, 9, 10]]), torch.tensor([[1, 0, 1, -1, 0, 1]])
+    swapped = [2, 0, 1, 3, 4, 5]                                             # the coarse ones; the pair before stays
+    for name in ("ours", "no-order"):
+        model = tiny(name, layers=(1, 1))
+        a, b = model.logits(pos, code)[0], model.logits(pos[:, swapped], code[:, swapped])[0]
+        head = model.position_head.weight
+        hidden = []
+        for p, c in ((pos, code), (pos[:, swapped], code[:, swapped])):
+            x = torch.cat([model.condition.weight[-1:][None], model.embed(p, c)[:, :-1]], 1) + model.order.weight[:6]
+            hidden.append(model.position_norm(model.position_stack[0](x))[0, -1] @ head.t())
+        assert a.shape == b.shape and torch.allclose(*hidden, atol=1e-5) == (name == "no-order")
+
+
+@torch.no_grad()
+def test_a_single_stack_draws_contents_without_their_place():
+    pos, code = torch.tensor([[0, 2, 3, 4, 9, 10]]), torch.tensor([[1, 0, 1, -1, 0, 1]])
+    other = pos.clone()
+    other[0, 2] = 4
+    for name in ("ours", "single-stack"):
+        model = tiny(name, layers=(2, 4))
+        content, content2 = model.logits(pos, code)[1][0], model.logits(other, code)[1][0]
+        torch.testing.assert_close(content[:2], content2[:2])
+        assert torch.allclose(content[2], content2[2], atol=1e-5) == (name == "single-stack")
+        assert not torch.allclose(content[3], content2[3], atol=1e-5)        # the next one has seen it
+    assert (len(model.position_stack), len(model.content_stack)) == (6, 0)
+
+
+# ------------------------------------------------------------------------------------------------
+# The command
+
+FLAGS = ["--steps", 4, "--eval-every", 2, "--save-every", 2, "--dtype", "fp32", *TRANSFORMER]
+
+
+def call(out, vae, *args, flags=()):
+    ablations.main([out, "--vae", vae, *args, "--", *FLAGS, *flags])
+
+
+@pytest.fixture
+def argv(images, vae_run):
+    return dict(vae=vae_run / "vae.pt", flags=["--data", images, "--content-layers", 2])
+
+
+def test_the_figures_are_nats_of_the_same_codes(argv, images, tmp_path, capsys):
+    """Computed anew from the checkpoints, with the classes of each variant. A second call trains nothing."""
+    names = ["raster", "2+1"]
+    call(tmp_path, argv["vae"], "--seeds", 0, "--only", *names, flags=argv["flags"])
+    shown = capsys.readouterr().out
+    vae = dq.load_vae(argv["vae"], "cpu")
+    data = train_transformer.open_data(images, 16)[1]
+    held_out = [data[i] for i in range(len(data))]                           # the data set itself goes on for ever
+    with torch.no_grad():
+        codes, grains = vae.encode(torch.stack([x for x, _ in held_out]))
+    label = torch.tensor([y for _, y in held_out])
+    for name, layout, layers in (("raster", ablations.RasterLayout, (1, 2)), ("2+1", dq.Layout, (2, 1))):
+        with ablations.Variant(layout).classes():
+            model, _ = dq.load_transformer(tmp_path / f"{name}-0" / "transformer.pt", "cpu")
+        assert type(model.layout) is layout and (len(model.position_stack), len(model.content_stack)) == layers
+        with torch.no_grad():
+            losses = model(*model.layout.pack(codes, grains), label)
+        nats, position = sum(losses.values()).mean().item(), losses["position"].mean().item()
+        row = next(line for line in shown.splitlines() if line.startswith(f"| {name} |")).split(" | ")
+        assert abs(float(row[1]) - nats) < 0.006 and abs(float(row[4]) - position) < 0.006
+    assert train_transformer.read_log(tmp_path / "raster-0" / "transformer.jsonl")[-1]["step"] == 4
+    call(tmp_path, argv["vae"], "--seeds", 0, "--only", *names, flags=argv["flags"])
+    again = capsys.readouterr().out
+    assert again.count("nothing left to do") == 2 and again.endswith(shown[shown.index("Held-out"):])
+    with pytest.raises(dq.UserError, match="belongs to a run of 4 steps, not 6"):
+        call(tmp_path, argv["vae"], "--seeds", 0, "--only", *names, flags=[*argv["flags"], "--steps", 6])
+
+
+def test_a_stopped_run_goes_on(argv, tmp_path, monkeypatch):
+    """As if it had never stopped; and what has been taken out is not trained."""
+    call(tmp_path / "whole", argv["vae"], "--seeds", 0, "--only", "no-order", flags=argv["flags"])
+    save = train_transformer.Checkpoint.save
+
+    def save_and_stop(self, done):
+        save(self, done)
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_transformer.Checkpoint, "save", save_and_stop)
+        call(tmp_path / "halves", argv["vae"], "--seeds", 0, "--only", "no-order", flags=argv["flags"])
+    assert dq.DQTransformer is KNOWN["ours"].model                           # the classes are back
+    call(tmp_path / "halves", argv["vae"], "--seeds", 0, "--only", "no-order", flags=argv["flags"])
+    whole, halves = (dq.load_checkpoint(tmp_path / name / "no-order-0" / "transformer.pt", "dq-transformer")
+                     for name in ("whole", "halves"))
+    assert whole["step"] == halves["step"] == 4
+    assert all(torch.equal(whole["weights"][name], x) for name, x in halves["weights"].items())
+    assert (whole["weights"]["order.weight"] == 0).all() and (whole["weights"]["position.weight"] != 0).all()
+
+
+def test_the_table():
+    def log(*figures):
+        return [dict(nats_per_image=nats, position_nats=position) for nats, position in figures]
+    runs = {"ours": [log((12, 1), (10, 2)), log((9, 3), (14, 4))], "raster": [log((11.5, 1)), log((20, 5))]}
+    assert ablations.table(runs, [0, 7])[-2:] == [
+        "| ours | 10.00, 14.00 | 12.00 (10.00 to 14.00) | 0.00 (0.00 to 0.00) | 3.00 | 9.50 |",
+        "| raster | 11.50, 20.00 | 15.75 (11.50 to 20.00) | 3.75 (1.50 to 6.00) | 3.00 | 15.75 |"]
+    assert ablations.table({"raster": runs["raster"]}, [0, 7])[-1].split(" | ")[3].strip() == ""
+
+
+def test_variants_of_the_toy_preset():
+    assert list(KNOWN) == ["ours"] + ORDERS + MODELS + ["1+5", "3+3", "5+1"]
+    assert list(ablations.variants(["--preset", "imagenet256"]))[-3:] == ["1+23", "12+12", "23+1"]
+    args = train_transformer.parse(KNOWN["5+1"].flags)[0]
+    assert (args.position_layers, args.content_layers) == (5, 1)
+
+
+def test_wrong_input_ends_in_one_line(vae_run, tmp_path):
+    vae, out = vae_run / "vae.pt", tmp_path / "out"
+    done = script("tests/ablations.py", out, "--vae", vae, "--only", "ours", "rastr")
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("error: no such variant: rastr; there are ours, raster, ")
+    for flag in ("--seed=3", "--out", "--res", "--vae"):
+        with pytest.raises(dq.UserError, match="can't stand behind --"):
+            ablations.main([out, "--vae", vae, "--", flag])
+    with pytest.raises(dq.UserError, match="no such file"):
+        ablations.main([out, "--vae", tmp_path / "vae.pt"])
+    with pytest.raises(SystemExit):
+        ablations.main([out, "--vae", vae, "--", "--no-such-flag"])
+    assert not out.exists()
