@@ -1,10 +1,26 @@
-"""Do samples show the class that was asked for?    python tests/agreement.py [out/transformer.pt] [sample.py's options]
+"""How good are samples of the toy data?
 
-Trains a small classifier on real toy shapes, reports its accuracy on held-out ones, draws 400 samples,
-100 of each class, and reports how many the classifier puts into the class that was asked for.
+python tests/agreement.py [out/transformer.pt] [--n N] [--seed S] [sample.py's options]
+    Trains a small classifier on real toy shapes, and holds N other real images (which show what a perfect model would
+    get), N reconstructions of those and N samples against N real images:
+    FD         Frechet distance of the classifier's features, 0 for equal distributions. No FID: that is of Inception's
+               features. The scale is the classifier's, so only sets of one run, or of one table, can be compared
+    precision  share of the set that lies among the real images; recall: share of the real images that lie among the set
+    agreement  share of the set that the classifier puts into the class that was asked for
+
+python tests/agreement.py table OUT [--rows NAME ...] [--seeds S ...] [--n N] [--vae-steps N] [--steps N]
+    Generation against fixed length: trains what is missing below OUT (a stage 1 a row, a stage 2 a row and seed),
+    measures it, and prints one table. Stop it when you like: the same command goes on, and finds what is finished.
 """
 import argparse
+import contextlib
+import functools
+import itertools
+import json
+import statistics
 import sys
+import time
+import zlib
 from pathlib import Path
 
 import torch
@@ -12,53 +28,304 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import dq
-import sample
-from sample import ToyShapes
+import dq  # noqa: E402
+import sample  # noqa: E402
+import train_transformer  # noqa: E402
+import train_vae  # noqa: E402
+from benchmark import hardware  # noqa: E402
+from sample import ToyShapes  # noqa: E402
+from train_transformer import natural, number, positive  # noqa: E402
 
-parser = argparse.ArgumentParser()
-parser.add_argument("checkpoint", nargs="?", default="out/transformer.pt")
-for name, default in zip(dq.SampleOptions._fields, dq.SampleOptions()):
-    parser.add_argument("--" + name.replace("_", "-"), type=type(default), default=getattr(sample.parse([]), name))
-parser.add_argument("--seed", type=int, default=0)
-args = parser.parse_args()
-
-device, autocast = sample.pick_device("auto", "auto")
-model, vae = dq.load_transformer(args.checkpoint, device)
-S = vae.config.size
+TRAIN, TEST, REAL, OTHER = range(2_000_003, 2_000_007)                       # seeds of toy images, plus --seed
+NEIGHBOURS, SLOTS = 3, 64
+DEFAULTS = dq.SampleOptions(*(getattr(sample.parse([]), name) for name in dq.SampleOptions._fields))
+several = number(int, NEIGHBOURS + 1)
 
 
-def batch(dataset, indices):
-    x, y = zip(*(dataset[i] for i in indices))
+# ------------------------------------------------------------------------------------------------
+# The measures
+
+
+class Classifier(nn.Module):
+    """Images (B, 3, S, S) -> logits (B, 4), linear in 64 features, each a mean over the image.
+
+    They are few, so that 2,000 images fix their covariance: FD of real images among themselves is then near 0.
+    """
+
+    def __init__(self):
+        super().__init__()
+        layers, c = [], 3
+        for width in (32, 64, 64):
+            layers += [nn.Conv2d(c, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(2)]
+            c = width
+        self.body, self.head = nn.Sequential(*layers), nn.Linear(c, len(ToyShapes.classes))
+
+    def features(self, x):
+        return self.body(x).mean(dim=(2, 3))                                 # B, 64
+
+    def forward(self, x):
+        return self.head(self.features(x))                                   # B, 4
+
+
+def toy_images(size, n, seed, device="cpu"):
+    """-> n images (n, 3, S, S) and their labels (n,), the classes in turn."""
+    data = ToyShapes(size, n, seed)
+    x, y = zip(*(data[i] for i in range(n)))
     return torch.stack(x).to(device), torch.tensor(y, device=device)
 
 
-torch.manual_seed(args.seed)
-layers, c = [], 3
-for width in (32, 64, 128):
-    layers += [nn.Conv2d(c, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(2)]
-    c = width
-classifier = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(16 * c, 4)).to(device)
-optimizer, steps = torch.optim.AdamW(classifier.parameters(), lr=2e-3), 400
-schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
-real = ToyShapes(S, n=64 * steps, seed=args.seed + 7)
-for step in range(steps):
-    x, y = batch(real, range(64 * step, 64 * step + 64))
-    x = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1) if step % 2 else x   # half of them blurred:
-    x = x + 0.1 * torch.randn_like(x)                                       # shape counts, not crispness
-    optimizer.zero_grad()
-    F.cross_entropy(classifier(x), y).backward()
-    optimizer.step()
-    schedule.step()
-classifier.eval()
-with torch.inference_mode():
-    x, y = batch(ToyShapes(S, n=1000, seed=args.seed + 8), range(1000))
-    print(f"real held-out images classified right: {(classifier(x).argmax(1) == y).float().mean():.3f}")
-    label = torch.arange(400, device=device) % 4
+def train_classifier(size, seed=0, device="cpu", steps=400, batch_size=64):
+    """-> a Classifier of toy images, in evaluation mode."""
+    torch.manual_seed(seed)
+    classifier = Classifier().to(device)
+    optimizer = torch.optim.AdamW(classifier.parameters(), lr=2e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
+    images, labels = toy_images(size, steps * batch_size, seed + TRAIN, device)
+    for step, (x, y) in enumerate(zip(images.split(batch_size), labels.split(batch_size))):
+        x = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1) if step % 2 else x  # half of them blurred:
+        x = x + 0.1 * torch.randn_like(x)                                    # shape counts, not crispness
+        optimizer.zero_grad()
+        F.cross_entropy(classifier(x), y).backward()
+        optimizer.step()
+        schedule.step()
+    return classifier.eval().requires_grad_(False)
+
+
+@torch.inference_mode()
+def features(classifier, images):
+    """(n, 3, S, S) -> (n, 64), float64."""
+    return torch.cat([classifier.features(x) for x in images.split(250)]).double()
+
+
+def frechet_distance(x, y):
+    """Between the Gaussians that have the means m and covariances S of x (n, D) and of y (m, D), rows of features:
+    |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) (Dowson and Landau 1982; for images Heusel et al. 2017).
+
+    S1 S2 is not symmetric, but it has the eigenvalues of S1^(1/2) S2 S1^(1/2), which is.
+    """
+    x, y = x.double(), y.double()
+    s1, s2 = x.T.cov(), y.T.cov()                                            # D, D
+    values, vectors = torch.linalg.eigh(s1)                                  # D; D, D
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T                  # D, D: S1^(1/2)
+    roots = torch.linalg.eigvalsh(root @ s2 @ root).clamp(min=0).sqrt()      # D
+    distance = (x.mean(0) - y.mean(0)).square().sum() + s1.trace() + s2.trace() - 2 * roots.sum()
+    return max(0.0, distance.item())                                         # rounding can leave -1e-15
+
+
+def precision_recall(real, fake, k=NEIGHBOURS):
+    """Share of `fake` (m, D) among `real` (n, D), and of `real` among `fake`; n and m must be above k.
+
+    Among a set: in the ball around one of its points that reaches to this point's k-th nearest neighbour in the set
+    (Kynkaanniemi et al., "Improved Precision and Recall Metric for Assessing Generative Models", 2019).
+    """
+    # by matrix products it would be faster, but then a point has a distance from itself
+    distances = functools.partial(torch.cdist, compute_mode="donot_use_mm_for_euclid_dist")
+
+    def among(points, centres):
+        radius = [distances(part, centres).kthvalue(k + 1).values for part in centres.split(500)]  # the first is itself
+        radius = torch.cat(radius)                                           # centres
+        inside = [(distances(part, centres) <= radius).any(1) for part in points.split(500)]
+        return torch.cat(inside).double().mean().item()
+    return among(fake, real), among(real, fake)
+
+
+class Judge:
+    """A classifier, and n real images, which every set is held against."""
+
+    def __init__(self, classifier, size, n, seed, device):
+        self.classifier, self.n, self.seed, self.device = classifier, n, seed, device
+        self.real = features(classifier, toy_images(size, n, seed + REAL, device)[0])  # n, 64
+        self.other = toy_images(size, n, seed + OTHER, device)               # n, 3, S, S; n
+        x, y = toy_images(size, 1000, seed + TEST, device)
+        self.accuracy = self.right(features(classifier, x), y).mean().item()
+
+    def right(self, x, label):
+        """Are features x (n, 64) in their class? -> (n,), 1 or 0"""
+        return (self.classifier.head(x.float()).argmax(1) == label).double()
+
+    def measure(self, images, label):
+        """n images, and the classes that were asked for -> figures"""
+        x = features(self.classifier, images)                                # n, 64
+        right, (precision, recall) = self.right(x, label), precision_recall(self.real, x)
+        return dict(fd=frechet_distance(self.real, x), precision=precision, recall=recall,
+                    agreement=right.mean().item(),
+                    of_classes=[right[label == i].mean().item() for i in range(len(ToyShapes.classes))])
+
+    @torch.inference_mode()
+    def of_vae(self, vae, autocast):
+        """Figures of other real images and of their reconstructions."""
+        images, label = self.other
+        torch.manual_seed(self.seed)                                         # the random router draws
+        with autocast():
+            y = torch.cat([vae.decode(vae.encode(x)[0]).float().clamp(-1, 1) for x in images.split(SLOTS)])
+        return {"other real images": self.measure(images, label), "reconstructions": self.measure(y, label)}
+
+    @torch.inference_mode()
+    def of_samples(self, model, vae, options, autocast):
+        """Figures of n samples, the mean number of their codes and images per second of dq.generate among them."""
+        label = torch.arange(self.n, device=self.device) % len(ToyShapes.classes)  # n
+        start = time.perf_counter()
+        pos, code = dq.generate(model, label, options, self.seed, slots=SLOTS)  # each n, L
+        seconds = time.perf_counter() - start                                # its last look has waited for the device
+        codes, _ = model.layout.unpack(pos, code)                            # n, H, W
+        with autocast():
+            images = torch.cat([vae.decode(part).float().clamp(-1, 1) for part in codes.split(SLOTS)])
+        return self.measure(images, label) | dict(codes=(code >= 0).sum().item() / self.n, speed=self.n / seconds)
+
+
+# ------------------------------------------------------------------------------------------------
+# Generation against fixed length
+
+
+ROWS = {"fixed-16": ["--factors", "8"], "fixed-64": ["--factors", "4"]} | {  # flags of train_vae.py
+    f"{router}-{fine}": ["--router", router, "--ratios", f"{1 - fine:.1f}", f"{fine}"]
+    for router in ("learned", "entropy", "random") for fine in (0.3, 0.5, 0.7)}
+COLUMNS = {"codes": ".1f", "FD, reconstructions": ".2f", "FD, temperature 1": ".2f", "FD, defaults": ".2f",
+           "agreement, temperature 1": ".3f", "agreement, defaults": ".3f", "images/s": ".1f", "s a step": ".3f"}
+
+
+def train_to_the_end(trainer, path, steps, flags):
+    """Run a stage, or go on with it, unless its checkpoint is there and final."""
+    if path.exists():
+        held = dq.load_checkpoint(path, f"dq-{path.stem}")
+        then = held.get("settings", {}).get("steps")                            # its learning rate fell to 0 there
+        dq.require(then == steps, f"{path} is of a run of {then} steps, not {steps}; name another folder")
+        if held["step"] == steps:
+            return
+        flags = [*flags, "--resume"]
+    trainer.main(["--out", str(path.parent), "--steps", str(steps), *flags])
+
+
+def step_seconds(model, vae, device, autocast, n_steps=40, warm_up=5):
+    """Of a training step of stage 2, as train_transformer.py takes it by default: median. Changes the model."""
+    schedule, images = train_transformer.PRESETS["toy"][1], ToyShapes(vae.config.size, n=512)
+    pos, code, label = train_transformer.encode(vae, images, device, autocast, workers=0, mirrored=False)
+    length, seconds = train_transformer.lengths(pos, model.layout), []
+    optimizer = torch.optim.AdamW(model.train().requires_grad_(True).parameters(), lr=schedule.lr, fused=True)
+    for batch in itertools.islice(train_transformer.batches(length.numpy(), schedule.batch_size, seed=0), n_steps):
+        start = time.perf_counter()
+        optimizer.zero_grad(set_to_none=True)
+        for part in batch.chunk(schedule.accumulate):
+            columns = train_transformer.columns_for(length[part], pos.shape[1], device)
+            of_part = pos[part, :columns], code[part, :columns], label[part]
+            position, content = train_transformer.nats(model, *of_part, device, autocast)
+            ((position + content).sum() / schedule.batch_size).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), schedule.clip)
+        optimizer.step()
+        torch.ones(1, device=device).item()                                  # waits for a GPU
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[warm_up:])
+
+
+def measure_cell(folder, vae_path, row, seed, args, judge, autocast):
+    """Train what is missing of one row and seed. -> figures"""
+    train_to_the_end(train_vae, vae_path, args.vae_steps, ROWS[row])
+    path = folder / "transformer.pt"
+    train_to_the_end(train_transformer, path, args.steps, ["--vae", str(vae_path), "--seed", str(seed)])
+    model, vae = dq.load_transformer(path, judge.device)
+    sets = judge.of_vae(vae, autocast)
+    sets["temperature 1"] = judge.of_samples(model, vae, dq.SampleOptions(), autocast)
+    sets["defaults"] = judge.of_samples(model, vae, DEFAULTS, autocast)
+    figures = {f"FD, {name}": each["fd"] for name, each in sets.items()}
+    figures |= {f"agreement, {name}": each["agreement"] for name, each in sets.items()}
+    return figures | {"codes": sets["temperature 1"]["codes"], "images/s": sets["temperature 1"]["speed"],
+                      "s a step": step_seconds(model, vae, judge.device, autocast),
+                      "hardware": hardware(judge.device), "sets": sets}
+
+
+def show(cells, n):
+    """cells: {row: [figures of each seed]} -> the table, printed"""
+    print(f"| | {' | '.join(COLUMNS)} |\n|---|{'---|' * len(COLUMNS)}")
+    for row, of_seeds in cells.items():
+        texts = []
+        for name, form in COLUMNS.items():
+            values = [figures[name] for figures in of_seeds]
+            spread = f" ({min(values):{form}} to {max(values):{form}})" if len(values) > 1 else ""
+            texts.append(f"{statistics.median(values):{form}}{spread}")
+        print(f"| {row} | {' | '.join(texts)} |")
+    every = [figures for of_seeds in cells.values() for figures in of_seeds]
+    print(f"\nMedian over seeds of stage 2 (least to most); {n} images a set. Other real images have an FD of "
+          f"{every[0]['FD, other real images']:.2f}. Temperature 1 is without guidance; defaults are sample.py's, "
+          f"temperature {DEFAULTS.temperature} and guidance {DEFAULTS.cfg}.\nimages/s: dq.generate at temperature 1, "
+          f"{SLOTS} images at a time, without the decoder. s a step: stage 2, median of 35 steps after 5, made after "
+          f"sampling.\nOn {'; '.join(sorted({figures['hardware'] for figures in every}))}.")
+
+
+def table(argv):
+    parser = argparse.ArgumentParser(prog="agreement.py table", description="Generation against fixed length.")
+    add = parser.add_argument
+    add("out", type=Path, help="folder for all runs and figures")
+    add("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="NAME", help=", ".join(ROWS))
+    add("--seeds", nargs="+", type=natural, default=[0, 1, 2], help="of stage 2; stage 1 has seed 0")
+    add("--n", type=several, default=2000, help="images a set")
+    add("--vae-steps", type=positive, default=train_vae.PRESETS["toy"][1].steps, help="of each stage 1")
+    add("--steps", type=positive, default=train_transformer.PRESETS["toy"][1].steps, help="of each stage 2")
+    args = parser.parse_args(argv)
+    device, autocast = sample.pick_device("auto", "auto")
+    args.out.mkdir(parents=True, exist_ok=True)
+    size, path = train_vae.PRESETS["toy"][0].size, args.out / "classifier.pt"
+    if not path.exists():                                                    # one for all rows, whenever they are made
+        weights = train_classifier(size, device=device).state_dict()
+        dq.write_file(path, lambda file: torch.save(weights, file))
+    settings = dict(n=args.n, vae_steps=args.vae_steps, steps=args.steps, classifier=zlib.crc32(path.read_bytes()))
+    judge, cells, failed = None, {}, []
+    for row, seed in itertools.product(args.rows, args.seeds):
+        folder, figures = args.out / row / f"seed-{seed}", {}
+        with contextlib.suppress(OSError, ValueError):                       # no such file, or it is damaged
+            figures = json.loads((folder / "figures.json").read_text())
+        if figures.get("settings") != settings:
+            try:
+                if judge is None:
+                    classifier = Classifier().to(device).eval()
+                    classifier.load_state_dict(torch.load(path, map_location=device, weights_only=True))
+                    judge = Judge(classifier, size, args.n, 0, device)
+                with contextlib.redirect_stdout(sys.stderr):                 # the table alone goes to standard output
+                    print(f"{row}, seed {seed}")
+                    figures = measure_cell(folder, args.out / row / "vae/vae.pt", row, seed, args, judge, autocast)
+                text = json.dumps(dict(settings=settings) | figures, indent=1).encode()
+                dq.write_file(folder / "figures.json", lambda file: file.write(text))
+            except (dq.UserError, OSError, RuntimeError) as error:           # the other cells are worth their hours
+                failed.append(f"{row}, seed {seed}: {str(error).strip().splitlines()[-1]}")
+                print(f"failed: {failed[-1]}", file=sys.stderr)
+                continue
+        cells.setdefault(row, []).append(figures)
+    if cells:
+        show(cells, args.n)
+    dq.require(not failed, f"{len(failed)} of {len(args.rows) * len(args.seeds)} cells failed: {'; '.join(failed)}")
+
+
+# ------------------------------------------------------------------------------------------------
+# One checkpoint
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["table"]:
+        return table(argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("checkpoint", nargs="?", default="out/transformer.pt")
+    for name, default in DEFAULTS._asdict().items():
+        add(f"--{name.replace('_', '-')}", type=type(default), default=default)
+    add("--n", type=several, default=2000, help="images a set")
+    add("--seed", type=number(int, 0, below=2 ** 63), default=0, help="of the classifier, the images and the draws")
+    args = parser.parse_args(argv)
     options = dq.SampleOptions(*(getattr(args, name) for name in dq.SampleOptions._fields))
-    with autocast():
-        codes, grains = model.layout.unpack(*dq.generate(model, label, options, args.seed))
-        images = vae.decode(codes).float().clamp(-1, 1)
-    right = classifier(images).argmax(1) == label
-    each = ", ".join(f"{name} {right[label == i].float().mean():.2f}" for i, name in enumerate(model.config.classes))
-    print(f"samples of the class that was asked for: {right.float().mean():.3f} ({each})")
+    options.check()
+    device, autocast = sample.pick_device("auto", "auto")
+    model, vae = dq.load_transformer(args.checkpoint, device)
+    dq.require(model.config.classes == ToyShapes.classes,
+               f"{args.checkpoint} was not trained on the classes of the built-in toy shapes")
+    size = vae.config.size
+    judge = Judge(train_classifier(size, args.seed, device), size, args.n, args.seed, device)
+    sets = judge.of_vae(vae, autocast) | {"samples": judge.of_samples(model, vae, options, autocast)}
+    print(f"real held-out images classified right: {judge.accuracy:.3f}\n")
+    print(f"{f'{args.n} images a set':20}{'FD':>9}{'precision':>11}{'recall':>9}{'agreement':>11}")
+    for name, figures in sets.items():
+        print("{:20}{fd:9.3f}{precision:11.3f}{recall:9.3f}{agreement:11.3f}".format(name, **figures))
+    each = zip(ToyShapes.classes, sets["samples"]["of_classes"])
+    print(f"\nsamples of the class that was asked for: {', '.join(f'{name} {share:.2f}' for name, share in each)}")
+
+
+if __name__ == "__main__":
+    sample.run(main)

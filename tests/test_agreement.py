@@ -1,0 +1,271 @@
+"""The measures of samples against closed forms and loops, and what `agreement.py` does with checkpoints."""
+import json
+import math
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+
+import agreement
+import dq
+import sample
+import train_transformer
+import train_vae
+from agreement import features, frechet_distance, precision_recall
+from sample import ToyShapes
+from test_training import plain
+
+
+def with_moments(n, mean, covariance):
+    """n random rows with exactly this mean (D,) and covariance (D, D)."""
+    x = torch.randn(n, len(mean), dtype=torch.double)
+    x = x - x.mean(0)
+    white = torch.linalg.solve_triangular(torch.linalg.cholesky(x.T.cov()), x.T, upper=False).T
+    return white @ torch.linalg.cholesky(covariance).T + mean
+
+
+def random_covariance(D):
+    a = torch.randn(D, 2 * D, dtype=torch.double)
+    return a @ a.T / D
+
+
+def eigenvalues(D):
+    return torch.rand(2, D, dtype=torch.double) + 0.1
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_fd_of_commuting_covariances_is_the_closed_form(turned):
+    """Same eigenvectors Q: the distance of the means, and of the square roots of the eigenvalues."""
+    (a, b), m1, m2 = eigenvalues(5), torch.randn(5).double(), torch.randn(5).double()
+    Q = torch.linalg.qr(torch.randn(5, 5, dtype=torch.double)).Q if turned else torch.eye(5, dtype=torch.double)
+    x, y = with_moments(40, m1, Q * a @ Q.T), with_moments(60, m2, Q * b @ Q.T)
+    wanted = sum((m1 - m2) ** 2) + sum((a.sqrt() - b.sqrt()) ** 2)
+    assert frechet_distance(x, y) == pytest.approx(wanted.item(), rel=1e-9)
+    assert frechet_distance(y, x) == pytest.approx(wanted.item(), rel=1e-9)
+
+
+def test_fd_by_the_eigenvalues_of_the_product():
+    for D in (2, 3, 8):
+        x = with_moments(50, torch.randn(D).double(), random_covariance(D)).float()
+        y = with_moments(30, torch.randn(D).double(), random_covariance(D)).float()
+        a, b = x.double().numpy(), y.double().numpy()
+        s1, s2 = (np.atleast_2d(np.cov(z, rowvar=False)) for z in (a, b))
+        roots = np.sqrt(np.linalg.eigvals(s1 @ s2).real)
+        wanted = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(s1) + np.trace(s2) - 2 * roots.sum()
+        assert frechet_distance(x, y) == pytest.approx(wanted, rel=1e-9)     # computed in float64, whatever comes
+
+
+def test_fd_of_equal_sets_is_zero():
+    x = torch.randn(50, 6)
+    assert 0 <= frechet_distance(x, x.flip(0)) < 1e-9
+    assert 0 <= frechet_distance(x[:5], x[:5]) < 1e-5                        # fewer rows than features: a singular S
+    assert frechet_distance(x, x + 3) == pytest.approx(6 * 9, rel=1e-5)
+
+
+def test_fd_of_one_distribution_shrinks_with_more_images():
+    floors = [np.mean([frechet_distance(torch.randn(n, 16), torch.randn(n, 16)) for _ in range(4)])
+              for n in (50, 500, 5000)]
+    assert floors[0] > 5 * floors[1] > 25 * floors[2] > 0
+
+
+def naive_share(points, centres, k):
+    """How many of the points are nearer to some centre than that one's k-th nearest other centre, or as near."""
+    count = 0
+    for p in points:
+        for i, c in enumerate(centres):
+            others = sorted(math.dist(c, d) for j, d in enumerate(centres) if j != i)
+            if math.dist(p, c) <= others[k - 1]:
+                count += 1
+                break
+    return count / len(points)
+
+
+@pytest.mark.parametrize("n, m, k", [(24, 31, 3), (31, 24, 1), (501, 9, 3), (9, 501, 2)])
+def test_precision_and_recall_equal_double_loops(n, m, k):
+    real, fake = torch.randn(n, 2).double(), 1.5 * torch.randn(m, 2).double() + 0.5
+    wanted = naive_share(fake.tolist(), real.tolist(), k), naive_share(real.tolist(), fake.tolist(), k)
+    assert wanted[0] != wanted[1] and 0 < min(wanted)
+    assert precision_recall(real, fake, k) == pytest.approx(wanted)
+
+
+def test_precision_and_recall_of_equal_disjoint_and_narrow_sets():
+    x = torch.randn(200, 64).double()
+    assert precision_recall(x, x.flip(0)) == (1, 1)
+    assert precision_recall(x.repeat(5, 1), x.repeat(5, 1)) == (1, 1)        # balls of no size hold their centre
+    assert precision_recall(x, x + 100) == (0, 0)
+    twice = torch.cat([x, x + 100])
+    assert precision_recall(twice, x) == (1, 0.5)                            # one of two modes: all good, half missing
+    assert precision_recall(x, twice) == (0.5, 1)
+
+
+def test_a_classifier_learns_in_a_few_steps():
+    classifier = agreement.train_classifier(16, steps=60, batch_size=32)
+    assert not classifier.training
+    x, y = agreement.toy_images(16, 300, seed=5)
+    assert y.tolist() == [i % 4 for i in range(300)]
+    z = features(classifier, x)
+    assert z.shape == (300, 64) and z.dtype == torch.double
+    one = classifier.body(x[299:])[0].double().flatten(1)                    # 64, places; the last of another batch
+    assert z[299].tolist() == pytest.approx([sum(row) / len(row) for row in one.tolist()], rel=1e-4, abs=1e-5)
+    right = classifier.head(z.float()).argmax(1) == y
+    assert torch.equal(classifier(x).argmax(1) == y, right) and right.float().mean() > 0.5  # by chance: 0.25
+    again = agreement.train_classifier(16, steps=60, batch_size=32)
+    assert torch.equal(features(again, x), z)
+
+
+def small_models(size=16, classes=ToyShapes.classes):
+    torch.manual_seed(0)
+    vae = dq.DQVAE(dq.VAEConfig(size=size, codebook_size=16, channels=32))
+    vae(agreement.toy_images(size, 16, seed=0)[0])                           # the codebook starts with the first batch
+    config = dq.TransformerConfig(size=size, codebook_size=16, classes=classes, width=32, heads=2, position_layers=1,
+                                  content_layers=1)
+    return dq.DQTransformer(config), vae.eval()
+
+
+def save(path, model, vae, **more):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    dq.save_checkpoint(path, "dq-transformer", model.config, model, vae_config=asdict(vae.config),
+                       vae_weights=vae.state_dict(), **more)
+    return path
+
+
+def test_the_command_measures_other_images_reconstructions_and_samples(tmp_path, monkeypatch, capsys):
+    model, vae = small_models()
+    path = save(tmp_path / "transformer.pt", model, vae)
+    classifier = agreement.train_classifier(16, seed=3, steps=20, batch_size=32)
+    monkeypatch.setattr(agreement, "train_classifier", lambda size, seed, device: classifier)
+    monkeypatch.setattr(sample, "pick_device", lambda *names: (torch.device("cpu"), plain))
+    agreement.main([str(path), "--n", "60", "--seed", "3", "--temperature", "0.9", "--top-k", "5", "--cfg", "1.5"])
+    said = capsys.readouterr().out
+
+    (real, _), (other, label) = (agreement.toy_images(16, 60, 3 + seed) for seed in (agreement.REAL, agreement.OTHER))
+    pos, code = dq.generate(model.eval(), label, dq.SampleOptions(0.9, 5, 1.0, 1.5), seed=3)
+    with torch.no_grad():
+        sets = {"other real images": other, "reconstructions": vae(other).reconstruction.clamp(-1, 1),
+                "samples": vae.decode(model.layout.unpack(pos, code)[0]).clamp(-1, 1)}
+    lines = {line[:20].strip(): line[20:].split() for line in said.splitlines()}
+    for name, images in sets.items():
+        x, y = features(classifier, real), features(classifier, images)
+        right = (classifier(images).argmax(1) == label).float()
+        wanted = [frechet_distance(x, y), *precision_recall(x, y), right.mean().item()]
+        assert [float(text) for text in lines[name]] == pytest.approx(wanted, abs=2e-3)
+    each = ", ".join(f"{name} {right[i::4].mean():.2f}" for i, name in enumerate(ToyShapes.classes))
+    assert said.splitlines()[-1] == f"samples of the class that was asked for: {each}"
+
+
+@pytest.mark.parametrize("args, says", [
+    (["nowhere.pt"], "no such file"), (["FOLDER"], "not trained on the classes"),
+    (["FOLDER", "--temperature", "0"], "temperature"), (["FOLDER", "--n", "3"], "--n: must be at least 4"),
+    (["FOLDER", "--seed", "-1"], "--seed"), (["file"], "not a checkpoint"),
+    (["table"], "required: out"), (["table", "file"], "file"), (["table", "x", "--rows", "fixed-32"], "fixed-32"),
+    (["table", "x", "--steps", "0"], "--steps"), (["table", "x", "--seeds", "-1"], "--seeds")])
+def test_wrong_input_ends_in_one_line(args, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    save(tmp_path / "FOLDER", *small_models(classes=("circle", "cross", "square", "triangle")))  # in a folder's order
+    with pytest.raises(SystemExit) as end:
+        sample.run(lambda: agreement.main(args))
+    line = capsys.readouterr().err.splitlines()[-1] if end.value.code == 2 else end.value.code
+    assert says in line and "\n" not in line
+
+
+# ------------------------------------------------------------------------------------------------
+# The table
+
+
+def test_rows_are_flags_of_the_first_stage():
+    configs = {row: train_vae.parse(flags)[1] for row, flags in agreement.ROWS.items()}
+    assert len(configs) == 11
+    for row, config in configs.items():
+        kind, share = row.split("-")
+        if kind == "fixed":
+            assert (config.size // config.factors[0]) ** 2 == int(share) and len(config.factors) == 1
+        else:
+            assert config.router == kind and config.factors == (8, 4)
+            assert config.ratios == pytest.approx((1 - float(share), float(share)))
+
+
+@pytest.fixture
+def trainers(monkeypatch):
+    """In place of both trainers, two that write small models at once. -> the calls, and a set of folders to fail in"""
+    calls, broken = [], set()
+    (model, vae), quick = small_models(32), agreement.train_classifier(32, steps=4, batch_size=8)
+
+    def stage(parse, kind):
+        def main(argv):
+            args, *_ = parse(argv)
+            calls.append((args.out.name, args.resume, argv))
+            final = dict(step=args.steps, settings=dict(steps=args.steps))
+            if str(args.out.relative_to(args.out.parents[1])) in broken:
+                raise dq.UserError("step 7: not finite in the loss")
+            if kind == "vae":
+                args.out.mkdir(parents=True)
+                dq.save_checkpoint(args.out / "vae.pt", "dq-vae", vae.config, vae, **final)
+            else:
+                assert args.vae == args.out.parent / "vae/vae.pt" and args.out.name == f"seed-{args.seed}"
+                save(args.out / "transformer.pt", model, vae, **final)
+        return main
+    monkeypatch.setattr(train_vae, "main", stage(train_vae.parse, "vae"))
+    monkeypatch.setattr(train_transformer, "main", stage(train_transformer.parse, "transformer"))
+    monkeypatch.setattr(agreement, "train_classifier", lambda size, device: quick)
+    monkeypatch.setattr(agreement, "step_seconds", lambda *args: 0.25)
+    return calls, broken
+
+
+def run_table(out, capsys, *flags):
+    agreement.main(["table", str(out), "--n", "8", "--vae-steps", "5", "--steps", "6", *flags])
+    return capsys.readouterr().out
+
+
+def test_the_table_trains_what_is_missing_and_remembers(tmp_path, trainers, capsys):
+    calls, _ = trainers
+    first = run_table(tmp_path, capsys, "--rows", "fixed-16", "learned-0.5", "--seeds", "0", "1")
+    assert [call[0] for call in calls] == ["vae", "seed-0", "seed-1"] * 2 and not any(call[1] for call in calls)
+    assert calls[3][2][-5:] == ["--router", "learned", "--ratios", "0.5", "0.5"]
+    lines = first.splitlines()
+    assert lines[0].count("|") == lines[2].count("|") == lines[3].count("|") == 10
+    assert lines[2].startswith("| fixed-16 | ") and lines[3].startswith("| learned-0.5 | ")
+    calls.clear()
+    assert run_table(tmp_path, capsys, "--rows", "fixed-16", "learned-0.5", "--seeds", "0", "1") == first and not calls
+
+    cell = json.loads((tmp_path / "fixed-16/seed-1/figures.json").read_text())
+    assert cell["settings"]["n"] == 8 and cell["s a step"] == 0.25
+    cell["FD, defaults"] = 1000.0                                            # the table is what the cells say
+    (tmp_path / "fixed-16/seed-1/figures.json").write_text(json.dumps(cell))
+    other = json.loads((tmp_path / "fixed-16/seed-0/figures.json").read_text())["FD, defaults"]
+    told = run_table(tmp_path, capsys, "--rows", "fixed-16", "--seeds", "0", "1")
+    assert f"| {(other + 1000) / 2:.2f} ({other:.2f} to 1000.00) |" in told
+
+    (tmp_path / "fixed-16/seed-1/figures.json").write_text("{")              # damaged: measured again, not trained
+    assert run_table(tmp_path, capsys, "--rows", "fixed-16", "--seeds", "0", "1").splitlines()[2].split("|")[3:8] \
+        == lines[2].split("|")[3:8] and not calls
+    run_table(tmp_path, capsys, "--rows", "fixed-16", "--seeds", "1", "--n", "9")
+    assert json.loads((tmp_path / "fixed-16/seed-1/figures.json").read_text())["settings"]["n"] == 9 and not calls
+
+
+def test_half_done_runs_go_on_and_others_are_refused(tmp_path, trainers, capsys):
+    calls, _ = trainers
+    model, vae = small_models(32)
+    save(tmp_path / "fixed-64/seed-0/transformer.pt", model, vae, step=4, settings=dict(steps=6))
+    save(tmp_path / "fixed-64/seed-1/transformer.pt", model, vae, step=4, settings=dict(steps=4))
+    with pytest.raises(dq.UserError, match="1 of 2 cells failed: .*seed-1.* of a run of 4 steps, not 6"):
+        run_table(tmp_path, capsys, "--rows", "fixed-64", "--seeds", "0", "1")
+    assert [call[:2] for call in calls] == [("vae", False), ("seed-0", True)]
+
+
+def test_a_cell_that_fails_leaves_the_others(tmp_path, trainers, capsys):
+    _, broken = trainers
+    broken.add("fixed-16/seed-0")
+    with pytest.raises(dq.UserError, match="1 of 4 cells failed: fixed-16, seed 0: step 7: not finite"):
+        run_table(tmp_path, capsys, "--rows", "fixed-16", "fixed-64", "--seeds", "0", "1")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].startswith("| fixed-16 | ") and " to " not in lines[2]   # of one seed
+    assert lines[3].startswith("| fixed-64 | ") and " to " in lines[3]
+
+
+def test_a_timed_step_is_a_training_step():
+    model, vae = small_models()
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    assert agreement.step_seconds(model, vae, torch.device("cpu"), plain, n_steps=3, warm_up=1) > 0
+    assert all(not torch.equal(x, before[name]) for name, x in model.named_parameters() if x.dim() > 1)
