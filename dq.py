@@ -160,8 +160,8 @@ class GrainRouter(nn.Module):
 
         What the gate needs in order to learn. Its output multiplies the maps (DQVAE.mix), so d loss / d gate_k says
         how the reconstruction would change if the region moved towards granularity k; the softmax hands that on to
-        the logits, since forward is one-hot but backward sees `soft` (straight-through). With c_k = d loss / d gate_k
-        and p = soft,
+        the logits, since forward is one-hot but backward sees `soft`, the softmax of the logits with their noise
+        (straight-through). With c_k = d loss / d gate_k and p = soft,
             d loss / d logit_k = p_k (c_k - sum_j p_j c_j):
         a granularity that is better than the average of its rivals becomes likelier. For this to teach anything:
         * both sides of the choice must be tried: the Gumbel noise is what samples them (the argmax of logits plus
@@ -211,7 +211,7 @@ class EntropyRouter(ThresholdRouter):
 
     def score(self, x, maps=None):
         """x: (B, 3, S, S) in [-1, 1] -> entropy of each region in nats (B, h, w). Grey is 0.2989 red + 0.5870 green +
-        0.1140 blue; of the 32 bins, even from -1 to 1, each weighs a pixel by a Gaussian of deviation 0.01."""
+        0.1140 blue; of the 32 bins, linspace(-1, 1, 32), each weighs a pixel by a Gaussian of deviation 0.01."""
         red, green, blue = x.float().split(1, dim=1)                         # each B, 1, S, S
         grey = 0.2989 * red + 0.5870 * green + 0.1140 * blue                 # B, 1, S, S
         pixels = F.unfold(grey, self.factor, stride=self.factor)             # B, F F, N
@@ -262,7 +262,7 @@ class Codebook(nn.Module):
 
     forward(z (B, D, H, W), weight (B, H, W)) -> quantised z (B, D, H, W), ids (B, H, W), loss. `weight` makes every
     *code* count once: a coarse code that is repeated over 4 cells gives each of them 1/4, in the commitment loss and
-    in the averages. A code is dead when its average use is below dead_below times the mean of all.
+    in the averages. A code is dead when its average use is below dead_below times the batch's weight / V.
     """
 
     def __init__(self, size, dim, decay=0.99, commitment=0.25, dead_below=0.1):
@@ -311,8 +311,9 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def restart(self, z, weight):
-        """Dead codes start anew at vectors of the batch (drawn by weight, plus noise of 1 % of its deviation), and
-        count as used as often as the mean, the batch's weight / V. At first all are dead. z: (M, D); weight: (M,)"""
+        """Dead codes start anew at vectors of the batch (drawn by weight, plus noise of 1 % of their deviation in each
+        dimension), and count as used as often as the mean, the batch's weight / V. At first all are dead.
+        z: (M, D); weight: (M,)"""
         mean_uses = total(weight.sum()) / len(self.uses)
         dead = self.uses < self.dead_below * mean_uses                       # V
         fresh = sample_vectors(z, weight, len(self.uses))                    # V, D
@@ -573,7 +574,7 @@ class Layout(nn.Module):
         return pos[:, :self.max_len], code[:, :self.max_len]
 
     def unpack(self, pos, code):
-        """pos, code (B, L) -> codes (B, H, W), grains (B, h, w); -1 in regions that are not there (yet)."""
+        """pos, code (B, L) -> codes (B, H, W), grains (B, h, w); -1 in what is not there (yet)."""
         B, h, m = len(pos), self.side, self.fine_side // self.side
         canvas = torch.full((B, self.n_positions), -1, device=pos.device)
         canvas = canvas.scatter(1, pos, code)                                # B, P: a content per id
@@ -721,8 +722,8 @@ class DQTransformer(nn.Module):
 
     def logits(self, pos, code, label=None):
         """pos, code (B, L) -> position logits (B, L, P), -inf where not legal, and content logits (B, L, V).
-        Entry t of both is computed from the condition and the pairs before t; the content logits also from pos[:, t].
-        In training each label is hidden with probability label_dropout, as if the image had none.
+        Entry t of both is computed from the condition and the pairs before t; the content logits also from pos[:, t],
+        whose position embedding alone is added between the stacks. In training labels are hidden (label_dropout).
         """
         B, L = pos.shape
         label = self.labels(label, B)
@@ -755,11 +756,11 @@ class DQTransformer(nn.Module):
 # 7  Sampling
 
 class SampleOptions(NamedTuple):
-    """temperature acts on positions and contents, top-k and top-p on contents; cfg = 1: no guidance."""
+    """Guidance, unlabelled + cfg (labelled - unlabelled), and temperature on both draws; top-k, top-p on contents."""
     temperature: float = 1.0
     top_k: int = 0                       # 0: all
     top_p: float = 1.0
-    cfg: float = 1.0
+    cfg: float = 1.0                     # 1: no guidance
 
     def check(self):
         require(self.temperature > 0, f"temperature must be above 0, not {self.temperature}")
@@ -778,7 +779,7 @@ def filter_logits(logits, top_k, top_p):
     return logits
 
 def draw(logits, u):
-    """The first entry at which the cumulated probability reaches u. logits: (B, n), u: (B,) in (0, 1] -> (B,)"""
+    """The first entry whose cumulated probability reaches u times the sum. logits (B, n), u (B,) in (0, 1] -> (B,)"""
     p = logits.softmax(-1)                                                   # B, n
     cdf = p.cumsum(-1)
     reached = cdf >= u[:, None] * cdf[:, -1:]
