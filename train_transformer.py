@@ -387,8 +387,8 @@ PRESETS = {                                                                  # w
         dq.TransformerConfig(width=256, heads=8, content_layers=6),
         Schedule(steps=6000, batch_size=64, lr=1e-3, weight_decay=0.05)),
     "emoji64": (
-        dq.TransformerConfig(width=256, heads=8, position_layers=2, content_layers=6, dropout=0.3),
-        Schedule(steps=4000, batch_size=64, lr=1e-3, weight_decay=0.1)),
+        dq.TransformerConfig(width=160, heads=5, content_layers=6, dropout=0.1),
+        Schedule(steps=5000, batch_size=64, lr=1e-3, weight_decay=0.1)),
     "emoji128": (
         dq.TransformerConfig(width=384, heads=6, position_layers=3, content_layers=9, dropout=0.1),
         Schedule(steps=20_000, batch_size=64, lr=5e-4, betas=(0.9, 0.95), weight_decay=0.05, eval_every=1000)),

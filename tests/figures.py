@@ -9,6 +9,8 @@ python tests/figures.py walk [CHECKPOINT] [--image FILE]
     follows one picture through both models: a commented printout, and the same as a figure, walk.png
 python tests/figures.py neighbours CHECKPOINT --data DIR
     draws samples, and below each its nearest training picture: are they copies?
+python tests/figures.py shrink CHECKPOINT FILE.pt
+    writes what sample.py needs of a transformer.pt, its weights in bfloat16
 """
 import argparse
 import colorsys
@@ -611,6 +613,24 @@ def neighbours(args):
 
 
 # ------------------------------------------------------------------------------------------------
+# A checkpoint to give away
+
+
+def shrink(path, out):
+    """Leave out what only training needs, and round to bfloat16 all but the codebook, whose ids must stay the same."""
+    held = dq.load_checkpoint(path, "dq-transformer")
+    dq.load_transformer(path, "cpu")                                         # so it is whole
+
+    def rounded(weights):
+        return {name: x.bfloat16() if x.is_floating_point() and not name.startswith("codebook") else x
+                for name, x in weights.items()}
+    kept = {name: held[name] for name in ("kind", "config", "vae_config", "step", "best")}
+    kept |= {name: rounded(held[name]) for name in ("weights", "vae_weights")}
+    dq.write_file(out, lambda file: torch.save(kept, file))
+    print(f"wrote {out}, {out.stat().st_size / 1e6:.1f} MB instead of {path.stat().st_size / 1e6:.1f}")
+
+
+# ------------------------------------------------------------------------------------------------
 # The commands
 
 
@@ -648,6 +668,10 @@ def main(argv=None):
     add("--seed", type=natural, default=0)
     add("--out", metavar="PNG", type=Path, help="None: neighbours.png in the checkpoint's folder")
 
+    add = commands.add_parser("shrink", help="a checkpoint for sample.py alone").add_argument
+    add("checkpoint", type=Path, help="what train_transformer.py wrote")
+    add("out", metavar="FILE.pt", type=Path)
+
     cut = argv.index("--") if "--" in argv else len(argv)                    # behind it: flags of train_vae.py
     args, flags = parser.parse_args(argv[:cut]), argv[cut + 1:]
     if flags and args.command != "rd":
@@ -658,8 +682,10 @@ def main(argv=None):
         curves(args.log)
     elif args.command == "walk":
         walk_through(args)
-    else:
+    elif args.command == "neighbours":
         neighbours(args)
+    else:
+        shrink(args.checkpoint, args.out)
 
 
 if __name__ == "__main__":

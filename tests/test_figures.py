@@ -384,6 +384,26 @@ def test_samples_are_shown_beside_their_neighbours(images, tmp_path, capsys):
 
 
 # ------------------------------------------------------------------------------------------------
+# A checkpoint to give away
+
+
+def test_a_shrunk_checkpoint_samples_the_same_pictures(run, tmp_path):
+    assert call("shrink", run / "transformer.pt", tmp_path / "small.pt") is None
+    assert (tmp_path / "small.pt").stat().st_size < 0.5 * (run / "transformer.pt").stat().st_size
+    (model, vae), (small, small_vae) = (dq.load_transformer(path, "cpu")
+                                        for path in (run / "transformer.pt", tmp_path / "small.pt"))
+    assert torch.equal(vae.codebook.codes, small_vae.codebook.codes)
+    for ours, theirs in ((model, small), (vae, small_vae)):
+        for name, x in ours.state_dict().items():
+            torch.testing.assert_close(x, theirs.state_dict()[name], rtol=2 ** -8, atol=0)
+    label = torch.arange(16) % 4
+    (pos, code), (pos2, code2) = dq.generate(model, label), dq.generate(small, label)
+    alike = ((pos == pos2) & (code == code2)).all(1).float().mean()
+    assert alike > 0.7                                                       # rounding turns few draws
+    assert call("shrink", run / "vae.pt", tmp_path / "x.pt").startswith("error: ") and not (tmp_path / "x.pt").exists()
+
+
+# ------------------------------------------------------------------------------------------------
 # Symptoms
 
 
