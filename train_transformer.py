@@ -565,7 +565,7 @@ def main(argv=None):
     if args.uncond:
         label, held_out = torch.full_like(label, -1), (*held_out[:2], torch.full_like(held_out[2], -1))
     length = lengths(pos, model.layout)
-    codes_per_image = length.float().mean().item() - len(config.factors)
+    codes_per_image = (code >= 0).sum(1).float().mean().item()
     forward = distribute(torch.compile(model) if args.compile else model)
     order = batches(length.numpy(), schedule.batch_size, args.seed, checkpoint.step)
     losses = Losses()
