@@ -11,6 +11,8 @@ python tests/agreement.py [out/transformer.pt] [--n N] [--seed S] [sample.py's o
 python tests/agreement.py table OUT [--rows NAME ...] [--seeds S ...] [--n N] [--vae-steps N] [--steps N]
     Generation against fixed length: trains what is missing below OUT (a stage 1 a row, a stage 2 a row and seed),
     measures it, and prints one table. Stop it when you like: the same command goes on, and finds what is finished.
+    images/s and seconds a step are by the clock, so on a busy machine they are those of the hour: to have them of a
+    quiet one, delete OUT/*/*/figures.json and call again, which measures all without training anything.
 """
 import argparse
 import contextlib
@@ -104,12 +106,13 @@ def frechet_distance(x, y):
     S1 S2 is not symmetric, but it has the eigenvalues of S1^(1/2) S2 S1^(1/2), which is.
     """
     x, y = x.double(), y.double()
+    dq.require(x.isfinite().all() and y.isfinite().all(), "some of the images have features that are not finite")
     s1, s2 = x.T.cov(), y.T.cov()                                            # D, D
     values, vectors = torch.linalg.eigh(s1)                                  # D; D, D
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T                  # D, D: S1^(1/2)
     roots = torch.linalg.eigvalsh(root @ s2 @ root).clamp(min=0).sqrt()      # D
     distance = (x.mean(0) - y.mean(0)).square().sum() + s1.trace() + s2.trace() - 2 * roots.sum()
-    return max(0.0, distance.item())                                         # rounding can leave -1e-15
+    return distance.clamp(min=0).item()                                      # rounding can leave -1e-15
 
 
 def precision_recall(real, fake, k=NEIGHBOURS):

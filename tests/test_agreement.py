@@ -60,6 +60,8 @@ def test_fd_of_equal_sets_is_zero():
     x = torch.randn(50, 6)
     assert 0 <= frechet_distance(x, x.flip(0)) < 1e-9
     assert 0 <= frechet_distance(x[:5], x[:5]) < 1e-5                        # fewer rows than features: a singular S
+    with pytest.raises(dq.UserError, match="not finite"):                    # of no broken model, though
+        frechet_distance(x, x.index_fill(0, torch.tensor([7]), math.nan))
     assert frechet_distance(x, x + 3) == pytest.approx(6 * 9, rel=1e-5)
 
 
@@ -92,7 +94,8 @@ def test_precision_and_recall_equal_double_loops(n, m, k):
 def test_precision_and_recall_of_equal_disjoint_and_narrow_sets():
     x = torch.randn(200, 64).double()
     assert precision_recall(x, x.flip(0)) == (1, 1)
-    assert precision_recall(x.repeat(5, 1), x.repeat(5, 1)) == (1, 1)        # balls of no size hold their centre
+    five = (x + 1000).repeat(5, 1)
+    assert precision_recall(five, five.flip(0)) == (1, 1)                    # balls of no size hold their centre
     assert precision_recall(x, x + 100) == (0, 0)
     twice = torch.cat([x, x + 100])
     assert precision_recall(twice, x) == (1, 0.5)                            # one of two modes: all good, half missing
