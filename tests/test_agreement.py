@@ -94,9 +94,11 @@ def test_precision_and_recall_equal_double_loops(n, m, k):
 def test_precision_and_recall_of_equal_disjoint_and_narrow_sets():
     x = torch.randn(200, 64).double()
     assert precision_recall(x, x.flip(0)) == (1, 1)
-    five = (x + 1000).repeat(5, 1)
-    assert precision_recall(five, five.flip(0)) == (1, 1)                    # balls of no size hold their centre
+    assert precision_recall(x.repeat(5, 1), x.repeat(5, 1)) == (1, 1)        # balls of no size hold their centre
     assert precision_recall(x, x + 100) == (0, 0)
+    y = 0.9 * torch.randn(200, 64).double()
+    far = precision_recall(x + 1e8, y + 1e8)                                 # |x|^2 + |y|^2 - 2 x y has no digits left
+    assert far == precision_recall(x, y) and 0 < min(far) < max(far) < 1
     twice = torch.cat([x, x + 100])
     assert precision_recall(twice, x) == (1, 0.5)                            # one of two modes: all good, half missing
     assert precision_recall(x, twice) == (0.5, 1)
