@@ -405,6 +405,9 @@ def to_picture(x, side=128):
     return picture.resize((picture.width * times, picture.height * times), Image.Resampling.NEAREST)
 
 
+GRAIN_COLOURS = ("#3a6ea5", "#e07b00", "#c01530")                            # blue, orange, red: coarse to fine
+
+
 def draw_grains(x, grains, factors):
     """One box per code over an image (3, S, S): blue for the coarsest granularity, orange, then red. grains: (h, w)"""
     picture = to_picture(x)
@@ -415,7 +418,7 @@ def draw_grains(x, grains, factors):
         here = (grains == k).repeat_interleave(cells, 0).repeat_interleave(cells, 1)  # S/factor, S/factor
         for row, column in here.nonzero().tolist():
             box = [column * side, row * side, (column + 1) * side, (row + 1) * side]
-            pen.rectangle(box, outline=("#3a6ea5", "#e07b00", "#c01530")[k % 3])
+            pen.rectangle(box, outline=GRAIN_COLOURS[k % 3])
     return picture
 
 

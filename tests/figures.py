@@ -335,7 +335,7 @@ def tell_cost(walk):
 
 
 SIDE, GAP, COLUMNS = 448, 36, 4          # of a panel, between panels; panels in a row
-BLUE, ORANGE, RED = "#3a6ea5", "#e07b00", "#c01530"                          # sample.draw_grains's: coarse to fine
+BLUE, ORANGE, RED = sample.GRAIN_COLOURS
 
 
 def code_colour(code):

@@ -24,7 +24,10 @@ class Case:
     name: str
     commands: tuple                      # script and flags; FEW: a folder with 96 toy images, HEALTHY: the first vae.pt
     figures: tuple                       # of the log's evaluations
-    steps: tuple = ()                    # at which to print them; none: the last one
+    steps: tuple = ()                    # at which to print them; none of a run that can't get there
+
+    def folder(self, out):
+        return out / self.name.replace(" ", "-")
 
 
 STAGE_1 = "train_vae.py --steps 300 --eval-every 100"
@@ -38,7 +41,8 @@ CASES = (
     Case("not a number", (STAGE_1 + " --lr 100",), ()),
     Case("overfitting", (STAGE_1 + " --data FEW", "train_transformer.py --data FEW --steps 300 --eval-every 50"),
          ("nats_per_image",), (50, 100, 150, 300)),
-    Case("too short", ("train_transformer.py --vae HEALTHY --steps 60 --eval-every 30",), ("nats_per_image",), (30, 60)),
+    Case("too short", ("train_transformer.py --vae HEALTHY --steps 60 --eval-every 30",),
+         ("nats_per_image",), (30, 60)),
 )
 
 
@@ -47,15 +51,13 @@ def stage_of(command):
 
 
 def provoke(case, out, few):
-    """Run its commands, unless their last log is there. -> what the last one said when it failed, or None"""
-    folder = out / case.name.replace(" ", "-")
+    """Run its commands, or go on with them; what is done is left alone. -> what one said when it failed, or None"""
+    folder = case.folder(out)
     for command in case.commands:
-        stage = stage_of(command)
-        if (folder / f"{stage}.pt").exists():
-            continue
         words = command.replace("FEW", str(few)).replace("HEALTHY", str(out / "healthy/vae.pt")).split()
-        done = subprocess.run([sys.executable, ROOT / words[0], *words[1:], "--out", folder], stderr=subprocess.PIPE,
-                              text=True)
+        resume = ["--resume"] if (folder / f"{stage_of(command)}.pt").exists() else []
+        done = subprocess.run([sys.executable, ROOT / words[0], *words[1:], "--out", folder, *resume],
+                              stderr=subprocess.PIPE, text=True)
         if done.returncode:
             return done.stderr.splitlines()[-1]
 
@@ -63,7 +65,7 @@ def provoke(case, out, few):
 def told(case, out):
     """What the log of its last command says at its steps."""
     stage = stage_of(case.commands[-1])
-    log = read_log(out / case.name.replace(" ", "-") / f"{stage}.jsonl")
+    log = read_log(case.folder(out) / f"{stage}.jsonl")
     lines = []
     for step in case.steps:
         held_out = [line for line in log if line["step"] == step and case.figures[0] in line][0]
@@ -81,7 +83,7 @@ def told(case, out):
 @torch.inference_mode()
 def pictures(case, out, n=3):
     """Tiles of a case: originals, reconstructions and codes, or samples and theirs."""
-    folder, tiles = out / case.name.replace(" ", "-"), []
+    folder, tiles = case.folder(out), []
     if stage_of(case.commands[-1]) == "transformer":
         model, vae = dq.load_transformer(folder / "transformer.pt", "cpu")
         label = torch.arange(n + 1) % max(1, len(model.config.classes))

@@ -576,7 +576,7 @@ def test_memory_stays_flat(images, tmp_path, monkeypatch):
         used[done] = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2 ** 20
     monkeypatch.setattr(train_vae.Losses, "add", add)
     train_vae.main(["--data", str(images), "--out", str(tmp_path), "--steps", "120", *VAE, "--eval-every", "30"])
-    assert used[120] - used[60] < 5, used                                  # MiB
+    assert used[120] - used[60] < 5, used                                    # MiB
 
 
 @pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reason="the trap below is inherited by a fork")
