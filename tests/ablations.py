@@ -33,6 +33,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import dq  # noqa: E402
 import train_transformer  # noqa: E402
+from figures import flags_to_end, refuse  # noqa: E402
 from sample import run  # noqa: E402
 
 
@@ -224,17 +225,14 @@ def variants(flags):
 
 
 def train(variant, out, vae, seed, flags):
-    """Train a variant, or go on with it, or see that it is finished. -> the lines of its log that are evaluations"""
+    """Train a variant, or go on with it, unless it is finished. -> the lines of its log that are evaluations"""
     argv = [*flags, *variant.flags, "--out", str(out), "--vae", str(vae), "--seed", str(seed)]
-    checkpoint, steps = out / "transformer.pt", train_transformer.parse(argv)[0].steps
-    if checkpoint.exists():
-        then = dq.load_checkpoint(checkpoint, "dq-transformer").get("settings", {}).get("steps")
-        dq.require(then == steps, f"{checkpoint} belongs to a run of {then} steps, not {steps}, whose learning rates "
-                                  f"are others; choose another OUT, or the same --steps")
-        argv.append("--resume")
-    print(f"{out}:")
-    with variant.classes():
-        train_transformer.main(argv)
+    steps = train_transformer.parse(argv)[0].steps
+    more = flags_to_end(out / "transformer.pt", steps)
+    if more is not None:
+        print(f"{out}:")
+        with variant.classes():
+            train_transformer.main([*argv, *more])
     log = out / "transformer.jsonl"
     evaluations = [line for line in train_transformer.read_log(log) if "nats_per_image" in line]
     dq.require(evaluations and evaluations[-1]["step"] == steps, f"the evaluation of step {steps} is missing in {log}")
@@ -269,9 +267,7 @@ def main(argv=None):
     parser.add_argument("--seeds", metavar="SEED", type=train_transformer.natural, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", metavar="NAME", nargs="+", help="these variants instead of all")
     args = parser.parse_args(own)
-    for flag in (flag.split("=")[0] for flag in flags if len(flag) > 2):     # argparse takes abbreviations too
-        taken = [name for name in ("--out", "--vae", "--seed", "--resume") if name.startswith(flag)]
-        dq.require(not taken, f"{flag} can't stand behind --: OUT, --vae and --seeds set {', '.join(taken)}")
+    refuse(flags, "--out", "--vae", "--seed", "--resume")
     known = variants(flags)
     names = args.only or list(known)
     unknown = [name for name in names if name not in known]

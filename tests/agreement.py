@@ -35,6 +35,7 @@ import sample  # noqa: E402
 import train_transformer  # noqa: E402
 import train_vae  # noqa: E402
 from benchmark import hardware  # noqa: E402
+from figures import flags_to_end  # noqa: E402
 from sample import ToyShapes  # noqa: E402
 from train_transformer import natural, number, positive  # noqa: E402
 
@@ -189,14 +190,9 @@ COLUMNS = {"codes": ".1f", "FD, reconstructions": ".2f", "FD, temperature 1": ".
 
 def train_to_the_end(trainer, path, steps, flags):
     """Run a stage, or go on with it, unless its checkpoint is there and final."""
-    if path.exists():
-        held = dq.load_checkpoint(path, f"dq-{path.stem}")
-        then = held.get("settings", {}).get("steps")                            # its learning rate fell to 0 there
-        dq.require(then == steps, f"{path} is of a run of {then} steps, not {steps}; name another folder")
-        if held["step"] == steps:
-            return
-        flags = [*flags, "--resume"]
-    trainer.main(["--out", str(path.parent), "--steps", str(steps), *flags])
+    more = flags_to_end(path, steps)
+    if more is not None:
+        trainer.main(["--out", str(path.parent), "--steps", str(steps), *flags, *more])
 
 
 def step_seconds(model, vae, device, autocast, n_steps=40, warm_up=5):

@@ -1,8 +1,8 @@
 """The README's figures.
 
-python tests/figures.py rd OUT [--jobs N] [-- FLAGS]
-    trains what is missing below OUT (one folder a row: routers x budgets and the fixed-length ends, each
-    with FLAGS of train_vae.py), prints the table and draws OUT/rate_distortion.png
+python tests/figures.py rd OUT [--rows NAME ...] [--seeds S ...] [--jobs N] [-- FLAGS]
+    trains what is missing below OUT (routers x budgets and the fixed-length ends, each with FLAGS of train_vae.py),
+    prints the table of all that is there, whichever rows and seeds were asked for, and draws OUT/rate_distortion.png
 python tests/figures.py log FILE.jsonl
     draws the curves of a run's log beside it, FILE.curves.png
 python tests/figures.py walk [CHECKPOINT] [--image FILE]
@@ -27,11 +27,36 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import dq  # noqa: E402
 import sample  # noqa: E402
+import train_vae  # noqa: E402
 from train_transformer import natural, positive, read_log  # noqa: E402
 
 BUDGETS = (0.1, 0.3, 0.5, 0.7, 0.9)
 ROUTERS = ("learned", "entropy", "random")
 COLOURS = {"learned": "#c01530", "entropy": "#3a6ea5", "random": "#777777", "fixed": "#000000"}
+
+
+# ------------------------------------------------------------------------------------------------
+# Runs: what all commands share that train many models
+
+
+def refuse(flags, *names):
+    """Flags for a trainer can't be those that the command sets itself. UserError if one is, or abbreviates one."""
+    for flag in (flag.split("=")[0] for flag in flags if len(flag) > 2):
+        taken = [name for name in names if name.startswith(flag)]            # argparse takes abbreviations
+        dq.require(not taken, f"{flag} can't stand behind --: {', '.join(taken)} is set for each run")
+
+
+def flags_to_end(path, steps):
+    """For a trainer whose checkpoint is `path`: [] if there is none, ["--resume"], or None if its run is finished.
+
+    UserError if that is a run of another length: the learning rate of its last steps is another, too.
+    """
+    if not path.exists():
+        return []
+    held = dq.load_checkpoint(path, f"dq-{path.stem}")
+    then = held.get("settings", {}).get("steps")
+    dq.require(then == steps, f"{path} is of a run of {then} steps, not {steps}; name another folder")
+    return None if held["step"] == steps else ["--resume"]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -83,37 +108,57 @@ def plot(curves, title, x_label, y_label="", size=(560, 400)):
     return image.resize(size, Image.Resampling.LANCZOS)
 
 
-def rate_distortion(out, flags, jobs, factors):
-    """Train the rows that are not there yet, print their table and draw it."""
-    rows = {"fixed-coarse": ["--factors", factors[0]], "fixed-fine": ["--factors", factors[1]]}
-    for router in ROUTERS:
-        for budget in BUDGETS:
-            ratios = f"{1 - budget:.1f}", budget
-            rows[f"{router}-{budget}"] = ["--factors", *factors, "--router", router, "--ratios", *ratios]
+RD_ROWS = ["fixed-coarse", "fixed-fine", *(f"{router}-{budget}" for router in ROUTERS for budget in BUDGETS)]
 
-    def train(name):
-        if not (out / name / "vae.pt").exists():                             # written last
-            command = [sys.executable, ROOT / "train_vae.py", "--out", out / name, *map(str, rows[name]), *flags]
-            dq.require(subprocess.run(command).returncode == 0, f"the run {name} failed; what it said is above")
+
+def rate_distortion(out, names, seeds, flags, jobs, factors):
+    """Train the runs that are not there yet, print the table of all that are, and draw it."""
+    steps = train_vae.parse(flags)[0].steps
+
+    def train(name, seed):
+        folder = out / name / f"seed-{seed}"
+        more = flags_to_end(folder / "vae.pt", steps)
+        if more is None:
+            return
+        router, budget = name.split("-")
+        if router == "fixed":
+            row = ["--factors", factors[budget == "fine"]]
+        else:
+            row = ["--factors", *factors, "--router", router, "--ratios", f"{1 - float(budget):.1f}", budget]
+        command = [sys.executable, ROOT / "train_vae.py", "--out", folder, *row, "--seed", seed, *flags, *more]
+        status = subprocess.run([str(word) for word in command]).returncode
+        dq.require(status == 0, f"the run {name}, seed {seed} failed; what it said is above")
     with ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(train, rows))
-    logs = {name: read_log(out / name / "vae.jsonl") for name in rows}
-    for name, log in logs.items():
-        dq.require(log and "psnr" in log[-1], f"{out / name / 'vae.jsonl'} does not end with an evaluation")
+        list(pool.map(lambda run: train(*run), [(name, seed) for seed in seeds for name in names]))
 
-    def point(name):
-        return logs[name][-1]["codes_per_image"], logs[name][-1]["psnr"]
-    (x0, y0), (x1, y1) = point("fixed-coarse"), point("fixed-fine")
-    print("| fine budget | learned | entropy | random | straight line |\n|---|---|---|---|---|")
-    print(f"| fixed, coarse: {x0:.0f} codes | {y0:.2f} | | | |")
+    points = {}                                                              # {row: [(codes, dB) of each seed]}
+    for name in RD_ROWS:
+        for path in sorted(out.glob(f"{name}/seed-*/vae.jsonl")):
+            log = read_log(path)
+            dq.require(log and "psnr" in log[-1], f"{path} does not end with an evaluation")
+            points.setdefault(name, []).append((log[-1]["codes_per_image"], log[-1]["psnr"]))
+    mean = {name: tuple(sum(values) / len(values) for values in zip(*runs)) for name, runs in points.items()}
+
+    def text(name):
+        return f"{', '.join(f'{y:.2f}' for _, y in points[name])} ({mean[name][0]:.1f})" if name in points else ""
+
+    def line(budget):
+        """What a mixture of the fixed lengths would have with as many codes as the learned router used."""
+        if not {f"learned-{budget}", "fixed-coarse", "fixed-fine"} <= mean.keys():
+            return ""
+        (x0, y0), (x1, y1), (codes, _) = (mean[name] for name in ("fixed-coarse", "fixed-fine", f"learned-{budget}"))
+        return f"{y0 + (y1 - y0) * (codes - x0) / (x1 - x0):.2f}"
+    print("| fine budget | learned: dB of each seed (codes) | entropy | random | straight line between the ends |")
+    print(f"|---|---|---|---|---|\n| fixed, coarse | {text('fixed-coarse')} | | | |")
     for budget in BUDGETS:
-        cells = ["{1:.2f} ({0:.1f})".format(*point(f"{router}-{budget}")) for router in ROUTERS]
-        codes = point(f"learned-{budget}")[0]
-        print(f"| {budget} | {' | '.join(cells)} | {y0 + (y1 - y0) * (codes - x0) / (x1 - x0):.2f} |")
-    print(f"| fixed, fine: {x1:.0f} codes | {y1:.2f} | | | |")
-    lines = {router: (COLOURS[router], [point(f"{router}-{b}") for b in BUDGETS]) for router in ROUTERS}
-    lines["fixed length"] = (COLOURS["fixed"], [(x0, y0), (x1, y1)])
-    plot(lines, "held-out PSNR, dB", "codes per image").save(out / "rate_distortion.png")
+        print(f"| {budget} | {' | '.join(text(f'{router}-{budget}') for router in ROUTERS)} | {line(budget)} |")
+    print(f"| fixed, fine | {text('fixed-fine')} | | | |")
+
+    curves = {router: (COLOURS[router], [mean[f"{router}-{b}"] for b in BUDGETS if f"{router}-{b}" in mean])
+              for router in ROUTERS}
+    curves["fixed length"] = (COLOURS["fixed"], [mean[name] for name in RD_ROWS[:2] if name in mean])
+    curves = {name: curve for name, curve in curves.items() if curve[1]}
+    plot(curves, "held-out PSNR, dB", "codes per image").save(out / "rate_distortion.png")
 
 
 def curves(path):
@@ -642,7 +687,9 @@ def main(argv=None):
     add = commands.add_parser("rd", help="rate and distortion of the routers",
                               epilog="What stands behind -- goes to train_vae.py.").add_argument
     add("out", metavar="OUT", type=Path, help="folder of the runs")
-    add("--jobs", type=int, default=1, help="runs at a time")
+    add("--rows", metavar="NAME", nargs="+", choices=RD_ROWS, default=RD_ROWS, help=", ".join(RD_ROWS))
+    add("--seeds", metavar="S", type=natural, nargs="+", default=[0])
+    add("--jobs", type=positive, default=1, help="runs at a time")
     add("--factors", type=int, nargs=2, default=(8, 4))
 
     add = commands.add_parser("log", help="curves of a run").add_argument
@@ -677,7 +724,8 @@ def main(argv=None):
     if flags and args.command != "rd":
         parser.error(f"{args.command} takes nothing after --")
     if args.command == "rd":
-        rate_distortion(args.out, flags, args.jobs, args.factors)
+        refuse(flags, "--out", "--seed", "--factors", "--ratios", "--router")
+        rate_distortion(args.out, args.rows, args.seeds, flags, args.jobs, args.factors)
     elif args.command == "log":
         curves(args.log)
     elif args.command == "walk":

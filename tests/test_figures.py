@@ -282,57 +282,97 @@ def no_training(command):
     raise AssertionError(f"nothing was to be trained, but {command}")
 
 
-def fake_run(folder, codes, psnr):
-    """What a finished run leaves, as far as the table reads it."""
+def fake_run(folder, codes, psnr, step=30):
+    """What a run of 30 steps leaves, as far as the table reads it."""
     folder.mkdir(parents=True)
     lines = [dict(step=10, loss=0.5, psnr_now=3.0), dict(step=20, codes_per_image=codes + 1, psnr=psnr - 1),
              dict(step=30, codes_per_image=codes, psnr=psnr)]
     (folder / "vae.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (folder / "vae.pt").touch()
+    torch.save(dict(kind="dq-vae", config={}, weights={}, step=step, settings=dict(steps=30)), folder / "vae.pt")
 
 
-def fake_runs(out):
-    fake_run(out / "fixed-coarse", 16.0, 18.0)
-    fake_run(out / "fixed-fine", 64.0, 24.0)
+def fake_runs(out, seed=0):
+    fake_run(out / f"fixed-coarse/seed-{seed}", 16.0, 18.0)
+    fake_run(out / f"fixed-fine/seed-{seed}", 64.0, 24.0)
     for i, budget in enumerate((0.1, 0.3, 0.5, 0.7, 0.9)):
         for name, codes, psnr in (("learned", 20, 19), ("entropy", 21, 18.5), ("random", 22, 18.125)):
-            fake_run(out / f"{name}-{budget}", codes + 10.0 * i, psnr + i)
+            fake_run(out / f"{name}-{budget}/seed-{seed}", codes + 10.0 * i, psnr + i)
+
+
+HEAD = ["| fine budget | learned: dB of each seed (codes) | entropy | random | straight line between the ends |",
+        "|---|---|---|---|---|"]
 
 
 def test_the_table_of_finished_runs(tmp_path, monkeypatch, capsys):
     fake_runs(tmp_path)
     monkeypatch.setattr(figures.subprocess, "run", no_training)
-    assert call("rd", tmp_path, "--jobs", 2, "--", "--steps", 3) is None
-    assert capsys.readouterr().out.splitlines() == [
-        "| fine budget | learned | entropy | random | straight line |", "|---|---|---|---|---|",
-        "| fixed, coarse: 16 codes | 18.00 | | | |",
+    assert call("rd", tmp_path, "--jobs", 2, "--", "--steps", 30) is None
+    assert capsys.readouterr().out.splitlines() == HEAD + [
+        "| fixed, coarse | 18.00 (16.0) | | | |",
         "| 0.1 | 19.00 (20.0) | 18.50 (21.0) | 18.12 (22.0) | 18.50 |",      # 6 dB for 48 codes: 1 for 8
         "| 0.3 | 20.00 (30.0) | 19.50 (31.0) | 19.12 (32.0) | 19.75 |",
         "| 0.5 | 21.00 (40.0) | 20.50 (41.0) | 20.12 (42.0) | 21.00 |",
         "| 0.7 | 22.00 (50.0) | 21.50 (51.0) | 21.12 (52.0) | 22.25 |",
         "| 0.9 | 23.00 (60.0) | 22.50 (61.0) | 22.12 (62.0) | 23.50 |",
-        "| fixed, fine: 64 codes | 24.00 | | | |"]
+        "| fixed, fine | 24.00 (64.0) | | | |"]
     assert Image.open(tmp_path / "rate_distortion.png").size == (560, 400)
+
+
+def test_a_table_shows_each_seed_that_is_there(tmp_path, monkeypatch, capsys):
+    """More seeds for one row, and a row of which nothing is there."""
+    fake_runs(tmp_path)
+    (tmp_path / "random-0.1/seed-0/vae.jsonl").unlink()
+    fake_run(tmp_path / "learned-0.5/seed-2", 44.0, 21.5)
+    monkeypatch.setattr(figures.subprocess, "run", no_training)
+    assert call("rd", tmp_path, "--rows", "learned-0.5", "--seeds", 0, 2, "--", "--steps", 30) is None
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[3] == "| 0.1 | 19.00 (20.0) | 18.50 (21.0) |  | 18.50 |"
+    assert lines[5] == "| 0.5 | 21.00, 21.50 (42.0) | 20.50 (41.0) | 20.12 (42.0) | 21.25 |"  # the line: at 42 codes
 
 
 def test_a_row_that_is_missing_is_trained(tmp_path, monkeypatch, capsys):
     fake_runs(tmp_path)
-    (tmp_path / "entropy-0.3/vae.pt").unlink()
+    (tmp_path / "entropy-0.3/seed-0/vae.pt").unlink()
     commands, status = [], 1
 
     def run(command):
-        commands.append([str(part) for part in command[2:]])
+        commands.append(command[2:])
         return figures.subprocess.CompletedProcess(command, status)
     monkeypatch.setattr(figures.subprocess, "run", run)
-    flags = ["--steps", "3", "--seed", "1"]
-    assert call("rd", tmp_path, "--factors", 4, 2, "--", *flags) == (
-        "error: the run entropy-0.3 failed; what it said is above")
+    assert call("rd", tmp_path, "--factors", 4, 2, "--", "--steps", 30) == (
+        "error: the run entropy-0.3, seed 0 failed; what it said is above")
     status = 0
-    assert call("rd", tmp_path, "--factors", 4, 2, "--", *flags) is None
-    assert commands == 2 * [["--out", str(tmp_path / "entropy-0.3"), "--factors", "4", "2", "--router", "entropy",
-                             "--ratios", "0.7", "0.3", *flags]]
-    (tmp_path / "random-0.9/vae.jsonl").write_text("")
-    assert call("rd", tmp_path) == f"error: {tmp_path / 'random-0.9/vae.jsonl'} does not end with an evaluation"
+    assert call("rd", tmp_path, "--factors", 4, 2, "--", "--steps", 30) is None
+    expected = ["--factors", "4", "2", "--router", "entropy", "--ratios", "0.7", "0.3", "--seed", "0", "--steps", "30"]
+    assert commands == 2 * [["--out", str(tmp_path / "entropy-0.3/seed-0"), *expected]]
+    fake_run(tmp_path / "entropy-0.3/seed-7", 31.0, 19.5, step=10)
+    assert call("rd", tmp_path, "--rows", "entropy-0.3", "--seeds", 7, "--", "--steps", 30) is None
+    assert commands.pop()[-3:] == ["--steps", "30", "--resume"]
+    assert call("rd", tmp_path, "--rows", "fixed-fine", "--seeds", 1, 2) is None
+    assert commands[2:] == [["--out", str(tmp_path / f"fixed-fine/seed-{seed}"), "--factors", "4", "--seed", str(seed)]
+                            for seed in (1, 2)]
+    path = tmp_path / "random-0.9/seed-0/vae.jsonl"
+    path.write_text("")
+    assert call("rd", tmp_path, "--rows", "fixed-fine") == (
+        f"error: {tmp_path / 'fixed-fine/seed-0/vae.pt'} is of a run of 30 steps, not 1000; name another folder")
+    assert call("rd", tmp_path, "--", "--steps", 30) == f"error: {path} does not end with an evaluation"
+
+
+def test_a_run_begins_goes_on_or_is_finished(tmp_path):
+    path = tmp_path / "transformer.pt"
+    assert figures.flags_to_end(path, 30) == []
+    for step, flags in ((10, ["--resume"]), (30, None)):
+        torch.save(dict(kind="dq-transformer", config={}, weights={}, step=step, settings=dict(steps=30)), path)
+        assert figures.flags_to_end(path, 30) == flags
+    with pytest.raises(dq.UserError, match="is of a run of 30 steps, not 20; name another folder"):
+        figures.flags_to_end(path, 20)
+
+
+@pytest.mark.parametrize("flag, name, flags", [("--seed", "--seed", ["--seed", 1]), ("--see", "--seed", ["--see=1"]),
+                                               ("--rat", "--ratios", ["--rat", 0.5, 0.5])])
+def test_what_rd_sets_can_t_be_set_again(tmp_path, flag, name, flags):
+    assert call("rd", tmp_path, "--", *flags) == f"error: {flag} can't stand behind --: {name} is set for each run"
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_curves_of_a_log(tmp_path, monkeypatch):
