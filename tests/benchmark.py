@@ -42,7 +42,8 @@ def hardware(device):
         return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
     name = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):
-        name = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), name)
+        with open("/proc/cpuinfo") as file:
+            name = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), name)
     return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
@@ -109,15 +110,18 @@ def sampling(args):
     device, dtype = torch.device(args.device), dict(fp32=torch.float32, bf16=torch.bfloat16)[args.dtype]
     side = int(args.regions ** 0.5)
     torch.manual_seed(0)
-    config = dq.TransformerConfig(size=8 * side, factors=(8, 4), codebook_size=args.codebook_size, width=args.width, heads=8,
-                                  position_layers=args.position_layers, content_layers=args.content_layers)
+    config = dq.TransformerConfig(size=8 * side, factors=(8, 4), codebook_size=args.codebook_size, width=args.width,
+                                  heads=8, position_layers=args.position_layers, content_layers=args.content_layers)
     model = dq.DQTransformer(config).to(device).eval()
     layout = model.layout
     matrices = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)]
     read = sum(w.numel() for w in matrices) * dtype.itemsize                 # bytes a step
-    print(f"Sampling {side} x {side} regions, half of them fine; {args.position_layers} + {args.content_layers} layers, width {args.width}, {args.dtype}; {hardware(device)}")
-    print(f"jobs of {args.images} images a slot; medians of {args.rounds} rounds" + (f"; copying takes {copy_bandwidth(device):.0f} GB/s" if device.type == "cuda" else ""))
-    print(f"{'batch':>5}{'images/s':>10}{'ms a code':>11}{'weights GB/s':>14}{'naive images/s':>16}{'fused / naive':>15}{'matrix work':>13}")
+    print(f"Sampling {side} x {side} regions, half of them fine; {args.position_layers} + {args.content_layers} "
+          f"layers, width {args.width}, {args.dtype}; {hardware(device)}")
+    copying = f"; copying takes {copy_bandwidth(device):.0f} GB/s" if device.type == "cuda" else ""
+    print(f"jobs of {args.images} images a slot; medians of {args.rounds} rounds{copying}")
+    print(f"{'batch':>5}{'images/s':>10}{'ms a code':>11}{'weights GB/s':>14}{'naive images/s':>16}"
+          f"{'fused / naive':>15}{'matrix work':>13}")
     for B in args.batch_sizes:
         n = args.images * B
         fine = torch.rand(n, side * side, device=device).argsort(1) < side * side // 2
@@ -147,7 +151,8 @@ def sampling(args):
                 naive += min(16, length - t) * statistics.median(compare(device, 1, step=step)["step"])
         share = matrix_share(fused) if device.type == "cpu" else float("nan")
         codes = int((code >= 0).sum()) / B
-        print(f"{B:5}{B / seconds:10.2f}{1000 * seconds / codes:11.2f}{read * length / seconds / 1e9:14.1f}{B / naive:16.3f}{naive / seconds:15.1f}{share:13.0%}{peak}", flush=True)
+        print(f"{B:5}{B / seconds:10.2f}{1000 * seconds / codes:11.2f}{read * length / seconds / 1e9:14.1f}"
+              f"{B / naive:16.3f}{naive / seconds:15.1f}{share:13.0%}{peak}", flush=True)
 
 
 def copy_bandwidth(device):
@@ -162,7 +167,8 @@ def matrix_share(step):
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         step()
     own = {e.key: e.self_cpu_time_total for e in profile.key_averages()}
-    return sum(v for k, v in own.items() if any(name in k for name in ("mm", "_linear", "attention"))) / sum(own.values())
+    of_products = sum(v for k, v in own.items() if any(name in k for name in ("mm", "_linear", "attention")))
+    return of_products / sum(own.values())
 
 
 # ------------------------------------------------------------------------------------------------
@@ -199,7 +205,8 @@ class TextbookVAE(dq.DQVAE):
     def mix(self, maps, gate):
         side, h = maps[-1].shape[-1], gate.shape[-1]
         gate = gate.repeat_interleave(side // h, dim=2).repeat_interleave(side // h, dim=3)  # B, K, H, W
-        maps = [m.repeat_interleave(side // m.shape[2], dim=2).repeat_interleave(side // m.shape[3], dim=3) for m in maps]
+        maps = [m.repeat_interleave(side // m.shape[2], dim=2).repeat_interleave(side // m.shape[3], dim=3)
+                for m in maps]                                               # each B, C, H, W
         return sum(gate[:, k:k + 1] * m for k, m in enumerate(maps))
 
 
@@ -228,12 +235,16 @@ def stage1(args):
     def make_step(model, bf16, all_losses=False, memory_format=as_trained):
         model = model.to(device, memory_format=memory_format)
         forward = train_vae.compiled(model) if bf16 and args.compile else model
-        optimizer, autocast = torch.optim.Adam(model.parameters(), lr=1e-4), lambda: torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
         if all_losses:
-            lpips, critic = train_vae.Perceptual().to(device), train_vae.Discriminator().to(device, memory_format=memory_format)
+            lpips = train_vae.Perceptual().to(device)
+            critic = train_vae.Discriminator().to(device, memory_format=memory_format)
             for weight in lpips.weights:
                 weight.fill_(0.1)
             critic_optimizer = torch.optim.Adam(critic.parameters(), lr=1e-4)
+
+        def autocast():
+            return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
         def step():
             torch.manual_seed(0)
@@ -260,20 +271,24 @@ def stage1(args):
     plain, copies = textbook(model), [dq.DQVAE(config) for _ in range(3)]
     for copy in copies:
         copy.load_state_dict(model.state_dict())
-    steps = dict(textbook=make_step(plain, False), fp32=make_step(model, False), bf16=make_step(copies[0], True), all=make_step(copies[1], True, True))
+    steps = dict(textbook=make_step(plain, False), fp32=make_step(model, False), bf16=make_step(copies[0], True),
+                 all=make_step(copies[1], True, True))
     if on_gpu:
         steps["contiguous"] = make_step(copies[2], True, memory_format=torch.contiguous_format)
-    losses = {name: step() for name, step in steps.items()}                  # the same network? then the same first loss
-    assert abs(losses["fp32"] - losses["textbook"]) < 1e-3 and all(abs(losses[name] - losses["textbook"]) < 2e-2 for name in set(steps) - {"fp32"}), losses
+    losses = {name: step() for name, step in steps.items()}
+    for name, loss in losses.items():                                        # of the same network the first is the same
+        assert abs(loss - losses["textbook"]) < (1e-3 if name == "fp32" else 2e-2), losses
     seconds = compare(device, args.rounds, **steps)
-    print(f"One training step of DQ-VAE (dual, 256 x 256, batch {args.batch_size}), {hardware(device)}; medians of {args.rounds} rounds")
+    print(f"One training step of DQ-VAE (dual, 256 x 256, batch {args.batch_size}), {hardware(device)}; "
+          f"medians of {args.rounds} rounds")
     print(f"{'':34}{'s a step':>10}{'images/s':>10}{'textbook / this':>17}")
     compiled = ", compiled" if args.compile else ""
     labels = dict(textbook="textbook, fp32", fp32="ours, fp32", bf16=f"ours, bf16{compiled}",
                   all=f"all losses{compiled}", contiguous=f"ours, bf16{compiled}, not channels last")
     for name in steps:
         median = statistics.median(seconds[name])
-        print(f"{labels[name]:34}{median:10.2f}{args.batch_size / median:10.2f}{ratio(seconds, 'textbook', name):17.2f}")
+        print(f"{labels[name]:34}{median:10.2f}{args.batch_size / median:10.2f}"
+              f"{ratio(seconds, 'textbook', name):17.2f}")
     print(f"fp32 / bf16: {ratio(seconds, 'fp32', 'bf16'):.2f}")
 
 
@@ -286,7 +301,8 @@ class TextbookBlock(dq.Block):
 
     def forward(self, x):
         B, L, C = x.shape
-        q, k, v = (t.view(B, L, self.heads, -1).transpose(1, 2) for t in self.qkv(self.norm1(x)).chunk(3, dim=-1))  # each B, heads, L, d
+        q, k, v = self.qkv(self.norm1(x)).chunk(3, dim=-1)                   # each B, L, C
+        q, k, v = (t.view(B, L, self.heads, -1).transpose(1, 2) for t in (q, k, v))  # each B, heads, L, d
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.proj(y.transpose(1, 2).reshape(B, L, C))                # B, L, C
         return x + self.down(F.gelu(self.up(self.norm2(x))))
@@ -301,10 +317,11 @@ def stage2(args):
     torch.manual_seed(0)
     if args.preset == "toy":
         toy = sample.ToyShapes()
-        grains = torch.stack([F.avg_pool2d(toy.detail_mask(i)[None].float(), config.factors[0])[0] > 0.1 for i in range(2048)]).long()  # M, h, w
+        detail = torch.stack([toy.detail_mask(i) for i in range(2048)]).float()  # M, S, S
+        grains = (F.avg_pool2d(detail, config.factors[0]) > 0.1).long()      # M, h, w
     else:
         grains = torch.bucketize(torch.rand(2048, layout.side, layout.side), torch.tensor(vae.ratios).cumsum(0)[:-1])
-    codes = torch.randint(config.codebook_size, (len(grains), layout.side, layout.side))  # one for a region is enough here
+    codes = torch.randint(config.codebook_size, (len(grains), layout.side, layout.side))  # one a region is enough
     pos, code = layout.pack(dq.upsample(codes[:, None].float(), layout.fine_side)[:, 0].long(), grains)
     length, label = train_transformer.lengths(pos, layout), torch.full((len(pos),), -1)
     pos, code = pos[:, :length.max()], code[:, :length.max()]
@@ -317,7 +334,10 @@ def stage2(args):
                 block.__class__ = TextbookBlock
         forward = torch.compile(model) if ours and args.compile else model
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=ours or None)
-        order = train_transformer.batches(length.numpy(), B, seed=0) if ours else (torch.randint(len(pos), (B,)) for _ in itertools.count())
+        if ours:
+            order = train_transformer.batches(length.numpy(), B, seed=0)
+        else:
+            order = (torch.randint(len(pos), (B,)) for _ in itertools.count())
         tokens = []
 
         def autocast():
@@ -337,24 +357,30 @@ def stage2(args):
                 batch = next(order)
                 optimizer.zero_grad(set_to_none=True)
                 for part in batch.chunk(1 if args.preset == "toy" and not ours else parts):
-                    add_gradients(part, train_transformer.columns_for(length[part], pos.shape[1], device) if ours else pos.shape[1])
+                    padded = pos.shape[1]
+                    add_gradients(part, train_transformer.columns_for(length[part], padded, device) if ours else padded)
                 optimizer.step()
                 tokens[-1] += int(length[batch].sum())
         return loop, tokens
 
     (ours, our_tokens), (plain, plain_tokens) = make(True), make(False)
     seconds = compare(device, args.rounds, ours=ours, plain=plain)
-    rate = {name: [t / s for t, s in zip(tokens[1:], seconds[name])] for name, tokens in (("ours", our_tokens), ("plain", plain_tokens))}
-    print(f"Stage 2, preset {args.preset}, batch {B} in {parts} parts, sequences of {length.min()} to {length.max()} pairs (mean {length.float().mean():.1f}); {hardware(device)}; medians of {args.rounds} rounds of {n_steps} steps")
+    rate = {name: [t / s for t, s in zip(tokens[1:], seconds[name])]
+            for name, tokens in (("ours", our_tokens), ("plain", plain_tokens))}
+    mean_length = length.float().mean().item()
+    print(f"Stage 2, preset {args.preset}, batch {B} in {parts} parts, sequences of {length.min()} to {length.max()} "
+          f"pairs (mean {mean_length:.1f}); {hardware(device)}; medians of {args.rounds} rounds of {n_steps} steps")
     dtype, side = torch.float32 if args.dtype == "fp32" else torch.bfloat16, 8192 if device.type == "cuda" else 1024
     a = torch.randn(side, side, device=device, dtype=dtype)
     peak = 2 * side ** 3 / min(compare(device, 5, product=lambda: a @ a)["product"])
     matrices = sum(m.weight.numel() for m in dq.DQTransformer(config).modules() if isinstance(m, torch.nn.Linear))
     layers = config.position_layers + config.content_layers
-    flops = 6 * (matrices + layers * config.width * length.float().mean().item())  # a token, forward and backward; causal attention
-    for name, says in (("plain", "padded, fp32"), ("ours", f"ours, {args.dtype}" + (", compiled" if args.compile else ""))):
+    flops = 6 * (matrices + layers * config.width * mean_length)             # a token, there and back; causal attention
+    compiled = ", compiled" if args.compile else ""
+    for name, says in (("plain", "padded, fp32"), ("ours", f"ours, {args.dtype}{compiled}")):
         median = statistics.median(rate[name])
-        print(f"{says:22}{median:10.0f} tokens/s{median / length.float().mean().item():10.1f} images/s; model FLOPs {median * flops / peak:.0%} of a large {args.dtype} product's")
+        print(f"{says:22}{median:10.0f} tokens/s{median / mean_length:10.1f} images/s; "
+              f"model FLOPs {median * flops / peak:.0%} of a large {args.dtype} product's")
     print(f"ours / padded: {statistics.median(a / b for a, b in zip(rate['ours'], rate['plain'])):.2f}")
 
 

@@ -378,7 +378,7 @@ def test_a_broken_file_is_named_once_by_all_processes(tmp_path, monkeypatch, cap
     assert [red(x)[0] for x, _ in loader] == alone
     error = capfd.readouterr().err
     assert all(error.count(name) for name in broken)
-    assert error.count("warning") < 1.5 * len(broken)                        # 2: each process for itself; 1 + a tie or two
+    assert error.count("warning") < 1.5 * len(broken)                        # 2: each for itself; 1 + a tie or two
 
 
 def test_a_long_list_of_broken_files_ends_in_a_count(tmp_path, monkeypatch, capfd):

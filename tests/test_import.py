@@ -21,7 +21,8 @@ def authors_checkpoint(K=2, learned=True, width=32, z=32, d=16, V=24, multiplier
         sd[f"{name}.weight"], sd[f"{name}.bias"] = torch.randn(*shape) * 0.1, torch.randn(shape[0]) * 0.1
 
     def res(name, a, b):
-        put(f"{name}.norm1", a), put(f"{name}.conv1", b, a, 3, 3), put(f"{name}.norm2", b), put(f"{name}.conv2", b, b, 3, 3)
+        put(f"{name}.norm1", a), put(f"{name}.conv1", b, a, 3, 3)
+        put(f"{name}.norm2", b), put(f"{name}.conv2", b, b, 3, 3)
         if a != b:
             put(f"{name}.nin_shortcut", b, a, 1, 1)
 
@@ -83,10 +84,11 @@ def test_configuration_is_inferred_and_every_weight_arrives(K, learned, tmp_path
     torch.save({"epoch": 7, "callbacks": {"checkpoint": Leftover()}, "state_dict": sd}, tmp_path / "theirs.ckpt")
     config, ours = train_vae.read_authors(tmp_path / "theirs.ckpt")
     assert config == dq.VAEConfig(
-        size=32, factors=(8, 4, 2)[:K], ratios=(0.5, 0.5) if K == 2 else (0.4, 0.3, 0.3), router="learned" if learned else "entropy",
-        codebook_size=24, code_dim=16, channels=32, width=32, multipliers=(1, 2, 2, 1), encoder_blocks=2, decoder_blocks=3, attention_from=4)
+        size=32, factors=(8, 4, 2)[:K], ratios=(0.5, 0.5) if K == 2 else (0.4, 0.3, 0.3),
+        router="learned" if learned else "entropy", codebook_size=24, code_dim=16, channels=32, width=32,
+        multipliers=(1, 2, 2, 1), encoder_blocks=2, decoder_blocks=3, attention_from=4)
     model = dq.DQVAE(config)
-    model.load_state_dict(ours)                                              # strict: no name is missing, none is left over
+    model.load_state_dict(ours)                                              # strict: no name is missing or left over
     weights = [name for name in sd if not name.startswith(("loss.", "quantize."))]
     assert sum(sd[name].numel() for name in weights) == sum(p.numel() for p in model.parameters())
     assert torch.equal(model.codebook.codes, sd["quantize.codebook.weight"][:24])
@@ -119,7 +121,8 @@ def test_the_parts_land_where_they_belong(tmp_path):
     torch.testing.assert_close(model.decoder.levels[-1][2](x), expected)
     gates = [sd[f"encoder.router.gate.{i}.{end}"] for i in (0, 2) for end in ("weight", "bias")]
     maps = [torch.randn(1, 32, 4, 4), torch.randn(1, 32, 8, 8)]
-    pooled = [F.avg_pool2d(norm(f"encoder.router.feature_norm_{n}", m), s) for n, m, s in zip(("coarse", "fine"), maps, (1, 2))]
+    pooled = [F.avg_pool2d(norm(f"encoder.router.feature_norm_{n}", m), s)
+              for n, m, s in zip(("coarse", "fine"), maps, (1, 2))]
     z = F.linear(F.silu(F.linear(torch.cat(pooled, 1)[0, :, 1, 2], *gates[:2])), *gates[2:])
     torch.testing.assert_close(model.router.logits(maps)[0, :, 1, 2], z)
 
@@ -128,7 +131,8 @@ def test_the_command_writes_a_checkpoint_that_the_other_scripts_take(tmp_path, c
     torch.save({"state_dict": authors_checkpoint()}, tmp_path / "theirs.ckpt")
     for i in range(3):
         sample.to_picture(sample.ToyShapes(32)[i][0]).save(tmp_path / f"{i}.png")
-    train_vae.main(["--import-authors", str(tmp_path / "theirs.ckpt"), "--data", str(tmp_path), "--out", str(tmp_path / "out"), "--dtype", "fp32"])
+    train_vae.main(["--import-authors", str(tmp_path / "theirs.ckpt"), "--data", str(tmp_path),
+                    "--out", str(tmp_path / "out"), "--dtype", "fp32"])
     said = capsys.readouterr().out
     assert "32 x 32" in said and "(8, 4)" in said and "psnr" in said
     vae = dq.load_vae(tmp_path / "out/vae.pt", "cpu")
@@ -148,8 +152,8 @@ def test_files_that_are_none_end_in_one_line_and_run_nothing(tmp_path, monkeypat
     (tmp_path / "pickle").write_bytes(pickle.dumps(Bomb()))
     (tmp_path / "text").write_text("hello")
     torch.save([1, 2], "list")
-    for name, says in (("incomplete", "has no quant_conv.weight"), ("pickle", "not a checkpoint"), ("text", "not a checkpoint"),
-                       ("list", "not a checkpoint"), ("nowhere", "no such file")):
+    for name, says in (("incomplete", "has no quant_conv.weight"), ("pickle", "not a checkpoint"),
+                       ("text", "not a checkpoint"), ("list", "not a checkpoint"), ("nowhere", "no such file")):
         with pytest.raises(dq.UserError, match=says):
             train_vae.read_authors(name)
     try:

@@ -41,7 +41,8 @@ def naive_pack(layout, codes, grains):
 def grain_maps(layout, device):
     """All coarse, all fine, and four random maps."""
     h, K = layout.side, layout.n_grains
-    return torch.cat([torch.zeros(1, h, h, dtype=torch.long), torch.full((1, h, h), K - 1), torch.randint(0, K, (4, h, h))]).to(device)
+    parts = torch.zeros(1, h, h, dtype=torch.long), torch.full((1, h, h), K - 1), torch.randint(0, K, (4, h, h))
+    return torch.cat(parts).to(device)
 
 
 def padded(layout, pairs):

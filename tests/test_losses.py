@@ -9,8 +9,9 @@ import sample
 import train_vae
 from train_vae import Discriminator, Perceptual, adaptive_weight, backward, hinge_loss
 
-VGG = [(0, 3, 64), (2, 64, 64), "pool", (5, 64, 128), (7, 128, 128), "pool", (10, 128, 256), (12, 256, 256), (14, 256, 256), "pool",
-       (17, 256, 512), (19, 512, 512), (21, 512, 512), "pool", (24, 512, 512), (26, 512, 512), (28, 512, 512)]
+VGG = [(0, 3, 64), (2, 64, 64), "pool", (5, 64, 128), (7, 128, 128), "pool",
+       (10, 128, 256), (12, 256, 256), (14, 256, 256), "pool", (17, 256, 512), (19, 512, 512), (21, 512, 512), "pool",
+       (24, 512, 512), (26, 512, 512), (28, 512, 512)]
 
 
 @pytest.fixture(scope="module")
@@ -37,13 +38,15 @@ def lpips(published, tmp_path_factory):
 def naive_lpips(x, y, vgg, lin):
     """One pair of images (3, S, S), place by place."""
     def features(image):
-        z = torch.stack([(image[c] - shift) / scale for c, shift, scale in ((0, -0.030, 0.458), (1, -0.088, 0.448), (2, -0.188, 0.450))])[None]
+        channels = ((0, -0.030, 0.458), (1, -0.088, 0.448), (2, -0.188, 0.450))
+        z = torch.stack([(image[c] - shift) / scale for c, shift, scale in channels])[None]
         for layer in VGG:
             if layer == "pool":
                 yield z[0]
                 z = F.max_pool2d(z, 2)
             else:
-                z = F.conv2d(z, vgg[f"features.{layer[0]}.weight"], vgg[f"features.{layer[0]}.bias"], padding=1).clamp(min=0)
+                weight, bias = (vgg[f"features.{layer[0]}.{kind}"] for kind in ("weight", "bias"))
+                z = F.conv2d(z, weight, bias, padding=1).clamp(min=0)
         yield z[0]
     total = 0.0
     for k, (a, b) in enumerate(zip(features(x), features(y))):
@@ -68,7 +71,8 @@ def test_lpips_trains_the_image_alone_and_stays_finite_where_features_vanish(lpi
     y = (torch.rand(1, 3, 16, 16) * 2 - 1).requires_grad_()
     lpips(torch.rand(1, 3, 16, 16), y).sum().backward()
     assert y.grad.abs().sum() > 0 and all(p.grad is None for p in lpips.parameters())
-    torch.save({name: -tensor.abs() if name.endswith("bias") else tensor * 0 for name, tensor in published[0].items()}, tmp_path / "zero")
+    zero = {name: -tensor.abs() if name.endswith("bias") else tensor * 0 for name, tensor in published[0].items()}
+    torch.save(zero, tmp_path / "zero")
     torch.save(published[1], tmp_path / "lin")
     y.grad = None
     Perceptual.load([tmp_path / "zero", tmp_path / "lin"])(torch.rand(1, 3, 16, 16), y).sum().backward()
@@ -84,7 +88,8 @@ def test_missing_weights_end_in_one_line_that_helps(published, tmp_path, monkeyp
         with pytest.raises(dq.UserError) as error:
             Perceptual.load(files)
         text = str(error.value)
-        assert "\n" not in text and "--perceptual-weights" in text and "--perceptual-weight 0" in text and all(url in text for url in Perceptual.urls)
+        assert "\n" not in text and "--perceptual-weights" in text and "--perceptual-weight 0" in text
+        assert all(url in text for url in Perceptual.urls)
 
 
 class Toy(torch.nn.Module):
@@ -137,9 +142,10 @@ def test_a_compiled_model_gets_the_same_gradients():
         model.zero_grad()
         torch.manual_seed(1)
         out = forward(x)
-        assert "Convolution" in out.reconstruction.grad_fn.name()            # the last layer is a node of its own, to walk back to
+        assert "Convolution" in out.reconstruction.grad_fn.name()            # the last layer is a node of its own
         loss, gan = (out.reconstruction - x).abs().mean(), -out.reconstruction.tanh().mean()
-        weight = backward(out.reconstruction, model.decoder.out[-1].weight, loss, gan, out.commitment + dq.budget_loss(out.gate, config.ratios))
+        other = out.commitment + dq.budget_loss(out.gate, config.ratios)
+        weight = backward(out.reconstruction, model.decoder.out[-1].weight, loss, gan, other)
         gradients.append([weight] + [p.grad for p in model.parameters() if p.grad is not None])
     assert len(gradients[0]) == len(gradients[1]) > 50
     for a, b in zip(*gradients):
@@ -150,7 +156,7 @@ def test_discriminator_is_the_usual_patchgan():
     with torch.device("meta"):
         critic = Discriminator()
         assert critic(torch.empty(2, 3, 256, 256)).shape == (2, 1, 30, 30)
-    assert sum(p.numel() for p in critic.parameters()) == 2_765_633          # pix2pix's 70 x 70 PatchGAN with 3 channels in
+    assert sum(p.numel() for p in critic.parameters()) == 2_765_633          # pix2pix's 70 x 70 PatchGAN, 3 channels in
     # one logit sees 70 x 70 pixels
     critic = Discriminator(width=4).eval()
     x = torch.zeros(1, 3, 128, 128, requires_grad=True)
@@ -176,7 +182,7 @@ def test_discriminator_learns_to_tell_sharp_from_blurred():
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    with torch.no_grad():                                                    # unseen images, normalised by batch as in training
+    with torch.no_grad():                                                    # unseen images, normalised as in training
         right = torch.cat([critic(real[192:]).mean(dim=(1, 2, 3)) > 0, critic(fake[192:]).mean(dim=(1, 2, 3)) < 0])
     assert right.float().mean() > 0.9
 
@@ -194,7 +200,8 @@ def test_ssim_is_the_published_formula():
                 for s in range(3):
                     p, q = u[r:r + 11, s:s + 11], v[r:r + 11, s:s + 11]
                     mp, mq = (window * p).sum(), (window * q).sum()
-                    vp, vq, cov = (window * (p - mp) ** 2).sum(), (window * (q - mq) ** 2).sum(), (window * (p - mp) * (q - mq)).sum()
+                    vp, vq = (window * (p - mp) ** 2).sum(), (window * (q - mq) ** 2).sum()
+                    cov = (window * (p - mp) * (q - mq)).sum()
                     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
                     values.append((2 * mp * mq + c1) * (2 * cov + c2) / ((mp ** 2 + mq ** 2 + c1) * (vp + vq + c2)))
         assert train_vae.ssim(x, y)[b].item() == pytest.approx(np.mean(values), abs=1e-4)

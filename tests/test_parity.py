@@ -20,7 +20,8 @@ pytestmark = pytest.mark.skipif(not FOLDER, reason="DQ_PARITY_DIR names no folde
 def test_the_authors_weights_give_the_authors_numbers(name, factors):
     data = torch.load(Path(FOLDER) / f"{name}.pt", weights_only=True)
     config, weights = train_vae.read_authors(Path(FOLDER) / f"{name}.pt")
-    assert (config.size, config.factors, config.router, config.codebook_size, config.code_dim) == (64, factors, "learned", 128, 64)
+    assert (config.size, config.factors, config.router) == (64, factors, "learned")
+    assert (config.codebook_size, config.code_dim) == (128, 64)
     model = DQVAE(config).eval()
     model.load_state_dict(weights)
     x = data["x"].float()

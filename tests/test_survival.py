@@ -85,7 +85,8 @@ def test_ten_steps_killed_and_ten_more_are_twenty_steps(stage, vae_run, images, 
     halves = tmp_path / "halves"
     assert load(halves, stem)["step"] == 10
     with open(halves / f"{stem}.jsonl", "ab") as log:                        # later steps, and what is no line
-        log.write(b'{"step": 11, "loss": 3}\nnull\n[1]\n{"loss": 2}\n{"step": "4"}\n{"step": 3, "\xe9": 1}\n{"step": 12, "lo')
+        log.write(b'{"step": 11, "loss": 3}\nnull\n[1]\n{"loss": 2}\n{"step": "4"}\n'
+                  b'{"step": 3, "\xe9": 1}\n{"step": 12, "lo')
     for module_with_state in (random, np.random):                            # the world moves on meanwhile
         module_with_state.seed(99)
     torch.manual_seed(99)

@@ -52,7 +52,8 @@ def test_evaluation_of_a_dq_vae():
     # 3 bits name one of 8 codes, 1 bit the granularity of each of 4 regions
     assert figures["bits_per_pixel"] == pytest.approx((n_codes / 10 * 3 + 4) / 256)
     fine = [float((g == 1).float().mean()) for g in out.grains]
-    assert [figures[f"fine_{name}"] for name in ("min", "mean", "max")] == pytest.approx([min(fine), sum(fine) / 10, max(fine)])
+    expected = [min(fine), sum(fine) / 10, max(fine)]
+    assert [figures[f"fine_{name}"] for name in ("min", "mean", "max")] == pytest.approx(expected)
     assert figures["share"] == pytest.approx([float((out.grains == k).float().mean()) for k in (0, 1)], abs=1e-4)
 
 
@@ -60,7 +61,8 @@ def test_evaluation_of_a_transformer():
     model = tiny(8, (4, 2), V=5)
     grains = torch.randint(0, 2, (6, 2, 2))
     pos, code = model.layout.pack(random_image(model.layout, grains, 5), grains)
-    figures = train_transformer.evaluate(model, (pos, code, torch.full((6,), -1)), torch.device("cpu"), plain, batch_size=4)
+    pairs = pos, code, torch.full((6,), -1)
+    figures = train_transformer.evaluate(model, pairs, torch.device("cpu"), plain, batch_size=4)
     model.eval()
     nats = []
     with torch.no_grad():

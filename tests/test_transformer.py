@@ -79,7 +79,8 @@ def test_logits_equal_a_loop_over_prefixes(training, label_dropout, device):
     for b, t in itertools.product(range(3), range(layout.max_len)):
         pairs = list(zip(pos[b].tolist(), code[b].tolist()))[:t]
         hidden = label[b] < 0 or training and label_dropout == 1
-        h = torch.stack([model.condition.weight[2 if hidden else label[b]], *(naive_embed(model, *pair) for pair in pairs)])
+        first = model.condition.weight[2 if hidden else label[b]]
+        h = torch.stack([first, *(naive_embed(model, *pair) for pair in pairs)])
         h = (h + model.order.weight[:t + 1])[None]                           # 1, t + 1, C
         for block in model.position_stack:
             h = block(h)
@@ -146,7 +147,8 @@ def naive_generate(model, label, options, seed, first=0, given=None):
     return images
 
 
-@pytest.mark.parametrize("how", [dict(), dict(slots=2, bucket=2), dict(slots=3, bucket=8, look_every=4), dict(slots=2, bucket=64, look_every=32)], ids=str)
+@pytest.mark.parametrize("how", [dict(), dict(slots=2, bucket=2), dict(slots=3, bucket=8, look_every=4),
+                                 dict(slots=2, bucket=64, look_every=32)], ids=str)
 @pytest.mark.parametrize("cfg", [1.0, 2.5])
 @pytest.mark.parametrize("size, factors", [(8, (4,)), (8, (4, 2)), (8, (4, 2, 1))])
 @torch.no_grad()
@@ -159,7 +161,8 @@ def test_the_fused_loop_draws_what_the_naive_loop_draws(size, factors, cfg, how,
 @torch.no_grad()
 def test_the_step_draws_what_the_naive_loop_draws(device):
     """With guidance, in slots that are refilled, and with some of the images given whole."""
-    model, label = tiny(8, (4, 2), V=5, classes=("a", "b"), device=device), torch.tensor([0, 1, 1, -1, 0], device=device)
+    model = tiny(8, (4, 2), V=5, classes=("a", "b"), device=device)
+    label = torch.tensor([0, 1, 1, -1, 0], device=device)
     draws_as_the_naive_loop(model, 1.0, dict(slots=5))
     other = generate(model, label, seed=1)
     given = [torch.where((label == 1)[:, None], each, -1) for each in other]
@@ -189,7 +192,8 @@ def test_an_image_does_not_see_its_batch_mates(device):
     fine, coarse = torch.ones(1, h, h, dtype=torch.long), torch.zeros(1, h, h, dtype=torch.long)
     codes = torch.randint(0, 5, (1, h, h)).repeat_interleave(2, 1).repeat_interleave(2, 2)
     alone = [t[:, :6] for t in model.layout.pack(codes.to(device), coarse.to(device))]     # 4 codes, 2 EOS
-    both = model.layout.pack(torch.cat([codes, torch.randint(0, 5, (1, H, H))]).to(device), torch.cat([coarse, fine]).to(device))
+    codes, grains = torch.cat([codes, torch.randint(0, 5, (1, H, H))]), torch.cat([coarse, fine])
+    both = model.layout.pack(codes.to(device), grains.to(device))
     for a, b in zip(model.logits(*alone), model.logits(*both)):
         torch.testing.assert_close(a[0], b[0, :6], atol=1e-5, rtol=1e-5)
     for name in ("position", "content"):
@@ -218,7 +222,8 @@ def test_forced_positions_and_padding_cost_nothing(device):
     pos, code = model.layout.pack(torch.randint(0, 5, (3, 2, 2), device=device), coarse)
     assert (model(pos, code)["position"] == 0).all()
     model = tiny(8, (4, 2), V=5, device=device)                              # all coarse: 6 pairs, then padding
-    pos, code = model.layout.pack(dq.upsample(torch.randint(0, 5, (3, 1, 2, 2)).float(), 4)[:, 0].long().to(device), coarse)
+    codes = dq.upsample(torch.randint(0, 5, (3, 1, 2, 2)).float(), 4)[:, 0].long()
+    pos, code = model.layout.pack(codes.to(device), coarse)
     assert pos.shape[1] == 18 and (pos[:, 5:] == model.layout.end).all()
     for name in ("position", "content"):
         assert torch.allclose(model(pos, code)[name], model(pos[:, :6], code[:, :6])[name], atol=1e-5)
@@ -303,7 +308,7 @@ def test_refilled_slots_cost_the_mean_length(device, monkeypatch):
 def test_linear_equals_sums(n_out, shape, dtype, tolerance, device):
     """With few rows and many, with and without a sum to add to, with and without a gradient."""
     linear = dq.Linear(24, n_out).to(device, dtype)
-    x, residual = torch.randn(*shape, 24, device=device, dtype=dtype), torch.randn(*shape, n_out, device=device, dtype=dtype)
+    x, residual = (torch.randn(*shape, n, device=device, dtype=dtype) for n in (24, n_out))
     naive = (x.double()[..., None, :] * linear.weight.double()).sum(-1)
     for gradient in (False, True):
         with torch.set_grad_enabled(gradient):
@@ -315,8 +320,10 @@ def test_linear_equals_sums(n_out, shape, dtype, tolerance, device):
 @pytest.mark.parametrize("cfg", [1.0, 2.5])
 def test_bfloat16_matrices_draw_nearly_the_same(cfg, device):
     """Most images come out whole as in float32; by chance none would."""
-    model, label, options = tiny(8, (4, 2), V=5, classes=("a", "b"), device=device), torch.arange(64, device=device) % 2, SampleOptions(cfg=cfg)
-    a, b = (torch.cat(generate(model, label, options, seed=1, slots=8, dtype=dtype), dim=1) for dtype in (None, torch.bfloat16))
+    model, options = tiny(8, (4, 2), V=5, classes=("a", "b"), device=device), SampleOptions(cfg=cfg)
+    label = torch.arange(64, device=device) % 2
+    a, b = (torch.cat(generate(model, label, options, seed=1, slots=8, dtype=dtype), dim=1)
+            for dtype in (None, torch.bfloat16))
     same = (a == b).all(dim=1).float().mean()
     assert 0.7 < same < 1                                                    # 1: nothing was computed in bfloat16
 
@@ -349,7 +356,8 @@ class FakeCuda:
             self.capturing = None
             self.counts["captured"] += 1
         monkeypatch.setattr(dq, "decode_one", decode_one)
-        for name, fake in dict(CUDAGraph=Graph, graph=capture, Stream=lambda device: "stream", graph_pool_handle=lambda: "pool").items():
+        fakes = dict(CUDAGraph=Graph, graph=capture, Stream=lambda device: "stream", graph_pool_handle=lambda: "pool")
+        for name, fake in fakes.items():
             monkeypatch.setattr(torch.cuda, name, fake)
 
 
@@ -359,7 +367,8 @@ def test_the_captured_path_draws_the_same(cfg, monkeypatch):
     """Each size of the cache is captured when it is first needed; all other steps are replays."""
     model = tiny(8, (4, 2, 1), V=5, classes=("a", "b"))
     label, options = torch.arange(9) % 2, SampleOptions(temperature=2.0, cfg=cfg)
-    given = [torch.where(torch.rand(len(label), 1) < 0.5, t, -1) for t in generate(model, label, options, seed=1)]  # some images whole
+    given = [torch.where(torch.rand(len(label), 1) < 0.5, t, -1)             # some images whole
+             for t in generate(model, label, options, seed=1)]
     for extra in (dict(), dict(given=given)):
         pos, code = generate(model, label, options, seed=7, slots=2, **extra)
         with monkeypatch.context() as patch:
@@ -382,9 +391,10 @@ def test_a_small_job_captures_no_more_than_it_needs(monkeypatch):
 
 @pytest.mark.parametrize("cfg", [1.0, 2.5])
 def test_the_step_is_one_graph_for_the_compiler(cfg, monkeypatch):
-    """torch.compile finds no break in a step, and draws the same (without a compiler: the capture is what could go wrong)."""
+    """torch.compile finds no break in a step, and draws the same (without a compiler: the capture could go wrong)."""
     torch._dynamo.reset()
-    model, options = tiny(8, (4, 2), V=5, classes=("a", "b")), SampleOptions(temperature=2.0, top_k=4, top_p=0.9, cfg=cfg)
+    model = tiny(8, (4, 2), V=5, classes=("a", "b"))
+    options = SampleOptions(temperature=2.0, top_k=4, top_p=0.9, cfg=cfg)
     label, real = torch.arange(5) % 2, torch.compile
     wanted = generate(model, label, options, seed=7, slots=2, bucket=64)
     monkeypatch.setattr(torch, "compile", lambda step: real(step, fullgraph=True, backend="eager"))
@@ -401,7 +411,7 @@ def test_any_seed_has_images_of_its_own(seed, device):
 
 
 def test_draws_follow_the_distribution():
-    """u over a fine grid: each entry gets its probability; ends of the range; what has no probability is never drawn."""
+    """u over a fine grid: each entry gets its probability. Ends of the range; what has none is never drawn."""
     logits = torch.tensor([-math.inf, 0.3, -math.inf, 1.2, -0.5, -math.inf])
     n = 100_000
     drawn = dq.draw(logits.expand(n, -1), (torch.arange(n) + 0.5) / n)

@@ -34,7 +34,8 @@ def test_encode_and_decode_agree_with_forward(factors, ratios, router, device):
     out = model(x)
     torch.manual_seed(5)                                                     # the random router draws
     codes, grains = model.encode(x)
-    assert codes.shape == (3, 16 // factors[-1], 16 // factors[-1]) and grains.shape == (3, 16 // factors[0], 16 // factors[0])
+    assert codes.shape == (3, 16 // factors[-1], 16 // factors[-1])
+    assert grains.shape == (3, 16 // factors[0], 16 // factors[0])
     assert torch.equal(codes, out.codes) and torch.equal(grains, out.grains)
     torch.testing.assert_close(model.decode(codes), out.reconstruction, atol=1e-5, rtol=1e-5)
     layout = dq.Layout(16, factors).to(device)                               # what stage 2 sees is all there is
@@ -160,7 +161,8 @@ def test_commitment_counts_every_code_once_and_pulls_only_the_encoder():
     z = torch.randn(1, 2, 2, 2, requires_grad=True)
     weight = torch.tensor([[[0.25, 1.0], [1.0, 0.5]]])
     q, ids, loss = book(z, weight)
-    expected = sum(0.25 * weight[0, y, x] * (book.codes[ids[0, y, x]] - z[0, :, y, x]).square().mean() for y in range(2) for x in range(2)) / 4
+    expected = sum(0.25 * weight[0, y, x] * (book.codes[ids[0, y, x]] - z[0, :, y, x]).square().mean()
+                   for y in range(2) for x in range(2)) / 4
     torch.testing.assert_close(loss, expected)
     q.sum().backward()
     assert (z.grad == 1).all()                                               # straight-through
@@ -213,7 +215,8 @@ def test_entropy_equals_a_loop_over_pixels():
     for r in range(4):
         patch = x[0, :, r // 2 * 4:r // 2 * 4 + 4, r % 2 * 4:r % 2 * 4 + 4].double().numpy()
         grey = 0.2989 * patch[0] + 0.587 * patch[1] + 0.114 * patch[2]
-        hist = np.array([np.mean([math.exp(-0.5 * ((g - b) / 0.01) ** 2) for g in grey.flat]) for b in np.linspace(-1, 1, 32)])
+        hist = np.array([np.mean([math.exp(-0.5 * ((g - b) / 0.01) ** 2) for g in grey.flat])
+                         for b in np.linspace(-1, 1, 32)])
         p = hist / hist.sum()
         expected = -sum(q * math.log(q) for q in p if q > 0)
         assert abs(ours[0, r // 2, r % 2] - expected) < 1e-3
@@ -264,11 +267,13 @@ def test_the_decoder_adds_the_position_of_each_cell():
 def stage_2_config(name):
     """That of a preset, for the codes of its DQ-VAE."""
     vae = train_vae.PRESETS[name][0]
-    return replace(train_transformer.PRESETS[name][0], size=vae.size, factors=vae.factors, codebook_size=vae.codebook_size)
+    config = train_transformer.PRESETS[name][0]
+    return replace(config, size=vae.size, factors=vae.factors, codebook_size=vae.codebook_size)
 
 
 @pytest.mark.parametrize("name, encoder, codes", [
-    ("ffhq256", 33.3, 256 * 2.5), ("imagenet256", 33.3, 256 * 2.5), ("imagenet256-triple", 59.2, 64 * (0.4 + 0.3 * 4 + 0.3 * 16))])
+    ("ffhq256", 33.3, 256 * 2.5), ("imagenet256", 33.3, 256 * 2.5),
+    ("imagenet256-triple", 59.2, 64 * (0.4 + 0.3 * 4 + 0.3 * 16))])
 def test_the_papers_presets_have_the_papers_sizes(name, encoder, codes):
     def millions(*modules):
         return sum(p.numel() for m in modules for p in m.parameters()) / 1e6
@@ -292,6 +297,7 @@ def test_both_stages_have_the_same_presets():
 
 
 def test_bad_configurations_are_refused():
-    for bad in (dict(size=20), dict(factors=(4, 8)), dict(factors=(6, 3)), dict(ratios=(0.5, 0.4)), dict(ratios=(1.0,)), dict(width=48)):
+    for bad in (dict(size=20), dict(factors=(4, 8)), dict(factors=(6, 3)), dict(ratios=(0.5, 0.4)),
+                dict(ratios=(1.0,)), dict(width=48)):
         with pytest.raises(ValueError):
             small(**bad)
