@@ -1,9 +1,11 @@
 """What the choices of stage 2 are worth: each is undone alone, and measured by exact held-out nats of the same codes.
 
-python tests/ablations.py OUT [--vae FILE] [--seeds 0 1 2] [--only NAME ...] [-- FLAGS of train_transformer.py]
+python tests/ablations.py OUT [--vae FILE] [--seeds 0 1 2] [--only NAME ...] [--samples N]
+                          [-- FLAGS of train_transformer.py]
 
 Trains every variant with every seed, in OUT/<variant>-<seed>, then prints a table. What was stopped goes on; what is
-finished is not done again. The choices are those of the paper (coarse to fine, Table 7's input layers, two stacks and
+finished is not done again. With --samples it also draws N toy images by each model, and holds them against N real ones
+as tests/agreement.py does. The choices are those of the paper (coarse to fine, Table 7's input layers, two stacks and
 their depths), the variants:
     ours             what train_transformer.py trains: 2 + 4 layers in the toy preset
     raster           one region after the other, each in its granularity, instead of coarse to fine
@@ -31,10 +33,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import agreement  # noqa: E402
 import dq  # noqa: E402
+import sample  # noqa: E402
 import train_transformer  # noqa: E402
 from figures import flags_to_end, refuse  # noqa: E402
-from sample import run  # noqa: E402
 
 
 # ------------------------------------------------------------------------------------------------
@@ -239,12 +242,32 @@ def train(variant, out, vae, seed, flags):
     return evaluations
 
 
+def measure(variant, out, judge, autocast):
+    """-> figures of samples at temperature 1 without guidance, and as sample.py draws them by default"""
+    with variant.classes():
+        model, vae = dq.load_transformer(out / "transformer.pt", judge.device)
+    return [judge.of_samples(model, vae, options, autocast) for options in (dq.SampleOptions(), agreement.DEFAULTS)]
+
+
+def samples_table(figures, n):
+    """figures: {variant: for each seed, both of `measure`} -> the lines of a markdown table"""
+    lines = ["", f"{n} samples of each, against {n} real images: mean over the seeds (range).", "",
+             "| variant | FD, temperature 1 | FD, defaults | agreement, temperature 1 | agreement, defaults |",
+             "|---" * 5 + "|"]
+    for name, of_seeds in figures.items():
+        cells = [spread([both[i][key] for both in of_seeds], form)
+                 for key, form in (("fd", ".2f"), ("agreement", ".3f")) for i in range(2)]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def spread(values, form=".2f"):
+    return f"{sum(values) / len(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+
+
 def table(runs, seeds):
     """runs: {variant: for each seed its evaluations} -> the lines of a markdown table"""
     nats = {name: [log[-1]["nats_per_image"] for log in logs] for name, logs in runs.items()}
-
-    def spread(values):
-        return f"{sum(values) / len(values):.2f} ({min(values):.2f} to {max(values):.2f})"
     lines = [f"Held-out nats an image at the end of training, seeds {' '.join(map(str, seeds))}: mean (range). Minus "
              "ours: of the same seed. Best: the lowest of all evaluations, mean of the seeds.", "",
              "| variant | each seed | nats an image | minus ours | of these, positions | best |", "|---" * 6 + "|"]
@@ -266,19 +289,28 @@ def main(argv=None):
     parser.add_argument("--vae", metavar="FILE", type=Path, default=Path("out/vae.pt"), help="DQ-VAE checkpoint")
     parser.add_argument("--seeds", metavar="SEED", type=train_transformer.natural, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", metavar="NAME", nargs="+", help="these variants instead of all")
+    parser.add_argument("--samples", metavar="N", type=agreement.several, help="images a set; None: no samples")
     args = parser.parse_args(own)
     refuse(flags, "--out", "--vae", "--seed", "--resume")
     known = variants(flags)
     names = args.only or list(known)
     unknown = [name for name in names if name not in known]
     dq.require(not unknown, f"no such variant: {', '.join(unknown)}; there are {', '.join(known)}")
-    dq.load_checkpoint(args.vae, "dq-vae")                                   # before a folder is made
+    vae = dq.load_vae(args.vae, "cpu")                                       # before a folder is made
+    dq.require(not args.samples or train_transformer.parse(flags)[0].data is None, "--samples is for the toy data")
     runs = {name: [] for name in names}
     for seed in args.seeds:                                                  # so that all are there early, once
         for name in names:
             runs[name].append(train(known[name], args.out / f"{name}-{seed}", args.vae, seed, flags))
     print("\n".join(table(runs, args.seeds)))
+    if args.samples:
+        device, autocast = sample.pick_device("auto", "auto")
+        classifier = agreement.kept_classifier(args.out / "classifier.pt", vae.config.size, device)
+        judge = agreement.Judge(classifier, vae.config.size, args.samples, 0, device)
+        figures = {name: [measure(known[name], args.out / f"{name}-{seed}", judge, autocast) for seed in args.seeds]
+                   for name in names}
+        print("\n".join(samples_table(figures, args.samples)))
 
 
 if __name__ == "__main__":
-    run(main)
+    sample.run(main)

@@ -94,6 +94,16 @@ def train_classifier(size, seed=0, device="cpu", steps=400, batch_size=64):
     return classifier.eval().requires_grad_(False)
 
 
+def kept_classifier(path, size, device):
+    """The Classifier in the file `path`, trained if there is none: so one judges a whole table, whenever that is made."""
+    if not path.exists():
+        weights = train_classifier(size, device=device).state_dict()
+        dq.write_file(path, lambda file: torch.save(weights, file))
+    classifier = Classifier().to(device).eval().requires_grad_(False)
+    classifier.load_state_dict(torch.load(path, map_location=device, weights_only=True))
+    return classifier
+
+
 @torch.inference_mode()
 def features(classifier, images):
     """(n, 3, S, S) -> (n, 64), float64."""
@@ -263,9 +273,7 @@ def table(argv):
     device, autocast = sample.pick_device("auto", "auto")
     args.out.mkdir(parents=True, exist_ok=True)
     size, path = train_vae.PRESETS["toy"][0].size, args.out / "classifier.pt"
-    if not path.exists():                                                    # one for all rows, whenever they are made
-        weights = train_classifier(size, device=device).state_dict()
-        dq.write_file(path, lambda file: torch.save(weights, file))
+    classifier = kept_classifier(path, size, device)
     settings = dict(n=args.n, vae_steps=args.vae_steps, steps=args.steps, classifier=zlib.crc32(path.read_bytes()))
     judge, cells, failed = None, {}, []
     for row, seed in itertools.product(args.rows, args.seeds):
@@ -274,10 +282,7 @@ def table(argv):
             figures = json.loads((folder / "figures.json").read_text())
         if figures.get("settings") != settings:
             try:
-                if judge is None:
-                    classifier = Classifier().to(device).eval()
-                    classifier.load_state_dict(torch.load(path, map_location=device, weights_only=True))
-                    judge = Judge(classifier, size, args.n, 0, device)
+                judge = judge or Judge(classifier, size, args.n, 0, device)
                 with contextlib.redirect_stdout(sys.stderr):                 # the table alone goes to standard output
                     print(f"{row}, seed {seed}")
                     figures = measure_cell(folder, args.out / row / "vae/vae.pt", row, seed, args, judge, autocast)

@@ -6,10 +6,13 @@ import pytest
 import torch
 
 import ablations
+import agreement
 import dq
+import sample
 import test_transformer
 import train_transformer
 from conftest import TRANSFORMER, script
+from test_agreement import save, small_models
 from test_layout import grain_maps, padded, random_image
 from test_transformer import all_images, draws_as_the_naive_loop
 
@@ -307,6 +310,32 @@ def test_the_table():
         "| ours | 10.00, 14.00 | 12.00 (10.00 to 14.00) | 0.00 (0.00 to 0.00) | 3.00 | 9.50 |",
         "| raster | 11.50, 20.00 | 15.75 (11.50 to 20.00) | 3.75 (1.50 to 6.00) | 3.00 | 15.75 |"]
     assert ablations.table({"raster": runs["raster"]}, [0, 7])[-1].split(" | ")[3].strip() == ""
+
+
+def test_samples_are_drawn_in_the_order_of_the_variant(tmp_path, monkeypatch, capsys):
+    """Finished runs; figures from samples of the models as they are, drawn here."""
+    plain, (_, vae) = sample.pick_device("cpu", "fp32")[1], small_models()
+    classifier = agreement.train_classifier(16, steps=4, batch_size=8)
+    monkeypatch.setattr(agreement, "train_classifier", lambda size, device: classifier)
+    monkeypatch.setattr(sample, "pick_device", lambda *names: (torch.device("cpu"), plain))
+    dq.save_checkpoint(tmp_path / "vae.pt", "dq-vae", vae.config, vae)
+    judge = agreement.Judge(classifier, 16, 8, 0, torch.device("cpu"))
+    expected = {}
+    for name in ("ours", "raster"):
+        model = tiny(name, size=16, factors=(8, 4), V=16, classes=sample.ToyShapes.classes)
+        folder = tmp_path / f"{name}-0"
+        save(folder / "transformer.pt", model, vae, step=6, settings=dict(steps=6))
+        (folder / "transformer.jsonl").write_text('{"step": 6, "nats_per_image": 9.0, "position_nats": 1.0}\n')
+        sets = [judge.of_samples(model, vae, options, plain) for options in (dq.SampleOptions(), agreement.DEFAULTS)]
+        expected[name] = [f"{each[key]:{form}}" for key, form in (("fd", ".2f"), ("agreement", ".3f")) for each in sets]
+    assert expected["ours"] != expected["raster"]
+    ablations.main([tmp_path, "--vae", tmp_path / "vae.pt", "--seeds", 0, "--only", "ours", "raster", "--samples", 8,
+                    "--", "--steps", 6])
+    rows = {line.split(" | ")[0]: line for line in capsys.readouterr().out.splitlines()}  # the second table's come last
+    for name, texts in expected.items():
+        assert rows[f"| {name}"] == f"| {name} | {' | '.join(f'{x} ({x} to {x})' for x in texts)} |"
+    with pytest.raises(dq.UserError, match="--samples is for the toy data"):
+        ablations.main([tmp_path, "--vae", tmp_path / "vae.pt", "--samples", 8, "--", "--data", tmp_path])
 
 
 def test_variants_of_the_toy_preset():
