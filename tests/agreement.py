@@ -8,11 +8,11 @@ python tests/agreement.py [out/transformer.pt] [--n N] [--seed S] [sample.py's o
     precision  share of the set that lies among the real images; recall: share of the real images that lie among the set
     agreement  share of the set that the classifier puts into the class that was asked for
 
-python tests/agreement.py table OUT [--rows NAME ...] [--seeds S ...] [--n N] [--vae-steps N] [--steps N]
+python tests/agreement.py table OUT [--rows NAME ...] [--seeds S ...] [--n N] [--vae-steps N] [--steps N] [--speed]
     Generation against fixed length: trains what is missing below OUT (a stage 1 a row, a stage 2 a row and seed),
     measures it, and prints one table. Stop it when you like: the same command goes on, and finds what is finished.
-    images/s and seconds a step are by the clock, so on a busy machine they are those of the hour: to have them of a
-    quiet one, delete OUT/*/*/figures.json and call again, which measures all without training anything.
+    images/s and seconds a step are by the clock: they are taken at the end, one row right after the other, on the first
+    of the seeds. When the machine was busy, take them again by --speed.
 """
 import argparse
 import contextlib
@@ -95,7 +95,7 @@ def train_classifier(size, seed=0, device="cpu", steps=400, batch_size=64):
 
 
 def kept_classifier(path, size, device):
-    """The Classifier in the file `path`, trained if there is none: so one judges a whole table, whenever that is made."""
+    """The Classifier in the file `path`, trained if there is none: one judges a whole table, whenever that is made."""
     if not path.exists():
         weights = train_classifier(size, device=device).state_dict()
         dq.write_file(path, lambda file: torch.save(weights, file))
@@ -176,15 +176,13 @@ class Judge:
 
     @torch.inference_mode()
     def of_samples(self, model, vae, options, autocast):
-        """Figures of n samples, the mean number of their codes and images per second of dq.generate among them."""
+        """Figures of n samples, the mean number of their codes among them."""
         label = torch.arange(self.n, device=self.device) % len(ToyShapes.classes)  # n
-        start = time.perf_counter()
         pos, code = dq.generate(model, label, options, self.seed, slots=SLOTS)  # each n, L
-        seconds = time.perf_counter() - start                                # its last look has waited for the device
         codes, _ = model.layout.unpack(pos, code)                            # n, H, W
         with autocast():
             images = torch.cat([vae.decode(part).float().clamp(-1, 1) for part in codes.split(SLOTS)])
-        return self.measure(images, label) | dict(codes=(code >= 0).sum().item() / self.n, speed=self.n / seconds)
+        return self.measure(images, label) | dict(codes=(code >= 0).sum().item() / self.n)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -237,18 +235,36 @@ def measure_cell(folder, vae_path, row, seed, args, judge, autocast):
     sets["defaults"] = judge.of_samples(model, vae, DEFAULTS, autocast)
     figures = {f"FD, {name}": each["fd"] for name, each in sets.items()}
     figures |= {f"agreement, {name}": each["agreement"] for name, each in sets.items()}
-    return figures | {"codes": sets["temperature 1"]["codes"], "images/s": sets["temperature 1"]["speed"],
-                      "s a step": step_seconds(model, vae, judge.device, autocast),
-                      "hardware": hardware(judge.device), "sets": sets}
+    return figures | {"codes": sets["temperature 1"]["codes"], "sets": sets}
 
 
-def show(cells, n):
-    """cells: {row: [figures of each seed]} -> the table, printed"""
+def images_a_second(model, device, n=8 * SLOTS, rounds=3):
+    """Of dq.generate at temperature 1: median."""
+    label, seconds = torch.arange(n, device=device) % len(ToyShapes.classes), []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        dq.generate(model, label, dq.SampleOptions(), seed=0, slots=SLOTS)   # its last look waits for a GPU
+        seconds.append(time.perf_counter() - start)
+    return n / statistics.median(seconds)
+
+
+def take_speeds(folders, device, autocast):
+    """folders: {row: folder with a transformer.pt} -> {row: the columns that are by the clock}"""
+    speeds = {}
+    for row, folder in folders.items():
+        model, vae = dq.load_transformer(folder / "transformer.pt", device)
+        speeds[row] = {"images/s": images_a_second(model, device),           # before the next line changes the model
+                       "s a step": step_seconds(model, vae, device, autocast)}
+    return speeds
+
+
+def show(cells, speeds, n):
+    """cells: {row: [figures of each seed]}; speeds: {row: figures}, and the hardware -> the table, printed"""
     print(f"| | {' | '.join(COLUMNS)} |\n|---|{'---|' * len(COLUMNS)}")
     for row, of_seeds in cells.items():
         texts = []
         for name, form in COLUMNS.items():
-            values = [figures[name] for figures in of_seeds]
+            values = [speeds[row][name]] if name in speeds[row] else [figures[name] for figures in of_seeds]
             spread = f" ({min(values):{form}} to {max(values):{form}})" if len(values) > 1 else ""
             texts.append(f"{statistics.median(values):{form}}{spread}")
         print(f"| {row} | {' | '.join(texts)} |")
@@ -256,8 +272,19 @@ def show(cells, n):
     print(f"\nMedian over seeds of stage 2 (least to most); {n} images a set. Other real images have an FD of "
           f"{every[0]['FD, other real images']:.2f}. Temperature 1 is without guidance; defaults are sample.py's, "
           f"temperature {DEFAULTS.temperature} and guidance {DEFAULTS.cfg}.\nimages/s: dq.generate at temperature 1, "
-          f"{SLOTS} images at a time, without the decoder. s a step: stage 2, median of 35 steps after 5, made after "
-          f"sampling.\nOn {'; '.join(sorted({figures['hardware'] for figures in every}))}.")
+          f"{SLOTS} images at a time, without the decoder, median of 3 jobs of {8 * SLOTS}. s a step: stage 2, median "
+          f"of 35 steps.\nBoth of one seed, on {speeds['hardware']}.")
+
+
+def read_json(path):
+    """-> a dict, empty if there is no such file, or it is damaged"""
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads(path.read_text())
+    return {}
+
+
+def write_json(path, figures):
+    dq.write_file(path, lambda file: file.write(json.dumps(figures, indent=1).encode()))
 
 
 def table(argv):
@@ -269,32 +296,36 @@ def table(argv):
     add("--n", type=several, default=2000, help="images a set")
     add("--vae-steps", type=positive, default=train_vae.PRESETS["toy"][1].steps, help="of each stage 1")
     add("--steps", type=positive, default=train_transformer.PRESETS["toy"][1].steps, help="of each stage 2")
+    add("--speed", action="store_true", help="take the speeds again")
     args = parser.parse_args(argv)
     device, autocast = sample.pick_device("auto", "auto")
     args.out.mkdir(parents=True, exist_ok=True)
     size, path = train_vae.PRESETS["toy"][0].size, args.out / "classifier.pt"
     classifier = kept_classifier(path, size, device)
     settings = dict(n=args.n, vae_steps=args.vae_steps, steps=args.steps, classifier=zlib.crc32(path.read_bytes()))
-    judge, cells, failed = None, {}, []
+    judge, cells, folders, failed = None, {}, {}, []                         # folders: the first of each row
     for row, seed in itertools.product(args.rows, args.seeds):
-        folder, figures = args.out / row / f"seed-{seed}", {}
-        with contextlib.suppress(OSError, ValueError):                       # no such file, or it is damaged
-            figures = json.loads((folder / "figures.json").read_text())
+        folder = args.out / row / f"seed-{seed}"
+        figures = read_json(folder / "figures.json")
         if figures.get("settings") != settings:
             try:
                 judge = judge or Judge(classifier, size, args.n, 0, device)
                 with contextlib.redirect_stdout(sys.stderr):                 # the table alone goes to standard output
                     print(f"{row}, seed {seed}")
                     figures = measure_cell(folder, args.out / row / "vae/vae.pt", row, seed, args, judge, autocast)
-                text = json.dumps(dict(settings=settings) | figures, indent=1).encode()
-                dq.write_file(folder / "figures.json", lambda file: file.write(text))
+                write_json(folder / "figures.json", dict(settings=settings) | figures)
             except (dq.UserError, OSError, RuntimeError) as error:           # the other cells are worth their hours
                 failed.append(f"{row}, seed {seed}: {str(error).strip().splitlines()[-1]}")
                 print(f"failed: {failed[-1]}", file=sys.stderr)
                 continue
         cells.setdefault(row, []).append(figures)
+        folders.setdefault(row, folder)
+    speeds = read_json(args.out / "speeds.json")
+    if args.speed or not cells.keys() <= speeds.keys():
+        speeds = take_speeds(folders, device, autocast) | {"hardware": hardware(device)}
+        write_json(args.out / "speeds.json", speeds)
     if cells:
-        show(cells, args.n)
+        show(cells, speeds, args.n)
     dq.require(not failed, f"{len(failed)} of {len(args.rows) * len(args.seeds)} cells failed: {'; '.join(failed)}")
 
 

@@ -215,6 +215,7 @@ def trainers(monkeypatch):
     monkeypatch.setattr(train_transformer, "main", stage(train_transformer.parse, "transformer"))
     monkeypatch.setattr(agreement, "train_classifier", lambda size, device: quick)
     monkeypatch.setattr(agreement, "step_seconds", lambda *args: 0.25)
+    monkeypatch.setattr(agreement, "images_a_second", lambda *args: 123.0)
     return calls, broken
 
 
@@ -235,7 +236,7 @@ def test_the_table_trains_what_is_missing_and_remembers(tmp_path, trainers, caps
     assert run_table(tmp_path, capsys, "--rows", "fixed-16", "learned-0.5", "--seeds", "0", "1") == first and not calls
 
     cell = json.loads((tmp_path / "fixed-16/seed-1/figures.json").read_text())
-    assert cell["settings"]["n"] == 8 and cell["s a step"] == 0.25
+    assert cell["settings"]["n"] == 8 and lines[2].endswith(" | 123.0 | 0.250 |")
     cell["FD, defaults"] = 1000.0                                            # the table is what the cells say
     (tmp_path / "fixed-16/seed-1/figures.json").write_text(json.dumps(cell))
     other = json.loads((tmp_path / "fixed-16/seed-0/figures.json").read_text())["FD, defaults"]
@@ -267,6 +268,29 @@ def test_a_cell_that_fails_leaves_the_others(tmp_path, trainers, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[2].startswith("| fixed-16 | ") and " to " not in lines[2]   # of one seed
     assert lines[3].startswith("| fixed-64 | ") and " to " in lines[3]
+
+
+def test_speeds_are_taken_again_when_asked_or_missing(tmp_path, trainers, monkeypatch, capsys):
+    """And on the first seed that is there."""
+    _, broken = trainers
+    broken.add("fixed-16/seed-0")
+    with pytest.raises(dq.UserError, match="1 of 2 cells failed"):
+        run_table(tmp_path, capsys, "--rows", "fixed-16", "--seeds", "0", "1")
+    taken = []
+    monkeypatch.setattr(agreement, "images_a_second", lambda *args: taken.append(args) or 45.6)
+    for flags, times, shown in (([], 0, "123.0"), (["--speed"], 1, "45.6"), ([], 1, "45.6")):
+        said = run_table(tmp_path, capsys, "--rows", "fixed-16", "--seeds", "1", *flags)
+        assert f" | {shown} | 0.250 |" in said and len(taken) == times
+    run_table(tmp_path, capsys, "--rows", "fixed-16", "fixed-64", "--seeds", "1")
+    assert len(taken) == 3                                                   # one right after the other
+
+
+def test_the_rate_of_sampling_is_the_median_job(monkeypatch):
+    ticks = iter([0.0, 9.0, 10.0, 12.0, 20.0, 21.0])                         # jobs of 9, 2 and 1 seconds
+    monkeypatch.setattr(agreement.time, "perf_counter", lambda: next(ticks))
+    drawn = []
+    monkeypatch.setattr(dq, "generate", lambda model, label, *args, **kwargs: drawn.append(len(label)))
+    assert agreement.images_a_second(None, "cpu", n=6) == 3.0 and drawn == [6, 6, 6]
 
 
 def test_a_timed_step_is_a_training_step():
