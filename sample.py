@@ -319,9 +319,10 @@ class ToyShapes(torch.utils.data.Dataset):
     """Textured shapes (much information) on smooth gradients (little), any size, made on the fly.
 
     self[i] -> image (3, S, S) in [-1, 1], label (the kind of shape, i % 4). Image i depends on
-    (seed, i mod n) alone. detail_mask(i) tells where the information is.
+    (seed, i mod n) alone. detail_mask(i) tells where the information is, texture(i) which of `textures` it has.
     """
     classes = ("circle", "square", "triangle", "cross")
+    textures = ("stripes", "checks", "dots")
     backgrounds = np.array([[205, 226, 240], [240, 222, 206], [214, 236, 212], [232, 216, 240],
                             [246, 238, 200], [150, 178, 206], [206, 160, 150], [150, 190, 160]]) / 255
     inks = np.array([[[30, 60, 130], [250, 200, 60]], [[190, 40, 50], [250, 240, 225]],
@@ -357,17 +358,25 @@ class ToyShapes(torch.utils.data.Dataset):
         """Pixels of the textured shape: (S, S), bool."""
         return torch.from_numpy(self._shape(i)[0] < 0)
 
+    def _paint(self, rng):
+        """What is drawn after the shape: two colours behind it, from where to where, turn and kind of texture, inks."""
+        return (rng.choice(len(self.backgrounds), 2, replace=False), rng.uniform(0, 2 * np.pi),
+                rng.integers(4), rng.integers(len(self.textures)), rng.integers(len(self.inks)))
+
+    def texture(self, i):
+        return int(self._paint(self._shape(i)[3])[3])
+
     def __getitem__(self, i):
         d, x, y, rng = self._shape(i)
-        c0, c1 = self.backgrounds[rng.choice(len(self.backgrounds), 2, replace=False)]
-        angle = rng.uniform(0, 2 * np.pi)
+        behind, angle, turn, kind, inks = self._paint(rng)
+        c0, c1 = self.backgrounds[behind]
         t = 0.5 + (np.cos(angle) * self.x + np.sin(angle) * self.y) / 2.83   # S, S in [0, 1]
         image = c0 + (c1 - c0) * t[..., None]                                # S, S, 3
-        turn, k = rng.integers(4) * np.pi / 4, 2 * np.pi / 0.5               # 4 periods across the image
+        turn, k = turn * np.pi / 4, 2 * np.pi / 0.5                          # 4 periods across the image
         u, v = k * (np.cos(turn) * x + np.sin(turn) * y), k * (np.cos(turn) * y - np.sin(turn) * x)
-        wave = (np.sin(u), np.sin(u) * np.sin(v) * 1.4, np.cos(u) * 0.6 + np.cos(v) * 0.6 - 0.3)[rng.integers(3)]
-        sharp = self.size * 0.5 / 8                                          # stripes, checks or dots; soft edges
-        ink0, ink1 = self.inks[rng.integers(len(self.inks))]
+        wave = (np.sin(u), np.sin(u) * np.sin(v) * 1.4, np.cos(u) * 0.6 + np.cos(v) * 0.6 - 0.3)[kind]
+        sharp = self.size * 0.5 / 8                                          # soft edges
+        ink0, ink1 = self.inks[inks]
         texture = ink0 + (ink1 - ink0) * np.clip(0.5 + sharp * wave, 0, 1)[..., None]
         edge = np.clip(1.5 + (d + 0.06) * self.size / 2, 0, 1)[..., None]    # an outline that closes the shape
         texture = texture + (ink0 - texture) * edge

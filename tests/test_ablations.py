@@ -315,7 +315,7 @@ def test_the_table():
 def test_samples_are_drawn_in_the_order_of_the_variant(tmp_path, monkeypatch, capsys):
     """Finished runs; figures from samples of the models as they are, drawn here."""
     plain, (_, vae) = sample.pick_device("cpu", "fp32")[1], small_models()
-    classifier = agreement.train_classifier(16, steps=4, batch_size=8)
+    classifier = agreement.train_classifier(16, steps=60, batch_size=32)
     monkeypatch.setattr(agreement, "train_classifier", lambda size, device: classifier)
     monkeypatch.setattr(sample, "pick_device", lambda *names: (torch.device("cpu"), plain))
     dq.save_checkpoint(tmp_path / "vae.pt", "dq-vae", vae.config, vae)

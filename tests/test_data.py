@@ -491,3 +491,14 @@ def test_a_checkpoint_runs_no_code(tmp_path):
     with pytest.raises(ValueError, match="not a checkpoint"):
         dq.load_checkpoint(tmp_path / "bad.pt", "dq-vae")
     assert not (tmp_path / "pwned").exists()
+
+
+def test_the_texture_that_is_named_is_the_one_that_is_drawn():
+    class Forced(ToyShapes):
+        def _paint(self, rng):
+            behind, angle, turn, _, inks = super()._paint(rng)
+            return behind, angle, turn, self.kind, inks
+    data, forced, named = ToyShapes(16, 24), Forced(16, 24), [ToyShapes(16, 24).texture(i) for i in range(24)]
+    for forced.kind in range(3):
+        assert [torch.equal(forced[i][0], data[i][0]) for i in range(24)] == [kind == forced.kind for kind in named]
+    assert set(named) == {0, 1, 2}
