@@ -10,7 +10,8 @@ python tests/agreement.py [out/transformer.pt] [--n N] [--seed S] [sample.py's o
 
 python tests/agreement.py table OUT [--rows NAME ...] [--seeds S ...] [--n N] [--vae-steps N] [--steps N] [--speed]
     Generation against fixed length: trains what is missing below OUT (a stage 1 a row, a stage 2 a row and seed),
-    measures it, and prints one table. Stop it when you like: the same command goes on, and finds what is finished.
+    measures it, prints one table and draws OUT/samples.png. Stop it when you like: the same command goes on, and finds
+    what is finished.
     images/s and seconds a step are by the clock: they are taken at the end, one row right after the other, on the first
     of the seeds. When the machine was busy, take them again by --speed.
 """
@@ -197,7 +198,8 @@ class Judge:
 ROWS = {"fixed-16": ["--factors", "8"], "fixed-64": ["--factors", "4"]} | {  # flags of train_vae.py
     f"{router}-{fine}": ["--router", router, "--ratios", f"{1 - fine:.1f}", f"{fine}"]
     for router in ("learned", "entropy", "random") for fine in (0.3, 0.5, 0.7)}
-COLUMNS = {"codes": ".1f", "FD, reconstructions": ".2f", "FD, temperature 1": ".2f", "FD, defaults": ".2f",
+COLUMNS = {"codes": ".1f", "bits a pixel": ".3f", "dB": ".2f", "FD, reconstructions": ".2f",
+           "FD, temperature 1": ".2f", "FD, defaults": ".2f",
            "agreement, temperature 1": ".3f", "agreement, defaults": ".3f", "images/s": ".1f", "s a step": ".3f"}
 
 
@@ -263,13 +265,34 @@ def take_speeds(folders, device, autocast):
     return speeds
 
 
-def show(cells, speeds, n):
-    """cells: {row: [figures of each seed]}; speeds: {row: figures}, and the hardware -> the table, printed"""
+def of_first_stage(folder):
+    """-> the columns that its last evaluation, of held-out images, has told"""
+    log = [line for line in train_transformer.read_log(folder / "vae.jsonl") if "psnr" in line]
+    dq.require(log, f"{folder / 'vae.jsonl'} holds no evaluation")
+    return {"bits a pixel": log[-1]["bits_per_pixel"], "dB": log[-1]["psnr"]}
+
+
+@torch.inference_mode()
+def draw_samples(path, folders, device, autocast, n=8):
+    """A row of n samples for each, at sample.py's defaults."""
+    pictures, captions, label = [], [], torch.arange(n, device=device) % len(ToyShapes.classes)
+    for row, folder in folders.items():
+        model, vae = dq.load_transformer(folder / "transformer.pt", device)
+        codes, _ = model.layout.unpack(*dq.generate(model, label, DEFAULTS, seed=0))  # n, H, W
+        with autocast():
+            images = vae.decode(codes).float().clamp(-1, 1)                  # n, 3, S, S
+        pictures += [sample.to_picture(x, side=64) for x in images]
+        captions += [row] + [""] * (n - 1)
+    sample.save_grid(path, pictures, n, captions)
+
+
+def show(cells, of_rows, machine, n):
+    """cells: {row: [figures of each seed]}; of_rows: {row: figures that are the same for all} -> the table, printed"""
     print(f"| | {' | '.join(COLUMNS)} |\n|---|{'---|' * len(COLUMNS)}")
     for row, of_seeds in cells.items():
         texts = []
         for name, form in COLUMNS.items():
-            values = [speeds[row][name]] if name in speeds[row] else [figures[name] for figures in of_seeds]
+            values = [of_rows[row][name]] if name in of_rows[row] else [figures[name] for figures in of_seeds]
             spread = f" ({min(values):{form}} to {max(values):{form}})" if len(values) > 1 else ""
             texts.append(f"{statistics.median(values):{form}}{spread}")
         print(f"| {row} | {' | '.join(texts)} |")
@@ -278,7 +301,7 @@ def show(cells, speeds, n):
           f"{every[0]['FD, other real images']:.2f}. Temperature 1 is without guidance; defaults are sample.py's, "
           f"temperature {DEFAULTS.temperature} and guidance {DEFAULTS.cfg}.\nimages/s: dq.generate at temperature 1, "
           f"{SLOTS} images at a time, without the decoder, median of 3 jobs of {8 * SLOTS}. s a step: stage 2, median "
-          f"of 35 steps.\nBoth of one seed, on {speeds['hardware']}.")
+          f"of 35 steps.\nBoth of one seed, on {machine}.")
 
 
 def read_json(path):
@@ -329,8 +352,10 @@ def table(argv):
     if args.speed or not cells.keys() <= speeds.keys():
         speeds = take_speeds(folders, device, autocast) | {"hardware": hardware(device)}
         write_json(args.out / "speeds.json", speeds)
+        draw_samples(args.out / "samples.png", folders, device, autocast)
     if cells:
-        show(cells, speeds, args.n)
+        of_rows = {row: speeds[row] | of_first_stage(args.out / row / "vae") for row in cells}
+        show(cells, of_rows, speeds["hardware"], args.n)
     dq.require(not failed, f"{len(failed)} of {len(args.rows) * len(args.seeds)} cells failed: {'; '.join(failed)}")
 
 

@@ -6,6 +6,7 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import agreement
 import dq
@@ -209,6 +210,9 @@ def trainers(monkeypatch):
             if kind == "vae":
                 args.out.mkdir(parents=True)
                 dq.save_checkpoint(args.out / "vae.pt", "dq-vae", vae.config, vae, **final)
+                lines = (dict(step=4, psnr=1.0, bits_per_pixel=2.0), dict(step=5, psnr=21.5, bits_per_pixel=0.375),
+                         dict(step=6, loss=1))
+                (args.out / "vae.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
             else:
                 assert args.vae == args.out.parent / "vae/vae.pt" and args.out.name == f"seed-{args.seed}"
                 save(args.out / "transformer.pt", model, vae, **final)
@@ -232,7 +236,8 @@ def test_the_table_trains_what_is_missing_and_remembers(tmp_path, trainers, caps
     assert [call[0] for call in calls] == ["vae", "seed-0", "seed-1"] * 2 and not any(call[1] for call in calls)
     assert calls[3][2][-5:] == ["--router", "learned", "--ratios", "0.5", "0.5"]
     lines = first.splitlines()
-    assert lines[0].count("|") == lines[2].count("|") == lines[3].count("|") == 10
+    assert lines[0].count("|") == lines[2].count("|") == lines[3].count("|") == 12
+    assert " | 0.375 | 21.50 | " in lines[2] and Image.open(tmp_path / "samples.png").width > 8 * 32
     assert lines[2].startswith("| fixed-16 | ") and lines[3].startswith("| learned-0.5 | ")
     calls.clear()
     assert run_table(tmp_path, capsys, "--rows", "fixed-16", "learned-0.5", "--seeds", "0", "1") == first and not calls
@@ -246,8 +251,8 @@ def test_the_table_trains_what_is_missing_and_remembers(tmp_path, trainers, caps
     assert f"| {(other + 1000) / 2:.2f} ({other:.2f} to 1000.00) |" in told
 
     (tmp_path / "fixed-16/seed-1/figures.json").write_text("{")              # damaged: measured again, not trained
-    assert run_table(tmp_path, capsys, "--rows", "fixed-16", "--seeds", "0", "1").splitlines()[2].split("|")[3:8] \
-        == lines[2].split("|")[3:8] and not calls
+    assert run_table(tmp_path, capsys, "--rows", "fixed-16", "--seeds", "0", "1").splitlines()[2].split("|")[3:10] \
+        == lines[2].split("|")[3:10] and not calls
     run_table(tmp_path, capsys, "--rows", "fixed-16", "--seeds", "1", "--n", "9")
     assert json.loads((tmp_path / "fixed-16/seed-1/figures.json").read_text())["settings"]["n"] == 9 and not calls
 
