@@ -293,8 +293,8 @@ def show(cells, of_rows, machine, n):
         texts = []
         for name, form in COLUMNS.items():
             values = [of_rows[row][name]] if name in of_rows[row] else [figures[name] for figures in of_seeds]
-            spread = f" ({min(values):{form}} to {max(values):{form}})" if len(values) > 1 else ""
-            texts.append(f"{statistics.median(values):{form}}{spread}")
+            middle, low, high = (f"{value:{form}}" for value in (statistics.median(values), min(values), max(values)))
+            texts.append(middle if low == high else f"{middle} ({low} to {high})")
         print(f"| {row} | {' | '.join(texts)} |")
     every = [figures for of_seeds in cells.values() for figures in of_seeds]
     print(f"\nMedian over seeds of stage 2 (least to most); {n} images a set. Other real images have an FD of "
