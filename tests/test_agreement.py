@@ -274,7 +274,9 @@ def test_a_cell_that_fails_leaves_the_others(tmp_path, trainers, capsys):
         run_table(tmp_path, capsys, "--rows", "fixed-16", "fixed-64", "--seeds", "0", "1")
     lines = capsys.readouterr().out.splitlines()
     assert lines[2].startswith("| fixed-16 | ") and " to " not in lines[2]   # of one seed
-    assert lines[3].startswith("| fixed-64 | ") and " to " in lines[3]
+    assert lines[3].startswith("| fixed-64 | ") and not lines[4]
+    assert sorted(str(path.parent.relative_to(tmp_path)) for path in tmp_path.rglob("figures.json")) == [
+        "fixed-16/seed-1", "fixed-64/seed-0", "fixed-64/seed-1"]
 
 
 def test_speeds_are_taken_again_when_asked_or_missing(tmp_path, trainers, monkeypatch, capsys):
