@@ -80,9 +80,9 @@ class Classifier(nn.Module):
 def toy_images(size, n, seed, device="cpu"):
     """-> n images (n, 3, S, S) and their kinds (n,): TEXTURES * label + texture. The labels come in turn."""
     data = ToyShapes(size, n, seed)
-    x = torch.stack([data[i][0] for i in range(n)])                          # n, 3, S, S
-    kind = torch.tensor([data[i][1] * TEXTURES + data.texture(i) for i in range(n)])
-    return x.to(device), kind.to(device)
+    x, label = zip(*(data[i] for i in range(n)))
+    kind = [TEXTURES * y + data.texture(i) for i, y in enumerate(label)]
+    return torch.stack(x).to(device), torch.tensor(kind, device=device)      # n, 3, S, S; n
 
 
 def train_classifier(size, seed=0, device="cpu", steps=400, batch_size=64):
