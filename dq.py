@@ -97,12 +97,15 @@ class TransformerConfig:
     content_layers: int = 4
     dropout: float = 0.0
     label_dropout: float = 0.1           # share of training images whose label is hidden, for guidance
+    rotary: bool = True                  # attention finds codes by their places (ours; not in the paper's model)
 
     def __post_init__(self):
         self.factors, self.classes = tuple(self.factors), tuple(self.classes)
         check_factors(self.size, self.factors)
         whole = self.heads >= 1 and self.width % self.heads == 0
         require(whole, f"width {self.width} is not a multiple of the number of heads, {self.heads}")
+        quarters = not self.rotary or self.width // self.heads % 4 == 0
+        require(quarters, f"rotary needs heads of a multiple of 4 channels, not {self.width} / {self.heads}")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -439,8 +442,9 @@ class Decoder(nn.Module):
         return self.out(h)                                                   # B, 3, S, S
 
 def upsample(x, side):
-    """Repeat every cell of (B, c, h, h) so that the side becomes `side`, a multiple of h."""
-    return F.interpolate(x, size=(side, side)) if x.shape[-1] != side else x
+    """Repeat every cell of (..., h, h) so that the side becomes `side`, a multiple of h."""
+    n = side // x.shape[-1]
+    return x.repeat_interleave(n, -2).repeat_interleave(n, -1) if n > 1 else x
 
 class VAEOutput(NamedTuple):
     reconstruction: torch.Tensor         # B, 3, S, S
@@ -505,30 +509,31 @@ class DQVAE(nn.Module):
 class Layout(nn.Module):
     """Between (codes, grains) and the sequence of (position, content) pairs of an image.
 
-    Granularity k owns the position ids  offset_k + r s_k + j  for region r and cell j in it, both in raster order,
-    and then one EOS id; the next granularity's ids follow. So an id names granularity, place and order at once, and an
-    image's sequence is its codes *sorted by id*, with the EOS ids in place: coarse codes first, raster inside, the
-    cells of a region together. After its last EOS a sequence goes on with that EOS for ever: padding is an ordinary
-    token that is certain and so costs nothing. The content of an EOS is -1.
+    Granularity k owns the position ids  offset_k + i  for cell i of its own grid, in raster order over the whole grid
+    (as the authors number them), and then one EOS id; the next granularity's ids follow. So an id names granularity,
+    place and order at once, and an image's sequence is its codes *sorted by id*, with the EOS ids in place: coarse
+    codes first, each granularity row by row. After its last EOS a sequence goes on with that EOS for ever: padding is
+    an ordinary token that is certain and so costs nothing. The content of an EOS is -1.
 
     Example, 2 x 2 regions of which the second is fine (factors 2 and 1, 4 x 4 pixels):
-        grains   codes      ids: coarse 0 to 3, EOS 4; fine 5 to 8, 9 to 12, 13 to 16, 17 to 20, EOS 21
-        0 1      a a b c    position  0  2  3  4   9 10 11 12  21
-        0 0      a a d e    content   a  f  g  -1  b c  d  e   -1      and then (21, -1) up to max_len
+        grains   codes      ids: coarse 0 to 3, EOS 4; fine 5 to 8 (first row), 9 to 12, 13 to 16, 17 to 20, EOS 21
+        0 1      a a b c    position  0  2  3  4   7  8 11 12  21
+        0 0      a a d e    content   a  f  g  -1  b  c  d  e  -1      and then (21, -1) up to max_len
                  f f g g
                  f f g g
     """
+    name = "coarse to fine, row by row"                                      # checkpoints say what their ids mean
 
     def __init__(self, size, factors):
         super().__init__()
         check_factors(size, factors)
-        self.side = size // factors[0]                                       # h
-        self.fine_side = size // factors[-1]                                 # H
+        self.sides = [size // f for f in factors]                            # of the grid of each granularity
+        self.side, self.fine_side = self.sides[0], self.sides[-1]            # h, H
         self.n_regions = N = self.side ** 2
-        self.cells = [(factors[0] // f) ** 2 for f in factors]               # s_k
+        self.cells = [(side // self.side) ** 2 for side in self.sides]       # s_k
         self.n_grains = K = len(factors)
         self.max_len = N * self.cells[-1] + K                                # all fine, and the EOS ids
-        blocks = [N * s + 1 for s in self.cells]                             # ids of each granularity, its EOS last
+        blocks = [side ** 2 + 1 for side in self.sides]                      # ids of each granularity, its EOS last
         self.offsets = [sum(blocks[:k]) for k in range(K)]
         self.eos = [sum(blocks[:k + 1]) - 1 for k in range(K)]
         self.n_positions = P = sum(blocks)
@@ -536,80 +541,77 @@ class Layout(nn.Module):
 
         grain = torch.zeros(P, dtype=torch.long)                             # granularity of an id
         region = torch.full((P,), N)                                         # its region; N for an EOS
-        # follow[a, b]: b may come after a, if no coarser code covers its region. Row P, which is also row -1, is
-        # for the start. choice[a]: any of those may come, or else only the first that is free.
-        follow = torch.zeros(P + 1, P, dtype=torch.bool)
-        choice = torch.zeros(P + 1, 1, dtype=torch.bool)
-        later = torch.ones(N, N, dtype=torch.bool).triu(1)                   # [r, r']: region r' comes after r
-        for k, s in enumerate(self.cells):
-            cell = self.offsets[k] + torch.arange(N * s).view(N, s)          # N, s_k: ids
-            first, last, before = cell[:, 0], cell[:, -1], self.offsets[k] - 1
-            grain[self.offsets[k]:self.eos[k] + 1] = k
-            region[cell] = torch.arange(N)[:, None]
-            follow[cell[:, :-1], cell[:, 1:]] = True                         # inside a region: its next cell
-            follow[last[:, None], first] = later                             # after a region: a later one ...
-            follow[before, first] = True                                     # (at the beginning: any)
-            follow[last, self.eos[k]] = follow[before, self.eos[k]] = True   # ... or EOS
-            choice[last] = choice[before] = k < K - 1                        # the finest must leave no hole
-        follow[self.end, self.end] = True
-        tables = dict(grain=grain, region=region, is_eos=region == N, follow=follow, choice=choice)
+        opener = torch.arange(P)                                             # the first id of its region
+        # row and column of a code's centre, in cells of the finest grid; 0, 0 for an EOS and, in row P, the start
+        place = torch.zeros(P + 1, 2)
+        for k, side in enumerate(self.sides):
+            c, cells, first = side // self.side, torch.arange(side ** 2), self.offsets[k]
+            row, column = cells // side, cells % side
+            grain[first:self.eos[k] + 1] = k
+            region[first:self.eos[k]] = row // c * self.side + column // c
+            opener[first:self.eos[k]] = first + row // c * c * side + column // c * c
+            place[first:self.eos[k]] = (torch.stack([row, column], dim=1) + 0.5) * (self.fine_side / side)
+        tables = dict(grain=grain, region=region, opener=opener, place=place, is_eos=region == N)
         for name, table in tables.items():
             self.register_buffer(name, table, persistent=False)
 
     def pack(self, codes, grains):
         """codes (B, H, W), grains (B, h, w) -> pos, code, each (B, max_len)."""
-        B, h, m = len(codes), self.side, self.fine_side // self.side         # m x m fine cells a region
-        blocks = codes.reshape(B, h, m, h, m).transpose(2, 3).reshape(B, self.n_regions, m, m)
-        flat, ids = grains.reshape(B, -1, 1), torch.arange(self.n_positions, device=codes.device)  # B, N, 1; P
-        keys, contents = [], []
-        for k, s in enumerate(self.cells):
-            step = m // math.isqrt(s)                                        # one code fills step x step cells
-            content = blocks[:, :, ::step, ::step].reshape(B, self.n_regions, s)  # B, N, s_k
-            own = ids[self.offsets[k]:self.eos[k]].view(1, self.n_regions, s)
-            eos = ids[self.eos[k]].expand(B, 1)
-            keys += [torch.where(flat == k, own, self.end).flatten(1), eos]  # what is not there sorts last
-            contents += [torch.where(flat == k, content, -1).flatten(1), torch.full_like(eos, -1)]
+        ids, keys, contents = torch.arange(self.n_positions, device=codes.device).expand(len(codes), -1), [], []
+        for k, side in enumerate(self.sides):
+            step = self.fine_side // side                                    # one code fills step x step cells
+            here = (upsample(grains, side) == k).flatten(1)                    # B, side^2
+            own, eos = ids[:, self.offsets[k]:self.eos[k]], ids[:, self.eos[k], None]
+            keys += [torch.where(here, own, self.end), eos]                  # what is not there sorts last
+            contents += [torch.where(here, codes[:, ::step, ::step].flatten(1), -1), torch.full_like(eos, -1)]
         pos, order = torch.cat(keys, 1).sort(dim=1)                          # B, P
         code = torch.cat(contents, 1).gather(1, order)
         return pos[:, :self.max_len], code[:, :self.max_len]
 
     def unpack(self, pos, code):
         """pos, code (B, L) -> codes (B, H, W), grains (B, h, w); -1 in what is not there (yet)."""
-        B, h, m = len(pos), self.side, self.fine_side // self.side
-        canvas = torch.full((B, self.n_positions), -1, device=pos.device)
+        canvas = torch.full((len(pos), self.n_positions), -1, device=pos.device)
         canvas = canvas.scatter(1, pos, code)                                # B, P: a content per id
-        grains = self.grains(pos)                                            # B, N
-        codes = torch.full((B, self.n_regions, m, m), -1, device=pos.device)
-        for k, s in enumerate(self.cells):
-            c = math.isqrt(s)                                                # c x c codes a region
-            block = canvas[:, self.offsets[k]:self.eos[k]].view(B, self.n_regions, c, c)
-            block = block.repeat_interleave(m // c, 2).repeat_interleave(m // c, 3)  # B, N, m, m
-            codes = torch.where((grains == k)[..., None, None], block, codes)
-        codes = codes.view(B, h, h, m, m).transpose(2, 3).reshape(B, h * m, h * m)
-        return codes, grains.view(B, h, h)
+        grains = self.grains(pos).view(-1, self.side, self.side)             # B, h, w
+        here, codes = upsample(grains, self.fine_side), -1                     # B, H, W
+        for k, side in enumerate(self.sides):
+            block = canvas[:, self.offsets[k]:self.eos[k]].view(-1, side, side)
+            codes = torch.where(here == k, upsample(block, self.fine_side), codes)  # B, H, W
+        return codes, grains
 
     def grains(self, pos):
         """Granularity of the regions that the ids pos (B, L) cover, -1 elsewhere. -> (B, N)"""
         known = torch.full((len(pos), self.n_regions + 1), -1, device=pos.device)
         return known.scatter(1, self.region[pos], self.grain[pos])[:, :-1]   # EOS wrote to a spare column
 
+    def lengths(self, pos):
+        """Pairs up to and with the last EOS. pos (B, L) -> (B,)"""
+        return (pos != self.end).sum(1) + 1
+
     def legal(self, prev, grains):
         """Which position ids may follow. prev: (B,) or (B, L) ids, -1 at the start; grains: (B, N) granularities known
         so far, -1 elsewhere -> mask (B, P) or (B, L, P).
 
-        Inside a region: its next cell. Between regions: the first cell of any later region that is not covered, or
-        EOS; in the finest granularity, which must leave no hole, the first such region, or EOS when there is none.
+        All that may come lies ahead, in the granularity that is being written. There a region is open from its first
+        cell on, and its other cells then are *due*. So may come: the first cell that is due, or EOS if none is; and
+        before that, whatever *opens* a region that nothing covers yet. In the finest granularity, which must leave no
+        hole, the first of those can't be passed over either. In the docstring's example 0 may be followed by 1, 2, 3
+        (open) or 4 (EOS); 7 by 8 alone, which is due; and 8, since region 1 goes on in the next row, by 11 alone.
 
         A training sequence can be masked with its *final* grains, though they hold what comes after prev. For what
-        may cover a later region? Either a code coarser than prev, which then came before it. Or one as fine or finer,
-        and that counts as free here, since only codes coarser than the id in question rule it out.
+        may cover a region that is not open? Either a code coarser than prev, which then came before it. Or one as
+        fine or finer, and that counts as free here, since only coarser codes rule an opener out.
         """
+        ids, following = torch.arange(self.n_positions, device=prev.device), (prev + 1).clamp(max=self.end)[..., None]
+        now = self.grain[following]                                          # B, (L,) 1: what is being written
         grains = F.pad(grains, (0, 1), value=-1)                             # B, N + 1: nothing covers an EOS
-        covered = grains.gather(1, self.region.expand(len(grains), -1))      # B, P
-        free = (covered < 0) | (covered >= self.grain)                       # B, P: no coarser code lies there
-        mask = self.follow[prev] & (free if prev.dim() == 1 else free[:, None])  # B, (L,) P
-        first = mask.cumsum(-1, dtype=torch.int) == 1                        # and what is illegal behind it
-        return mask & (self.choice[prev] | first)
+        taken = grains.gather(1, self.region.expand(len(grains), -1))        # B, P
+        taken = taken if prev.dim() == 1 else taken[:, None]                 # B, (1,) P
+        ahead = (ids >= following) & (self.grain == now)                     # B, (L,) P
+        due = (taken == self.grain) & (self.opener < following) | self.is_eos
+        opens = (self.opener == ids) & ((taken < 0) | (taken >= self.grain))
+        stops = ahead & (due | opens & (now == self.n_grains - 1))           # what can't be passed over
+        return ahead & (due | opens) & (ids <= torch.where(stops, ids, self.end).amin(-1, keepdim=True))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -648,6 +650,22 @@ def attention(q, k, v, mask=None, dropout=0.0):
     weights = F.dropout(scores.softmax(-1), dropout) if dropout else scores.softmax(-1)
     return torch.bmm(weights, v.reshape(-1, M, d)).view(q.shape)             # B, heads, L, d
 
+def rotations(place, d):
+    """Angles of a rotary embedding by place: places (n, 2) -> (n, 2, d), for `rotate`.
+
+    Each of the d / 2 planes turns by row or column times a frequency: 1, ..., 1 / 10, as grids of codes are small. So
+    a product of query and key depends on how far apart in the picture they are, and place 0, 0 is not turned.
+    (Su et al., "RoFormer", 2021, in two dimensions.)
+    """
+    frequency = 10.0 ** -(torch.arange(d // 4) / (d // 4))                   # d/4
+    angle = (place[:, :, None] * frequency).flatten(1)                       # n, d/2: by the row, by the column
+    return torch.stack([angle.cos().repeat(1, 2), torch.cat([-angle.sin(), angle.sin()], dim=1)], dim=1)
+
+def rotate(x, turns):
+    """Turn the planes of channels i and i + d/2 of x (..., d), by cosines and signed sines (..., 2, d)."""
+    cos, sin = turns.type_as(x).unbind(-2)                                   # each ..., d
+    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin                 # ..., d
+
 class Block(nn.Module):
     """Pre-norm transformer block. In training causal over a whole sequence; in sampling a step over a cache."""
 
@@ -659,14 +677,16 @@ class Block(nn.Module):
         self.norm2, self.up, self.down = nn.LayerNorm(C, bias=False), Linear(C, 4 * C), Linear(4 * C, C)
         self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, x, cache=None, at=None, mask=None):
-        """x: (B, L, C) -> (B, L, C).
+    def forward(self, x, turns=None, cache=None, at=None, mask=None):
+        """x: (B, L, C) -> (B, L, C). turns: (B, L, 2, 1, 2, d), by which queries and keys are rotated, or None.
 
         In sampling L = 1. cache (2, B, heads, M, d): the keys and values of the pairs so far; it takes those of x too,
         at the rows and places `at`, (B,) and (B,). mask (B, heads, 1, M): -inf where attention is not to look.
         """
         B, L, C = x.shape
         qkv = self.qkv(self.norm1(x)).view(B, L, 3, self.heads, C // self.heads)
+        if turns is not None:
+            qkv = torch.cat([rotate(qkv[:, :, :2], turns), qkv[:, :, 2:]], dim=2)  # B, L, 3, heads, d
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                 # each B, heads, L, d
         if cache is None:
             y = attention(q, k, v, dropout=self.dropout if self.training else 0.0)  # B, heads, L, d
@@ -692,6 +712,8 @@ class DQTransformer(nn.Module):
         self.config = config
         self.layout = Layout(config.size, config.factors)
         C, V, P = config.width, config.codebook_size, self.layout.n_positions
+        if config.rotary:
+            self.register_buffer("turns", rotations(self.layout.place, C // config.heads), persistent=False)
         self.content = nn.Embedding(V + 1, C)                                # the last row is the content of an EOS
         self.position = nn.Embedding(P, C)
         self.granularity = nn.Embedding(self.layout.n_grains, C)
@@ -715,6 +737,11 @@ class DQTransformer(nn.Module):
         content = torch.where(code < 0, self.config.codebook_size, code)
         return self.content(content) + self.position(pos) + self.granularity(self.layout.grain[pos])
 
+    def turns_of(self, queries, keys):
+        """How a block rotates queries and keys that belong to these position ids, (B, L), -1 for the start."""
+        if self.config.rotary:
+            return self.turns[torch.stack([queries, keys], dim=-1)][:, :, :, None]  # B, L, 2, 1, 2, d
+
     def labels(self, label, B):
         """(B,) labels or None -> (B,) rows of the condition embedding; negative labels mean none."""
         none = torch.full((B,), len(self.config.classes), device=self.condition.weight.device)
@@ -733,14 +760,16 @@ class DQTransformer(nn.Module):
         start = self.condition(label)[:, None]                               # B, 1, C
         x = torch.cat([start, self.embed(pos[:, :-1], code[:, :-1])], dim=1)  # B, L, C
         h = self.drop(x + self.order.weight[:L])
-        for block in self.position_stack:
-            h = block(h)                                                     # B, L, C
         prev = F.pad(pos[:, :-1], (1, 0), value=-1)                          # B, L
+        turns = self.turns_of(prev, prev)                                    # entry t holds the pair before t
+        for block in self.position_stack:
+            h = block(h, turns)                                              # B, L, C
         legal = self.layout.legal(prev, self.layout.grains(pos))             # B, L, P
         position = self.position_head(self.position_norm(h)).float()         # B, L, P
-        h = h + self.position(pos)                                           # now it knows where
+        h = h + self.position(pos)                                           # now it knows where,
+        turns = self.turns_of(pos, prev)                                     # and looks around from there
         for block in self.content_stack:
-            h = block(h)
+            h = block(h, turns)
         content = self.content_head(self.content_norm(h)).float()            # B, L, V
         return position.masked_fill(~legal, -math.inf), content
 
@@ -867,18 +896,20 @@ def decode_one(model, job, state, end):
     caches = [cache[..., :end, :] for cache in state.cache]
 
     # where: position stack, then one draw among the legal ids
+    last = rows(state.last, state.last)[:, None]                             # R, 1
+    turns = model.turns_of(last, last)
     for block, cache in zip(model.position_stack, caches):
-        h = block(h, cache, at, mask)                                    # R, 1, C
+        h = block(h, turns, cache, at, mask)                                 # R, 1, C
     logits = guide(model.position_head(model.position_norm(h)))              # B, P
     logits = logits.masked_fill(~layout.legal(state.last, state.grains[:, :-1]), -math.inf)
     u = job.uniform[image, t]                                                # B, 2
     pos = unless_given(draw(logits, u[:, 0]), 0)                             # B
 
     # what: content stack, then one draw
-    place = model.position(pos)                                              # B, C
-    h = h + rows(place, place)[:, None]                                      # R, 1, C
+    target = rows(pos, pos)[:, None]                                         # R, 1
+    h, turns = h + model.position(target), model.turns_of(target, last)      # R, 1, C
     for block, cache in zip(model.content_stack, caches[len(model.position_stack):]):
-        h = block(h, cache, at, mask)
+        h = block(h, turns, cache, at, mask)
     logits = filter_logits(guide(model.content_head(model.content_norm(h))), options.top_k, options.top_p)  # B, V
     code = unless_given(draw(logits, u[:, 1]), 1).masked_fill(layout.is_eos[pos], -1)  # B
 
@@ -964,6 +995,8 @@ def write_file(path, save):
 def save_checkpoint(path, kind, config, model, **state):
     """One file: kind, config as a plain dict, weights, and whatever a trainer needs to go on."""
     checkpoint = dict(kind=kind, config=asdict(config), weights=model.state_dict(), **state)
+    if kind == "dq-transformer":
+        checkpoint["layout"] = model.layout.name
     write_file(path, lambda file: torch.save(checkpoint, file))
 
 def load_checkpoint(path, kind):
@@ -978,6 +1011,10 @@ def load_checkpoint(path, kind):
     except Exception as error:
         raise UserError(f"{path} is not a checkpoint, or is damaged ({type(error).__name__})") from None
     require(found == kind, f"{path} holds {found}; a {kind} is needed ({maker} writes it)")
+    if kind == "dq-transformer":
+        layout = checkpoint.get("layout", "of an older version")
+        require(layout == Layout.name, f"{path} was trained on sequences in another order ({layout}) than is read here "
+                                       f"({Layout.name}); {maker} trains a new one")
     return checkpoint
 
 def rebuild(model_class, config_class, config, weights, device):

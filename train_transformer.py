@@ -375,7 +375,7 @@ class Stop:
 
 
 # The paper's model; size, factors and codebook of each come from the DQ-VAE, the classes from the data.
-LARGE = dq.TransformerConfig(width=1024, heads=8, position_layers=6, content_layers=18, dropout=0.1)
+LARGE = dq.TransformerConfig(width=1024, heads=8, position_layers=6, content_layers=18, dropout=0.1, rotary=False)
 PAPER = Schedule(steps=507_000, batch_size=240, accumulate=4, lr=5e-4, betas=(0.9, 0.95), weight_decay=0.01,
                  warmup=1000, eval_every=5000)                               # 100 epochs of 1,217,000 images
 

@@ -7,9 +7,12 @@ Trains every variant with every seed, in OUT/<variant>-<seed>, then prints a tab
 finished is not done again. With --samples it also draws N toy images by each model, and holds them against N real ones
 as tests/agreement.py does. The choices are those of the paper (coarse to fine, Table 7's input layers, two stacks and
 their depths), the variants:
-    ours             what train_transformer.py trains: 2 + 4 layers in the toy preset
-    raster           one region after the other, each in its granularity, instead of coarse to fine
-    row-first        fine codes row by row over the whole image, as the authors write them, not region by region
+    ours             what train_transformer.py trains: coarse to fine, row by row; 2 + 4 layers in the toy preset
+    region-first     coarse to fine, but the fine codes of a region together
+    fine-to-coarse   the fine codes first
+    raster           row by row over the finest grid, a coarse code where its first cell is, instead of coarse to fine
+    region-raster    one region after the other, each in its granularity
+    no-rotary        queries and keys aren't turned by their places, as in the paper's model
     shared-position  one embedding of a place for all granularities
     no-granularity   no embedding of the granularity
     no-order         no embedding of the number of the pair
@@ -18,12 +21,12 @@ their depths), the variants:
 
 Each is a proper distribution over the same images (tests/test_ablations.py adds their probabilities up), so nats can
 be compared. They can within a seed: the toy data, held-out images included, are drawn anew for each. Checkpoints of
-the variants have the form of ours, but sample.py would read them as ours, so it draws nonsense from them; samples of
-each are in its transformer.png.
+other orders say so, and sample.py refuses them; those of other models have the form of ours, and it would draw
+nonsense. Samples of each are in its transformer.png.
 """
 import argparse
-import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -45,95 +48,122 @@ from figures import flags_to_end, refuse  # noqa: E402
 
 
 class ReorderedLayout(dq.Layout):
-    """The ids of dq.Layout, but a sequence is sorted by the `rank` (P,) of its ids. Sub-classes set it, and `legal`."""
+    """The ids of dq.Layout, but a sequence is sorted by the `rank` (P,) of its ids.
+
+    turn (P,): when the granularity of an id is written, 0 for the first. home (P,): rank of its region's first cell.
+    """
+
+    def __init__(self, size, factors):
+        super().__init__(size, factors)
+        rank, turn = torch.empty_like(self.grain), self.turns(self.grain)
+        turn[self.is_eos] = self.grain[self.is_eos]                          # so the end of all is the last one ever
+        rank[self.key(turn).argsort(stable=True)] = torch.arange(self.n_positions)
+        home = torch.stack([rank[(turn == t) & (self.region == r)].min() for t, r in zip(turn, self.region)])
+        # what stands behind the pair before, with row P, which is also row -1, for the start; an end stays the end
+        behind = F.pad(rank + 1, (0, 1)).clamp(max=self.end)
+        now = turn[rank.argsort()][behind]                                   # which turn that is
+        for name, table in dict(rank=rank, turn=turn, home=home, behind=behind, now=now).items():
+            self.register_buffer(name, table, persistent=False)
+
+    def turns(self, grains):
+        """When granularities are written, for a tensor of them, in which -1 is none."""
+        return grains.clone()
 
     def pack(self, codes, grains):
         """codes (B, H, W), grains (B, h, w) -> pos, code, each (B, max_len)."""
         pos, code = super().pack(codes, grains)                              # B, L
-        order = self.rank[pos].argsort(dim=1)                                # B, L
+        order = self.rank[pos].argsort(dim=1, stable=True)                   # B, L
         return pos.gather(1, order), code.gather(1, order)
 
+    def legal(self, prev, grains):
+        """dq.Layout.legal, with ranks for ids and turns for granularities."""
+        behind, now = self.behind[prev][..., None], self.now[prev][..., None]  # B, (L,) 1
+        turns = F.pad(self.turns(grains), (0, 1), value=-1)                  # B, N + 1: nothing covers an EOS
+        taken = turns.gather(1, self.region.expand(len(grains), -1))         # B, P
+        taken = taken if prev.dim() == 1 else taken[:, None]                 # B, (1,) P
+        ahead = (self.rank >= behind) & (self.turn == now)                   # B, (L,) P
+        due = (taken == self.turn) & (self.home < behind) | self.is_eos
+        opens = (self.home == self.rank) & ((taken < 0) | (taken >= self.turn))
+        stops = ahead & (due | opens & (now == self.n_grains - 1))
+        return ahead & (due | opens) & (self.rank <= torch.where(stops, self.rank, self.end).amin(-1, keepdim=True))
 
-class RasterLayout(ReorderedLayout):
-    """One region after the other, in raster order. The first id of a region tells its granularity, too.
 
-    Where the last region ends the image does: nothing is left to say, and no EOS is needed for a normalised model.
-    One stands there nevertheless, for sampling and padding know an end by it; it is certain and so costs nothing.
-    The EOS ids of the other granularities never occur. max_len and n_positions remain those of dq.Layout, so models
-    of the two have equally many parameters.
+class RegionFirstLayout(ReorderedLayout):
+    """Coarse to fine, but the cells of a region stand together."""
+    name = "coarse to fine, region by region"
+
+    def key(self, turn):
+        return turn * (self.n_regions + 1) + self.region                     # in which an EOS is behind all regions
+
+
+class FineToCoarseLayout(ReorderedLayout):
+    """The finest granularity first, each row by row: what is left then gets coarser codes."""
+    name = "fine to coarse, row by row"
+
+    def turns(self, grains):
+        return torch.where(grains < 0, -1, self.n_grains - 1 - grains)
+
+    def key(self, turn):
+        return 2 * turn + self.is_eos
+
+
+class RasterLayout(dq.Layout):
+    """All granularities at once: row by row over the finest grid, a coarse code where its first cell is.
+
+    The first id of a region tells its granularity, too. Where the last region ends the image does: nothing is left to
+    say, and no EOS is needed for a normalised model. One stands there nevertheless, for sampling and padding know an
+    end by it; it is certain and so costs nothing. The EOS ids of the other granularities never occur. max_len and
+    n_positions remain those of dq.Layout, so models of the two have equally many parameters.
     """
+    name = "all granularities at once, row by row"
 
     def __init__(self, size, factors):
         super().__init__(size, factors)
-        P, N = self.n_positions, self.n_regions
-        self.register_buffer("rank", self.region * P + torch.arange(P), persistent=False)  # by region, then id
-        self.follow = torch.zeros(P + 1, P, dtype=torch.bool)                # row P, which is also row -1: the start
-        cells = [self.offsets[k] + torch.arange(N * s).view(N, s) for k, s in enumerate(self.cells)]  # each N, s_k
-        first = torch.stack([cell[:, 0] for cell in cells], dim=1)           # N, K
-        self.follow[-1, first[0]] = True
-        for cell in cells:
-            self.follow[cell[:, :-1], cell[:, 1:]] = True                    # inside a region: its next cell
-            self.follow[cell[:-1, -1:], first[1:]] = True                    # after it: the next, in any granularity
-            self.follow[cell[-1, -1], self.end] = True
-        self.follow[self.end, self.end] = True
+        P, H = self.n_positions, self.fine_side
+        first = torch.full((P, 2), H)                                        # row and column of an id's first cell
+        for k, side in enumerate(self.sides):
+            cells = torch.arange(side ** 2)
+            first[self.offsets[k]:self.eos[k]] = torch.stack([cells // side, cells % side], 1) * (H // side)
+        key = self.key(*first.unbind(1))                                     # P: alike for all first cells of a region
+        key[self.is_eos] = H * H
+        written = F.pad(key, (0, 1), value=-1)                               # row P, which is also row -1: the start
+        for name, table in dict(rank=key, written=written, home=key[self.opener]).items():
+            self.register_buffer(name, table, persistent=False)
+
+    def key(self, row, column):
+        return row * self.fine_side + column
 
     def pack(self, codes, grains):
         """codes (B, H, W), grains (B, h, w) -> pos, code, each (B, max_len)."""
-        pos, code = super().pack(codes, grains)                              # B, L: all EOS ids are behind the codes
+        pos, code = super().pack(codes, grains)                              # B, L
+        order = self.rank[pos].argsort(dim=1, stable=True)              # B, L: all EOS ids behind the codes
+        pos, code = pos.gather(1, order), code.gather(1, order)
         return torch.where(self.is_eos[pos], self.end, pos), code
-
-    def legal(self, prev, grains):
-        """As dq.Layout.legal: prev (B,) or (B, L) -> mask (B, P) or (B, L, P). What is known of others doesn't matter:
-        all regions before that of prev are there, and none behind it."""
-        return self.follow[prev]
-
-
-class RowFirstLayout(ReorderedLayout):
-    """Coarse to fine, and inside a granularity row by row over the grid of all its cells, as the authors have it.
-
-    The first row of cells of a row of regions decides which of these are of this granularity; the rows of cells below
-    it then follow without a choice.
-    """
-
-    def __init__(self, size, factors):
-        super().__init__(size, factors)
-        P, h = self.n_positions, self.side
-        rank = torch.arange(P)                                               # an EOS stays where it is
-        home = torch.arange(P)                                               # rank of the region's first cell
-        for k, s in enumerate(self.cells):
-            c, ids = math.isqrt(s), torch.arange(self.offsets[k], self.eos[k])
-            cell = ids.view(h, h, c, c)                                      # row and column of region, then of cell
-            rank[cell.transpose(1, 2).flatten()] = ids                       # row of region, row of cell, the columns
-            home[cell] = rank[cell[:, :, :1, :1]]
-        # of the pair before, with row P, which is also row -1, for the start: its rank, and the granularity of what
-        # comes next. An EOS leads to the next one, but for the last, which is followed by itself
-        written, now = F.pad(rank, (0, 1), value=-1), F.pad(self.grain, (0, 1))
-        now[self.eos[:-1]] += 1
-        written[self.end] -= 1
-        for name, table in dict(rank=rank, home=home, written=written, now=now).items():
-            self.register_buffer(name, table, persistent=False)
 
     def legal(self, prev, grains):
         """As dq.Layout.legal: prev (B,) or (B, L), grains (B, N) -> mask (B, P) or (B, L, P).
 
-        A region of this granularity is open from its first cell on, and its other cells then are due. So may come, of
-        what lies ahead: the first cell that is due, or EOS if there is none; and before that the first cell of any
-        region that nothing covers. In the finest granularity the first such region can't be passed over either.
-
-        Final grains, as in training, tell of regions of this granularity that are not open yet: open is one only if
-        its first cell is not ahead of prev. They tell of finer ones too, and these count as free. So the mask is the
-        same as with the grains known at that step.
+        The first place that is not covered: of an open region its next cell, of another one its first, in any
+        granularity. Final grains, as in training, tell of regions that are not open yet, but these aren't asked.
         """
-        grains = F.pad(grains, (0, 1), value=-1)                             # B, N + 1: nothing covers an EOS
-        covered = grains.gather(1, self.region.expand(len(grains), -1))      # B, P
-        covered = covered if prev.dim() == 1 else covered[:, None]           # B, (1,) P
-        written, now = self.written[prev][..., None], self.now[prev][..., None]  # B, (L,) 1
-        ahead = (self.grain == now) & (self.rank > written)                  # B, (L,) P
-        due = (covered == self.grain) & (self.home <= written) | self.is_eos
-        opening = (self.home == self.rank) & ((covered < 0) | (covered >= self.grain))
-        stops = ahead & (due | opening & (now == self.n_grains - 1))         # what can't be passed over
-        limit = torch.where(stops, self.rank, self.n_positions).amin(-1, keepdim=True)  # B, (L,) 1
-        return ahead & (due | opening) & (self.rank <= limit)
+        written = self.written[prev][..., None]                        # B, (L,) 1
+        grains = F.pad(grains, (0, 1), value=-1)                             # B, N + 1
+        taken = grains.gather(1, self.region.expand(len(grains), -1))        # B, P
+        taken = taken if prev.dim() == 1 else taken[:, None]                 # B, (1,) P
+        ids = torch.arange(self.n_positions, device=prev.device)
+        due = (taken == self.grain) & (self.home <= written) & (self.rank > written) & ~self.is_eos
+        opens = (self.opener == ids) & (self.home > written) & ~self.is_eos
+        may = due | opens | (ids == self.end)                                # B, (L,) P
+        return may & (self.rank == torch.where(may, self.rank, self.fine_side ** 2).amin(-1, keepdim=True))
+
+
+class RegionRasterLayout(RasterLayout):
+    """All granularities at once, one region after the other, each row by row."""
+    name = "all granularities at once, region by region"
+
+    def key(self, row, column):
+        m = self.fine_side // self.side                                      # finest cells in a region's side
+        return (row // m * self.side + column // m) * m * m + row % m * m + column % m
 
 
 # ------------------------------------------------------------------------------------------------
@@ -154,11 +184,9 @@ class PlaceEmbedding(nn.Embedding):
         nn.init.normal_(self.weight, std=0.02)                               # as all embeddings of DQTransformer
         grid = torch.arange(H * H).view(H, H)
         place = torch.empty(layout.n_positions, dtype=torch.long)
-        for k, s in enumerate(layout.cells):
-            c = math.isqrt(s)
-            step = H // (layout.side * c)                                    # finest cells in the side of a code's
-            at = grid[::step, ::step].reshape(layout.side, c, layout.side, c).transpose(1, 2)  # h, h, c, c
-            place[layout.offsets[k]:layout.eos[k]] = at.flatten()
+        for k, side in enumerate(layout.sides):
+            step = H // side                                                 # finest cells in the side of a code's
+            place[layout.offsets[k]:layout.eos[k]] = grid[::step, ::step].flatten()
             place[layout.eos[k]] = H * H + k
         self.register_buffer("place", place, persistent=False)
 
@@ -170,6 +198,11 @@ class SharedPosition(dq.DQTransformer):
     def __init__(self, config):
         super().__init__(config)
         self.position = PlaceEmbedding(self.layout, config.width)
+
+
+class NoRotary(dq.DQTransformer):
+    def __init__(self, config):
+        super().__init__(replace(config, rotary=False))
 
 
 class NoGranularity(dq.DQTransformer):
@@ -217,7 +250,9 @@ class Variant(NamedTuple):
 
 def variants(flags):
     """{name: Variant}. flags: of train_transformer.py, for all of them; they say how many layers are to be shared."""
-    known = {"ours": Variant(), "raster": Variant(RasterLayout), "row-first": Variant(RowFirstLayout),
+    known = {"ours": Variant(), "region-first": Variant(RegionFirstLayout),
+             "fine-to-coarse": Variant(FineToCoarseLayout), "raster": Variant(RasterLayout),
+             "region-raster": Variant(RegionRasterLayout), "no-rotary": Variant(model=NoRotary),
              "shared-position": Variant(model=SharedPosition), "no-granularity": Variant(model=NoGranularity),
              "no-order": Variant(model=NoOrder), "single-stack": Variant(model=SingleStack)}
     args = train_transformer.parse(flags)[0]

@@ -203,7 +203,7 @@ class Walk:
         self.grains, self.codes = seen.grains[0], seen.codes[0]              # h, w; H, W
 
         pos, code = self.layout.pack(seen.codes, seen.grains)                # each 1, max_len
-        M = int((pos != self.layout.end).sum()) + 1
+        M = int(self.layout.lengths(pos))
         pos, code = pos[:, :M], code[:, :M]                                  # each 1, M
         self.pos, self.code = pos[0], code[0]                                # M; the content of an EOS is -1
         self.grain = self.layout.grain[self.pos]                             # M: granularity of each pair
@@ -231,7 +231,9 @@ class Walk:
         k = int(self.layout.grain[position])
         if self.layout.is_eos[position]:
             return k, None, None
-        return k, *divmod(position - self.layout.offsets[k], self.layout.cells[k])
+        side, c = self.layout.sides[k], math.isqrt(self.layout.cells[k])     # c x c codes a region
+        row, column = divmod(position - self.layout.offsets[k], side)
+        return k, row // c * self.layout.side + column // c, row % c * c + column % c
 
     def describe(self, position):
         """A position id in words."""
@@ -397,10 +399,9 @@ def fit(picture):
 
 def box_of(walk, position):
     """The pixels of a panel that a place covers: left, top, right, bottom."""
-    k, r, j = walk.where(position)
-    n = math.isqrt(walk.layout.cells[k])                                     # cells along a region's side
-    row, column = r // walk.layout.side * n + j // n, r % walk.layout.side * n + j % n
-    side = SIDE / (walk.layout.side * n)
+    k = int(walk.layout.grain[position])
+    row, column = divmod(position - walk.layout.offsets[k], walk.layout.sides[k])
+    side = SIDE / walk.layout.sides[k]
     return [round(column * side), round(row * side), round((column + 1) * side), round((row + 1) * side)]
 
 
@@ -669,7 +670,7 @@ def shrink(path, out):
     def rounded(weights):
         return {name: x.bfloat16() if x.is_floating_point() and not name.startswith("codebook") else x
                 for name, x in weights.items()}
-    kept = {name: held[name] for name in ("kind", "config", "vae_config", "step", "best")}
+    kept = {name: held[name] for name in ("kind", "layout", "config", "vae_config", "step", "best")}
     kept |= {name: rounded(held[name]) for name in ("weights", "vae_weights")}
     dq.write_file(out, lambda file: torch.save(kept, file))
     print(f"wrote {out}, {out.stat().st_size / 1e6:.1f} MB instead of {path.stat().st_size / 1e6:.1f}")

@@ -17,8 +17,8 @@ from test_layout import grain_maps, padded, random_image
 from test_transformer import all_images, draws_as_the_naive_loop
 
 KNOWN = ablations.variants([])
-ORDERS = ["raster", "row-first"]
-MODELS = ["shared-position", "no-granularity", "no-order", "single-stack"]
+ORDERS = ["region-first", "fine-to-coarse", "raster", "region-raster"]
+MODELS = ["no-rotary", "shared-position", "no-granularity", "no-order", "single-stack"]
 CASES = [(8, (4,)), (4, (2, 1)), (6, (2, 1)), (8, (4, 2, 1))]
 
 
@@ -41,20 +41,25 @@ def tiny(name, size=4, factors=(2, 1), V=2, classes=(), layers=(2, 2)):
 
 
 def naive_ids(name, side, factors, grains):
-    """The position ids of an image, by loops over its regions or its rows. grains: a list of side^2"""
-    cells = [(factors[0] // f) ** 2 for f in factors]
-    offsets = [sum(side ** 2 * s + 1 for s in cells[:k]) for k in range(len(factors) + 1)]
-    if name == "raster":
-        ids = [offsets[k] + r * cells[k] + j for r, k in enumerate(grains) for j in range(cells[k])]
-        return ids + [offsets[-1] - 1]
-    ids = []
-    for k, f in enumerate(factors):
-        c = factors[0] // f
-        for row, column in itertools.product(range(side * c), repeat=2):
+    """The position ids of an image: a list of its codes, sorted as the order says. grains: a list of side^2"""
+    widths = [side * factors[0] // f for f in factors]                       # codes in a row of each granularity
+    offsets = [sum(n ** 2 + 1 for n in widths[:k]) for k in range(len(factors) + 1)]
+    codes = []                                                               # granularity, region, row and column, id
+    for k, n in enumerate(widths):
+        c, step = n // side, widths[-1] // n                                 # c x c codes a region
+        for row, column in itertools.product(range(n), repeat=2):
             r = row // c * side + column // c
             if grains[r] == k:
-                ids.append(offsets[k] + r * c * c + row % c * c + column % c)
-        ids.append(offsets[k + 1] - 1)
+                codes.append((k, r, row * step, column * step, offsets[k] + row * n + column))
+    if name in ("raster", "region-raster"):
+        codes.sort(key=lambda code: code[2:4] if name == "raster" else code[1:4])
+        return [code[-1] for code in codes] + [offsets[-1] - 1]
+    ids = []
+    for turn in range(len(factors)):
+        k = len(factors) - 1 - turn if name == "fine-to-coarse" else turn
+        own = [code for code in codes if code[0] == k]
+        own.sort(key=lambda code: code[1:4] if name == "region-first" else code[2:4])
+        ids += [code[-1] for code in own] + [offsets[turn + 1] - 1]
     return ids
 
 
@@ -118,10 +123,14 @@ def test_a_worked_example():
     """2 x 2 regions, the first two of them fine; the ids of test_layout's picture."""
     grains = torch.tensor([[[1, 1], [0, 0]]])
     codes = torch.tensor([[[1, 2, 5, 6], [3, 4, 7, 8], [0, 0, 9, 9], [0, 0, 9, 9]]])
-    pos, code = (x[0, :11].tolist() for x in ablations.RowFirstLayout(4, (2, 1)).pack(codes, grains))
-    assert pos == [2, 3, 4, 5, 6, 9, 10, 7, 8, 11, 12] and code == [0, 9, -1, 1, 2, 5, 6, 3, 4, 7, 8]
-    pos, code = (x[0, :11].tolist() for x in ablations.RasterLayout(4, (2, 1)).pack(codes, grains))
-    assert pos == [5, 6, 7, 8, 9, 10, 11, 12, 2, 3, 21] and code == [1, 2, 3, 4, 5, 6, 7, 8, 0, 9, -1]
+    for name, wanted_pos, wanted_code in (
+            ("ours", [2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 21], [0, 9, -1, 1, 2, 5, 6, 3, 4, 7, 8, -1]),
+            ("region-first", [2, 3, 4, 5, 6, 9, 10, 7, 8, 11, 12, 21], [0, 9, -1, 1, 2, 3, 4, 5, 6, 7, 8, -1]),
+            ("fine-to-coarse", [5, 6, 7, 8, 9, 10, 11, 12, 4, 2, 3, 21], [1, 2, 5, 6, 3, 4, 7, 8, -1, 0, 9, -1]),
+            ("raster", [5, 6, 7, 8, 9, 10, 11, 12, 2, 3, 21], [1, 2, 5, 6, 3, 4, 7, 8, 0, 9, -1]),
+            ("region-raster", [5, 6, 9, 10, 7, 8, 11, 12, 2, 3, 21], [1, 2, 3, 4, 5, 6, 7, 8, 0, 9, -1])):
+        pos, code = (x[0, :len(wanted_pos)].tolist() for x in KNOWN[name].layout(4, (2, 1)).pack(codes, grains))
+        assert pos == wanted_pos and code == wanted_code, name
 
 
 # ------------------------------------------------------------------------------------------------
@@ -179,7 +188,7 @@ def parameters(model):
 def test_numbers_of_parameters():
     n = {name: parameters(tiny(name, 8, (4, 2, 1))) for name in ["ours"] + ORDERS + MODELS}
     ids, places, C = (4 + 1) + (16 + 1) + (64 + 1), 64 + 3, 16
-    assert n["raster"] == n["row-first"] == n["single-stack"] == n["ours"]
+    assert all(n[name] == n["ours"] for name in ORDERS + ["no-rotary", "single-stack"])
     assert n["ours"] - n["shared-position"] == (ids - places) * C
     assert n["ours"] - n["no-granularity"] == 3 * C
     assert n["ours"] - n["no-order"] == (64 + 3) * C
@@ -190,9 +199,9 @@ def test_shared_positions_are_places_on_the_finest_grid():
     """Two ids have one row if and only if their codes begin in the same cell; an EOS has its own."""
     model = tiny("shared-position", 8, (4, 2, 1), V=5)
     place = []
-    for f, c in ((4, 1), (2, 2), (1, 4)):                                    # c x c codes a region
-        for r, j in itertools.product(range(4), range(c * c)):
-            place.append((r // 2 * 4 + j // c * f, r % 2 * 4 + j % c * f))   # pixel, which here is a cell
+    for f, side in ((4, 2), (2, 4), (1, 8)):
+        for row, column in itertools.product(range(side), repeat=2):
+            place.append((row * f, column * f))                              # pixel, which here is a cell
         place.append(f"end of {f}")
     rows = model.position(torch.arange(len(place)))
     same = (rows[:, None] == rows).all(-1)

@@ -75,9 +75,10 @@ def test_the_printout_shows_every_pair_and_what_it_costs(size, factors, tmp_path
     for t, (position, code) in enumerate(pairs):
         k = sum(position > eos for eos in layout.eos)
         name = NAMES[len(factors)][k]
-        r, j = divmod(position - sum(layout.n_regions * s + 1 for s in layout.cells[:k]), layout.cells[k])
-        where, side = f"{name}, region {r} (row {r // layout.side}, column {r % layout.side})", 2 ** k
-        where += f", cell {j} (row {j // side}, column {j % side})" if side > 1 else ""
+        n, side = 2 ** k, layout.side * 2 ** k                               # n x n codes a region
+        row, column = divmod(position - sum(layout.n_regions * s + 1 for s in layout.cells[:k]), side)
+        where = f"{name}, region {row // n * layout.side + column // n} (row {row // n}, column {column // n})"
+        where += f", cell {row % n * n + column % n} (row {row % n}, column {column % n})" if n > 1 else ""
         wanted.append((t, position, f"{where}  code {code}" if code >= 0 else "EOS"))
     found = re.findall(r"^ +t=(\d+) +id (\d+) +(.*)$", text, re.MULTILINE)
     assert [(int(t), int(position), what) for t, position, what in found] == wanted
@@ -362,7 +363,7 @@ def test_a_run_begins_goes_on_or_is_finished(tmp_path):
     path = tmp_path / "transformer.pt"
     assert figures.flags_to_end(path, 30) == []
     for step, flags in ((10, ["--resume"]), (30, None)):
-        torch.save(dict(kind="dq-transformer", config={}, weights={}, step=step, settings=dict(steps=30)), path)
+        torch.save(dict(kind="dq-transformer", layout=dq.Layout.name, step=step, settings=dict(steps=30)), path)
         assert figures.flags_to_end(path, 30) == flags
     with pytest.raises(dq.UserError, match="is of a run of 30 steps, not 20; name another folder"):
         figures.flags_to_end(path, 20)

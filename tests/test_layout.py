@@ -22,19 +22,18 @@ def random_image(layout, grains, V=7):
 
 
 def naive_pack(layout, codes, grains):
-    """One image (H, W), (h, w) -> its pairs, by loops over granularities, regions and cells."""
-    h, m = layout.side, layout.fine_side // layout.side
+    """One image (H, W), (h, w) -> its pairs, by loops over granularities, rows and columns."""
     pairs, start = [], 0
     for k, s in enumerate(layout.cells):
-        c = int(s ** 0.5)
-        for r in range(h * h):
-            y, x = r // h, r % h
-            if grains[y, x] == k:
-                for j in range(s):
-                    fine_y, fine_x = y * m + j // c * (m // c), x * m + j % c * (m // c)
-                    pairs.append((start + r * s + j, int(codes[fine_y, fine_x])))
-        pairs.append((start + h * h * s, -1))
-        start += h * h * s + 1
+        c = int(s ** 0.5)                                                    # c x c codes a region
+        side = layout.side * c
+        for y in range(side):
+            for x in range(side):
+                if grains[y // c, x // c] == k:
+                    m = layout.fine_side // side                             # one code fills m x m cells
+                    pairs.append((start + y * side + x, int(codes[y * m, x * m])))
+        pairs.append((start + side * side, -1))
+        start += side * side + 1
     return pairs
 
 
@@ -82,6 +81,28 @@ def test_unpack_is_the_inverse_of_pack(size, factors, device):
         assert torch.equal(codes2[0], torch.where(cells, codes[b], -1))
 
 
+def test_places_are_the_centres_of_codes_on_the_finest_grid(device):
+    """Of an EOS, and of the start, which has the last row, it is 0, 0."""
+    layout, places = Layout(8, (4, 2, 1)).to(device), []
+    for side, width in ((2, 4), (4, 2), (8, 1)):
+        places += [[(y + 0.5) * width, (x + 0.5) * width] for y in range(side) for x in range(side)] + [[0, 0]]
+    assert layout.place.tolist() == places + [[0, 0]]
+    assert layout.place[-1].tolist() == [0, 0]
+
+
+def test_the_example_of_the_docstring():
+    a, b, c, d, e, f, g = range(7)
+    codes = torch.tensor([[[a, a, b, c], [a, a, d, e], [f, f, g, g], [f, f, g, g]]])
+    layout, grains = Layout(4, (2, 1)), torch.tensor([[[0, 1], [0, 0]]])
+    pos, code = layout.pack(codes, grains)
+    assert pos.tolist() == [[0, 2, 3, 4, 7, 8, 11, 12] + 10 * [21]]
+    assert code.tolist() == [[a, f, g, -1, b, c, d, e] + 10 * [-1]]
+    following = {-1: {0, 1, 2, 3, 4}, 0: {1, 2, 3, 4}, 4: {7}, 7: {8}, 8: {11}, 12: {21}, 21: {21}}
+    for prev, wanted in following.items():
+        final = layout.legal(torch.tensor([prev]), grains.flatten(1))
+        assert set(final[0].nonzero().flatten().tolist()) == wanted
+
+
 def test_sizes_of_the_paper():
     layout = Layout(256, (16, 8))
     assert (layout.n_regions, layout.cells, layout.n_positions) == (256, [1, 4], 256 + 1 + 1024 + 1)
@@ -92,29 +113,31 @@ def test_sizes_of_the_paper():
 
 def naive_legal(layout, prefix):
     """Ids that may follow a list of ids, from the rules as the docstring tells them."""
-    K, N = layout.n_grains, layout.n_regions
-    covered, k, inside = {}, 0, None
+    K, k, covered, cells = layout.n_grains, 0, {}, set()                     # of each region; places written in k
     for p in prefix:
         if k == K:                                                           # the last EOS goes on for ever
             break
         if p == layout.eos[k]:
-            k, inside = k + 1, None
+            k, cells = k + 1, set()
             continue
-        s = layout.cells[k]
-        r, j = (p - layout.offsets[k]) // s, (p - layout.offsets[k]) % s
-        covered[r] = k
-        inside = p + 1 if j < s - 1 else None
+        c = int(layout.cells[k] ** 0.5)                                      # c x c codes a region
+        y, x = (p - layout.offsets[k]) // (layout.side * c), (p - layout.offsets[k]) % (layout.side * c)
+        covered[y // c, x // c] = k
+        cells.add((y, x))
     if k == K:
         return {layout.end}
-    if inside is not None:
-        return {inside}
-    s = layout.cells[k]
-    last = max([r for r, g in covered.items() if g == k], default=-1)
-    free = [r for r in range(N) if r not in covered]
-    later = [r for r in free if r > last]
-    if k < K - 1:
-        return {layout.offsets[k] + r * s for r in later} | {layout.eos[k]}
-    return {layout.offsets[k] + free[0] * s} if free else {layout.eos[k]}
+    c = int(layout.cells[k] ** 0.5)
+    side, may = layout.side * c, set()
+    for y in range(side):                                                    # ahead, until something can't be left out
+        for x in range(side):
+            region, is_first = (y // c, x // c), y % c == x % c == 0
+            if cells and (y, x) <= max(cells):
+                continue
+            if covered.get(region) == k or region not in covered and is_first:
+                may.add(layout.offsets[k] + y * side + x)
+            if covered.get(region) == k or region not in covered and is_first and k == K - 1:
+                return may
+    return may | {layout.eos[k]}
 
 
 @pytest.mark.parametrize("size, factors", CASES)

@@ -2,22 +2,26 @@
 import contextlib
 import itertools
 import math
+import shutil
 
 import numpy as np
 import pytest
 import torch
 
 import dq
+import sample
+import train_transformer
+from conftest import TRANSFORMER, call
 from test_layout import naive_legal, random_image
 from sample import given_coarse, given_tiling
 from dq import DQTransformer, SampleOptions, TransformerConfig, generate
 
 
-def tiny(size=4, factors=(2, 1), V=2, classes=(), device="cpu", **kwargs):
+def tiny(size=4, factors=(2, 1), V=2, classes=(), device="cpu", layers=2, **kwargs):
     """A random model with opinions: weights far from the nearly uniform initialisation."""
     torch.manual_seed(1)
     config = TransformerConfig(size=size, factors=factors, codebook_size=V, classes=classes, width=32, heads=2,
-                               position_layers=2, content_layers=2, **kwargs)
+                               position_layers=layers, content_layers=layers, **kwargs)
     model = DQTransformer(config).to(device).eval()
     with torch.no_grad():
         for p in model.parameters():
@@ -40,7 +44,7 @@ def all_images(layout, V):
 
 @torch.no_grad()
 def test_probabilities_of_all_images_sum_to_one(device):
-    model = tiny(device=device)
+    model = tiny(layers=1, device=device)
     codes, grains = all_images(model.layout, 2)
     assert len(codes) == 18 ** 4 == 104_976
     total = 0.0
@@ -67,11 +71,47 @@ def test_a_pair_is_the_sum_of_three_rows(device):
     torch.testing.assert_close(model.embed(pos[None], code[None]), wanted[None])
 
 
+def naive_rotate(x, places):
+    """(L, d): channels i and i + d/2 as a complex number, turned by the row (the first d/4 of them) or the column."""
+    d = x.shape[1]
+    angle = torch.tensor([[place[i >= d // 4] * 10.0 ** -(i % (d // 4) / (d // 4)) for i in range(d // 2)]
+                          for place in places], device=x.device)
+    z = torch.complex(*x.chunk(2, dim=1)) * torch.polar(torch.ones_like(angle), angle)
+    return torch.cat([z.real, z.imag], dim=1)
+
+
+def naive_block(block, h, queries, keys):
+    """h (L, C) -> (L, C): attention entry by entry. queries, keys: places of each entry, or None for no rotation."""
+    C, d, y = h.shape[1], h.shape[1] // block.heads, torch.empty_like(h)
+    q, k, v = (block.norm1(h) @ block.qkv.weight.t()).split(C, dim=1)
+    for a in range(block.heads):
+        own = slice(a * d, (a + 1) * d)
+        turned_q, turned_k = (naive_rotate(part[:, own], places) if places else part[:, own]
+                              for part, places in ((q, queries), (k, keys)))
+        for t in range(len(h)):                                              # each looks at itself and what is before
+            scores = turned_k[:t + 1] @ turned_q[t] / math.sqrt(d)
+            y[t, own] = scores.softmax(0) @ v[:t + 1, own]
+    h = h + y @ block.proj.weight.t()
+    return h + torch.nn.functional.gelu(block.norm2(h) @ block.up.weight.t()) @ block.down.weight.t()
+
+
+def naive_place(layout, p):
+    """Centre of the code of an id, in cells of the finest grid; 0, 0 for an EOS and the start, -1."""
+    if p < 0 or p in layout.eos:
+        return 0.0, 0.0
+    k = sum(p > eos for eos in layout.eos)
+    side = layout.side * int(layout.cells[k] ** 0.5)
+    i, width = p - layout.offsets[k], layout.fine_side / side
+    return (i // side + 0.5) * width, (i % side + 0.5) * width
+
+
+@pytest.mark.parametrize("rotary", [True, False])
 @pytest.mark.parametrize("training, label_dropout", [(False, 1.0), (True, 1.0), (True, 0.0)])
 @torch.no_grad()
-def test_logits_equal_a_loop_over_prefixes(training, label_dropout, device):
+def test_logits_equal_a_loop_over_prefixes(training, label_dropout, rotary, device):
     """Each step is computed anew from the pairs before it. In training, and then only, labels are hidden."""
-    model = tiny(8, (4, 2), V=5, classes=("a", "b"), label_dropout=label_dropout, device=device).train(training)
+    model = tiny(8, (4, 2), V=5, classes=("a", "b"), label_dropout=label_dropout, rotary=rotary, device=device)
+    model.train(training)
     layout, label = model.layout, torch.tensor([0, 1, -1], device=device)
     grains = torch.tensor([[[0, 1], [1, 0]], [[1, 1], [1, 1]], [[0, 0], [0, 0]]], device=device)
     pos, code = layout.pack(random_image(layout, grains, V=5), grains)
@@ -81,18 +121,36 @@ def test_logits_equal_a_loop_over_prefixes(training, label_dropout, device):
         hidden = label[b] < 0 or training and label_dropout == 1
         first = model.condition.weight[2 if hidden else label[b]]
         h = torch.stack([first, *(naive_embed(model, *pair) for pair in pairs)])
-        h = (h + model.order.weight[:t + 1])[None]                           # 1, t + 1, C
+        h = h + model.order.weight[:t + 1]                                   # t + 1, C
+        past = [naive_place(layout, p) for p in [-1] + pos[b, :t].tolist()] if rotary else None
+        target = [naive_place(layout, p) for p in pos[b, :t + 1].tolist()] if rotary else None
         for block in model.position_stack:
-            h = block(h)
+            h = naive_block(block, h, past, past)
         wanted = torch.full((layout.n_positions,), -math.inf, device=device)
         legal = list(naive_legal(layout, [p for p, _ in pairs]))
-        wanted[legal] = model.position_head(model.position_norm(h))[0, -1][legal]
+        wanted[legal] = model.position_head(model.position_norm(h))[-1][legal]
         torch.testing.assert_close(position[b, t], wanted, atol=1e-4, rtol=1e-4)
         h = h + model.position.weight[pos[b, :t + 1]]
         for block in model.content_stack:
-            h = block(h)
-        wanted = model.content_head(model.content_norm(h))[0, -1]
+            h = naive_block(block, h, target, past)
+        wanted = model.content_head(model.content_norm(h))[-1]
         torch.testing.assert_close(content[b, t], wanted, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_products_depend_on_how_far_apart_places_are():
+    """Of rotated vectors; in rows and in columns. Place 0, 0 turns nothing."""
+    q, k = torch.randn(2, 16)
+    places = torch.tensor([[0.0, 0.0], [1.5, 4.0], [3.0, 2.5], [8.5, 11.0], [10.0, 9.5]])
+    turns = dq.rotations(places, 16)                                         # the last two are moved by 7, 7
+    torch.testing.assert_close(dq.rotate(q, turns[0]), q)
+    products = [dq.rotate(q, turns[i]) @ dq.rotate(k, turns[j]) for i, j in ((1, 2), (3, 4), (1, 4), (2, 1))]
+    torch.testing.assert_close(products[0], products[1])
+    assert all(abs(products[0] - other) > 1e-3 for other in products[2:])
+    for row, column in ((1.0, 0.0), (0.0, 1.0)):                             # each of the two turns half of the planes
+        turned = dq.rotate(q, dq.rotations(torch.tensor([[row, column]]), 16)[0])
+        still = (turned == q).view(2, 2, 4)
+        assert still[:, int(row)].all() and not still[:, int(column)].any()
 
 
 def lengths(layout, pos):
@@ -444,3 +502,20 @@ def test_options_out_of_range_are_refused():
     for bad in (dict(temperature=0.0), dict(top_p=0.0), dict(top_p=1.1), dict(top_k=-1), dict(cfg=-1.0)):
         with pytest.raises(ValueError):
             SampleOptions(**bad).check()
+
+
+def test_checkpoints_of_other_orders_are_refused(run, tmp_path):
+    """Those of before, which say nothing of their order, and those of tests/ablations.py: in one line, by whatever
+    reads them; the files stay as they are."""
+    held, out = dq.load_checkpoint(run / "transformer.pt", "dq-transformer"), tmp_path / "out"
+    assert held["layout"] == "coarse to fine, row by row"
+    shutil.copytree(run, out)
+    for layout, told in ((None, "of an older version"), ("fine to coarse", "fine to coarse")):
+        torch.save({name: x for name, x in held.items() if name != "layout"} | ({"layout": layout} if layout else {}),
+                   out / "transformer.pt")
+        before = {path: path.read_bytes() for path in out.iterdir()}
+        line = (f"error: {out / 'transformer.pt'} was trained on sequences in another order ({told}) than is read here "
+                "(coarse to fine, row by row); train_transformer.py trains a new one")
+        assert call(sample.main, out / "transformer.pt") == line
+        assert call(train_transformer.main, "--out", out, "--resume", *TRANSFORMER) == line
+        assert {path: path.read_bytes() for path in out.iterdir()} == before
