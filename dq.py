@@ -664,7 +664,7 @@ def rotations(place, d):
 def rotate(x, turns):
     """Turn the planes of channels i and i + d/2 of x (..., d), by cosines and signed sines (..., 2, d)."""
     cos, sin = turns.type_as(x).unbind(-2)                                   # each ..., d
-    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin                 # ..., d
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)    # ..., d
 
 class Block(nn.Module):
     """Pre-norm transformer block. In training causal over a whole sequence; in sampling a step over a cache."""
@@ -678,7 +678,7 @@ class Block(nn.Module):
         self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x, turns=None, cache=None, at=None, mask=None):
-        """x: (B, L, C) -> (B, L, C). turns: (B, L, 2, 1, 2, d), by which queries and keys are rotated, or None.
+        """x: (B, L, C) -> (B, L, C). turns: (B, L, 3, 1, 2, d), by which queries, keys, values are rotated, or None.
 
         In sampling L = 1. cache (2, B, heads, M, d): the keys and values of the pairs so far; it takes those of x too,
         at the rows and places `at`, (B,) and (B,). mask (B, heads, 1, M): -inf where attention is not to look.
@@ -686,7 +686,7 @@ class Block(nn.Module):
         B, L, C = x.shape
         qkv = self.qkv(self.norm1(x)).view(B, L, 3, self.heads, C // self.heads)
         if turns is not None:
-            qkv = torch.cat([rotate(qkv[:, :, :2], turns), qkv[:, :, 2:]], dim=2)  # B, L, 3, heads, d
+            qkv = rotate(qkv, turns)                                         # B, L, 3, heads, d
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                 # each B, heads, L, d
         if cache is None:
             y = attention(q, k, v, dropout=self.dropout if self.training else 0.0)  # B, heads, L, d
@@ -739,8 +739,9 @@ class DQTransformer(nn.Module):
 
     def turns_of(self, queries, keys):
         """How a block rotates queries and keys that belong to these position ids, (B, L), -1 for the start."""
-        if self.config.rotary:
-            return self.turns[torch.stack([queries, keys], dim=-1)][:, :, :, None]  # B, L, 2, 1, 2, d
+        if self.config.rotary:                                               # values stay, as if at the start
+            ids = torch.stack([queries, keys, torch.full_like(keys, -1)], dim=-1)  # B, L, 3
+            return self.turns[ids][:, :, :, None]                            # B, L, 3, 1, 2, d
 
     def labels(self, label, B):
         """(B,) labels or None -> (B,) rows of the condition embedding; negative labels mean none."""

@@ -48,6 +48,7 @@ class Schedule:
     eval_every: int = 250                # steps
     accumulate: int = 1                  # parts in which a batch is worked on; in stage 2 each is as wide as it needs
     clip: float = 1.0                    # largest norm of the gradient; 0: no limit
+    optimizer: str = "muon"              # stage 2: adamw, or muon for the matrices of the blocks
 
 
 def number(kind, low, below=math.inf):
@@ -377,12 +378,12 @@ class Stop:
 # The paper's model; size, factors and codebook of each come from the DQ-VAE, the classes from the data.
 LARGE = dq.TransformerConfig(width=1024, heads=8, position_layers=6, content_layers=18, dropout=0.1, rotary=False)
 PAPER = Schedule(steps=507_000, batch_size=240, accumulate=4, lr=5e-4, betas=(0.9, 0.95), weight_decay=0.01,
-                 warmup=1000, eval_every=5000)                               # 100 epochs of 1,217,000 images
+                 warmup=1000, eval_every=5000, optimizer="adamw")            # 100 epochs of 1,217,000 images
 
 PRESETS = {                                                                  # what each is for: train_vae.py
     "toy": (
         dq.TransformerConfig(),
-        Schedule(steps=1200, batch_size=32, lr=1.5e-3, weight_decay=0.05, accumulate=2)),
+        Schedule(steps=800, batch_size=32, lr=5e-3, weight_decay=0.05, accumulate=2, eval_every=200)),
     "toy64": (
         dq.TransformerConfig(width=256, heads=8, content_layers=6),
         Schedule(steps=6000, batch_size=64, lr=1e-3, weight_decay=0.05)),
@@ -409,6 +410,8 @@ def parse(argv=None):
     add("--heads", type=positive, default=config.heads, help="attention heads")
     add("--dropout", type=share, default=config.dropout, help="dropout")
     add("--label-dropout", type=share, default=config.label_dropout, help="share of images whose label is hidden")
+    add("--optimizer", choices=["muon", "adamw"], default=schedule.optimizer,
+        help="adamw, or muon for the matrices of the blocks and adamw for the rest")
     add("--uncond", action="store_true", help="ignore the labels")
     args = parser.parse_args(argv)
     return args, config, override(schedule, args)
@@ -524,6 +527,22 @@ def draw_samples(path, model, vae, seed, autocast, n=16):
     save_grid(path, tiles, columns=8)
 
 
+def make_optimizers(model, schedule):
+    """-> {name: optimiser}. Muon (Jordan et al., 2024) moves a matrix by its momentum with all singular values made
+    alike, scaled here to what AdamW's steps have on average, so that one learning rate does for both."""
+    inside = {p for p in model.parameters() if p.dim() == 2 and schedule.optimizer == "muon"}
+    inside &= {*model.position_stack.parameters(), *model.content_stack.parameters()}
+    outside = [p for p in model.parameters() if p not in inside]
+    groups = [dict(params=[p for p in outside if p.dim() > 1], weight_decay=schedule.weight_decay),
+              dict(params=[p for p in outside if p.dim() <= 1], weight_decay=0.0)]
+    optimizers = dict(optimizer=torch.optim.AdamW(groups, lr=schedule.lr, betas=schedule.betas, fused=True))
+    if inside:
+        matrices = [p for p in model.parameters() if p in inside]            # in their order, as a resumed run needs
+        optimizers["muon"] = torch.optim.Muon(matrices, lr=schedule.lr, weight_decay=schedule.weight_decay,
+                                              adjust_lr_fn="match_rms_adamw")
+    return optimizers
+
+
 def seed_of(*numbers):
     """One seed for torch from several numbers; it has nothing to do with that of other numbers, however near."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
@@ -541,13 +560,10 @@ def main(argv=None):
 
     torch.manual_seed(args.seed)
     model = dq.DQTransformer(config).to(device)
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() <= 1]
-    groups = [dict(params=matrices, weight_decay=schedule.weight_decay), dict(params=vectors, weight_decay=0.0)]
-    optimizer = torch.optim.AdamW(groups, lr=schedule.lr, betas=schedule.betas, fused=True)
+    optimizers = make_optimizers(model, schedule)
     checkpoint = Checkpoint(
         args.out / "transformer.pt", config, dict(data=identity(train), seed=args.seed) | asdict(schedule), model,
-        parts=dict(optimizer=optimizer), extra=dict(vae_config=asdict(vae.config), vae_weights=vae.state_dict()),
+        parts=optimizers, extra=dict(vae_config=asdict(vae.config), vae_weights=vae.state_dict()),
         device=device)
     if args.resume:
         former = checkpoint.resume(args)["vae_weights"]
@@ -579,9 +595,10 @@ def main(argv=None):
             done = step + 1
             if world > 1:
                 torch.manual_seed(seed_of(args.seed, step, rank))            # every process drops other units
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, schedule)
-            optimizer.zero_grad(set_to_none=True)
+            for optimizer in optimizers.values():
+                optimizer.zero_grad(set_to_none=True)
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(step, schedule)
             for part in next(order)[rank::world].chunk(schedule.accumulate):
                 columns = columns_for(length[part], pos.shape[1], device)
                 of_part = pos[part, :columns], code[part, :columns], label[part]
@@ -594,7 +611,8 @@ def main(argv=None):
                 losses.add(done, dict(bits_per_code=loss / math.log(2), position_nats=position, content_nats=content))
             if schedule.clip:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), schedule.clip)
-            optimizer.step()
+            for optimizer in optimizers.values():
+                optimizer.step()
 
             last, stopped = done == schedule.steps, stop.asked(done)
             evaluates = done % schedule.eval_every == 0 or last
