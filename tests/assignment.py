@@ -30,7 +30,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 VAE, LAYOUT, TRANSFORMER = "test_vae.py", "test_layout.py", "test_transformer.py"
-SOURCES = ["dq.py", "sample.py", "train_vae.py", "train_transformer.py", "pyproject.toml"]
+SOURCES = ["dq.py", "common.py", "sample.py", "train_vae.py", "train_transformer.py", "pyproject.toml"]
 TESTS = ["conftest.py", VAE, LAYOUT, TRANSFORMER]
 
 Exercise = namedtuple("Exercise", "function name points minutes learned file tests")

@@ -9,12 +9,12 @@ import torch
 from PIL import Image
 
 import agreement
+import common
 import dq
-import sample
 import train_transformer
 import train_vae
 from agreement import features, frechet_distance, precision_recall
-from sample import ToyShapes
+from train_vae import ToyShapes
 from test_training import plain
 
 
@@ -142,7 +142,7 @@ def test_the_command_measures_other_images_reconstructions_and_samples(tmp_path,
     path = save(tmp_path / "transformer.pt", model, vae)
     classifier = agreement.train_classifier(16, seed=3, steps=20, batch_size=32)
     monkeypatch.setattr(agreement, "train_classifier", lambda size, seed, device: classifier)
-    monkeypatch.setattr(sample, "pick_device", lambda *names: (torch.device("cpu"), plain))
+    monkeypatch.setattr(common, "pick_device", lambda *names: (torch.device("cpu"), plain))
     agreement.main([str(path), "--n", "60", "--seed", "3", "--temperature", "0.9", "--top-k", "5", "--cfg", "1.5"])
     said = capsys.readouterr().out
 
@@ -173,7 +173,7 @@ def test_wrong_input_ends_in_one_line(args, says, tmp_path, monkeypatch, capsys)
     (tmp_path / "file").write_text("")
     save(tmp_path / "FOLDER", *small_models(classes=("circle", "cross", "square", "triangle")))  # in a folder's order
     with pytest.raises(SystemExit) as end:
-        sample.run(lambda: agreement.main(args))
+        common.run(lambda: agreement.main(args))
     line = capsys.readouterr().err.splitlines()[-1] if end.value.code == 2 else end.value.code
     assert says in line and "\n" not in line
 
@@ -210,11 +210,12 @@ def trainers(monkeypatch):
             if kind == "vae":
                 args.out.mkdir(parents=True)
                 dq.save_checkpoint(args.out / "vae.pt", "dq-vae", vae.config, vae, **final)
+                (args.out / "codes.pt").touch()
                 lines = (dict(step=4, psnr=1.0, bits_per_pixel=2.0), dict(step=5, psnr=21.5, bits_per_pixel=0.375),
                          dict(step=6, loss=1))
                 (args.out / "vae.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
             else:
-                assert args.vae == args.out.parent / "vae/vae.pt" and args.out.name == f"seed-{args.seed}"
+                assert args.codes == args.out.parent / "vae/codes.pt" and args.out.name == f"seed-{args.seed}"
                 save(args.out / "transformer.pt", model, vae, **final)
         return main
     monkeypatch.setattr(train_vae, "main", stage(train_vae.parse, "vae"))

@@ -10,10 +10,10 @@ import pytest
 import torch
 from PIL import Image, PngImagePlugin
 
+import common
 import dq
-import sample
-import train_transformer
-from sample import ImageFolder, ToyShapes, open_data
+import train_vae
+from train_vae import ImageFolder, ToyShapes, open_data
 
 
 # ------------------------------------------------------------------------------------------------
@@ -26,7 +26,7 @@ def read(tmp_path, image, name="x.png", size=4, **save):
         (tmp_path / name).write_bytes(image)
     else:
         image.save(tmp_path / name, **save)
-    return ((sample.load_image(tmp_path / name, size) + 1) * 127.5).permute(1, 2, 0).numpy()
+    return ((common.load_image(tmp_path / name, size) + 1) * 127.5).permute(1, 2, 0).numpy()
 
 
 def flat(mode, color, size=(4, 4), spoilt=None):
@@ -121,7 +121,7 @@ def test_images_of_every_mode(tmp_path, kind):
 
 def test_premultiplied_grey(tmp_path):
     """Pillow reads such files from some version on."""
-    rgb = sample.to_rgb(flat("LA", (128, 102)).convert("La"))
+    rgb = common.to_rgb(flat("LA", (128, 102)).convert("La"))
     assert rgb.mode == "RGB" and abs(rgb.getpixel((1, 1))[0] - 204) <= 1     # 40 % of half grey, over white
 
 
@@ -155,15 +155,15 @@ def test_text_of_three_megabytes(tmp_path):
 def test_resize_crop_and_flip(tmp_path):
     ramp = np.tile(np.arange(64, dtype=np.uint8)[None] * 4, (16, 1))         # 64 x 16, brighter to the right
     Image.fromarray(ramp).save(tmp_path / "wide.png")
-    centre = sample.load_image(tmp_path / "wide.png", 16)
+    centre = common.load_image(tmp_path / "wide.png", 16)
     assert abs(((centre.mean() + 1) * 127.5).item() - ramp.mean()) < 2
-    crops = [sample.load_image(tmp_path / "wide.png", 16, np.random.default_rng(i)) for i in range(40)]
+    crops = [common.load_image(tmp_path / "wide.png", 16, np.random.default_rng(i)) for i in range(40)]
     rising = [bool(c[0, 0, -1] > c[0, 0, 0]) for c in crops]
     assert 8 < sum(rising) < 32                                              # half of them flipped
     assert len({round(c.mean().item(), 3) for c in crops}) > 15              # at many places
     noise = np.indices((64, 64)).sum(0).astype(np.uint8) % 2 * 255           # checks, which antialiasing makes grey
     Image.fromarray(noise).save(tmp_path / "noise.png")
-    small = sample.load_image(tmp_path / "noise.png", 8)
+    small = common.load_image(tmp_path / "noise.png", 8)
     assert small.abs().max() < 0.1
 
 
@@ -268,7 +268,7 @@ def test_what_a_folder_holds(make, tmp_path, monkeypatch, capfd):
 
     def scandir(path):
         if "locked" in str(path):                                            # root, who may run this, reads everything
-            raise PermissionError(13, "Permission denied")
+            raise PermissionError(13, "Permission denied", str(path))
         return real(path)
     monkeypatch.setattr(os, "scandir", scandir)
     root.mkdir()
@@ -276,8 +276,8 @@ def test_what_a_folder_holds(make, tmp_path, monkeypatch, capfd):
     train, val = open_data(root, 8, skip=root / "run")
     assert names(train, val) == sorted(wanted)
     assert train.classes == val.classes == classes and len(val) > 0
-    assert f"{len(train)} images to train on, {len(val)} held out" in sample.describe(train, val)
-    assert sample.describe(train, val).endswith(f"; left out: {left_out}")
+    assert f"{len(train)} images to train on, {len(val)} held out" in train_vae.describe(train, val)
+    assert train_vae.describe(train, val).endswith(f"; left out: {left_out}")
     if classes:
         assert all(classes[label] == name.split("/")[0] for name, label in train.files + val.files)
         assert {label for _, label in train.files} == set(range(len(classes)))  # every class is trained on
@@ -286,14 +286,14 @@ def test_what_a_folder_holds(make, tmp_path, monkeypatch, capfd):
         assert len(said) == 11 and all(line.startswith(f"warning: left out {root}/") for line in said[:10])
         assert len(set(said)) == 11 and said[-1] == "warning: ... and 2 more, 12 in all"
     else:
-        assert said == [f"warning: can't read the folder {root}/locked/: Permission denied"] * (make is a_locked_folder)
+        assert said == [f"warning: can't read the folder {root}/locked: Permission denied"] * (make is a_locked_folder)
     for data in (train, val):
-        assert all(label != sample.BROKEN for _, label in once(data))
+        assert all(label != train_vae.BROKEN for _, label in once(data))
 
 
 def test_what_is_understood_is_said_in_one_line(tmp_path, monkeypatch):
     def said(*args, **kwargs):
-        return sample.describe(*open_data(*args, **kwargs))
+        return train_vae.describe(*open_data(*args, **kwargs))
 
     assert said(None, 8) == ("data: the built-in toy shapes, 8192 images to train on, 512 held out; "
                              "4 classes: circle, square, triangle, cross")
@@ -311,26 +311,26 @@ def test_what_is_understood_is_said_in_one_line(tmp_path, monkeypatch):
     assert "\\udcff" not in said(tmp_path / "b", 8)                          # the seventh
     os.rename(tmp_path / "b/b", os.fsencode(tmp_path) + b"/b/a\xe9")
     assert "a\\udce9" in said(tmp_path / "b", 8)
-    monkeypatch.setattr(sample, "LOOKED_AT", 5)
+    monkeypatch.setattr(train_vae, "LOOKED_AT", 5)
     assert said(tmp_path / "a", 8).endswith("so many files that broken ones are left out as they are met")
 
 
 def test_a_large_folder_is_not_read_at_the_start(tmp_path, monkeypatch):
     opened = []
-    monkeypatch.setattr(sample, "open_image", lambda path, header_only=False: opened.append(header_only))
+    monkeypatch.setattr(train_vae, "open_image", lambda path, header_only=False: opened.append(header_only))
     put(tmp_path, "0.png")
     for i in range(1, 100):
         os.link(tmp_path / "0.png", tmp_path / f"{i}.png")
     for looked_at, decoded, expected in ((100, 1e6, [False] * 100), (100, 100, [True] * 100), (99, 1e6, [])):
-        monkeypatch.setattr(sample, "LOOKED_AT", looked_at)
-        monkeypatch.setattr(sample, "DECODED", decoded)
+        monkeypatch.setattr(train_vae, "LOOKED_AT", looked_at)
+        monkeypatch.setattr(train_vae, "DECODED", decoded)
         opened.clear()
         assert sum(map(len, open_data(tmp_path, 8))) == 100 and opened == expected
 
 
 def spoilt_folder(root, monkeypatch):
     """30 images of which 10 in a row are broken, and none is looked at before it is met."""
-    monkeypatch.setattr(sample, "LOOKED_AT", 0)
+    monkeypatch.setattr(train_vae, "LOOKED_AT", 0)
     for i in range(30):
         root.mkdir(exist_ok=True)
         Image.new("RGB", (8, 8), (i, 0, 0)).save(root / f"{i:02d}.png")
@@ -341,7 +341,7 @@ def spoilt_folder(root, monkeypatch):
 
 def once(data):
     """What stage 2 encodes."""
-    return [sample.Once(data)[i] for i in range(len(data))]
+    return [train_vae.Once(data)[i] for i in range(len(data))]
 
 
 def red(x):
@@ -353,7 +353,7 @@ def test_a_broken_file_weighs_nothing(tmp_path, monkeypatch, capfd):
     n, sound = len(data), {int(name[:2]) for name, _ in data.files} - set(range(5, 15))
     broken = n - len(sound)
     assert broken > 5
-    assert [red(x) for x, label in once(data) if label != sample.BROKEN] == sorted(sound)  # none in place of another
+    assert [red(x) for x, label in once(data) if label != train_vae.BROKEN] == sorted(sound)  # none in place of another
     drawn = [red(data[i][0]) for i in range(100 * n)]
     count = Counter(drawn)
     mean = 100 * n / len(sound)
@@ -382,7 +382,7 @@ def test_a_broken_file_is_named_once_by_all_processes(tmp_path, monkeypatch, cap
 
 
 def test_a_long_list_of_broken_files_ends_in_a_count(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(sample, "LOOKED_AT", 0)
+    monkeypatch.setattr(train_vae, "LOOKED_AT", 0)
     put(tmp_path, "sound.png")
     for i in range(40):
         (tmp_path / f"{i}.png").touch()
@@ -434,7 +434,7 @@ def test_stream_is_a_function_of_seed_and_batch_number():
             return i
 
     def take(n, **kwargs):
-        batches = train_transformer.stream(Numbers(), 4, **kwargs)
+        batches = train_vae.stream(Numbers(), 4, **kwargs)
         return [next(batches).tolist() for _ in range(n)]
 
     whole = take(10, seed=1)

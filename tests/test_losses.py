@@ -5,7 +5,6 @@ import torch
 import torch.nn.functional as F
 
 import dq
-import sample
 import train_vae
 from train_vae import Discriminator, Perceptual, adaptive_weight, backward, hinge_loss
 
@@ -171,7 +170,7 @@ def test_hinge_loss():
 
 
 def test_discriminator_learns_to_tell_sharp_from_blurred():
-    toy = sample.ToyShapes(32, n=256)
+    toy = train_vae.ToyShapes(32, n=256)
     real = torch.stack([toy[i][0] for i in range(256)])
     fake = F.avg_pool2d(real, 5, stride=1, padding=2, count_include_pad=False)
     critic = Discriminator(width=16)

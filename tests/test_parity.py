@@ -4,13 +4,17 @@ Runs where DQ_PARITY_DIR names a folder with dual.pt and triple.pt (small instan
 authors' model with random weights, and what it computes); skipped elsewhere.
 """
 import os
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-import train_vae
+from conftest import ROOT
 from dq import DQVAE, EntropyRouter
+
+sys.path.insert(0, str(ROOT / "tests" / "tools"))
+import import_authors  # noqa: E402
 
 FOLDER = os.environ.get("DQ_PARITY_DIR")
 pytestmark = pytest.mark.skipif(not FOLDER, reason="DQ_PARITY_DIR names no folder")
@@ -19,7 +23,7 @@ pytestmark = pytest.mark.skipif(not FOLDER, reason="DQ_PARITY_DIR names no folde
 @pytest.mark.parametrize("name, factors", [("dual", (16, 8)), ("triple", (32, 16, 8))])
 def test_the_authors_weights_give_the_authors_numbers(name, factors):
     data = torch.load(Path(FOLDER) / f"{name}.pt", weights_only=True)
-    config, weights = train_vae.read_authors(Path(FOLDER) / f"{name}.pt")
+    config, weights = import_authors.read_authors(Path(FOLDER) / f"{name}.pt")
     assert (config.size, config.factors, config.router) == (64, factors, "learned")
     assert (config.codebook_size, config.code_dim) == (128, 64)
     model = DQVAE(config).eval()

@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image, ImageFont
 
+import common
 import dq
 import sample
 from conftest import DEVICE, call
@@ -49,14 +50,14 @@ def test_what_could_not_be_written_is_refused_in_one_line(args, line, tmp_path, 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_every_ending_is_refused_or_can_be_written(tmp_path):
-    pictures, written = [sample.to_picture(torch.rand(3, 16, 16) * 2 - 1)] * 3, 0
+    pictures, written = [common.to_picture(torch.rand(3, 16, 16) * 2 - 1)] * 3, 0
     for ending in Image.registered_extensions():
         path = tmp_path / f"x{ending}"
         try:
             sample.check_ending("--out", path)
         except dq.UserError:
             continue
-        sample.save_grid(path, pictures, columns=2)
+        common.save_grid(path, pictures, columns=2)
         written += path.stat().st_size > 0
     assert written > 10 and not list(tmp_path.glob("*.tmp*"))
 
@@ -150,11 +151,11 @@ def test_the_gpu_that_is_asked_for_becomes_the_current_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **kwargs: True)
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
     for name, numbered in (("cuda:1", "cuda:1"), ("cuda", "cuda:0"), ("cuda:0", "cuda:0"), ("cpu", "cpu")):
-        assert sample.pick_device(name, "auto")[0] == torch.device(numbered)
+        assert common.pick_device(name, "auto")[0] == torch.device(numbered)
     assert current == [torch.device("cuda", i) for i in (1, 0, 0)]
 
 
 @pytest.mark.parametrize("name", ["cuda:99", "gpu", "", "meta"])
 def test_devices_that_are_not_here(name):
     with pytest.raises(dq.UserError, match="no such device"):
-        sample.pick_device(name, "auto")
+        common.pick_device(name, "auto")

@@ -15,13 +15,14 @@ import pytest
 import torch
 from PIL import Image
 
+import common
 import dq
 import sample
 import train_transformer
 import train_vae
+from common import read_log
 from conftest import DEVICE, ROOT, TRANSFORMER, VAE, call, script
-from sample import ToyShapes, open_data
-from train_transformer import read_log
+from train_vae import ToyShapes, open_data
 
 CRITIC = ["--size", "24", "--gan-weight", "0.5", "--gan-start", "4"]
 STAGES = {"vae": (train_vae, VAE), "vae with a discriminator": (train_vae, VAE + CRITIC),
@@ -64,12 +65,13 @@ class Killed(Exception):
 def test_ten_steps_killed_and_ten_more_are_twenty_steps(stage, vae_run, images, tmp_path, monkeypatch):
     module, flags = STAGES[stage]
     stem = stage.split()[0]
+    data = ["--data", str(images)]
     if stem == "transformer":
-        flags = flags + ["--vae", str(vae_run / "vae.pt"), "--dropout", "0.1"]
+        data = ["--codes", str(vae_run / "codes.pt"), "--dropout", "0.1"]
 
     def train(out, *more):
-        module.main(["--data", str(images), "--out", str(tmp_path / out), "--steps", "20",
-                     "--eval-every", "5", "--save-every", "10", *flags, *more])
+        module.main(["--out", str(tmp_path / out), "--steps", "20", "--eval-every", "5", "--save-every", "10",
+                     *data, *flags, *more])
 
     train("whole")
     save = dq.save_checkpoint
@@ -106,12 +108,12 @@ def test_the_random_state_of_a_gpu_is_that_of_the_own_device(monkeypatch):
     states = {torch.device("cuda", i): torch.tensor([i]) for i in range(3)}
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: states[device])
     monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: states.update({device: state}))
-    saved = train_transformer.random_states(torch.device("cuda", 1))
-    train_transformer.restore_random_states(saved, torch.device("cuda", 2))
+    saved = common.random_states(torch.device("cuda", 1))
+    common.restore_random_states(saved, torch.device("cuda", 2))
     assert [state.item() for state in states.values()] == [0, 1, 1]
     older = saved | dict(cuda=[torch.tensor([7]), torch.tensor([8])])        # of all GPUs of process 0's machine
-    train_transformer.restore_random_states(older, torch.device("cuda", 2))
-    train_transformer.restore_random_states(saved | dict(cuda=None), torch.device("cuda", 0))  # saved on a CPU
+    common.restore_random_states(older, torch.device("cuda", 2))
+    common.restore_random_states(saved | dict(cuda=None), torch.device("cuda", 0))  # saved on a CPU
     assert [state.item() for state in states.values()] == [0, 1, 7]
 
 
@@ -136,7 +138,8 @@ def test_resuming_with_other_settings(images, tmp_path, capsys):
     for steps in (1, 2):                                                     # as many are done, or more
         assert train("--steps", steps, "--resume", "--eval-every", 1) is None
         out = capsys.readouterr().out.splitlines()
-        assert out[1:] == [f"nothing left to do: {tmp_path / 'vae.pt'} is at step 2"] and files() == before
+        vae, codes = tmp_path / "vae.pt", tmp_path / "codes.pt"
+        assert out[1:] == [f"nothing left to do: {vae} is at step 2, and {codes} is there"] and files() == before
     assert train("--steps", 4, "--resume", "--eval-every", 1) is None
     out = capsys.readouterr().out
     assert "note: --steps was 2 and is 4 from step 2 on" in out and "note: --eval-every was 250 and is 1" in out
@@ -183,10 +186,10 @@ def test_a_run_that_starts_anew_moves_the_former_one_aside(images, tmp_path, cap
     assert "former-2" in capsys.readouterr().out
 
 
-def start(stage, images, out, steps, *more, vae=None, **kwargs):
-    """A script in a process of its own."""
-    flags = [*VAE] if stage == "vae" else [*TRANSFORMER, "--vae", vae]
-    command = [sys.executable, ROOT / f"train_{stage}.py", "--data", images, "--out", out, "--steps", steps]
+def start(stage, data, out, steps, *more, **kwargs):
+    """A script in a process of its own. data: a folder of images, or for stage 2 codes"""
+    flags = [*VAE, "--data", data] if stage == "vae" else [*TRANSFORMER, "--codes", data]
+    command = [sys.executable, ROOT / f"train_{stage}.py", "--out", out, "--steps", steps]
     return piped([*command, *flags, *more], **kwargs)
 
 
@@ -204,8 +207,8 @@ def wait_for(condition, process, seconds=120):
 
 @pytest.mark.parametrize("stage, number", [("vae", signal.SIGINT), ("transformer", signal.SIGTERM)])
 def test_a_signal_ends_the_run_after_a_whole_step(stage, number, vae_run, images, tmp_path):
-    workers = ["--workers", 1] if stage == "vae" else []
-    process = start(stage, images, tmp_path, 100_000, "--eval-every", 100_000, *workers, vae=vae_run / "vae.pt")
+    data, *workers = [images, "--workers", 1] if stage == "vae" else [vae_run / "codes.pt"]
+    process = start(stage, data, tmp_path, 100_000, "--eval-every", 100_000, *workers)
     log = tmp_path / f"{stage}.jsonl"
     wait_for(lambda: log.exists() and log.stat().st_size, process)
     process.send_signal(number)
@@ -216,11 +219,43 @@ def test_a_signal_ends_the_run_after_a_whole_step(stage, number, vae_run, images
     assert "Traceback" not in error
 
 
+def test_a_run_that_is_stopped_while_it_encodes_goes_on(tmp_path):
+    """And what has been encoded by a run that was not is the same."""
+    command = [sys.executable, ROOT / "train_vae.py", *VAE, "--steps", 2, "--out", tmp_path]
+    process = piped(command)
+    wait_for((tmp_path / "vae.pt").exists, process)
+    process.send_signal(signal.SIGINT)
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGINT and "Traceback" not in error
+    assert out.splitlines()[-1] == ("stopped by SIGINT while the images were encoded; "
+                                    "the same command with --resume goes on")
+    assert not list(tmp_path.glob("codes*"))
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    codes, stored = tmp_path / "codes.pt", []
+    for _ in range(2):
+        assert call(train_vae.main, *command[2:], "--resume") is None
+        assert {path: path.read_bytes() for path in tmp_path.iterdir() if path != codes} == before
+        stored.append(dq.load_checkpoint(codes, "dq-codes"))
+        codes.unlink()                                                       # a finished run that lacks it writes it
+    same(*stored)
+
+
+def test_codes_are_those_of_the_newest_weights(images, tmp_path):
+    flags = [*VAE, "--data", images, "--out", tmp_path, "--resume"]
+    for steps in (1, 2):
+        assert call(train_vae.main, *flags[:-1 if steps == 1 else None], "--steps", steps) is None
+        same(load(tmp_path, "vae")["weights"], dq.load_checkpoint(tmp_path / "codes.pt", "dq-codes")["weights"])
+    newest = (tmp_path / "codes.pt").read_bytes()
+    (tmp_path / "codes.pt").write_bytes(newest[:-9])                         # damaged
+    assert call(train_vae.main, *flags, "--steps", 2) is None
+    same(load(tmp_path, "vae")["weights"], dq.load_checkpoint(tmp_path / "codes.pt", "dq-codes")["weights"])
+
+
 def test_several_processes_ask_each_other_every_tenth_step_whether_to_stop(monkeypatch):
     asked, before = [], signal.getsignal(signal.SIGINT)                      # ignored, in a shell's background
     monkeypatch.setattr(dq, "processes", lambda: (0, 2))
     monkeypatch.setattr(dq, "total", lambda flag: (asked.append(flag.item()), flag)[1])
-    with train_transformer.Stop(torch.device("cpu")) as stop:
+    with common.Stop(torch.device("cpu")) as stop:
         for done in range(1, 31):
             if done == 13:
                 os.kill(os.getpid(), signal.SIGINT)
@@ -265,6 +300,17 @@ def test_a_full_disk_leaves_the_former_checkpoint_whole(images, tmp_path):
     assert process.returncode == 1 and "Traceback" not in error
     assert error.splitlines()[-1].startswith("error: could not write")
     assert (tmp_path / "vae.pt").read_bytes() == former and not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_full_disk_leaves_the_former_codes_whole(vae_run, images, tmp_path):
+    (tmp_path / "codes.pt").write_bytes(b"older")
+    flags = ["--encode", vae_run / "vae.pt", "--data", images, "--out", tmp_path, "--device", DEVICE]
+    process = piped([sys.executable, ROOT / "train_vae.py", *flags], preexec_fn=files_of_at_most(10_000))
+    _, error = process.communicate()
+    assert process.returncode == 1
+    assert error.splitlines()[-1].startswith(f"error: could not write {tmp_path}/codes.pt (")
+    assert (tmp_path / "former-1/codes.pt").read_bytes() == b"older" and not (tmp_path / "codes.pt").exists()
+    assert not list(tmp_path.glob("*.tmp"))
 
 
 def files_of_at_most(n_bytes):
@@ -347,14 +393,13 @@ def torchrun(n, name, *args, **kwargs):
     ("transformer", [*TRANSFORMER, "--label-dropout", 0])],
     ids=["vae with a discriminator", "vae with the entropy router", "transformer"])
 def test_two_processes_compute_what_one_computes(stage, flags, vae_run, images, tmp_path):
-    flags = ["--data", images, "--steps", 6, "--dtype", "fp32", *flags, "--lr", 2e-4]
-    if stage == "transformer":
-        flags += ["--vae", vae_run / "vae.pt"]
+    data = ["--codes", vae_run / "codes.pt"] if stage == "transformer" else ["--data", images]
+    flags = [*data, "--steps", 6, "--dtype", "fp32", *flags, "--lr", 2e-4]
     two = torchrun(2, f"train_{stage}.py", *flags, "--out", tmp_path / "two")
     out, error = two.communicate(timeout=150)
     assert two.returncode == 0, error
     assert call(STAGES[stage][0].main, *flags, "--out", tmp_path / "one") is None
-    assert out.count("wrote") == 1                                           # only one of them writes
+    assert out.count("done: ") == 1                                          # only one of them writes
     a, b = load(tmp_path / "one", stage), load(tmp_path / "two", stage)
     for part in ("weights", "critic"):
         if part in a:
@@ -416,21 +461,31 @@ class CountedShapes(ToyShapes):
 
 
 def encode_shapes(rank, world):
-    """-> pos, code and label of 151 images, and how many of them this process has made"""
+    """-> codes, grains and labels of 151 images, and how many of them this process has made"""
     torch.manual_seed(0)
     model, data = dq.DQVAE(dq.VAEConfig(size=16, codebook_size=64)), CountedShapes(16, n=151)
     model.codebook.codes.normal_()
-    plain = torch.autocast("cpu", enabled=False)
-    encoded = train_transformer.encode(model.eval(), data, torch.device("cpu"), lambda: plain, workers=0, mirrored=True)
-    return *encoded, data.made
+    plain, device = torch.autocast("cpu", enabled=False), torch.device("cpu")
+    with common.Stop(device) as stop:
+        encoded = train_vae.encode(model.eval(), data, device, lambda: plain, workers=0, mirrored=True, stop=stop)
+    return encoded, data.made
 
 
 def test_each_process_encodes_its_part_and_has_all(tmp_path):
-    *alone, made = encode_shapes(0, 1)
-    assert made == 151 and len(alone[0]) == 302 and alone[2].tolist()[:4] == [0, 0, 1, 1]
-    for *encoded, made in in_two_processes(encode_shapes, tmp_path):
+    alone, made = encode_shapes(0, 1)
+    assert made == 151 and alone["codes"].shape == (151, 2, 4, 4) and alone["label"].tolist()[:6] == [0, 1, 2, 3, 0, 1]
+    for encoded, made in in_two_processes(encode_shapes, tmp_path):
         same(alone, encoded)
         assert made == 76                                                    # of 152: the first image twice
+
+
+def test_two_processes_write_the_codes_that_one_writes(vae_run, images, tmp_path):
+    flags = ["--encode", vae_run / "vae.pt", "--data", images, "--device", DEVICE, "--dtype", "fp32"]
+    two = torchrun(2, "train_vae.py", *flags, "--out", tmp_path / "two")
+    out, error = two.communicate(timeout=150)
+    assert two.returncode == 0 and out.count("done: ") == 1, error
+    assert call(train_vae.main, *flags, "--out", tmp_path / "one") is None
+    same(*(dq.load_checkpoint(tmp_path / name / "codes.pt", "dq-codes") for name in ("one", "two")))
 
 
 def test_codebook_router_and_budget_are_those_of_the_global_batch(tmp_path):
@@ -497,7 +552,7 @@ def spoil(path, how, tmp_path):
 
 
 @pytest.mark.parametrize("how", ["truncated", "bits flipped", "empty", "code", "version", "config"])
-def test_broken_checkpoints(how, run, images, tmp_path, monkeypatch):
+def test_broken_checkpoints(how, run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     broken = spoil(run / "transformer.pt", how, tmp_path)
     line = call(sample.main, broken)
@@ -505,7 +560,7 @@ def test_broken_checkpoints(how, run, images, tmp_path, monkeypatch):
     assert not (tmp_path / "ran").exists()                                   # a checkpoint runs no code
     (tmp_path / "out").mkdir()
     broken.rename(tmp_path / "out/transformer.pt")
-    flags = ["--data", images, "--vae", run / "vae.pt", "--steps", 8, *TRANSFORMER]
+    flags = ["--codes", run / "codes.pt", "--steps", 8, *TRANSFORMER]
     line = call(train_transformer.main, *flags, "--resume")
     assert line.startswith("error: ") and "\n" not in line
 
@@ -548,9 +603,9 @@ def test_classes_of_any_name(tmp_path):
         os.makedirs(folder)
         for i in range(4):
             Image.new("RGB", (16, 16), (60 * i, 90, 0)).save(folder + b"/%d.png" % i)
-    common = ["--data", tmp_path / "images", "--out", tmp_path, "--steps", 1]
-    assert call(train_vae.main, *common, *VAE) is None
-    assert call(train_transformer.main, *common, *TRANSFORMER) is None
+    both = ["--out", tmp_path, "--steps", 1]
+    assert call(train_vae.main, *both, *VAE, "--data", tmp_path / "images") is None
+    assert call(train_transformer.main, *both, *TRANSFORMER) is None
     assert call(sample.main, tmp_path / "transformer.pt", "--n", 2) is None
     done = script("sample.py", tmp_path / "transformer.pt", "--label", "dog")
     assert done.returncode == 1 and "no class 'dog'" in done.stderr and done.stderr.count("\n") == 1
@@ -562,20 +617,22 @@ def test_training_starts_without_a_look_at_every_file(tmp_path, monkeypatch):
     Image.new("RGB", (8, 8)).save(root / "0.png")
     for i in range(1, 6000):
         os.link(root / "0.png", root / f"{i}.png")
-    opened, real = [], sample.open_image
-    monkeypatch.setattr(sample, "open_image", lambda *args: (opened.append(1), real(*args))[1])
+    opened, real = [], common.open_image
+    for module in (common, train_vae):
+        monkeypatch.setattr(module, "open_image", lambda *args: (opened.append(1), real(*args))[1])
+    monkeypatch.setattr(train_vae, "write_codes", lambda *args: opened.append("codes"))  # at the end all are read
     train_vae.main(["--data", str(root), "--out", str(tmp_path), "--steps", "2", *VAE])
-    assert len(opened) <= 512 + 2 * 4                                        # the held-out images, two batches
+    assert opened.index("codes") <= 512 + 2 * 4                              # the held-out images, two batches
 
 
 @pytest.mark.skipif(not os.path.exists("/proc"), reason="needs /proc")
 def test_memory_stays_flat(images, tmp_path, monkeypatch):
-    used, real = {}, train_vae.Losses.add
+    used, real = {}, common.Losses.add
 
     def add(self, done, *args):
         real(self, done, *args)
         used[done] = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2 ** 20
-    monkeypatch.setattr(train_vae.Losses, "add", add)
+    monkeypatch.setattr(common.Losses, "add", add)
     train_vae.main(["--data", str(images), "--out", str(tmp_path), "--steps", "120", *VAE, "--eval-every", "30"])
     assert used[120] - used[60] < 5, used                                    # MiB
 
@@ -586,8 +643,8 @@ def test_a_loader_process_that_dies_is_reported(images, tmp_path, monkeypatch):
         if os.getpid() != parent:
             os.kill(os.getpid(), signal.SIGKILL)
         return real(self, i)
-    parent, real = os.getpid(), sample.ImageFolder.__getitem__
-    monkeypatch.setattr(sample.ImageFolder, "__getitem__", trap)
+    parent, real = os.getpid(), train_vae.ImageFolder.__getitem__
+    monkeypatch.setattr(train_vae.ImageFolder, "__getitem__", trap)
     line = call(train_vae.main, "--data", images, "--out", tmp_path, "--steps", 4, *VAE, "--workers", 1)
     assert line.startswith("error: a process that loads images died") and "\n" not in line
 

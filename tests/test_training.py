@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import common
 import dq
 import sample
 import train_transformer
@@ -57,12 +58,18 @@ def test_evaluation_of_a_dq_vae():
     assert figures["share"] == pytest.approx([float((out.grains == k).float().mean()) for k in (0, 1)], abs=1e-4)
 
 
+def images_of(codes, grains):
+    """As train_transformer.py reads them, all without a class."""
+    part = dict(codes=codes[:, None].byte(), grains=grains[:, None].byte(), label=torch.full((len(codes),), -1))
+    return train_transformer.views(part, (4, 2), uncond=False)
+
+
 def test_evaluation_of_a_transformer():
     model = tiny(8, (4, 2), V=5)
     grains = torch.randint(0, 2, (6, 2, 2))
-    pos, code = model.layout.pack(random_image(model.layout, grains, 5), grains)
-    pairs = pos, code, torch.full((6,), -1)
-    figures = train_transformer.evaluate(model, pairs, torch.device("cpu"), plain, batch_size=4)
+    codes = random_image(model.layout, grains, 5)
+    pos, code = model.layout.pack(codes, grains)
+    figures = train_transformer.evaluate(model, images_of(codes, grains), torch.device("cpu"), plain, batch_size=4)
     model.eval()
     nats = []
     with torch.no_grad():
@@ -74,9 +81,9 @@ def test_evaluation_of_a_transformer():
                 if code[b, t] >= 0:
                     logp += float(content[0, t].log_softmax(-1)[code[b, t]])
             nats.append(-logp)
-    codes = (code >= 0).sum().item() / 6
+    n_codes = (code >= 0).sum().item() / 6
     assert figures["nats_per_image"] == pytest.approx(sum(nats) / 6, rel=1e-4)
-    assert figures["bits_per_code"] == pytest.approx(sum(nats) / 6 / math.log(2) / codes, rel=1e-4)
+    assert figures["bits_per_code"] == pytest.approx(sum(nats) / 6 / math.log(2) / n_codes, rel=1e-4)
     assert figures["bits_per_pixel"] == pytest.approx(sum(nats) / 6 / math.log(2) / 64, rel=1e-4)
 
 
@@ -84,14 +91,15 @@ def test_evaluation_is_no_wider_than_needed(monkeypatch):
     model = tiny(8, (4, 2), V=5)
     grains = torch.zeros(5, 2, 2, dtype=torch.long)                          # 4 codes and 2 EOS each ...
     grains[1], grains[3] = 1, 1                                              # ... but for two images of 16 codes
-    pos, code = model.layout.pack(random_image(model.layout, grains, 5), grains)
-    widths, real = [], train_transformer.nats
+    images = images_of(random_image(model.layout, grains, 5), grains)
+    widths, real = [], train_transformer.sequences
 
-    def nats(model, pos, *rest):
-        widths.append(tuple(pos.shape))
-        return real(model, pos, *rest)
-    monkeypatch.setattr(train_transformer, "nats", nats)
-    train_transformer.evaluate(model, (pos, code, torch.full((5,), -1)), torch.device("cpu"), plain, batch_size=3)
+    def sequences(*args):
+        batch = real(*args)
+        widths.append(tuple(batch[0].shape))
+        return batch
+    monkeypatch.setattr(train_transformer, "sequences", sequences)
+    train_transformer.evaluate(model, images, torch.device("cpu"), plain, batch_size=3)
     assert widths == [(3, 6), (2, 18)]
 
 
@@ -106,18 +114,29 @@ def test_seeds_of_processes_have_nothing_in_common():
 def test_encoding_keeps_every_image_and_its_mirror_image():
     torch.manual_seed(0)
     model = dq.DQVAE(dq.VAEConfig(size=16, codebook_size=8))
-    data = sample.ToyShapes(16, n=10)
+    data = train_vae.ToyShapes(16, n=10)
     x = torch.stack([data[i][0] for i in range(10)])
     model(x)
     model.eval()
-    pos, code, label = train_transformer.encode(model, data, torch.device("cpu"), plain, workers=0, mirrored=True)
-    layout = dq.Layout(16, (8, 4))
+    device, layout = torch.device("cpu"), dq.Layout(16, (8, 4))
+    with common.Stop(device) as stop:
+        part = train_vae.encode(model, data, device, plain, workers=0, mirrored=True, stop=stop)
+    assert part["codes"].shape == (10, 2, 4, 4) and part["grains"].shape == (10, 2, 2, 2)
+    assert {x.dtype for x in part.values()} == {torch.uint8}                 # 8 codes, 2 granularities, 4 classes
+    images = train_transformer.views(part, (8, 4), uncond=False)
     with torch.no_grad():
-        n = pos.shape[1]
-        wanted = [(p[:n].tolist(), c[:n].tolist(), i % 4) for view in (x, x.flip(3))
-                  for i, (p, c) in enumerate(zip(*layout.pack(*model.encode(view))))]
-    assert sorted(zip(pos.tolist(), code.tolist(), label.tolist())) == sorted(wanted)
-    assert (pos[:, -1] == layout.end).all() and (train_transformer.lengths(pos, layout) == pos.shape[1]).any()
+        for v, view in enumerate((x, x.flip(3))):
+            codes, grains = model.encode(view)
+            assert torch.equal(images.codes[v::2], codes) and torch.equal(images.grains[v::2], grains)
+            assert images.label[v::2].tolist() == [i % 4 for i in range(10)]
+            pos, code = layout.pack(codes, grains)
+            assert images.length[v::2].tolist() == ((pos != layout.end).sum(1) + 1).tolist()
+            for index in (torch.tensor([3]), torch.tensor([1, 7, 4])):
+                n = images.length[v::2][index].max()
+                batch = train_transformer.sequences(images, 2 * index + v, layout, device)
+                assert batch[0].shape[1] in (n, n + 1) and batch[2].tolist() == (index % 4).tolist()
+                for ours, whole in zip(batch, (pos, code)):
+                    assert torch.equal(ours, whole[index, :ours.shape[1]])
 
 
 def test_batches_of_stage_2():
@@ -136,8 +155,8 @@ def test_batches_of_stage_2():
 def test_schedules():
     assert [round(train_vae.gumbel_scale(s, 100), 3) for s in (0, 50, 70, 90, 99)] == [1, 1, 0.5, 0, 0]
 
-    schedule = train_transformer.Schedule(steps=110, batch_size=1, lr=2.0, warmup=10)
-    rates = [train_transformer.learning_rate(s, schedule) for s in range(110)]
+    schedule = common.Schedule(steps=110, batch_size=1, lr=2.0, warmup=10)
+    rates = [schedule.learning_rate(step) for step in range(110)]
     assert rates[0] == 0.2 and rates[9] == max(rates) == 2.0 and rates[60] == pytest.approx(1.0) and rates[-1] < 0.01
 
 

@@ -11,7 +11,7 @@ import dq
 import train_transformer
 import train_vae
 from dq import DQVAE, Codebook, EntropyRouter, GrainRouter, RandomRouter, VAEConfig, budget_loss, one_hot
-from sample import ToyShapes
+from train_vae import ToyShapes
 
 
 def small(**kwargs):
