@@ -1,4 +1,4 @@
-"""The variants of tests/ablations.py: each is a proper distribution over the images, and without what it says."""
+"""The variants of tests/tools/ablations.py: each is a proper distribution over the images, and without what it says."""
 import itertools
 from functools import lru_cache
 
@@ -6,15 +6,15 @@ import pytest
 import torch
 
 import ablations
-import agreement
 import common
 import dq
+import quality
 import test_transformer
 import train_transformer
 import train_vae
 from conftest import TRANSFORMER, script
-from test_agreement import save, small_models
 from test_layout import grain_maps, padded, random_image
+from test_quality import save, small_models
 from test_transformer import all_images, draws_as_the_naive_loop
 
 KNOWN = ablations.variants([])
@@ -316,19 +316,19 @@ def test_the_table():
 def test_samples_are_drawn_in_the_order_of_the_variant(tmp_path, monkeypatch, capsys):
     """Finished runs; figures from samples of the models as they are, drawn here."""
     plain, (_, vae) = common.pick_device("cpu", "fp32")[1], small_models()
-    classifier = agreement.train_classifier(16, steps=60, batch_size=32)
-    monkeypatch.setattr(agreement, "train_classifier", lambda size, device: classifier)
+    classifier = quality.train_classifier(16, steps=60, batch_size=32)
+    monkeypatch.setattr(quality, "train_classifier", lambda size, device: classifier)
     monkeypatch.setattr(common, "pick_device", lambda *names: (torch.device("cpu"), plain))
     codes = tmp_path / "codes.pt"
     dq.save_checkpoint(codes, "dq-codes", vae.config, vae, version=1, classes=train_vae.ToyShapes.classes)
-    judge = agreement.Judge(classifier, 16, 8, 0, torch.device("cpu"))
+    judge = quality.Judge(classifier, 16, 8, 0, torch.device("cpu"))
     expected = {}
     for name in ("ours", "raster"):
         model = tiny(name, size=16, factors=(8, 4), V=16, classes=train_vae.ToyShapes.classes)
         folder = tmp_path / f"{name}-0"
         save(folder / "transformer.pt", model, vae, step=6, settings=dict(steps=6))
         (folder / "transformer.jsonl").write_text('{"step": 6, "nats_per_image": 9.0, "position_nats": 1.0}\n')
-        sets = [judge.of_samples(model, vae, options, plain) for options in (dq.SampleOptions(), agreement.DEFAULTS)]
+        sets = [judge.of_samples(model, vae, options, plain) for options in (dq.SampleOptions(), quality.DEFAULTS)]
         expected[name] = [f"{each[key]:{form}}" for key, form in (("fd", ".2f"), ("agreement", ".3f")) for each in sets]
     assert expected["ours"] != expected["raster"]
     ablations.main([tmp_path, "--codes", codes, "--seeds", 0, "--only", "ours", "raster", "--samples", 8,
@@ -350,7 +350,7 @@ def test_variants_of_the_toy_preset():
 
 def test_wrong_input_ends_in_one_line(vae_run, tmp_path):
     codes, out = vae_run / "codes.pt", tmp_path / "out"
-    done = script("tests/ablations.py", out, "--codes", codes, "--only", "ours", "rastr")
+    done = script("tests/tools/ablations.py", out, "--codes", codes, "--only", "ours", "rastr")
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
     assert done.stderr.startswith("error: no such variant: rastr; there are ours, raster, ")
     for flag in ("--seed=3", "--out", "--res", "--codes"):

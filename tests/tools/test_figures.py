@@ -1,4 +1,4 @@
-"""tests/figures.py: the walk through one image against naive computations, and the tables and curves of logs."""
+"""tests/tools/figures.py: the walk through one image against naive computations, and the tables and curves of logs."""
 import json
 import math
 import re
@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-import conftest
 import common
+import conftest
 import dq
 import figures
 import symptoms
@@ -450,7 +450,7 @@ def test_a_shrunk_checkpoint_samples_the_same_pictures(run, tmp_path):
 
 def test_a_symptom_is_provoked_and_told(tmp_path):
     """Of one that ends by itself, and soon; and what is told of a log."""
-    done = script("tests/symptoms.py", tmp_path, "--only", "not a number")
+    done = script("tests/tools/symptoms.py", tmp_path, "--only", "not a number")
     assert done.returncode == 0 and "not finite in the loss" in done.stdout and "--lr 100" in done.stdout
     assert len(list((tmp_path / "few").glob("*.png"))) == 96 and not (tmp_path / "symptoms.png").exists()
     (tmp_path / "collapse").mkdir()

@@ -1,6 +1,6 @@
 """How good are samples of the toy data?
 
-python tests/agreement.py [out/transformer.pt] [--n N] [--seed S] [sample.py's options]
+python tests/tools/quality.py [out/transformer.pt] [--n N] [--seed S] [sample.py's options]
     Trains a small classifier on real toy images, which tells shapes and textures apart, and holds N other real images
     (which show what a perfect model would get), N reconstructions of those and N samples against N real images:
     FD         Frechet distance of the classifier's features, 0 for equal distributions. No FID: that is of Inception's
@@ -8,7 +8,7 @@ python tests/agreement.py [out/transformer.pt] [--n N] [--seed S] [sample.py's o
     precision  share of the set that lies among the real images; recall: share of the real images that lie among the set
     agreement  share of the set that the classifier puts into the class that was asked for
 
-python tests/agreement.py table OUT [--rows NAME ...] [--seeds S ...] [--n N] [--vae-steps N] [--steps N] [--speed]
+python tests/tools/quality.py table OUT [--rows NAME ...] [--seeds S ...] [--n N] [--vae-steps N] [--steps N] [--speed]
     Generation against fixed length: trains what is missing below OUT (a stage 1 a row, a stage 2 a row and seed),
     measures it, prints one table and draws OUT/samples.png. Stop it when you like: the same command goes on, and finds
     what is finished.
@@ -30,7 +30,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import common  # noqa: E402
 import dq  # noqa: E402
 import sample  # noqa: E402
@@ -321,7 +321,7 @@ def write_json(path, figures):
 
 
 def table(argv):
-    parser = argparse.ArgumentParser(prog="agreement.py table", description="Generation against fixed length.")
+    parser = argparse.ArgumentParser(prog="quality.py table", description="Generation against fixed length.")
     add = parser.add_argument
     add("out", type=Path, help="folder for all runs and figures")
     add("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="NAME", help=", ".join(ROWS))

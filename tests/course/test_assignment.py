@@ -22,7 +22,7 @@ STUBS = {function: stub(text) for function, text in OURS.items()}
 
 
 def kit(*args):
-    return subprocess.run([sys.executable, str(ROOT / "tests" / "assignment.py"), *map(str, args)],
+    return subprocess.run([sys.executable, str(ROOT / "tests" / "course" / "assignment.py"), *map(str, args)],
                           capture_output=True, text=True)
 
 
@@ -112,7 +112,7 @@ def test_the_students_copy_gets_no_points(tmp_path):
         assert ast.unparse(node.args) == ast.unparse(ours.args)
     assert "# weight: B, 1, h, w" in copy                                    # a comment about a shape
     assert set(points(kit("grade", tmp_path / "course" / "dq.py")).values()) == {0}
-    names = [path.name for path in (tmp_path / "course" / "tests").iterdir()]
+    names = [path.name for path in (tmp_path / "course" / "tests").rglob("*.py")]
     assert "test_vae.py" in names and not {"wrong_solutions.py", "test_assignment.py"} & set(names)
     again = kit("make", tmp_path / "course")
     assert again.returncode == 1 and len(again.stderr.splitlines()) == 1

@@ -1,15 +1,15 @@
 """The README's figures.
 
-python tests/figures.py rd OUT [--rows NAME ...] [--seeds S ...] [--jobs N] [-- FLAGS]
+python tests/tools/figures.py rd OUT [--rows NAME ...] [--seeds S ...] [--jobs N] [-- FLAGS]
     trains what is missing below OUT (routers x budgets and the fixed-length ends, each with FLAGS of train_vae.py),
     prints the table of all that is there, whichever rows and seeds were asked for, and draws OUT/rate_distortion.png
-python tests/figures.py log FILE.jsonl
+python tests/tools/figures.py log FILE.jsonl
     draws the curves of a run's log beside it, FILE.curves.png
-python tests/figures.py walk [CHECKPOINT] [--image FILE]
+python tests/tools/figures.py walk [CHECKPOINT] [--image FILE]
     follows one picture through both models: a commented printout, and the same as a figure, walk.png
-python tests/figures.py neighbours CHECKPOINT --data DIR
+python tests/tools/figures.py neighbours CHECKPOINT --data DIR
     draws samples, and below each its nearest training picture: are they copies?
-python tests/figures.py shrink CHECKPOINT FILE.pt
+python tests/tools/figures.py shrink CHECKPOINT FILE.pt
     writes what sample.py needs of a transformer.pt, its weights in bfloat16
 """
 import argparse
@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 import dq  # noqa: E402

@@ -1,4 +1,4 @@
-"""Speed, as ratios measured in one run.    python tests/benchmark.py sampling | stage1 | stage2
+"""Speed, as ratios measured in one run.    python tests/tools/benchmark.py sampling | stage1 | stage2
 
 sampling the fused loop against a loop that runs the model on the whole sequence so far at every step: 2 + 6 layers,
          width 256, 8 heads, 512 codes, half of the regions fine; the naive loop is timed at every 16th step, on
@@ -29,9 +29,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import dq  # noqa: E402
-import rehearsal  # noqa: E402
+import fake_gpu  # noqa: E402
 import sample  # noqa: E402
 import train_transformer  # noqa: E402
 import train_vae  # noqa: E402
@@ -85,7 +85,7 @@ def count_step(batch_size, dtype, cfg, end=384):
     with torch.no_grad():
         job, state = dq.start(model, label, dq.SampleOptions(cfg=cfg), 0, None, 0, batch_size)
         state = dq.resized(state, 1152)                                      # as in dq.generate: it holds a whole image
-        with rehearsal.rehearsal(fused_attention=True) as seen:
+        with fake_gpu.rehearsal(fused_attention=True) as seen:
             dq.decode_one(model, job, state, end)
     assert not seen.waits, seen.waits
     weights = {p.untyped_storage()._cdata for p in model.parameters()}

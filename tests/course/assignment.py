@@ -1,8 +1,8 @@
 """The course: dq.py with holes to fill, and a grader.
 
-    python tests/assignment.py list                     the exercises, in the order in which the file reads
-    python tests/assignment.py make DIR                 a copy of the project for students, with the holes
-    python tests/assignment.py grade STUDENT_DQ.py      a table of points; --only 3 7: these exercises alone
+    python tests/course/assignment.py list                     the exercises, in the order in which the file reads
+    python tests/course/assignment.py make DIR                 a copy of the project for students, with the holes
+    python tests/course/assignment.py grade STUDENT_DQ.py      a table of points; --only 3 7: these exercises alone
 
 A hole keeps the signature, the docstring and the comments of its function, most of them about the shape of a variable
 of our solution. Students fill the holes in order: the tests of an exercise need those before it and none after.
@@ -28,7 +28,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 VAE, LAYOUT, TRANSFORMER = "test_vae.py", "test_layout.py", "test_transformer.py"
 SOURCES = ["dq.py", "common.py", "sample.py", "train_vae.py", "train_transformer.py", "pyproject.toml"]
 TESTS = ["conftest.py", VAE, LAYOUT, TRANSFORMER]
@@ -145,17 +145,16 @@ def make(folder):
     for e in EXERCISES:
         source = replaced(source, e.function, stub(text_of(source, find(ast.parse(source), e.function))))
     try:
-        (folder / "tests").mkdir(parents=True)
+        answers = shutil.ignore_patterns("test_assignment.py", "wrong_solutions.py", "__pycache__")
+        shutil.copytree(ROOT / "tests", folder / "tests", ignore=answers)
         for name in SOURCES + ["README.md", "LICENSE", ".gitignore"]:
             shutil.copy(ROOT / name, folder)
-        for path in (ROOT / "tests").glob("*.py"):
-            if path.name not in ("test_assignment.py", "wrong_solutions.py"):  # these hold the answers
-                shutil.copy(path, folder / "tests")
         shutil.copytree(ROOT / "assets", folder / "assets")
         (folder / "dq.py").write_text(source, encoding="utf-8")
     except OSError as error:
         sys.exit(f"could not write {folder}: {error}")
-    print(f"{folder}/dq.py has {len(EXERCISES)} functions to fill; python tests/assignment.py list names them in order")
+    print(f"{folder}/dq.py has {len(EXERCISES)} functions to fill; "
+          f"python tests/course/assignment.py list names them in order")
 
 
 class Watch:

@@ -11,7 +11,7 @@ import sample
 import train_transformer
 import train_vae
 from benchmark import count_step
-from rehearsal import META, rehearsal
+from fake_gpu import META, rehearsal
 from test_transformer import FakeCuda, tiny
 
 FACTORS = [(8,), (8, 4), (8, 4, 2)]

@@ -1,6 +1,5 @@
 """tools/import_authors.py on files written here, in the form of the authors' checkpoints."""
 import pickle
-import sys
 
 import pytest
 import torch
@@ -8,11 +7,8 @@ import torch.nn.functional as F
 
 import common
 import dq
+import import_authors
 import train_vae
-from conftest import ROOT
-
-sys.path.insert(0, str(ROOT / "tests" / "tools"))
-import import_authors  # noqa: E402
 
 
 def authors_checkpoint(K=2, learned=True, width=32, z=32, d=16, V=24, multipliers=(1, 2, 2, 1), blocks=2):

@@ -1,4 +1,6 @@
-"""When training goes wrong: every symptom of README's page, provoked.    python tests/symptoms.py OUT [--only NAME ...]
+"""When training goes wrong: every symptom of README's page, provoked.
+
+python tests/tools/symptoms.py OUT [--only NAME ...]
 
 Runs the commands of each case below OUT (a case that is there already is kept), prints what their last evaluations
 say, and draws OUT/symptoms.png: a row of pictures for each. About 15 minutes on one CPU core.
@@ -12,7 +14,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 import dq  # noqa: E402

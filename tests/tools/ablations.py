@@ -1,11 +1,11 @@
 """What the choices of stage 2 are worth: each is undone alone, and measured by exact held-out nats of the same codes.
 
-python tests/ablations.py OUT [--codes FILE] [--seeds 0 1 2] [--only NAME ...] [--samples N]
+python tests/tools/ablations.py OUT [--codes FILE] [--seeds 0 1 2] [--only NAME ...] [--samples N]
                           [-- FLAGS of train_transformer.py]
 
 Trains every variant with every seed, in OUT/<variant>-<seed>, then prints a table. What was stopped goes on; what is
 finished is not done again. With --samples it also draws N toy images by each model, and holds them against N real ones
-as tests/agreement.py does. The choices are those of the paper (coarse to fine, Table 7's input layers, two stacks and
+as quality.py does. The choices are those of the paper (coarse to fine, Table 7's input layers, two stacks and
 their depths), the variants:
     ours             what train_transformer.py trains: 2 + 4 layers in the toy preset
     raster           one region after the other, each in its granularity, instead of coarse to fine
@@ -16,7 +16,7 @@ their depths), the variants:
     single-stack     all layers in one stack, which predicts position and content from the same hidden state
     1+5, 3+3, ...    other shares of the two stacks in as many layers
 
-Each is a proper distribution over the same images (tests/test_ablations.py adds their probabilities up), so nats can
+Each is a proper distribution over the same images (test_ablations.py adds their probabilities up), so nats can
 be compared, between seeds as well: all train on the same codes. Checkpoints of
 the variants have the form of ours, but sample.py would read them as ours, so it draws nonsense from them; samples of
 each are in its transformer.png.
@@ -32,10 +32,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import agreement  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import common  # noqa: E402
 import dq  # noqa: E402
+import quality  # noqa: E402
 import train_transformer  # noqa: E402
 import train_vae  # noqa: E402
 from figures import flags_to_end, refuse  # noqa: E402
@@ -247,7 +247,7 @@ def measure(variant, out, judge, autocast):
     """-> figures of samples at temperature 1 without guidance, and as sample.py draws them by default"""
     with variant.classes():
         model, vae = dq.load_transformer(out / "transformer.pt", judge.device)
-    return [judge.of_samples(model, vae, options, autocast) for options in (dq.SampleOptions(), agreement.DEFAULTS)]
+    return [judge.of_samples(model, vae, options, autocast) for options in (dq.SampleOptions(), quality.DEFAULTS)]
 
 
 def samples_table(figures, n):
@@ -291,7 +291,7 @@ def main(argv=None):
                         help="what train_vae.py wrote")
     parser.add_argument("--seeds", metavar="SEED", type=common.natural, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", metavar="NAME", nargs="+", help="these variants instead of all")
-    parser.add_argument("--samples", metavar="N", type=agreement.several, help="images a set; None: no samples")
+    parser.add_argument("--samples", metavar="N", type=quality.several, help="images a set; None: no samples")
     args = parser.parse_args(own)
     refuse(flags, "--out", "--codes", "--seed", "--resume")
     known = variants(flags)
@@ -309,8 +309,8 @@ def main(argv=None):
     if args.samples:
         device, autocast = common.pick_device("auto", "auto")
         size = codes["config"]["size"]
-        classifier = agreement.kept_classifier(args.out / "classifier.pt", size, device)
-        judge = agreement.Judge(classifier, size, args.samples, 0, device)
+        classifier = quality.kept_classifier(args.out / "classifier.pt", size, device)
+        judge = quality.Judge(classifier, size, args.samples, 0, device)
         figures = {name: [measure(known[name], args.out / f"{name}-{seed}", judge, autocast) for seed in args.seeds]
                    for name in names}
         print("\n".join(samples_table(figures, args.samples)))

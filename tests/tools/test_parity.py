@@ -4,17 +4,13 @@ Runs where DQ_PARITY_DIR names a folder with dual.pt and triple.pt (small instan
 authors' model with random weights, and what it computes); skipped elsewhere.
 """
 import os
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from conftest import ROOT
+import import_authors
 from dq import DQVAE, EntropyRouter
-
-sys.path.insert(0, str(ROOT / "tests" / "tools"))
-import import_authors  # noqa: E402
 
 FOLDER = os.environ.get("DQ_PARITY_DIR")
 pytestmark = pytest.mark.skipif(not FOLDER, reason="DQ_PARITY_DIR names no folder")
