@@ -324,7 +324,7 @@ def few(parts, n):
 
 def reasons(counts):
     """A Counter of what is left out as text, endings last."""
-    found = sorted(counts.items(), key=lambda item: (item[0][0] == ".", -item[1]))
+    found = sorted(counts.items(), key=lambda item: (item[0][0] == ".", -item[1], item[0]))
     return few([f"{n} {what}" for what, n in found if n], 8)
 
 

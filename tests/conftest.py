@@ -29,6 +29,11 @@ def seed():
     torch.manual_seed(0)
 
 
+def plain():
+    """In place of the autocast of common.pick_device: float32."""
+    return torch.autocast("cpu", enabled=False)
+
+
 def call(main, *args):
     """A script's main as the shell calls it, in this process. -> the line that it ends with, or None"""
     try:

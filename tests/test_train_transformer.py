@@ -1,6 +1,17 @@
-"""The figures that the trainers report, against naive computations."""
+"""train_transformer.py: codes.pt in, batches, evaluation, the script.
+
+    parse, preset_of             test_the_preset_comes_with_the_codes
+    read_codes                   test_codes_that_are_none_end_in_a_line_that_helps
+    views, lengths, sequences    test_train_vae.py: test_encoding_keeps_every_image_and_its_mirror_image
+    batches                      test_batches_of_stage_2
+    evaluate                     test_evaluation_of_a_transformer, test_evaluation_is_no_wider_than_needed
+    seed_of                      test_seeds_of_processes_have_nothing_in_common
+    main                         test_codes_in_another_folder_need_no_image and what follows
+"""
 import itertools
 import math
+import os
+import shutil
 
 import numpy as np
 import pytest
@@ -11,51 +22,9 @@ import dq
 import sample
 import train_transformer
 import train_vae
+from conftest import DEVICE, TRANSFORMER, VAE, call, plain
 from test_layout import random_image
 from test_transformer import tiny
-
-
-def plain():
-    return torch.autocast("cpu", enabled=False)
-
-
-def test_auc_equals_counting_pairs():
-    score, truth = torch.randint(0, 6, (7, 4)).float(), torch.rand(7, 4) < 0.4
-    pairs = [(a > b) + 0.5 * (a == b) for a in score[truth].tolist() for b in score[~truth].tolist()]
-    assert train_vae.auc(score, truth) == pytest.approx(sum(pairs) / len(pairs))
-
-
-def test_evaluation_of_a_dq_vae():
-    torch.manual_seed(0)
-    config = dq.VAEConfig(size=16, codebook_size=8)
-    model = dq.DQVAE(config)
-    x = torch.rand(10, 3, 16, 16) * 2 - 1
-    model(x)
-    figures, y, grains = train_vae.evaluate(model, x, torch.rand(10, 2, 2) < 0.5, plain, batch_size=4)
-    assert model.training
-    model.eval()
-    with torch.no_grad():
-        out = model(x)
-    y = out.reconstruction.clamp(-1, 1)
-    psnr = [10 * math.log10(1 / float(((a - b) / 2).square().mean())) for a, b in zip(x, y)]
-    assert figures["psnr"] == pytest.approx(sum(psnr) / 10, rel=1e-4)
-    counts, n_codes = [0] * 8, 0
-    layout = dq.Layout(16, (8, 4))
-    for row in layout.pack(out.codes, out.grains)[1].tolist():               # the codes that are really sent
-        for c in row:
-            if c >= 0:
-                counts[c] += 1
-                n_codes += 1
-    entropy = -sum(c / n_codes * math.log(c / n_codes) for c in counts if c)
-    assert figures["perplexity"] == pytest.approx(math.exp(entropy), rel=1e-4)
-    assert figures["codebook_used"] == sum(c > 0 for c in counts) / 8
-    assert figures["codes_per_image"] == pytest.approx(n_codes / 10)
-    # 3 bits name one of 8 codes, 1 bit the granularity of each of 4 regions
-    assert figures["bits_per_pixel"] == pytest.approx((n_codes / 10 * 3 + 4) / 256)
-    fine = [float((g == 1).float().mean()) for g in out.grains]
-    expected = [min(fine), sum(fine) / 10, max(fine)]
-    assert [figures[f"fine_{name}"] for name in ("min", "mean", "max")] == pytest.approx(expected)
-    assert figures["share"] == pytest.approx([float((out.grains == k).float().mean()) for k in (0, 1)], abs=1e-4)
 
 
 def images_of(codes, grains):
@@ -111,34 +80,6 @@ def test_seeds_of_processes_have_nothing_in_common():
     torch.manual_seed(max(seeds))                                            # torch takes them
 
 
-def test_encoding_keeps_every_image_and_its_mirror_image():
-    torch.manual_seed(0)
-    model = dq.DQVAE(dq.VAEConfig(size=16, codebook_size=8))
-    data = train_vae.ToyShapes(16, n=10)
-    x = torch.stack([data[i][0] for i in range(10)])
-    model(x)
-    model.eval()
-    device, layout = torch.device("cpu"), dq.Layout(16, (8, 4))
-    with common.Stop(device) as stop:
-        part = train_vae.encode(model, data, device, plain, workers=0, mirrored=True, stop=stop)
-    assert part["codes"].shape == (10, 2, 4, 4) and part["grains"].shape == (10, 2, 2, 2)
-    assert {x.dtype for x in part.values()} == {torch.uint8}                 # 8 codes, 2 granularities, 4 classes
-    images = train_transformer.views(part, (8, 4), uncond=False)
-    with torch.no_grad():
-        for v, view in enumerate((x, x.flip(3))):
-            codes, grains = model.encode(view)
-            assert torch.equal(images.codes[v::2], codes) and torch.equal(images.grains[v::2], grains)
-            assert images.label[v::2].tolist() == [i % 4 for i in range(10)]
-            pos, code = layout.pack(codes, grains)
-            assert images.length[v::2].tolist() == ((pos != layout.end).sum(1) + 1).tolist()
-            for index in (torch.tensor([3]), torch.tensor([1, 7, 4])):
-                n = images.length[v::2][index].max()
-                batch = train_transformer.sequences(images, 2 * index + v, layout, device)
-                assert batch[0].shape[1] in (n, n + 1) and batch[2].tolist() == (index % 4).tolist()
-                for ours, whole in zip(batch, (pos, code)):
-                    assert torch.equal(ours, whole[index, :ours.shape[1]])
-
-
 def test_batches_of_stage_2():
     """Each epoch deals every sequence once, in another order; a batch is sorted; any start gives the same batches."""
     length = np.random.default_rng(0).integers(6, 18, size=12)
@@ -151,19 +92,101 @@ def test_batches_of_stage_2():
     big = next(train_transformer.batches(length, 30, seed=5)).tolist()       # more than an epoch
     assert all(2 <= big.count(i) <= 3 for i in range(12))
 
-
-def test_schedules():
-    assert [round(train_vae.gumbel_scale(s, 100), 3) for s in (0, 50, 70, 90, 99)] == [1, 1, 0.5, 0, 0]
-
-    schedule = common.Schedule(steps=110, batch_size=1, lr=2.0, warmup=10)
-    rates = [schedule.learning_rate(step) for step in range(110)]
-    assert rates[0] == 0.2 and rates[9] == max(rates) == 2.0 and rates[60] == pytest.approx(1.0) and rates[-1] < 0.01
+# ------------------------------------------------------------------------------------------------
+# The script
 
 
-def test_a_grain_map_is_read_bright_for_fine(tmp_path):
-    from PIL import Image
-    picture = Image.new("L", (40, 40), 0)
-    picture.paste(255, (20, 0, 40, 20))
-    picture.paste(120, (0, 20, 20, 40))
-    picture.save(tmp_path / "map.png")
-    assert sample.read_grain_map(tmp_path / "map.png", dq.Layout(16, (8, 4, 2))).tolist() == [[[0, 2], [1, 0]]]
+def test_the_preset_comes_with_the_codes(vae_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert train_transformer.parse([])[0].preset == "toy"                    # there are none
+    (tmp_path / "out").mkdir()
+    codes = torch.load(vae_run / "codes.pt", weights_only=True)
+    for preset, found in (("emoji64", "emoji64"), ("of a later version", "toy")):
+        torch.save(codes | dict(preset=preset), "out/codes.pt")
+        os.replace("out/codes.pt", "elsewhere.pt")
+        args, config, schedule = train_transformer.parse(["--codes", "elsewhere.pt", "--heads", "4"])
+        assert args.preset == found and (config, schedule) == train_transformer.PRESETS[found] and args.heads == 4
+    torch.save(codes | dict(preset="emoji64"), "out/codes.pt")
+    assert train_transformer.parse([])[0].width == 160
+    args = train_transformer.parse(["--preset", "toy", "--steps", "3"])[0]   # what is asked for counts
+    assert (args.preset, args.width, args.steps) == ("toy", 192, 3)
+
+
+@pytest.mark.parametrize("how", ["cut", "a bit flipped", "empty", "of another version", "a list"])
+def test_codes_that_are_none_end_in_a_line_that_helps(how, vae_run, tmp_path):
+    path = tmp_path / "codes.pt"
+    data = bytearray((vae_run / "codes.pt").read_bytes())
+    if how == "a bit flipped":
+        data[len(data) // 2] ^= 1
+    path.write_bytes(dict(cut=data[:-1000], empty=b"").get(how, data))
+    if how == "of another version":
+        torch.save(torch.load(path, weights_only=True) | dict(version=2), path)
+    elif how == "a list":
+        torch.save([1], path)
+    line = call(train_transformer.main, "--out", tmp_path, *TRANSFORMER, "--steps", 1)
+    assert line.startswith("error: ") and "\n" not in line
+    assert [each.name for each in tmp_path.iterdir()] == ["codes.pt"]
+    assert f"python train_vae.py --encode {tmp_path / 'vae.pt'} --out {tmp_path}" in line
+
+
+def test_codes_in_another_folder_need_no_image(vae_run, tmp_path, monkeypatch):
+    """What a course hands out: one file, from which stage 2 and sampling run."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()
+    shutil.copy(vae_run / "codes.pt", "out")
+    for module, name in ((common, "open_image"), (train_vae, "open_data"), (train_vae, "ToyShapes")):
+        monkeypatch.setattr(module, name, None)
+    before = (tmp_path / "out/codes.pt").read_bytes()
+    assert call(train_transformer.main, *TRANSFORMER, "--steps", 2) is None
+    assert call(sample.main, "--n", 2, "--device", DEVICE) is None
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "codes.pt", "transformer.pt", "transformer.best.pt", "transformer.jsonl", "transformer.png", "samples.png"}
+    assert (tmp_path / "out/codes.pt").read_bytes() == before
+
+
+def test_each_trainer_says_first_what_it_understood(images, tmp_path, capsys):
+    flags = ["--out", str(tmp_path), "--steps", "1"]
+    train_vae.main([*flags, *VAE, "--data", str(images)])
+    train, held_out = train_vae.open_data(images, 16)
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first == train_vae.describe(train, held_out) and len(train) + len(held_out) == 48
+    train_transformer.main([*flags, *TRANSFORMER])
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.startswith(f"codes: {tmp_path / 'codes.pt'}, {len(train)} images (checksum ")
+    assert f"{2 * len(train)} to train on, with their mirror images, {len(held_out)} held out; 4 classes; " in first
+
+
+def test_a_transformer_knows_its_classes(run):
+    checkpoint = dq.load_checkpoint(run / "transformer.pt", "dq-transformer")
+    assert checkpoint["config"]["classes"] == ("circle", "cross", "square", "triangle")
+
+
+def test_three_granularities_without_classes_and_with_loader_processes(images, tmp_path):
+    both = ["--out", tmp_path, "--steps", 2]
+    for module, *flags in ((train_vae, *both, *VAE, "--data", images, "--workers", 1, "--factors", 8, 4, 2),
+                           (train_transformer, *both, *TRANSFORMER, "--uncond"),
+                           (sample, tmp_path / "transformer.pt", "--n", 3, "--device", DEVICE)):
+        assert call(module.main, *flags) is None
+    checkpoint = dq.load_checkpoint(tmp_path / "transformer.pt", "dq-transformer")
+    assert checkpoint["config"]["factors"] == (8, 4, 2) and checkpoint["config"]["classes"] == ()
+    assert checkpoint["vae_config"]["ratios"] == pytest.approx((1 / 3,) * 3)
+
+
+def test_a_batch_in_parts_is_the_batch(vae_run, tmp_path):
+    """Stage 2, where an image's loss depends on no other image: the same weights, up to rounding."""
+    ends = []
+    for n in ("1", "2"):
+        train_transformer.main(["--out", str(tmp_path / n), "--codes", str(vae_run / "codes.pt"), "--steps", "3",
+                                "--dtype", "fp32", "--label-dropout", "0", *TRANSFORMER, "--accumulate", n])
+        ends.append(dq.load_checkpoint(tmp_path / n / "transformer.pt", "dq-transformer")["weights"])
+    for name in ends[0]:
+        torch.testing.assert_close(ends[0][name], ends[1][name], atol=1e-4, rtol=1e-3)
+
+
+def test_resuming_on_the_codes_of_another_dq_vae_is_refused(images, tmp_path):
+    flags = ["--out", str(tmp_path), "--steps", "1"]
+    train_vae.main([*flags, *VAE, "--data", str(images)])
+    train_transformer.main([*flags, *TRANSFORMER])
+    train_vae.main([*flags, *VAE, "--data", str(images), "--seed", "1"])
+    with pytest.raises(dq.UserError, match="trained with --codes .* images .checksum .*, not .* leave --resume out"):
+        train_transformer.main([*flags, *TRANSFORMER, "--resume"])

@@ -13,8 +13,8 @@ import dq
 import quality
 import train_transformer
 import train_vae
+from conftest import plain
 from quality import features, frechet_distance, precision_recall
-from test_train_transformer import plain
 from train_vae import ToyShapes
 
 
