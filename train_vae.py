@@ -693,8 +693,8 @@ def parse(argv=None):
         help="weight of the adversarial loss, times the adaptive weight; 0: without")
     add("--gan-start", metavar="STEP", type=natural, default=schedule.gan_start,
         help="step from which the discriminator takes part")
-    add("--encode", metavar="FILE", type=Path,
-        help="instead of training, write codes.pt: the images of --data as codes of this DQ-VAE checkpoint")
+    add("--encode", metavar="CHECKPOINT", type=Path,
+        help="instead of training, write codes.pt: the images of --data as codes of this DQ-VAE")
     args = parser.parse_args(argv)
     if args.ratios is None:
         K = len(args.factors)
