@@ -1002,12 +1002,12 @@ def save_checkpoint(path, kind, config, model, **state):
 
 def load_checkpoint(path, kind):
     """-> the dict that was saved, on the CPU. UserError when the file is not a checkpoint of this kind."""
-    maker = {"dq-vae": "train_vae.py", "dq-transformer": "train_transformer.py"}[kind]
+    maker = "train_transformer.py" if kind == "dq-transformer" else "train_vae.py"
     require(os.path.isfile(path), f"no such file: {path} ({maker} writes it)")
     try:
         with zipfile.ZipFile(path) as archive:
             require(archive.testzip() is None, "a checksum is wrong")        # torch.load doesn't look at them
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # runs no code of the file's
+        checkpoint = torch.load(path, map_location="cpu", mmap=kind == "dq-codes", weights_only=True)  # runs no code
         found = checkpoint.get("kind", "something else")
     except Exception as error:
         raise UserError(f"{path} is not a checkpoint, or is damaged ({type(error).__name__})") from None

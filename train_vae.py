@@ -1,26 +1,31 @@
-"""Stage 1: images -> DQ-VAE checkpoint.    python train_vae.py [--data DIR]
+"""Stage 1: images -> DQ-VAE checkpoint, and the images as its codes.    python train_vae.py [--data DIR]
 
-Writes into --out: vae.pt (checkpoint), vae.best.pt (that of the lowest held-out loss), vae.jsonl (log),
-vae.png (original | reconstruction | grains).
-
-The file: presets; the losses that only training needs (LPIPS, discriminator); evaluation; the authors'
-weights; the training loop. Images and pictures: sample.py; flags, checkpoints and logs: train_transformer.py.
+Writes into --out: vae.pt (checkpoint), vae.best.pt (that of the lowest held-out loss), vae.jsonl (log), vae.png
+(original | reconstruction | grains) and, at the end, codes.pt (all that stage 2 needs). The file: presets; data;
+losses that only training needs (LPIPS, discriminator); evaluation; codes.pt; the training loop.
 """
+import contextlib
 import math
 import os
 import re
+import signal
+import sys
+import zlib
+from collections import Counter
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image
 from torch.distributed.nn.functional import all_reduce
+from tqdm import tqdm
 
 import dq
-from sample import BROKEN, Once, ToyShapes, describe, draw_grains, identity, open_data, run, save_grid, to_picture
-from train_transformer import (Checkpoint, Log, Losses, Schedule, Stop, common_flags, distribute, learning_rate,
-                               natural, override, positive, prepare, readable, say, stream, weight)
+from common import (Losses, Record, Schedule, Stop, deal, distribute, draw_grains, load_image, natural, open_image,
+                    override, positive, prepare, run, save_grid, say, set_aside, to_picture, trainer_flags, weight)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -48,28 +53,303 @@ PAPER = VAESchedule(steps=507_000, batch_size=120, accumulate=4, lr=5.4e-4, beta
 
 PRESETS = {
     # minutes on two CPU cores: what the README's first command runs
-    "toy": (
-        dq.VAEConfig(),
-        VAESchedule(steps=1000, batch_size=32, lr=2e-3, clip=0.0)),
+    "toy": (dq.VAEConfig(), VAESchedule(steps=1000, batch_size=32, lr=2e-3, clip=0.0)),
     # the same data at 64 x 64, 160 codes an image: stage 1 takes 50 minutes on two cores, stage 2 wants a GPU
-    "toy64": (
-        dq.VAEConfig(size=64, codebook_size=512),
-        VAESchedule(steps=4000, batch_size=32, lr=2e-3, clip=0.0)),
+    "toy64": (dq.VAEConfig(size=64, codebook_size=512), VAESchedule(steps=4000, batch_size=32, lr=2e-3, clip=0.0)),
     # a few thousand pictures in 40 codes each: what README's emoji were made with, 25 minutes a stage on two cores
-    "emoji64": (
-        dq.VAEConfig(size=64, factors=(16, 8), codebook_size=1024, channels=128, multipliers=(1, 2, 4, 4),
-                     attention_from=8),
-        VAESchedule(steps=5000, batch_size=16, lr=1e-3, clip=0.0)),
+    "emoji64": (dq.VAEConfig(size=64, factors=(16, 8), codebook_size=1024, channels=128, multipliers=(1, 2, 4, 4),
+                             attention_from=8),
+                VAESchedule(steps=5000, batch_size=16, lr=1e-3, clip=0.0)),
     # a few thousand pictures with smooth surfaces and small features, 640 codes each, with all of the paper's losses
-    "emoji128": (
-        dq.VAEConfig(size=128, codebook_size=512, attention_from=8),
-        VAESchedule(steps=4000, batch_size=8, lr=1e-3, clip=0.0,
-                    perceptual_weight=1.0, gan_weight=0.5, gan_start=2000)),
+    "emoji128": (dq.VAEConfig(size=128, codebook_size=512, attention_from=8),
+                 VAESchedule(steps=4000, batch_size=8, lr=1e-3, clip=0.0,
+                             perceptual_weight=1.0, gan_weight=0.5, gan_start=2000)),
     # the paper's
     "ffhq256": (DUAL, replace(PAPER, steps=27_700, eval_every=1000)),        # 50 epochs of 66,500 images
     "imagenet256": (DUAL, PAPER),
     "imagenet256-triple": (TRIPLE, replace(PAPER, budget_weight=1.0)),
 }
+
+
+# ------------------------------------------------------------------------------------------------
+# Data: a folder of images, or the toy shapes
+
+LOOKED_AT, DECODED = 5000, 5e6           # files, bytes: how large a folder is looked through at the start
+NAMED = 10                               # of broken files; more are counted
+BROKEN = -2                              # in place of a label
+NO_PICTURES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}                 # Pillow needs other programs for these
+# what systems hide in folders, beside names with a dot, and the pictures that this project draws
+NO_DATA = {"__MACOSX", "@eaDir", "@__thumb", "@Recycle", "#recycle", "#snapshot", "$RECYCLE.BIN", "lost+found",
+           "System Volume Information", "vae.png", "transformer.png", "samples.png"}
+# a folder that holds one of these was written by this project
+WRITTEN = {"vae.pt", "vae.jsonl", "codes.pt", "transformer.pt", "transformer.jsonl", "samples.png", "samples.json"}
+OWN = "hidden, of the system or of this project"
+SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "dev", "eval"}
+
+
+def open_data(folder, size, augment=False, seed=0, skip=None):
+    """The images of a folder, or the toy data where folder is None -> data to train on, held-out data.
+
+    If there are two or more sub-folders, the first level of them are classes. One file in 20, chosen by a hash of its
+    name, is held out, but every class keeps one to train on.
+    augment: random crops and flips of what is trained on; skip: a folder that is no data (--out).
+    """
+    if not folder:
+        return ToyShapes(size, seed=seed), ToyShapes(size, n=512, seed=seed + 1_000_003)
+    dq.require(os.path.isdir(folder), f"no such folder: {folder}")
+    names, left_out = find_images(folder, skip)
+    names = without_broken(folder, names, left_out)
+    top = [name.split("/")[0] if "/" in name else None for name in names]
+    classes = sorted(set(top) - {None})
+    label = {name: i for i, name in enumerate(classes)} if len(classes) > 1 else {}
+    train, val = split([(name, label.get(first, -1)) for name, first in zip(names, top)])
+    return (ImageFolder(folder, train, label, size, augment, seed, left_out),
+            ImageFolder(folder, val, label, size, left_out=left_out))
+
+
+def find_images(root, skip=None):
+    """Files below a folder that Pillow may read, as "cat/1.png", sorted, and a Counter of the rest by reason.
+    Links to folders are followed, after what is no link, and no folder is entered twice, so loops end."""
+    endings = {ending for ending, kind in Image.registered_extensions().items()
+               if kind in Image.OPEN and kind not in NO_PICTURES} | {".mpo"}
+    names, left_out, unreadable = [], Counter(), []
+    tops, seen = [str(root)], {os.path.realpath(skip or root)} - {os.path.realpath(root)}
+    for top in tops:                                                         # there are more when links are found
+        for path, folders, files in os.walk(top, onerror=unreadable.append):
+            real, ours = os.path.realpath(path), path != tops[0] and not WRITTEN.isdisjoint(files)
+            if ours or real in seen:
+                left_out[OWN] += real not in seen
+                folders.clear()
+                continue
+            seen.add(real)
+            hidden = {name for name in folders + files if name.startswith(".") or name in NO_DATA}
+            left_out[OWN] += len(hidden)
+            folders[:] = sorted(set(folders) - hidden)
+            tops += filter(os.path.islink, (os.path.join(path, folder) for folder in folders))
+            below = os.path.relpath(path, root).replace(os.sep, "/") + "/" if path != tops[0] else ""
+            for name in set(files) - hidden:
+                ending = os.path.splitext(name)[1].lower()
+                if ending in endings:
+                    names.append(below + name)
+                else:
+                    left_out[ending or "without an ending"] += 1
+    warn([f"can't read the folder {error.filename}: {error.strerror}" for error in unreadable])
+    left_out["folders that can't be read"] += len(unreadable)
+    dq.require(names, f"no images below {root}; other files: {reasons(left_out) or 'none'}")
+    return sorted(names, key=lambda name: name.split("/")), left_out
+
+
+def without_broken(root, names, left_out):
+    """The files without those that are seen to be broken before anything starts. Up to LOOKED_AT files are opened, and
+    decoded if they have up to DECODED bytes in all: seconds at most. Of more files none is read; what is broken is then
+    found on the way, as in ImageFolder."""
+    if len(names) > LOOKED_AT:
+        return names
+    paths, broken = {name: os.path.join(root, name) for name in names}, {}
+    header_only = sum(os.path.getsize(path) for path in paths.values() if os.path.isfile(path)) > DECODED
+    for name, path in paths.items():
+        try:
+            open_image(path, header_only)
+        except dq.UserError as error:
+            broken[name] = f"left out {error}"
+    warn(list(broken.values()))
+    left_out["broken"] += len(broken)
+    dq.require(len(broken) < len(names), f"none of the {len(names)} images below {root} can be decoded")
+    return [name for name in names if name not in broken]
+
+
+def warn(lines):
+    """Some lines and the number of the rest, on standard error, from one process."""
+    rest = [f"... and {len(lines) - NAMED} more, {len(lines)} in all"] if len(lines) > NAMED else []
+    for line in (lines[:NAMED] + rest) * (dq.processes()[0] == 0):
+        print(f"warning: {line}", file=sys.stderr)
+
+
+def split(files):
+    """(name, label) pairs -> those to train on, those held out."""
+    hashed = {file for file in files if zlib.crc32(file[0].encode(errors="surrogateescape")) % 20 == 0}
+    kept = {label for _, label in set(files) - hashed}                       # other classes would be held out whole
+    val = [file for file in files if file in hashed and file[1] in kept]
+    if not val:                                                              # so few files that chance left none
+        size = Counter(label for _, label in files)
+        val = [file for file in files if size[file[1]] > 1][:1]
+    held = set(val)
+    return [file for file in files if file not in held], val or files[:1]    # no class can spare one: it is in both
+
+
+class ImageFolder(torch.utils.data.Dataset):
+    """Images of a folder. files: pairs (name below root, label), the label -1 without a class.
+
+    self[i] -> image (3, S, S) in [-1, 1], label. i may run past the length: i // len(self) is then the epoch, which
+    with the seed fixes the random crop and flip. In place of a file that can't be decoded comes another of the epoch,
+    drawn by (seed, i): none is favoured, and a resumed run sees the same.
+    """
+
+    def __init__(self, root, files, classes, size, augment=False, seed=0, left_out=None):
+        self.root, self.files, self.classes, self.left_out = root, files, tuple(classes), left_out or Counter()
+        self.size, self.augment, self.seed = size, augment, seed
+        self.broken = torch.zeros(len(files), dtype=torch.bool).share_memory_()  # by all processes that load images
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, i):
+        pair, n = self.read(i, self.augment), len(self)
+        if pair is None:
+            others = np.random.default_rng([self.seed, i, 1]).permutation(n).tolist()
+            pair = next(filter(None, (self.read(i - i % n + k, self.augment) for k in others)), None)
+            dq.require(pair, f"none of these {n} images below {self.root} can be decoded")
+        return pair
+
+    def read(self, i, augment=False):
+        """Image i and its label, or None if it can't be decoded, which is said once."""
+        k = i % len(self)
+        if self.broken[k]:
+            return None
+        name, label = self.files[k]
+        try:
+            rng = np.random.default_rng([self.seed, i]) if augment else None
+            return load_image(os.path.join(self.root, name), self.size, rng), label
+        except dq.UserError as error:
+            self.broken[k] = True
+            count = int(self.broken.sum())
+            if count <= NAMED:
+                print(f"warning: left out {error}", file=sys.stderr)
+            elif count & (count - 1) == 0:                                   # 16, 32, 64, ...
+                print(f"warning: left out {count} images by now", file=sys.stderr)
+
+
+class ToyShapes(torch.utils.data.Dataset):
+    """Textured shapes (much information) on smooth gradients (little), any size, made on the fly.
+
+    self[i] -> image (3, S, S) in [-1, 1], label (the kind of shape, i % 4). Image i depends on
+    (seed, i mod n) alone. detail_mask(i) tells where the information is, texture(i) which of `textures` it has.
+    """
+    classes = ("circle", "square", "triangle", "cross")
+    textures = ("stripes", "checks", "dots")
+    backgrounds = np.array([[205, 226, 240], [240, 222, 206], [214, 236, 212], [232, 216, 240],
+                            [246, 238, 200], [150, 178, 206], [206, 160, 150], [150, 190, 160]]) / 255
+    inks = np.array([[[30, 60, 130], [250, 200, 60]], [[190, 40, 50], [250, 240, 225]],
+                     [[20, 110, 90], [250, 170, 140]], [[90, 40, 120], [150, 220, 210]],
+                     [[40, 40, 50], [245, 245, 245]], [[220, 100, 20], [40, 60, 100]]]) / 255
+
+    def __init__(self, size=32, n=8192, seed=0):
+        self.size, self.n, self.seed = size, n, seed
+        line = (np.arange(size) + 0.5) / size * 2 - 1                        # pixel centres in [-1, 1]
+        self.x, self.y = np.meshgrid(line, line)                             # S, S; y points down
+
+    def __len__(self):
+        return self.n
+
+    def _shape(self, i):
+        """Signed distance to the shape's edge (S, S), negative inside, and the generator for all the rest."""
+        rng = np.random.default_rng([self.seed, i % self.n])
+        r = rng.choice([0.6, 0.675, 0.75])
+        x, y = self.x - rng.integers(-2, 3) / 8, self.y - rng.integers(-2, 3) / 8  # on a grid: few codes say much
+        kind = self.classes[i % self.n % 4]
+        if kind == "circle":
+            d = np.hypot(x, y) - r
+        elif kind == "square":
+            d = np.maximum(abs(x), abs(y)) - 0.85 * r
+        elif kind == "triangle":
+            d = np.maximum(0.866 * abs(x) - 0.5 * y - 0.55 * r, y - 0.7 * r)
+        else:
+            a, b = np.maximum(abs(x), abs(y)), np.minimum(abs(x), abs(y))
+            d = np.maximum(a - r, b - 0.36 * r)
+        return d, x, y, rng
+
+    def detail_mask(self, i):
+        """Pixels of the textured shape: (S, S), bool."""
+        return torch.from_numpy(self._shape(i)[0] < 0)
+
+    def _paint(self, rng):
+        """What is drawn after the shape: two colours behind it, from where to where, turn and kind of texture, inks."""
+        return (rng.choice(len(self.backgrounds), 2, replace=False), rng.uniform(0, 2 * np.pi),
+                rng.integers(4), rng.integers(len(self.textures)), rng.integers(len(self.inks)))
+
+    def texture(self, i):
+        return int(self._paint(self._shape(i)[3])[3])
+
+    def __getitem__(self, i):
+        d, x, y, rng = self._shape(i)
+        behind, angle, turn, kind, inks = self._paint(rng)
+        c0, c1 = self.backgrounds[behind]
+        t = 0.5 + (np.cos(angle) * self.x + np.sin(angle) * self.y) / 2.83   # S, S in [0, 1]
+        image = c0 + (c1 - c0) * t[..., None]                                # S, S, 3
+        turn, k = turn * np.pi / 4, 2 * np.pi / 0.5                          # 4 periods across the image
+        u, v = k * (np.cos(turn) * x + np.sin(turn) * y), k * (np.cos(turn) * y - np.sin(turn) * x)
+        wave = (np.sin(u), np.sin(u) * np.sin(v) * 1.4, np.cos(u) * 0.6 + np.cos(v) * 0.6 - 0.3)[kind]
+        sharp = self.size * 0.5 / 8                                          # soft edges
+        ink0, ink1 = self.inks[inks]
+        texture = ink0 + (ink1 - ink0) * np.clip(0.5 + sharp * wave, 0, 1)[..., None]
+        edge = np.clip(1.5 + (d + 0.06) * self.size / 2, 0, 1)[..., None]    # an outline that closes the shape
+        texture = texture + (ink0 - texture) * edge
+        cover = np.clip(0.5 - d * self.size / 2, 0, 1)[..., None]            # antialiased edge
+        image = image + (texture - image) * cover
+        return torch.from_numpy(image.transpose(2, 0, 1) * 2 - 1).float(), i % self.n % 4
+
+
+class Once(torch.utils.data.Dataset):
+    """Each image once, as it is: no random crop, none in place of another. Broken ones are black, labelled BROKEN."""
+
+    def __init__(self, data):
+        self.data, self.read = data, getattr(data, "read", data.__getitem__)
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, i):
+        return self.read(i % len(self)) or (torch.zeros(3, self.data.size, self.data.size), BROKEN)
+
+
+def loader(data, workers, **how):
+    return torch.utils.data.DataLoader(data, num_workers=workers, worker_init_fn=leave_signals_to_the_parent,
+                                       generator=torch.Generator(), pin_memory=torch.cuda.is_available(), **how)
+
+
+def leave_signals_to_the_parent(worker):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)                             # Ctrl-C reaches them too
+
+
+def stream(data, batch_size, seed, start=0, workers=0, part=None):
+    """Endless batches in the order of `deal`, of each this process's part, or a part (number, how many)."""
+    rank, world = part or dq.processes()
+    own = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
+    return iter(loader(data, workers, batch_sampler=(batch[own] for batch in deal(len(data), batch_size, seed, start))))
+
+
+def few(parts, n):
+    return ", ".join(parts[:n]) + (", ..." if len(parts) > n else "")
+
+
+def reasons(counts):
+    """A Counter of what is left out as text, endings last."""
+    found = sorted(counts.items(), key=lambda item: (item[0][0] == ".", -item[1], item[0]))
+    return few([f"{n} {what}" for what, n in found if n], 8)
+
+
+def describe(train, val):
+    """What was understood of --data, in one line that a trainer prints, and a hint where one is due."""
+    text = f"{len(train)} images to train on, {len(val)} held out; "
+    text += f"{len(train.classes)} classes: {few(train.classes, 6)}" if train.classes else "no classes"
+    if isinstance(train, ToyShapes):
+        return f"data: the built-in toy shapes, {text}"
+    text = f"data: {train.root}, {text}; left out: {reasons(train.left_out) or 'nothing'}"
+    if len(train) + len(val) > LOOKED_AT:
+        text += "; so many files that broken ones are left out as they are met"
+    top = sorted({name.split("/")[0] for name, _ in train.files + val.files if "/" in name})
+    if top and {name.lower() for name in top} <= SPLITS:
+        first = next((name for name in top if name.lower().startswith("train")), top[0])
+        text += (f"\nnote: sub-folders are classes, and these are named like splits ({', '.join(top)}); "
+                 f"for the images of one alone: --data {os.path.join(train.root, first)}")
+    encoding = sys.stdout.encoding or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)        # names of files can be any bytes
+
+
+def identity(data):
+    """What a checkpoint notes of a data set, so that no run goes on with another one."""
+    names = "\n".join(name for name, _ in getattr(data, "files", [])).encode(errors="surrogateescape")
+    return f"{len(data)} files (checksum of their names {zlib.crc32(names):08x})" if names else "the toy shapes"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -105,18 +385,15 @@ class Perceptual(nn.Module):
     @classmethod
     def load(cls, files=()):
         """With the published weights, from files or, without files, from torch's cache or the internet."""
-        lpips, published, weights = cls(), {}, {}
+        lpips, published = cls(), {}
         try:
+            for url, name in zip(cls.urls, () if files else ("vgg16-397923af.pth", "lpips-vgg-0.1.pth")):
+                published |= torch.hub.load_state_dict_from_url(url, map_location="cpu", file_name=name,
+                                                                weights_only=True)
             for file in files:
                 published |= torch.load(file, map_location="cpu", weights_only=True)
-            if not files:
-                for url, file in zip(cls.urls, ("vgg16-397923af.pth", "lpips-vgg-0.1.pth")):
-                    published |= torch.hub.load_state_dict_from_url(url, map_location="cpu", file_name=file,
-                                                                    weights_only=True)
-            for name in lpips.state_dict():                                  # VGG16's names are ours
-                theirs = re.sub(r"weights\.(\d)", r"lin\1.model.1.weight", name)
-                weights[name] = published[theirs]
-            lpips.load_state_dict(weights)
+            lpips.load_state_dict({name: published[re.sub(r"weights\.(\d)", r"lin\1.model.1.weight", name)]
+                                   for name in lpips.state_dict()})          # VGG16's names are ours
         except Exception as error:                                           # no network, no such file, a wrong one ...
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             raise dq.UserError(f"no weights for the perceptual loss ({reason}); download {' and '.join(cls.urls)} and "
@@ -280,54 +557,40 @@ def evaluate(model, images, detailed, autocast, perceptual=None, batch_size=64):
 
     detailed: (M, h, w), bool, where detail is, or None.
     """
-    config = model.config
     model.eval()
-    parts = dict(y=[], codes=[], grains=[], score=[], ssim=[], lpips=[])
+    parts = []
     for x in images.split(batch_size):
         with autocast():
             out = model(x)
             y = out.reconstruction.float().clamp(-1, 1)                      # B, 3, S, S
-            parts["score"].append(model.router.score(x, out.maps).float())   # B, h, w
-            if perceptual:
-                parts["lpips"].append(perceptual(x, y))                      # B
-        parts["y"].append(y)
-        parts["codes"].append(out.codes)                                     # B, H, W
-        parts["grains"].append(out.grains)                                   # B, h, w
-        parts["ssim"].append(ssim(y, x))                                     # B
+            score = model.router.score(x, out.maps).float()                  # B, h, w
+            lpips = [perceptual(x, y)] if perceptual else []                 # B
+        parts.append([y, out.codes, out.grains, score, ssim(y, x), *lpips])
     model.train()
-    whole = {name: torch.cat(tensors) for name, tensors in parts.items() if tensors}
-    y, codes, grains = whole["y"], whole["codes"], whole["grains"]
+    y, codes, grains, score, similarity, *lpips = map(torch.cat, zip(*parts))  # M, ...; codes: M, H, W
 
+    config, K = model.config, len(model.config.factors)
     cells = torch.tensor([(config.factors[0] // f) ** 2 for f in config.factors], device=grains.device)  # K
-    K = len(cells)
-    share = [(grains == k).float().mean().item() for k in range(K)]
     fine = (grains == K - 1).float().mean(dim=(1, 2))                        # M
     n_codes = cells[grains].sum(dim=(1, 2)).float().mean().item()
     # what sending an image takes: its codes, and for each region which granularity it has
     bits = n_codes * math.log2(config.codebook_size) + grains[0].numel() * math.log2(K)
     # every code counts once: a cell of the finest grid is 1 / (cells that share its code)
     weight = dq.upsample((cells[grains] / cells[-1])[:, None], codes.shape[-1])[:, 0]  # M, H, W
-    use = torch.zeros(config.codebook_size, device=codes.device)             # V
-    use.index_add_(0, codes.flatten(), weight.flatten())
+    use = codes.flatten().bincount(weight.flatten(), config.codebook_size)   # V
     p = use / use.sum()                                                      # V
     error = y - images                                                       # M, 3, S, S
     figures = dict(
         psnr=(10 * torch.log10(4 / error.square().mean(dim=(1, 2, 3)))).mean().item(),
-        ssim=whole["ssim"].mean().item(),
-        l1=error.abs().mean().item(),
-        l2=error.square().mean().item(),
-        codes_per_image=n_codes,
-        bits_per_pixel=bits / config.size ** 2,
-        share=[round(s, 4) for s in share],
-        fine_min=fine.min().item(),
-        fine_mean=fine.mean().item(),
-        fine_max=fine.max().item(),
-        perplexity=torch.exp(-(p * (p + 1e-12).log()).sum()).item(),
-        codebook_used=(use > 0).float().mean().item())
+        ssim=similarity.mean().item(), l1=error.abs().mean().item(), l2=error.square().mean().item(),
+        codes_per_image=n_codes, bits_per_pixel=bits / config.size ** 2,
+        share=[round((grains == k).float().mean().item(), 4) for k in range(K)],
+        fine_min=fine.min().item(), fine_mean=fine.mean().item(), fine_max=fine.max().item(),
+        perplexity=torch.exp(-(p * (p + 1e-12).log()).sum()).item(), codebook_used=(use > 0).float().mean().item())
     if detailed is not None and K > 1 and 0 < detailed.sum() < detailed.numel():
-        figures |= dict(auc=auc(whole["score"], detailed), auc_argmax=auc(grains, detailed))
+        figures |= dict(auc=auc(score, detailed), auc_argmax=auc(grains, detailed))
     if perceptual:
-        figures["lpips"] = whole["lpips"].mean().item()
+        figures["lpips"] = lpips[0].mean().item()
     return figures, y, grains
 
 
@@ -340,152 +603,68 @@ def show(path, images, reconstructions, grains, factors):
 
 
 # ------------------------------------------------------------------------------------------------
-# The authors' weights
+# codes.pt: what stage 2 reads
 
 
-# A name of ours becomes the authors' by these, one after the other. <k> stands for their name of granularity k. What a
-# table can't do, `their_name` does first: it counts levels as they count, and has blocks and attention apart.
-AUTHORS_NAMES = (
-    (r"^(en|de)coder\.stem", r"\1coder.conv_in"),
-    (r"^encoder\.levels", "encoder.down"),
-    (r"^encoder\.downs\.(\d)", r"encoder.down.\1.downsample.conv"),
-    (r"^encoder\.heads\.(\d)\.3", r"encoder.norm_out_<\1>"),
-    (r"^encoder\.heads\.(\d)\.5", r"encoder.conv_out_<\1>"),
-    (r"^encoder\.heads\.(\d)", r"encoder.mid_<\1>"),
-    (r"^router\.norms\.(\d)", r"encoder.router.feature_norm_<\1>"),
-    (r"^router\.mlp", "encoder.router.gate"),
-    (r"^pre_quant", "quant_conv"),
-    (r"^codebook\.codes", "quantize.codebook.weight"),
-    (r"^codebook\.uses", "quantize.codebook.cluster_size_ema"),
-    (r"^codebook\.sums", "quantize.codebook.embed_ema"),
-    (r"^post_quant", "post_quant_conv"),
-    (r"^decoder\.position\.fourier", "decoder.position_bias_fourier.lff.ffm.conv"),
-    (r"^decoder\.position\.rows", "decoder.position_bias_learned.row_embed.weight"),
-    (r"^decoder\.position\.columns", "decoder.position_bias_learned.col_embed.weight"),
-    (r"^decoder\.levels", "decoder.up"),
-    (r"^decoder\.ups\.(\d)", r"decoder.up.\1.upsample.conv"),
-    (r"^decoder\.out\.0", "decoder.norm_out"),
-    (r"^decoder\.out\.2", "decoder.conv_out"),
-    (r"\.(mid[^.]*)\.0", r".\1.block_1"),
-    (r"\.(mid[^.]*)\.1", r".\1.attn_1"),
-    (r"\.(mid[^.]*)\.2", r".\1.block_2"),
-    (r"\.shortcut", ".nin_shortcut"),
-    (r"\.proj", ".proj_out"),
-)
+@torch.no_grad()
+def encode(vae, data, device, autocast, workers, mirrored, stop):
+    """All images, and the mirror image of each if `mirrored` -> {codes: (M, views, H, W), grains: (M, views, h, w),
+    label: (M,)} on the CPU, in small integers, without what can't be decoded.
+
+    Each process encodes its part of the images, and all get the whole, in the order of the data set.
+    """
+    rank, world = dq.processes()
+    # numbers past the end are those of the first images again: all processes must have as many
+    own = range(rank, -(-len(data) // world) * world, world)
+    rows = dict(codes=[], grains=[], label=[])
+    bar = tqdm(loader(Once(data), workers, batch_size=64, sampler=own), "encoding", leave=False,
+               disable=True if rank else None)
+    for done, (x, label) in enumerate(bar, 1):
+        x = x.to(device)                                                     # n, 3, S, S
+        with autocast():
+            views = [vae.encode(view) for view in ((x, x.flip(3)) if mirrored else (x,))]
+        codes, grains = (torch.stack(each, dim=1) for each in zip(*views))   # n, views, H, W; n, views, h, w
+        for name, part in dict(codes=codes, grains=grains, label=label).items():
+            of_all = torch.zeros(world, *part.shape, dtype=torch.int, device=device)
+            of_all[rank] = part
+            rows[name].append(smallest(dq.total(of_all).transpose(0, 1).flatten(0, 1).cpu()))  # n world, ...
+        if number := stop.asked(done):
+            bar.close()
+            stop.leave(number, "while the images were encoded")
+    rows = {name: torch.cat(parts)[:len(data)] for name, parts in rows.items()}
+    sound = rows["label"] != BROKEN
+    dq.require(sound.any(), "none of the images can be read")
+    return {name: smallest(x[sound]) for name, x in rows.items()}
 
 
-def their_name(name, config):
-    """Our name of a weight -> the authors'. Of their q, k and v, one of ours, it is a name with "qkv" in it."""
-    def turn(match):                                                         # theirs count from the finest level
-        return f"{match[1]}.{int(math.log2(config.factors[-1])) - int(match[2])}"
-
-    def part(match):                                                         # ours alternate in one list; theirs: two
-        level, i = int(match[2]), int(match[3])
-        kinds = ("block", "attn") if 2 ** level >= config.attention_from else ("block",)
-        return f"{match[1]}.{level}.{kinds[i % len(kinds)]}.{i // len(kinds)}"
-
-    name = re.sub(r"^(decoder\.levels|decoder\.ups)\.(\d)", turn, name)
-    name = re.sub(r"^(encoder\.levels|decoder\.levels)\.(\d)\.(\d+)", part, name)
-    for ours, theirs in AUTHORS_NAMES:
-        name = re.sub(ours, theirs, name)
-    granularities = ("coarse", "fine") if len(config.factors) == 2 else ("coarse", "median", "fine")
-    return re.sub(r"<(\d)>", lambda match: granularities[int(match[1])], name)
+def smallest(x):
+    """The same whole numbers, in the smallest type that holds them."""
+    low, high = x.aminmax()
+    kinds = (torch.uint8, torch.int8, torch.int16, torch.int32)
+    return x.to(next(kind for kind in kinds if torch.iinfo(kind).min <= low and high <= torch.iinfo(kind).max))
 
 
-def authors_config(theirs):
-    """What names and shapes tell, and, of the budgets, what the released models have."""
-    def count(pattern):
-        return sum(bool(re.fullmatch(pattern, name)) for name in theirs)
-
-    width, levels = len(theirs["encoder.conv_in.weight"]), count(r"encoder\.down\.\d\.block\.0\.conv1\.weight")
-    K = 3 if "encoder.conv_out_median.weight" in theirs else 2
-    factors = [2 ** (levels - 1 - k) for k in range(K)]
-    attention = [2 ** i for i in range(levels) if f"encoder.down.{i}.attn.0.norm.weight" in theirs]
-    return dq.VAEConfig(
-        size=len(theirs["decoder.position_bias_learned.row_embed.weight"]) * factors[-1],
-        factors=factors,
-        ratios=(0.5, 0.5) if K == 2 else (0.4, 0.3, 0.3),
-        router="learned" if "encoder.router.gate.0.weight" in theirs else "entropy",
-        codebook_size=len(theirs["quantize.codebook.weight"]) - 1,
-        code_dim=len(theirs["quant_conv.weight"]),
-        channels=len(theirs["encoder.conv_out_fine.weight"]),
-        width=width,
-        multipliers=[len(theirs[f"encoder.down.{i}.block.0.conv1.weight"]) // width for i in range(levels)],
-        encoder_blocks=count(r"encoder\.down\.0\.block\.\d+\.conv1\.weight"),
-        decoder_blocks=count(r"decoder\.up\.0\.block\.\d+\.conv1\.weight"),
-        attention_from=min(attention, default=2 ** levels))
+def write_codes(path, vae, train, held_out, preset, args, device, autocast, stop):
+    """Encode all images and write what stage 2 needs: these, the DQ-VAE, the classes, the name of the preset."""
+    vae.eval()
+    torch.manual_seed(args.seed)                                             # the random router draws
+    train_codes, held_out_codes = (encode(vae, data, device, autocast, args.workers, data is train, stop)
+                                   for data in (train, held_out))
+    weights, checksum = {name: x.cpu() for name, x in vae.state_dict().items()}, 0
+    for x in (*weights.values(), *train_codes.values(), *held_out_codes.values()):
+        checksum = zlib.crc32(x.contiguous().flatten().view(torch.uint8).numpy(), checksum)
+    codes = dict(kind="dq-codes", version=1, name=f"{len(train_codes['label'])} images (checksum {checksum:08x})",
+                 preset=preset, classes=train.classes, config=asdict(vae.config), weights=weights,
+                 train=train_codes, held_out=held_out_codes)
+    if dq.processes()[0] == 0:
+        dq.write_file(path, lambda file: torch.save(codes, file))
 
 
-def authors_weights(theirs, config):
-    """Their state dict -> ours. KeyError with the name of a weight that is not there."""
-    ours, used = {}, set()
-    with torch.device("meta"):
-        names = list(dq.DQVAE(config).state_dict())
-    for name in names:
-        if name == "codebook.age":
-            ours[name] = torch.tensor(1e6)                                   # many
-        elif name == "router.thresholds":
-            dq.require(len(config.factors) == 2, "the authors' entropy router has two granularities, not three")
-            ours[name] = torch.tensor([1.6778])                              # nats, of half of ImageNet's regions
-        else:
-            source = their_name(name, config)
-            sources = [source.replace("qkv", each) for each in "qkv"] if "qkv" in source else [source]
-            ours[name] = torch.cat([theirs[each] for each in sources])
-            used.update(sources)
-    ours["codebook.codes"] = ours["codebook.codes"][:-1]                     # their last row is padding
-    layers = [name for name in theirs if ".block." in name or ".attn." in name]
-    dq.require(used.issuperset(layers), "their model has blocks or attention where ours, inferred from it, has none")
-    return ours
-
-
-def read_authors(path):
-    """A checkpoint of the authors' stage-1 model -> VAEConfig, our state dict."""
-    dq.require(os.path.isfile(path), f"no such file: {path}")
-
-    class Inert:
-        """Stands for whatever class a trainer left in the file."""
-        def __init__(self, *args, **kwargs):
-            pass
-
-        def __setstate__(self, state):
-            pass
-
-    try:
-        unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        with torch.serialization.safe_globals([(Inert, name) for name in unknown]):
-            theirs = torch.load(path, map_location="cpu", weights_only=True)  # runs no code of the file's
-        theirs = theirs.get("state_dict", theirs)
-        theirs = {name: tensor.float() for name, tensor in theirs.items() if torch.is_tensor(tensor)}
-        config = authors_config(theirs)
-        return config, authors_weights(theirs, config)
-    except dq.UserError:
-        raise
-    except KeyError as error:
-        raise dq.UserError(f"{path} is not a checkpoint of the authors' stage-1 model: "
-                           f"it has no {error.args[0]}") from None
-    except Exception as error:
-        raise dq.UserError(f"{path} is not a checkpoint, or is damaged ({type(error).__name__})") from None
-
-
-def import_authors(args, device, autocast):
-    """--import-authors: write vae.pt from the authors' checkpoint, say what it is, and evaluate it on --data."""
-    config, weights = read_authors(args.import_authors)
-    model = dq.rebuild(dq.DQVAE, dq.VAEConfig, asdict(config), weights, device)
-    millions = sum(p.numel() for p in model.parameters()) / 1e6
-    print(f"{args.import_authors}: {config.size} x {config.size} pixels, factors {config.factors}, {config.router} "
-          f"router, {config.codebook_size} codes of {config.code_dim} dimensions, {millions:.1f} M parameters")
-    path = args.out / "vae.pt"
-    dq.require(not path.exists(), f"{path} exists; choose another folder with --out")
-    dq.save_checkpoint(path, "dq-vae", config, model)
-    print(f"wrote {path}")
-    if args.data:
-        _, held_out = open_data(args.data, config.size, skip=args.out)
-        images, detailed = held_out_images(held_out, config, device)
-        figures, y, grains = evaluate(model, images, detailed, autocast, batch_size=8)
-        told = ", ".join(f"{name} {value}" for name, value in readable(figures).items())
-        print(f"{len(images)} held-out images: {told}")
-        show(path.with_suffix(".png"), images, y, grains, config.factors)
-        print(f"wrote {path.with_suffix('.png')}")
+def holds_codes_of(path, vae):
+    """Is this file there and whole, and are the codes in it of this DQ-VAE?"""
+    with contextlib.suppress(dq.UserError, KeyError):
+        weights, ours = dq.load_checkpoint(path, "dq-codes")["weights"], vae.state_dict()
+        return weights.keys() == ours.keys() and all(torch.equal(x.cpu(), weights[name]) for name, x in ours.items())
 
 
 # ------------------------------------------------------------------------------------------------
@@ -494,8 +673,11 @@ def import_authors(args, device, autocast):
 
 def parse(argv=None):
     """-> the flags, config, schedule"""
-    parser, config, schedule = common_flags("Train a DQ-VAE: images to variable-length codes and back.", PRESETS, argv)
+    parser, config, schedule = trainer_flags(
+        "Train a DQ-VAE: images to variable-length codes and back.", PRESETS, argv)
     add = parser.add_argument
+    add("--data", metavar="DIR", help="folder of images; None: the built-in toy shapes")
+    add("--workers", type=natural, default=0, help="processes that load images")
     add("--size", type=positive, default=config.size, help="side of the images, pixels")
     add("--factors", type=positive, nargs="+", default=config.factors,
         help="downsampling factors, coarse to fine; one: fixed length")
@@ -511,8 +693,8 @@ def parse(argv=None):
         help="weight of the adversarial loss, times the adaptive weight; 0: without")
     add("--gan-start", metavar="STEP", type=natural, default=schedule.gan_start,
         help="step from which the discriminator takes part")
-    add("--import-authors", metavar="FILE",
-        help="instead of training, turn the authors' stage-1 checkpoint into vae.pt; with --data, evaluate it")
+    add("--encode", metavar="CHECKPOINT", type=Path,
+        help="instead of training, write codes.pt: the images of --data as codes of this DQ-VAE")
     args = parser.parse_args(argv)
     if args.ratios is None:
         K = len(args.factors)
@@ -533,22 +715,30 @@ def held_out_images(data, config, device):
 
 
 def calibrate(router, ratios, images):
-    """Set the thresholds of an EntropyRouter from an iterable of training batches (B, 3, S, S).
-
-    They are quantiles of the regions' entropies. Where many regions tie (blank surroundings), the ties go to the
-    coarser side.
-    """
+    """Set the thresholds of an EntropyRouter: quantiles of the regions' entropies in training batches (B, 3, S, S).
+    Where many regions tie (blank surroundings), the ties go to the coarser side."""
     scores = torch.cat([router.score(x).flatten() for x in images])
     cuts = np.cumsum(ratios)[:-1].clip(0, 1)                                 # K - 1
     router.thresholds.copy_(torch.from_numpy(np.quantile(scores.cpu().double().numpy(), cuts)))
 
 
+def encode_only(args, device, autocast):
+    """--encode: codes.pt of any DQ-VAE and any folder."""
+    vae, path = dq.load_vae(args.encode, device), args.out / "codes.pt"
+    data = open_data(args.data, vae.config.size, seed=args.seed, skip=args.out)
+    say(describe(*data))
+    set_aside(path, hint="")
+    preset = dq.load_checkpoint(args.encode, "dq-vae").get("preset", args.preset)
+    with Stop(device) as stop:
+        write_codes(path, vae, *data, preset, args, device, autocast, stop)
+    say(f"done: {path}")
+
+
 def main(argv=None):
     args, config, schedule = parse(argv)
-    device, autocast = prepare(args)
-    rank, world = dq.processes()
-    if args.import_authors:
-        return import_authors(args, device, autocast)
+    device, autocast = prepare(args, trains=not args.encode)
+    if args.encode:
+        return encode_only(args, device, autocast)
     dq.require(schedule.gan_weight == 0 or config.size >= 24,
                f"the discriminator needs at least 24 x 24 pixels, not {config.size}; --gan-weight 0 trains without")
     dq.require(schedule.perceptual_weight == 0 or config.size >= 16,
@@ -575,31 +765,30 @@ def main(argv=None):
         parts |= dict(critic=critic, critic_optimizer=critic_optimizer)
         optimizers.append(critic_optimizer)
         judge = distribute(critic)
-    checkpoint = Checkpoint(
-        args.out / "vae.pt", config, dict(data=identity(train), seed=args.seed) | asdict(schedule), model, parts,
-        extra={}, device=device)
+    settings = dict(data=identity(train), seed=args.seed) | asdict(schedule)
+    record = Record(args, args.out / "vae.pt", config, settings, model, parts, dict(preset=args.preset), device)
+    codes = args.out / "codes.pt"
     if args.resume:
-        checkpoint.resume(args)
-        if checkpoint.step >= schedule.steps:
-            return say(f"nothing left to do: {checkpoint.path} is at step {checkpoint.step}")
-    batches = stream(train, schedule.batch_size, args.seed, checkpoint.step, args.workers)
+        record.resume()
+        if record.step >= schedule.steps and holds_codes_of(codes, model):
+            return say(f"nothing left to do: {record.path} is at step {record.step}, and {codes} is there")
+    else:
+        set_aside(record.path, codes.name)
+    batches = stream(train, schedule.batch_size, args.seed, record.step, args.workers)
     forward = distribute(compiled(model) if args.compile else model)
     last_weight = model.decoder.out[-1].weight
     losses = Losses()
 
-    if not args.resume:
-        checkpoint.keep_former()
-    log = Log(args.out / "vae.jsonl", "DQ-VAE", checkpoint.step, schedule.steps)
     model.train()
     with Stop(device) as stop:
-        for step in log.bar:
+        for step in record.start("DQ-VAE"):
             done = step + 1
             batch = next(batches)[0].to(device, memory_format=memory_format, non_blocking=True)  # B, 3, S, S
             adversarial_on = schedule.gan_weight > 0 and step >= schedule.gan_start
             for each in optimizers:
                 each.zero_grad(set_to_none=True)
                 for group in each.param_groups:
-                    group["lr"] = learning_rate(step, schedule)
+                    group["lr"] = schedule.learning_rate(step)
             for x in batch.chunk(schedule.accumulate):
                 with autocast():
                     out = forward(x, gumbel_scale(step, schedule.steps))
@@ -630,27 +819,20 @@ def main(argv=None):
             if adversarial_on:
                 critic_optimizer.step()
 
-            last, stopped = done == schedule.steps, stop.asked(done)
-            evaluates = done % schedule.eval_every == 0 or last
-            saves = done % args.save_every == 0 or last or stopped
-            if done % 10 == 0 or evaluates or saves:                         # no figure and no file of a broken state
-                newest = losses.read(checkpoint.last_good())
-            if done % 10 == 0:
-                log.write(done, newest)
-            if evaluates and rank == 0:
+            evaluates, saves, stops = record.after(done, losses, stop)
+            if evaluates:
                 with torch.random.fork_rng([device] if on_gpu else []):      # how often it is done changes nothing
                     figures, y, grains = evaluate(model, images, detailed, autocast, perceptual)
                 figures["loss"] = (figures["l1"] + schedule.l2_weight * figures["l2"]
                                    + schedule.perceptual_weight * figures.get("lpips", 0.0))
                 show(args.out / "vae.png", images, y, grains, config.factors)
-                log.write(done, figures, stays=True)
-                checkpoint.save_best(done, figures["loss"])
+                record.evaluated(done, figures, figures["loss"])
             if saves:
-                checkpoint.save(done)
-            if stopped and not last:
-                log.bar.close()
-                stop.leave(stopped, done, checkpoint.path)
-    say(f"wrote {checkpoint.path}, {args.out / 'vae.png'} and {log.path}")
+                record.save(done)
+            if stops:
+                stop.leave(stops, f"after step {done}, saved in {record.path}")
+        write_codes(codes, model, train, held_out, args.preset, args, device, autocast, stop)
+    say(f"done: {record.path}, {codes}, {args.out / 'vae.png'} and {record.log}")
 
 
 if __name__ == "__main__":

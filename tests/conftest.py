@@ -9,8 +9,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-import sample  # noqa: E402
-from sample import ToyShapes  # noqa: E402
+import common  # noqa: E402
+from train_vae import ToyShapes  # noqa: E402
 
 torch.backends.cudnn.allow_tf32 = False                                    # comparisons are in float32
 DEVICE = os.environ.get("DQ_TEST_DEVICE", "cpu")
@@ -29,10 +29,15 @@ def seed():
     torch.manual_seed(0)
 
 
+def plain():
+    """In place of the autocast of common.pick_device: float32."""
+    return torch.autocast("cpu", enabled=False)
+
+
 def call(main, *args):
     """A script's main as the shell calls it, in this process. -> the line that it ends with, or None"""
     try:
-        sample.run(lambda: main(list(map(str, args))))
+        common.run(lambda: main(list(map(str, args))))
     except SystemExit as end:
         return end.code
 
@@ -48,13 +53,13 @@ def images(tmp_path_factory):
     for i in range(48):
         x, y = toy[i]
         (root / toy.classes[y]).mkdir(exist_ok=True)
-        sample.to_picture(x, 0).save(root / toy.classes[y] / f"{i}.png")
+        common.to_picture(x, 0).save(root / toy.classes[y] / f"{i}.png")
     return root
 
 
-def train(name, images, out, flags):
+def train(name, out, *flags):
     """A few steps of a stage, as a user would train them."""
-    done = script(name, "--data", images, "--out", out, "--steps", 6, "--eval-every", 3, *flags)
+    done = script(name, "--out", out, "--steps", 6, "--eval-every", 3, *flags)
     assert done.returncode == 0, done.stderr
     return out
 
@@ -62,10 +67,10 @@ def train(name, images, out, flags):
 @pytest.fixture(scope="session")
 def vae_run(images, tmp_path_factory):
     """A folder with a trained stage 1, which knows nothing of sequences and transformers."""
-    return train("train_vae.py", images, tmp_path_factory.mktemp("run"), VAE)
+    return train("train_vae.py", tmp_path_factory.mktemp("run"), "--data", images, *VAE)
 
 
 @pytest.fixture(scope="session")
-def run(images, vae_run):
+def run(vae_run):
     """The same folder, with stage 2 in it too."""
-    return train("train_transformer.py", images, vae_run, TRANSFORMER)
+    return train("train_transformer.py", vae_run, *TRANSFORMER)

@@ -1,34 +1,30 @@
-"""sample.py: what it refuses, before any work, and where it writes. Files are whole or as they were."""
-import resource
-from contextlib import contextmanager
+"""sample.py: what it refuses, before any work, where it writes, and what.
 
+    parse, check, check_ending    test_what_could_not_be_written_is_refused_in_one_line and two more
+    label_number                  test_sampling_with_every_option; unknown ones: test_common.py
+    caption                       test_a_name_that_the_font_cannot_draw_becomes_its_number
+    read_grain_map                test_a_grain_map_is_read_bright_for_fine and one more
+    given_tiling, given_coarse    test_transformer.py
+    save_gif                      test_moving_pictures
+    main                          test_out_is_a_folder_or_a_pictures_name, test_sampling_with_every_option
+"""
 import pytest
 import torch
 from PIL import Image, ImageFont
 
+import common
 import dq
 import sample
-from conftest import DEVICE, call
+from conftest import DEVICE, ROOT, call
 from test_transformer import tiny
-
-
-def draw(run, *args):
-    return call(sample.main, run / "transformer.pt", "--batch-size", 4, "--device", DEVICE, *args)
-
-
-@contextmanager
-def nearly_full_disk(room=300):
-    """No file may become larger than so many bytes."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 # ------------------------------------------------------------------------------------------------
 # Refused before any work: even the checkpoint, which is not there, has not been looked for
+
+
+def draw(run, *args):
+    return call(sample.main, run / "transformer.pt", "--batch-size", 4, "--device", DEVICE, *args)
 
 
 @pytest.mark.parametrize("args, line", [
@@ -49,14 +45,14 @@ def test_what_could_not_be_written_is_refused_in_one_line(args, line, tmp_path, 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_every_ending_is_refused_or_can_be_written(tmp_path):
-    pictures, written = [sample.to_picture(torch.rand(3, 16, 16) * 2 - 1)] * 3, 0
+    pictures, written = [common.to_picture(torch.rand(3, 16, 16) * 2 - 1)] * 3, 0
     for ending in Image.registered_extensions():
         path = tmp_path / f"x{ending}"
         try:
             sample.check_ending("--out", path)
         except dq.UserError:
             continue
-        sample.save_grid(path, pictures, columns=2)
+        common.save_grid(path, pictures, columns=2)
         written += path.stat().st_size > 0
     assert written > 10 and not list(tmp_path.glob("*.tmp*"))
 
@@ -71,7 +67,6 @@ def test_images_of_a_larger_job_are_not_mixed_with_new_ones(run, tmp_path):
         f"error: --save-dir {folder} holds 000003.png of a larger job, which --n 3 would leave among its own images; "
         "empty it, or name another folder")
     assert before == {path: path.read_bytes() for path in folder.iterdir()} and len(before) == 7
-
 
 # ------------------------------------------------------------------------------------------------
 # Where it writes
@@ -95,37 +90,40 @@ def test_moving_pictures(ending, run, tmp_path):
     assert draw(run, "--n", 1, "--out", tmp_path, "--gif", path) is None
     assert Image.open(path).n_frames > 4
 
-
-@pytest.mark.parametrize("option, name", [
-    ("--out", "s.png"), ("--out", "s.jpg"), ("--gif", "s.gif"), ("--save-dir", "000000.png")])
-def test_a_full_disk_leaves_the_older_picture_whole(option, name, run, tmp_path):
-    (tmp_path / name).write_bytes(b"an older one")
-    target = tmp_path if option == "--save-dir" else tmp_path / name
-    with nearly_full_disk():
-        line = draw(run, "--n", 1, "--out", tmp_path / "other.png", option, target)
-    assert line == (f"error: could not write {tmp_path / name} ([Errno 27] File too large); "
-                    "what was there before is whole")
-    assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name).read_bytes() == b"an older one"
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError, ValueError, RuntimeError])
-def test_a_file_is_whole_or_as_it_was(error, tmp_path):
-    def save(file):
-        file.write(b"half of a new o")
-        raise error("for some reason\nand more")
-
-    (tmp_path / "x.png").write_bytes(b"old")
-    with pytest.raises(KeyboardInterrupt if error is KeyboardInterrupt else dq.UserError) as told:
-        dq.write_file(tmp_path / "x.png", save)
-    if error is not KeyboardInterrupt:
-        assert str(told.value).startswith(f"could not write {tmp_path / 'x.png'} (for some reason); what was there")
-    assert [path.name for path in tmp_path.iterdir()] == ["x.png"] and (tmp_path / "x.png").read_bytes() == b"old"
-    dq.write_file(tmp_path / "x.png", lambda file: file.write(b"new"))
-    assert [path.name for path in tmp_path.iterdir()] == ["x.png"] and (tmp_path / "x.png").read_bytes() == b"new"
-
-
 # ------------------------------------------------------------------------------------------------
-# Captions, seeds, devices
+# What it draws
+
+
+def test_sampling_with_every_option(run, images, tmp_path):
+    photo = next(images.rglob("*.png"))
+    Image.linear_gradient("L").save(tmp_path / "map.png")
+    for extra in (["--label", "cross", "--temperature", 0.9, "--top-k", 5, "--top-p", 0.9, "--cfg", 2,
+                   "--gif", tmp_path / "x.gif"],
+                  ["--label", "3", "--grain-map", tmp_path / "map.png"],
+                  ["--input", photo, "--keep", 1],
+                  ["--dtype", "fp32"]):
+        assert call(sample.main, run / "transformer.pt", "--n", 5, "--batch-size", 3, "--device", DEVICE,
+                    "--out", tmp_path / "grid.png", "--save-dir", tmp_path / "all", *extra) is None
+        assert sorted(p.name for p in (tmp_path / "all").glob("*.png")) == [f"{i:06d}.png" for i in range(5)]
+        assert Image.open(tmp_path / "all/000004.png").size == (16, 16)
+    assert Image.open(tmp_path / "grid.png").width > 200
+    assert Image.open(tmp_path / "x.gif").n_frames > 4
+
+
+def test_a_grain_map_is_read_bright_for_fine(tmp_path):
+    from PIL import Image
+    picture = Image.new("L", (40, 40), 0)
+    picture.paste(255, (20, 0, 40, 20))
+    picture.paste(120, (0, 20, 20, 40))
+    picture.save(tmp_path / "map.png")
+    assert sample.read_grain_map(tmp_path / "map.png", dq.Layout(16, (8, 4, 2))).tolist() == [[[0, 2], [1, 0]]]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1000, 3)])
+def test_a_grain_map_of_another_shape_is_stretched(size, run, tmp_path):
+    Image.new("L", size, 255).save(tmp_path / "map.png")
+    flags = ["--n", 1, "--grain-map", tmp_path / "map.png", "--out", tmp_path / "x.png", "--device", DEVICE]
+    assert call(sample.main, run / "transformer.pt", *flags) is None
 
 
 def test_a_name_that_the_font_cannot_draw_becomes_its_number():
@@ -142,19 +140,3 @@ def test_seeds_that_differ_draw_images_that_differ(device):
     drawn = [dq.generate(model, label, seed=seed) for seed in (0, 1, 2 ** 32, 2 ** 62, 2 ** 63, 2 ** 64 - 1)]
     for i, (pos, code) in enumerate(drawn):
         assert all(not (torch.equal(pos, p) and torch.equal(code, c)) for p, c in drawn[:i])
-
-
-def test_the_gpu_that_is_asked_for_becomes_the_current_one(monkeypatch):
-    current, ones = [], torch.ones
-    monkeypatch.setattr(torch, "ones", lambda *size, device: ones(*size))
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **kwargs: True)
-    monkeypatch.setattr(torch.cuda, "set_device", current.append)
-    for name, numbered in (("cuda:1", "cuda:1"), ("cuda", "cuda:0"), ("cuda:0", "cuda:0"), ("cpu", "cpu")):
-        assert sample.pick_device(name, "auto")[0] == torch.device(numbered)
-    assert current == [torch.device("cuda", i) for i in (1, 0, 0)]
-
-
-@pytest.mark.parametrize("name", ["cuda:99", "gpu", "", "meta"])
-def test_devices_that_are_not_here(name):
-    with pytest.raises(dq.UserError, match="no such device"):
-        sample.pick_device(name, "auto")

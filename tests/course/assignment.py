@@ -1,8 +1,8 @@
 """The course: dq.py with holes to fill, and a grader.
 
-    python tests/assignment.py list                     the exercises, in the order in which the file reads
-    python tests/assignment.py make DIR                 a copy of the project for students, with the holes
-    python tests/assignment.py grade STUDENT_DQ.py      a table of points; --only 3 7: these exercises alone
+    python tests/course/assignment.py list                     the exercises, in the order in which the file reads
+    python tests/course/assignment.py make DIR                 a copy of the project for students, with the holes
+    python tests/course/assignment.py grade STUDENT_DQ.py      a table of points; --only 3 7: these exercises alone
 
 A hole keeps the signature, the docstring and the comments of its function, most of them about the shape of a variable
 of our solution. Students fill the holes in order: the tests of an exercise need those before it and none after.
@@ -28,27 +28,28 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-VAE, LAYOUT, TRANSFORMER = "test_vae.py", "test_layout.py", "test_transformer.py"
-SOURCES = ["dq.py", "sample.py", "train_vae.py", "train_transformer.py", "pyproject.toml"]
-TESTS = ["conftest.py", VAE, LAYOUT, TRANSFORMER]
+ROOT = Path(__file__).resolve().parents[2]
+ROUTERS, CODEBOOK, VAE = "test_routers.py", "test_codebook.py", "test_vae.py"
+LAYOUT, TRANSFORMER = "test_layout.py", "test_transformer.py"
+SOURCES = ["dq.py", "common.py", "sample.py", "train_vae.py", "train_transformer.py", "pyproject.toml"]
+TESTS = ["conftest.py", ROUTERS, CODEBOOK, VAE, LAYOUT, TRANSFORMER]
 
 Exercise = namedtuple("Exercise", "function name points minutes learned file tests")
 EXERCISES = [
     # first week: from an image to codes
-    Exercise("GrainRouter.forward", "the gate", 8, 60, "Gumbel-max sampling; how a choice gets a gradient", VAE,
+    Exercise("GrainRouter.forward", "the gate", 8, 60, "Gumbel-max sampling; how a choice gets a gradient", ROUTERS,
              "test_straight_through_gradient_of_the_gate test_gumbel_noise_draws_with_the_softmax_probabilities"),
-    Exercise("EntropyRouter.score", "a score without learning", 6, 45, "histograms of all regions at once", VAE,
+    Exercise("EntropyRouter.score", "a score without learning", 6, 45, "histograms of all regions at once", ROUTERS,
              "test_entropy_equals_a_loop_over_pixels"),
-    Exercise("budget_loss", "the budget", 4, 20, "a constraint on the data set, not on each image", VAE,
+    Exercise("budget_loss", "the budget", 4, 20, "a constraint on the data set, not on each image", ROUTERS,
              "test_budget_loss_lets_images_differ test_budget_loss_equals_a_loop_and_pulls_on_all_regions_alike"),
-    Exercise("straight_through", "straight through", 4, 15, "the value of one tensor, the gradient of another", VAE,
+    Exercise("straight_through", "straight through", 4, 15, "the value of one tensor, another's gradient", CODEBOOK,
              "test_straight_through_has_the_value_of_q_and_the_gradient_of_z"),
-    Exercise("Codebook.assign", "the nearest code", 4, 20, "all distances by one product of matrices", VAE,
+    Exercise("Codebook.assign", "the nearest code", 4, 20, "all distances by one product of matrices", CODEBOOK,
              "test_nearest_code_equals_a_loop"),
-    Exercise("Codebook.update", "the codes follow", 8, 60, "k-means online; every code counts once", VAE,
+    Exercise("Codebook.update", "the codes follow", 8, 60, "k-means online; every code counts once", CODEBOOK,
              "test_ema_update_equals_a_loop_over_codes"),
-    Exercise("Codebook.restart", "dead codes start anew", 8, 45, "how a codebook collapses, what prevents it", VAE,
+    Exercise("Codebook.restart", "dead codes start anew", 8, 45, "how a codebook collapses, what prevents it", CODEBOOK,
              "test_restart_revives_dead_codes_and_leaves_the_others test_restart_draws_by_weight "
              "test_a_batch_of_few_different_vectors_gives_codes_that_differ"),
     Exercise("DQVAE.mix", "one map of many", 4, 30, "how the image's loss reaches the gate: by a product", VAE,
@@ -145,17 +146,16 @@ def make(folder):
     for e in EXERCISES:
         source = replaced(source, e.function, stub(text_of(source, find(ast.parse(source), e.function))))
     try:
-        (folder / "tests").mkdir(parents=True)
+        answers = shutil.ignore_patterns("test_assignment.py", "wrong_solutions.py", "__pycache__")
+        shutil.copytree(ROOT / "tests", folder / "tests", ignore=answers)
         for name in SOURCES + ["README.md", "LICENSE", ".gitignore"]:
             shutil.copy(ROOT / name, folder)
-        for path in (ROOT / "tests").glob("*.py"):
-            if path.name not in ("test_assignment.py", "wrong_solutions.py"):  # these hold the answers
-                shutil.copy(path, folder / "tests")
         shutil.copytree(ROOT / "assets", folder / "assets")
         (folder / "dq.py").write_text(source, encoding="utf-8")
     except OSError as error:
         sys.exit(f"could not write {folder}: {error}")
-    print(f"{folder}/dq.py has {len(EXERCISES)} functions to fill; python tests/assignment.py list names them in order")
+    print(f"{folder}/dq.py has {len(EXERCISES)} functions to fill; "
+          f"python tests/course/assignment.py list names them in order")
 
 
 class Watch:

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-ROOT, META = Path(__file__).resolve().parents[1], torch.device("meta")
+ROOT, META = Path(__file__).resolve().parents[2], torch.device("meta")
 NO_KERNEL = ("empty", "new_empty", "_unsafe_view", "_reshape_alias")         # beside views
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "linear")
 

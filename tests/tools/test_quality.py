@@ -1,4 +1,4 @@
-"""The measures of samples against closed forms and loops, and what `agreement.py` does with checkpoints."""
+"""The measures of samples against closed forms and loops, and what `quality.py` does with checkpoints."""
 import json
 import math
 from dataclasses import asdict
@@ -8,14 +8,14 @@ import pytest
 import torch
 from PIL import Image
 
-import agreement
+import common
 import dq
-import sample
+import quality
 import train_transformer
 import train_vae
-from agreement import features, frechet_distance, precision_recall
-from sample import ToyShapes
-from test_training import plain
+from conftest import plain
+from quality import features, frechet_distance, precision_recall
+from train_vae import ToyShapes
 
 
 def with_moments(n, mean, covariance):
@@ -106,9 +106,9 @@ def test_precision_and_recall_of_equal_disjoint_and_narrow_sets():
 
 
 def test_a_classifier_learns_in_a_few_steps():
-    classifier = agreement.train_classifier(16, steps=60, batch_size=32)
+    classifier = quality.train_classifier(16, steps=60, batch_size=32)
     assert not classifier.training
-    x, y = agreement.toy_images(16, 300, seed=5)
+    x, y = quality.toy_images(16, 300, seed=5)
     assert (y // 3).tolist() == [i % 4 for i in range(300)] and set(y.tolist()) == set(range(12))
     z = features(classifier, x)
     assert z.shape == (300, 64) and z.dtype == torch.double
@@ -117,14 +117,14 @@ def test_a_classifier_learns_in_a_few_steps():
     right = classifier.head(z.float()).argmax(1) == y
     assert torch.equal(classifier(x).argmax(1) == y, right) and right.float().mean() > 0.25  # by chance: 0.08
     assert torch.equal(classifier.shape(z), classifier(x).argmax(1) // 3)
-    again = agreement.train_classifier(16, steps=60, batch_size=32)
+    again = quality.train_classifier(16, steps=60, batch_size=32)
     assert torch.equal(features(again, x), z)
 
 
 def small_models(size=16, classes=ToyShapes.classes):
     torch.manual_seed(0)
     vae = dq.DQVAE(dq.VAEConfig(size=size, codebook_size=16, channels=32))
-    vae(agreement.toy_images(size, 16, seed=0)[0])                           # the codebook starts with the first batch
+    vae(quality.toy_images(size, 16, seed=0)[0])                           # the codebook starts with the first batch
     config = dq.TransformerConfig(size=size, codebook_size=16, classes=classes, width=32, heads=2, position_layers=1,
                                   content_layers=1)
     return dq.DQTransformer(config), vae.eval()
@@ -140,13 +140,13 @@ def save(path, model, vae, **more):
 def test_the_command_measures_other_images_reconstructions_and_samples(tmp_path, monkeypatch, capsys):
     model, vae = small_models()
     path = save(tmp_path / "transformer.pt", model, vae)
-    classifier = agreement.train_classifier(16, seed=3, steps=20, batch_size=32)
-    monkeypatch.setattr(agreement, "train_classifier", lambda size, seed, device: classifier)
-    monkeypatch.setattr(sample, "pick_device", lambda *names: (torch.device("cpu"), plain))
-    agreement.main([str(path), "--n", "60", "--seed", "3", "--temperature", "0.9", "--top-k", "5", "--cfg", "1.5"])
+    classifier = quality.train_classifier(16, seed=3, steps=20, batch_size=32)
+    monkeypatch.setattr(quality, "train_classifier", lambda size, seed, device: classifier)
+    monkeypatch.setattr(common, "pick_device", lambda *names: (torch.device("cpu"), plain))
+    quality.main([str(path), "--n", "60", "--seed", "3", "--temperature", "0.9", "--top-k", "5", "--cfg", "1.5"])
     said = capsys.readouterr().out
 
-    (real, _), (other, kind) = (agreement.toy_images(16, 60, 3 + seed) for seed in (agreement.REAL, agreement.OTHER))
+    (real, _), (other, kind) = (quality.toy_images(16, 60, 3 + seed) for seed in (quality.REAL, quality.OTHER))
     label = kind // 3
     pos, code = dq.generate(model.eval(), label, dq.SampleOptions(0.9, 5, 1.0, 1.5), seed=3)
     with torch.no_grad():
@@ -173,7 +173,7 @@ def test_wrong_input_ends_in_one_line(args, says, tmp_path, monkeypatch, capsys)
     (tmp_path / "file").write_text("")
     save(tmp_path / "FOLDER", *small_models(classes=("circle", "cross", "square", "triangle")))  # in a folder's order
     with pytest.raises(SystemExit) as end:
-        sample.run(lambda: agreement.main(args))
+        common.run(lambda: quality.main(args))
     line = capsys.readouterr().err.splitlines()[-1] if end.value.code == 2 else end.value.code
     assert says in line and "\n" not in line
 
@@ -183,7 +183,7 @@ def test_wrong_input_ends_in_one_line(args, says, tmp_path, monkeypatch, capsys)
 
 
 def test_rows_are_flags_of_the_first_stage():
-    configs = {row: train_vae.parse(flags)[1] for row, flags in agreement.ROWS.items()}
+    configs = {row: train_vae.parse(flags)[1] for row, flags in quality.ROWS.items()}
     assert len(configs) == 11
     for row, config in configs.items():
         kind, share = row.split("-")
@@ -198,7 +198,7 @@ def test_rows_are_flags_of_the_first_stage():
 def trainers(monkeypatch):
     """In place of both trainers, two that write small models at once. -> the calls, and a set of folders to fail in"""
     calls, broken = [], set()
-    (model, vae), quick = small_models(32), agreement.train_classifier(32, steps=4, batch_size=8)
+    (model, vae), quick = small_models(32), quality.train_classifier(32, steps=4, batch_size=8)
 
     def stage(parse, kind):
         def main(argv):
@@ -210,23 +210,24 @@ def trainers(monkeypatch):
             if kind == "vae":
                 args.out.mkdir(parents=True)
                 dq.save_checkpoint(args.out / "vae.pt", "dq-vae", vae.config, vae, **final)
+                (args.out / "codes.pt").touch()
                 lines = (dict(step=4, psnr=1.0, bits_per_pixel=2.0), dict(step=5, psnr=21.5, bits_per_pixel=0.375),
                          dict(step=6, loss=1))
                 (args.out / "vae.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
             else:
-                assert args.vae == args.out.parent / "vae/vae.pt" and args.out.name == f"seed-{args.seed}"
+                assert args.codes == args.out.parent / "vae/codes.pt" and args.out.name == f"seed-{args.seed}"
                 save(args.out / "transformer.pt", model, vae, **final)
         return main
     monkeypatch.setattr(train_vae, "main", stage(train_vae.parse, "vae"))
     monkeypatch.setattr(train_transformer, "main", stage(train_transformer.parse, "transformer"))
-    monkeypatch.setattr(agreement, "train_classifier", lambda size, device: quick)
-    monkeypatch.setattr(agreement, "step_seconds", lambda *args: 0.25)
-    monkeypatch.setattr(agreement, "images_a_second", lambda *args: 123.0)
+    monkeypatch.setattr(quality, "train_classifier", lambda size, device: quick)
+    monkeypatch.setattr(quality, "step_seconds", lambda *args: 0.25)
+    monkeypatch.setattr(quality, "images_a_second", lambda *args: 123.0)
     return calls, broken
 
 
 def run_table(out, capsys, *flags):
-    agreement.main(["table", str(out), "--n", "8", "--vae-steps", "5", "--steps", "6", *flags])
+    quality.main(["table", str(out), "--n", "8", "--vae-steps", "5", "--steps", "6", *flags])
     return capsys.readouterr().out
 
 
@@ -286,7 +287,7 @@ def test_speeds_are_taken_again_when_asked_or_missing(tmp_path, trainers, monkey
     with pytest.raises(dq.UserError, match="1 of 2 cells failed"):
         run_table(tmp_path, capsys, "--rows", "fixed-16", "--seeds", "0", "1")
     taken = []
-    monkeypatch.setattr(agreement, "images_a_second", lambda *args: taken.append(args) or 45.6)
+    monkeypatch.setattr(quality, "images_a_second", lambda *args: taken.append(args) or 45.6)
     for flags, times, shown in (([], 0, "123.0"), (["--speed"], 1, "45.6"), ([], 1, "45.6")):
         said = run_table(tmp_path, capsys, "--rows", "fixed-16", "--seeds", "1", *flags)
         assert f" | {shown} | 0.250 |" in said and len(taken) == times
@@ -296,14 +297,14 @@ def test_speeds_are_taken_again_when_asked_or_missing(tmp_path, trainers, monkey
 
 def test_the_rate_of_sampling_is_the_median_job(monkeypatch):
     ticks = iter([0.0, 9.0, 10.0, 12.0, 20.0, 21.0])                         # jobs of 9, 2 and 1 seconds
-    monkeypatch.setattr(agreement.time, "perf_counter", lambda: next(ticks))
+    monkeypatch.setattr(quality.time, "perf_counter", lambda: next(ticks))
     drawn = []
     monkeypatch.setattr(dq, "generate", lambda model, label, *args, **kwargs: drawn.append(len(label)))
-    assert agreement.images_a_second(None, "cpu", n=6) == 3.0 and drawn == [6, 6, 6]
+    assert quality.images_a_second(None, "cpu", n=6) == 3.0 and drawn == [6, 6, 6]
 
 
 def test_a_timed_step_is_a_training_step():
     model, vae = small_models()
     before = {name: x.clone() for name, x in model.state_dict().items()}
-    assert agreement.step_seconds(model, vae, torch.device("cpu"), plain, n_steps=3, warm_up=1) > 0
+    assert quality.step_seconds(model, vae, torch.device("cpu"), plain, n_steps=3, warm_up=1) > 0
     assert all(not torch.equal(x, before[name]) for name, x in model.named_parameters() if x.dim() > 1)

@@ -1,4 +1,4 @@
-"""tests/figures.py: the walk through one image against naive computations, and the tables and curves of logs."""
+"""tests/tools/figures.py: the walk through one image against naive computations, and the tables and curves of logs."""
 import json
 import math
 import re
@@ -8,11 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
+import common
 import conftest
 import dq
 import figures
-import sample
 import symptoms
+import train_vae
 from conftest import script
 from test_layout import naive_legal, naive_pack
 
@@ -29,7 +30,7 @@ def untrained(path, size, factors, router="entropy", classes=()):
 
     -> DQTransformer, DQVAE, toy image 0
     """
-    K, x = len(factors), sample.open_data(None, size)[1][0][0]
+    K, x = len(factors), train_vae.open_data(None, size)[1][0][0]
     vae = dq.DQVAE(dq.VAEConfig(size=size, factors=factors, ratios=(1 / K,) * K, router=router, codebook_size=12))
     vae.codebook.codes.normal_()
     if router == "entropy":
@@ -204,10 +205,10 @@ def test_a_long_sequence_is_shortened(tmp_path, capsys):
 
 @torch.no_grad()
 def test_the_class_of_a_toy_image_is_known_and_that_of_a_file_is_not(tmp_path, capsys):
-    path, toy = tmp_path / "t.pt", sample.open_data(None, 16)[1]
+    path, toy = tmp_path / "t.pt", train_vae.open_data(None, 16)[1]
     model, vae, _ = untrained(path, 16, (8, 4), classes=toy.classes)
     x, _ = toy[6]                                                            # a triangle
-    sample.to_picture(x, 16).save(tmp_path / "x.png")
+    common.to_picture(x, 16).save(tmp_path / "x.png")
     pos, code = (torch.tensor(each)[None] for each in zip(*pairs_of(model, vae, x)))
     nats = {label: sum(model(pos, code, torch.tensor([label])).values()).item() for label in (-1, 2, 3)}
     assert len({round(value, 1) for value in nats.values()}) == 3
@@ -450,7 +451,7 @@ def test_a_shrunk_checkpoint_samples_the_same_pictures(run, tmp_path):
 
 def test_a_symptom_is_provoked_and_told(tmp_path):
     """Of one that ends by itself, and soon; and what is told of a log."""
-    done = script("tests/symptoms.py", tmp_path, "--only", "not a number")
+    done = script("tests/tools/symptoms.py", tmp_path, "--only", "not a number")
     assert done.returncode == 0 and "not finite in the loss" in done.stdout and "--lr 100" in done.stdout
     assert len(list((tmp_path / "few").glob("*.png"))) == 96 and not (tmp_path / "symptoms.png").exists()
     (tmp_path / "collapse").mkdir()

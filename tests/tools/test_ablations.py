@@ -1,4 +1,4 @@
-"""The variants of tests/ablations.py: each is a proper distribution over the images, and without what it says."""
+"""The variants of tests/tools/ablations.py: each is a proper distribution over the images, and without what it says."""
 import itertools
 from functools import lru_cache
 
@@ -6,14 +6,15 @@ import pytest
 import torch
 
 import ablations
-import agreement
+import common
 import dq
-import sample
+import quality
 import test_transformer
 import train_transformer
+import train_vae
 from conftest import TRANSFORMER, script
-from test_agreement import save, small_models
 from test_layout import grain_maps, padded, random_image
+from test_quality import save, small_models
 from test_transformer import all_images, draws_as_the_naive_loop
 
 KNOWN = ablations.variants([])
@@ -254,22 +255,22 @@ def test_a_single_stack_draws_contents_without_their_place():
 FLAGS = ["--steps", 4, "--eval-every", 2, "--save-every", 2, "--dtype", "fp32", *TRANSFORMER]
 
 
-def call(out, vae, *args, flags=()):
-    ablations.main([out, "--vae", vae, *args, "--", *FLAGS, *flags])
+def call(out, codes, *args, flags=()):
+    ablations.main([out, "--codes", codes, *args, "--", *FLAGS, *flags])
 
 
 @pytest.fixture
-def argv(images, vae_run):
-    return dict(vae=vae_run / "vae.pt", flags=["--data", images, "--content-layers", 2])
+def argv(vae_run):
+    return dict(codes=vae_run / "codes.pt", flags=["--content-layers", 2])
 
 
 def test_the_figures_are_nats_of_the_same_codes(argv, images, tmp_path, capsys):
     """Computed anew from the checkpoints, with the classes of each variant. A second call trains nothing."""
     names = ["raster", "2+1"]
-    call(tmp_path, argv["vae"], "--seeds", 0, "--only", *names, flags=argv["flags"])
+    call(tmp_path, argv["codes"], "--seeds", 0, "--only", *names, flags=argv["flags"])
     shown = capsys.readouterr().out
-    vae = dq.load_vae(argv["vae"], "cpu")
-    data = train_transformer.open_data(images, 16)[1]
+    vae = dq.load_vae(argv["codes"].with_name("vae.pt"), "cpu")
+    data = train_vae.open_data(images, 16)[1]
     held_out = [data[i] for i in range(len(data))]                           # the data set itself goes on for ever
     with torch.no_grad():
         codes, grains = vae.encode(torch.stack([x for x, _ in held_out]))
@@ -283,27 +284,27 @@ def test_the_figures_are_nats_of_the_same_codes(argv, images, tmp_path, capsys):
         nats, position = sum(losses.values()).mean().item(), losses["position"].mean().item()
         row = next(line for line in shown.splitlines() if line.startswith(f"| {name} |")).split(" | ")
         assert abs(float(row[1]) - nats) < 0.006 and abs(float(row[4]) - position) < 0.006
-    assert train_transformer.read_log(tmp_path / "raster-0" / "transformer.jsonl")[-1]["step"] == 4
-    call(tmp_path, argv["vae"], "--seeds", 0, "--only", *names, flags=argv["flags"])
+    assert common.read_log(tmp_path / "raster-0" / "transformer.jsonl")[-1]["step"] == 4
+    call(tmp_path, argv["codes"], "--seeds", 0, "--only", *names, flags=argv["flags"])
     again = capsys.readouterr().out
     assert again == shown[shown.index("Held-out"):]                          # nothing is trained
     with pytest.raises(dq.UserError, match="is of a run of 4 steps, not 6"):
-        call(tmp_path, argv["vae"], "--seeds", 0, "--only", *names, flags=[*argv["flags"], "--steps", 6])
+        call(tmp_path, argv["codes"], "--seeds", 0, "--only", *names, flags=[*argv["flags"], "--steps", 6])
 
 
 def test_a_stopped_run_goes_on(argv, tmp_path, monkeypatch):
     """As if it had never stopped; and what has been taken out is not trained."""
-    call(tmp_path / "whole", argv["vae"], "--seeds", 0, "--only", "no-order", flags=argv["flags"])
-    save = train_transformer.Checkpoint.save
+    call(tmp_path / "whole", argv["codes"], "--seeds", 0, "--only", "no-order", flags=argv["flags"])
+    save = common.Record.save
 
     def save_and_stop(self, done):
         save(self, done)
         raise KeyboardInterrupt
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train_transformer.Checkpoint, "save", save_and_stop)
-        call(tmp_path / "halves", argv["vae"], "--seeds", 0, "--only", "no-order", flags=argv["flags"])
+        patch.setattr(common.Record, "save", save_and_stop)
+        call(tmp_path / "halves", argv["codes"], "--seeds", 0, "--only", "no-order", flags=argv["flags"])
     assert dq.DQTransformer is KNOWN["ours"].model                           # the classes are back
-    call(tmp_path / "halves", argv["vae"], "--seeds", 0, "--only", "no-order", flags=argv["flags"])
+    call(tmp_path / "halves", argv["codes"], "--seeds", 0, "--only", "no-order", flags=argv["flags"])
     whole, halves = (dq.load_checkpoint(tmp_path / name / "no-order-0" / "transformer.pt", "dq-transformer")
                      for name in ("whole", "halves"))
     assert whole["step"] == halves["step"] == 4
@@ -323,47 +324,49 @@ def test_the_table():
 
 def test_samples_are_drawn_in_the_order_of_the_variant(tmp_path, monkeypatch, capsys):
     """Finished runs; figures from samples of the models as they are, drawn here."""
-    plain, (_, vae) = sample.pick_device("cpu", "fp32")[1], small_models()
-    classifier = agreement.train_classifier(16, steps=60, batch_size=32)
-    monkeypatch.setattr(agreement, "train_classifier", lambda size, device: classifier)
-    monkeypatch.setattr(sample, "pick_device", lambda *names: (torch.device("cpu"), plain))
-    dq.save_checkpoint(tmp_path / "vae.pt", "dq-vae", vae.config, vae)
-    judge = agreement.Judge(classifier, 16, 8, 0, torch.device("cpu"))
+    plain, (_, vae) = common.pick_device("cpu", "fp32")[1], small_models()
+    classifier = quality.train_classifier(16, steps=60, batch_size=32)
+    monkeypatch.setattr(quality, "train_classifier", lambda size, device: classifier)
+    monkeypatch.setattr(common, "pick_device", lambda *names: (torch.device("cpu"), plain))
+    codes = tmp_path / "codes.pt"
+    dq.save_checkpoint(codes, "dq-codes", vae.config, vae, version=1, classes=train_vae.ToyShapes.classes)
+    judge = quality.Judge(classifier, 16, 8, 0, torch.device("cpu"))
     expected = {}
     for name in ("ours", "raster"):
-        model = tiny(name, size=16, factors=(8, 4), V=16, classes=sample.ToyShapes.classes)
+        model = tiny(name, size=16, factors=(8, 4), V=16, classes=train_vae.ToyShapes.classes)
         folder = tmp_path / f"{name}-0"
         save(folder / "transformer.pt", model, vae, step=6, settings=dict(steps=6))
         (folder / "transformer.jsonl").write_text('{"step": 6, "nats_per_image": 9.0, "position_nats": 1.0}\n')
-        sets = [judge.of_samples(model, vae, options, plain) for options in (dq.SampleOptions(), agreement.DEFAULTS)]
+        sets = [judge.of_samples(model, vae, options, plain) for options in (dq.SampleOptions(), quality.DEFAULTS)]
         expected[name] = [f"{each[key]:{form}}" for key, form in (("fd", ".2f"), ("agreement", ".3f")) for each in sets]
     assert expected["ours"] != expected["raster"]
-    ablations.main([tmp_path, "--vae", tmp_path / "vae.pt", "--seeds", 0, "--only", "ours", "raster", "--samples", 8,
+    ablations.main([tmp_path, "--codes", codes, "--seeds", 0, "--only", "ours", "raster", "--samples", 8,
                     "--", "--steps", 6])
     rows = {line.split(" | ")[0]: line for line in capsys.readouterr().out.splitlines()}  # the second table's come last
     for name, texts in expected.items():
         assert rows[f"| {name}"] == f"| {name} | {' | '.join(f'{x} ({x} to {x})' for x in texts)} |"
+    dq.save_checkpoint(codes, "dq-codes", vae.config, vae, version=1, classes=("cat", "dog"))
     with pytest.raises(dq.UserError, match="--samples is for the toy data"):
-        ablations.main([tmp_path, "--vae", tmp_path / "vae.pt", "--samples", 8, "--", "--data", tmp_path])
+        ablations.main([tmp_path, "--codes", codes, "--samples", 8])
 
 
 def test_variants_of_the_toy_preset():
-    assert list(KNOWN) == ["ours"] + ORDERS + MODELS + ["1+5", "3+3", "5+1"]
+    assert list(KNOWN) == ["ours"] + ORDERS + MODELS + ["adamw", "former", "1+5", "3+3", "5+1"]
     assert list(ablations.variants(["--preset", "imagenet256"]))[-3:] == ["1+23", "12+12", "23+1"]
     args = train_transformer.parse(KNOWN["5+1"].flags)[0]
     assert (args.position_layers, args.content_layers) == (5, 1)
 
 
 def test_wrong_input_ends_in_one_line(vae_run, tmp_path):
-    vae, out = vae_run / "vae.pt", tmp_path / "out"
-    done = script("tests/ablations.py", out, "--vae", vae, "--only", "ours", "rastr")
+    codes, out = vae_run / "codes.pt", tmp_path / "out"
+    done = script("tests/tools/ablations.py", out, "--codes", codes, "--only", "ours", "rastr")
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
     assert done.stderr.startswith("error: no such variant: rastr; there are ours, raster, ")
-    for flag in ("--seed=3", "--out", "--res", "--vae"):
+    for flag in ("--seed=3", "--out", "--res", "--codes"):
         with pytest.raises(dq.UserError, match="can't stand behind --"):
-            ablations.main([out, "--vae", vae, "--", flag])
+            ablations.main([out, "--codes", codes, "--", flag])
     with pytest.raises(dq.UserError, match="no such file"):
-        ablations.main([out, "--vae", tmp_path / "vae.pt"])
+        ablations.main([out, "--codes", tmp_path / "codes.pt"])
     with pytest.raises(SystemExit):
-        ablations.main([out, "--vae", vae, "--", "--no-such-flag"])
+        ablations.main([out, "--codes", codes, "--", "--no-such-flag"])
     assert not out.exists()

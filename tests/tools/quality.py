@@ -1,6 +1,6 @@
 """How good are samples of the toy data?
 
-python tests/agreement.py [out/transformer.pt] [--n N] [--seed S] [sample.py's options]
+python tests/tools/quality.py [out/transformer.pt] [--n N] [--seed S] [sample.py's options]
     Trains a small classifier on real toy images, which tells shapes and textures apart, and holds N other real images
     (which show what a perfect model would get), N reconstructions of those and N samples against N real images:
     FD         Frechet distance of the classifier's features, 0 for equal distributions. No FID: that is of Inception's
@@ -8,7 +8,7 @@ python tests/agreement.py [out/transformer.pt] [--n N] [--seed S] [sample.py's o
     precision  share of the set that lies among the real images; recall: share of the real images that lie among the set
     agreement  share of the set that the classifier puts into the class that was asked for
 
-python tests/agreement.py table OUT [--rows NAME ...] [--seeds S ...] [--n N] [--vae-steps N] [--steps N] [--speed]
+python tests/tools/quality.py table OUT [--rows NAME ...] [--seeds S ...] [--n N] [--vae-steps N] [--steps N] [--speed]
     Generation against fixed length: trains what is missing below OUT (a stage 1 a row, a stage 2 a row and seed),
     measures it, prints one table and draws OUT/samples.png. Stop it when you like: the same command goes on, and finds
     what is finished.
@@ -30,15 +30,16 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import common  # noqa: E402
 import dq  # noqa: E402
 import sample  # noqa: E402
 import train_transformer  # noqa: E402
 import train_vae  # noqa: E402
 from benchmark import hardware  # noqa: E402
+from common import natural, number, positive  # noqa: E402
 from figures import flags_to_end  # noqa: E402
-from sample import ToyShapes  # noqa: E402
-from train_transformer import natural, number, positive  # noqa: E402
+from train_vae import ToyShapes  # noqa: E402
 
 TRAIN, TEST, REAL, OTHER = range(2_000_003, 2_000_007)                       # seeds of toy images, plus --seed
 NEIGHBOURS, SLOTS, TEXTURES = 3, 64, len(ToyShapes.textures)
@@ -206,24 +207,27 @@ COLUMNS = {"codes": ".1f", "bits a pixel": ".3f", "dB": ".2f", "FD, reconstructi
 def train_to_the_end(trainer, path, steps, flags):
     """Run a stage, or go on with it, unless its checkpoint is there and final."""
     more = flags_to_end(path, steps)
+    if more is None and trainer is train_vae and not path.with_name("codes.pt").exists():
+        more = ["--resume"]                                                  # it was stopped while it encoded
     if more is not None:
         trainer.main(["--out", str(path.parent), "--steps", str(steps), *flags, *more])
 
 
 def step_seconds(model, vae, device, autocast, n_steps=40, warm_up=5):
     """Of a training step of stage 2, as train_transformer.py takes it by default: median. Changes the model."""
-    schedule, images = train_transformer.PRESETS["toy"][1], ToyShapes(vae.config.size, n=512)
-    pos, code, label = train_transformer.encode(vae, images, device, autocast, workers=0, mirrored=False)
-    length, seconds = train_transformer.lengths(pos, model.layout), []
+    schedule, seconds = train_transformer.PRESETS["toy"][1], []
+    with common.Stop(device) as stop:
+        part = train_vae.encode(vae, ToyShapes(vae.config.size, n=512), device, autocast, 0, mirrored=False, stop=stop)
+    images = train_transformer.views(part, vae.config.factors, uncond=False)
     optimizer = torch.optim.AdamW(model.train().requires_grad_(True).parameters(), lr=schedule.lr, fused=True)
-    for batch in itertools.islice(train_transformer.batches(length.numpy(), schedule.batch_size, seed=0), n_steps):
+    for batch in itertools.islice(train_transformer.batches(images.length.numpy(), schedule.batch_size, 0), n_steps):
         start = time.perf_counter()
         optimizer.zero_grad(set_to_none=True)
         for part in batch.chunk(schedule.accumulate):
-            columns = train_transformer.columns_for(length[part], pos.shape[1], device)
-            of_part = pos[part, :columns], code[part, :columns], label[part]
-            position, content = train_transformer.nats(model, *of_part, device, autocast)
-            ((position + content).sum() / schedule.batch_size).backward()
+            of_part = train_transformer.sequences(images, part, model.layout, device)
+            with autocast():
+                losses = model(*of_part)
+            (sum(losses.values()).sum() / schedule.batch_size).backward()
         nn.utils.clip_grad_norm_(model.parameters(), schedule.clip)
         optimizer.step()
         torch.ones(1, device=device).item()                                  # waits for a GPU
@@ -235,7 +239,8 @@ def measure_cell(folder, vae_path, row, seed, args, judge, autocast):
     """Train what is missing of one row and seed. -> figures"""
     train_to_the_end(train_vae, vae_path, args.vae_steps, ROWS[row])
     path = folder / "transformer.pt"
-    train_to_the_end(train_transformer, path, args.steps, ["--vae", str(vae_path), "--seed", str(seed)])
+    codes = vae_path.with_name("codes.pt")
+    train_to_the_end(train_transformer, path, args.steps, ["--codes", str(codes), "--seed", str(seed)])
     model, vae = dq.load_transformer(path, judge.device)
     sets = judge.of_vae(vae, autocast)
     sets["temperature 1"] = judge.of_samples(model, vae, dq.SampleOptions(), autocast)
@@ -267,7 +272,7 @@ def take_speeds(folders, device, autocast):
 
 def of_first_stage(folder):
     """-> the columns that its last evaluation, of held-out images, has told"""
-    log = [line for line in train_transformer.read_log(folder / "vae.jsonl") if "psnr" in line]
+    log = [line for line in common.read_log(folder / "vae.jsonl") if "psnr" in line]
     dq.require(log, f"{folder / 'vae.jsonl'} holds no evaluation")
     return {"bits a pixel": log[-1]["bits_per_pixel"], "dB": log[-1]["psnr"]}
 
@@ -281,9 +286,9 @@ def draw_samples(path, folders, device, autocast, n=8):
         codes, _ = model.layout.unpack(*dq.generate(model, label, DEFAULTS, seed=0))  # n, H, W
         with autocast():
             images = vae.decode(codes).float().clamp(-1, 1)                  # n, 3, S, S
-        pictures += [sample.to_picture(x, side=64) for x in images]
+        pictures += [common.to_picture(x, side=64) for x in images]
         captions += [row] + [""] * (n - 1)
-    sample.save_grid(path, pictures, n, captions)
+    common.save_grid(path, pictures, n, captions)
 
 
 def show(cells, of_rows, machine, n):
@@ -316,7 +321,7 @@ def write_json(path, figures):
 
 
 def table(argv):
-    parser = argparse.ArgumentParser(prog="agreement.py table", description="Generation against fixed length.")
+    parser = argparse.ArgumentParser(prog="quality.py table", description="Generation against fixed length.")
     add = parser.add_argument
     add("out", type=Path, help="folder for all runs and figures")
     add("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="NAME", help=", ".join(ROWS))
@@ -326,7 +331,7 @@ def table(argv):
     add("--steps", type=positive, default=train_transformer.PRESETS["toy"][1].steps, help="of each stage 2")
     add("--speed", action="store_true", help="take the speeds again")
     args = parser.parse_args(argv)
-    device, autocast = sample.pick_device("auto", "auto")
+    device, autocast = common.pick_device("auto", "auto")
     args.out.mkdir(parents=True, exist_ok=True)
     size, path = train_vae.PRESETS["toy"][0].size, args.out / "classifier.pt"
     classifier = kept_classifier(path, size, device)
@@ -377,7 +382,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     options = dq.SampleOptions(*(getattr(args, name) for name in dq.SampleOptions._fields))
     options.check()
-    device, autocast = sample.pick_device("auto", "auto")
+    device, autocast = common.pick_device("auto", "auto")
     model, vae = dq.load_transformer(args.checkpoint, device)
     dq.require(model.config.classes == ToyShapes.classes,
                f"{args.checkpoint} was not trained on the classes of the built-in toy shapes")
@@ -393,4 +398,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sample.run(main)
+    common.run(main)

@@ -1,11 +1,11 @@
 """What the choices of stage 2 are worth: each is undone alone, and measured by exact held-out nats of the same codes.
 
-python tests/ablations.py OUT [--vae FILE] [--seeds 0 1 2] [--only NAME ...] [--samples N]
+python tests/tools/ablations.py OUT [--codes FILE] [--seeds 0 1 2] [--only NAME ...] [--samples N]
                           [-- FLAGS of train_transformer.py]
 
 Trains every variant with every seed, in OUT/<variant>-<seed>, then prints a table. What was stopped goes on; what is
 finished is not done again. With --samples it also draws N toy images by each model, and holds them against N real ones
-as tests/agreement.py does. The choices are those of the paper (coarse to fine, Table 7's input layers, two stacks and
+as quality.py does. The choices are those of the paper (coarse to fine, Table 7's input layers, two stacks and
 their depths), the variants:
     ours             what train_transformer.py trains: coarse to fine, row by row; 2 + 4 layers in the toy preset
     region-first     coarse to fine, but the fine codes of a region together
@@ -13,16 +13,18 @@ their depths), the variants:
     raster           row by row over the finest grid, a coarse code where its first cell is, instead of coarse to fine
     region-raster    one region after the other, each in its granularity
     no-rotary        queries and keys aren't turned by their places, as in the paper's model
+    adamw            for all matrices, at its own learning rate
+    former           region-first, no-rotary and adamw together, for 1,200 steps: what version 0.1 was
     shared-position  one embedding of a place for all granularities
     no-granularity   no embedding of the granularity
     no-order         no embedding of the number of the pair
     single-stack     all layers in one stack, which predicts position and content from the same hidden state
     1+5, 3+3, ...    other shares of the two stacks in as many layers
 
-Each is a proper distribution over the same images (tests/test_ablations.py adds their probabilities up), so nats can
-be compared. They can within a seed: the toy data, held-out images included, are drawn anew for each. Checkpoints of
-other orders say so, and sample.py refuses them; those of other models have the form of ours, and it would draw
-nonsense. Samples of each are in its transformer.png.
+Each is a proper distribution over the same images (test_ablations.py adds their probabilities up), so nats can be
+compared, between seeds as well: all train on the same codes. Checkpoints of other orders say so, and sample.py refuses
+them; those of other models have the form of ours, and it would draw nonsense. Samples of each are in its
+transformer.png.
 """
 import argparse
 import sys
@@ -35,11 +37,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import agreement  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import common  # noqa: E402
 import dq  # noqa: E402
-import sample  # noqa: E402
+import quality  # noqa: E402
 import train_transformer  # noqa: E402
+import train_vae  # noqa: E402
 from figures import flags_to_end, refuse  # noqa: E402
 
 
@@ -248,13 +251,18 @@ class Variant(NamedTuple):
         return mock.patch.multiple(dq, Layout=self.layout, DQTransformer=self.model)
 
 
+ADAMW = ("--optimizer", "adamw", "--lr", "1.5e-3")
+
+
 def variants(flags):
     """{name: Variant}. flags: of train_transformer.py, for all of them; they say how many layers are to be shared."""
     known = {"ours": Variant(), "region-first": Variant(RegionFirstLayout),
              "fine-to-coarse": Variant(FineToCoarseLayout), "raster": Variant(RasterLayout),
              "region-raster": Variant(RegionRasterLayout), "no-rotary": Variant(model=NoRotary),
              "shared-position": Variant(model=SharedPosition), "no-granularity": Variant(model=NoGranularity),
-             "no-order": Variant(model=NoOrder), "single-stack": Variant(model=SingleStack)}
+             "no-order": Variant(model=NoOrder), "single-stack": Variant(model=SingleStack),
+             "adamw": Variant(flags=ADAMW),
+             "former": Variant(RegionFirstLayout, NoRotary, (*ADAMW, "--steps", "1200"))}
     args = train_transformer.parse(flags)[0]
     depth = args.position_layers + args.content_layers
     for n in sorted({1, depth // 2, depth - 1} - {args.position_layers}):
@@ -262,9 +270,9 @@ def variants(flags):
     return known
 
 
-def train(variant, out, vae, seed, flags):
+def train(variant, out, codes, seed, flags):
     """Train a variant, or go on with it, unless it is finished. -> the lines of its log that are evaluations"""
-    argv = [*flags, *variant.flags, "--out", str(out), "--vae", str(vae), "--seed", str(seed)]
+    argv = [*flags, *variant.flags, "--out", str(out), "--codes", str(codes), "--seed", str(seed)]
     steps = train_transformer.parse(argv)[0].steps
     more = flags_to_end(out / "transformer.pt", steps)
     if more is not None:
@@ -272,7 +280,7 @@ def train(variant, out, vae, seed, flags):
         with variant.classes():
             train_transformer.main([*argv, *more])
     log = out / "transformer.jsonl"
-    evaluations = [line for line in train_transformer.read_log(log) if "nats_per_image" in line]
+    evaluations = [line for line in common.read_log(log) if "nats_per_image" in line]
     dq.require(evaluations and evaluations[-1]["step"] == steps, f"the evaluation of step {steps} is missing in {log}")
     return evaluations
 
@@ -281,7 +289,7 @@ def measure(variant, out, judge, autocast):
     """-> figures of samples at temperature 1 without guidance, and as sample.py draws them by default"""
     with variant.classes():
         model, vae = dq.load_transformer(out / "transformer.pt", judge.device)
-    return [judge.of_samples(model, vae, options, autocast) for options in (dq.SampleOptions(), agreement.DEFAULTS)]
+    return [judge.of_samples(model, vae, options, autocast) for options in (dq.SampleOptions(), quality.DEFAULTS)]
 
 
 def samples_table(figures, n):
@@ -321,31 +329,34 @@ def main(argv=None):
     own, flags = (argv[:argv.index("--")], argv[argv.index("--") + 1:]) if "--" in argv else (argv, [])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", metavar="OUT", type=Path, help="folder of all runs")
-    parser.add_argument("--vae", metavar="FILE", type=Path, default=Path("out/vae.pt"), help="DQ-VAE checkpoint")
-    parser.add_argument("--seeds", metavar="SEED", type=train_transformer.natural, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--codes", metavar="FILE", type=Path, default=Path("out/codes.pt"),
+                        help="what train_vae.py wrote")
+    parser.add_argument("--seeds", metavar="SEED", type=common.natural, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", metavar="NAME", nargs="+", help="these variants instead of all")
-    parser.add_argument("--samples", metavar="N", type=agreement.several, help="images a set; None: no samples")
+    parser.add_argument("--samples", metavar="N", type=quality.several, help="images a set; None: no samples")
     args = parser.parse_args(own)
-    refuse(flags, "--out", "--vae", "--seed", "--resume")
+    refuse(flags, "--out", "--codes", "--seed", "--resume")
     known = variants(flags)
     names = args.only or list(known)
     unknown = [name for name in names if name not in known]
     dq.require(not unknown, f"no such variant: {', '.join(unknown)}; there are {', '.join(known)}")
-    vae = dq.load_vae(args.vae, "cpu")                                       # before a folder is made
-    dq.require(not args.samples or train_transformer.parse(flags)[0].data is None, "--samples is for the toy data")
+    codes = train_transformer.read_codes(args.codes)                         # before a folder is made
+    toy = codes["classes"] == train_vae.ToyShapes.classes
+    dq.require(not args.samples or toy, "--samples is for the toy data")
     runs = {name: [] for name in names}
     for seed in args.seeds:                                                  # so that all are there early, once
         for name in names:
-            runs[name].append(train(known[name], args.out / f"{name}-{seed}", args.vae, seed, flags))
+            runs[name].append(train(known[name], args.out / f"{name}-{seed}", args.codes, seed, flags))
     print("\n".join(table(runs, args.seeds)))
     if args.samples:
-        device, autocast = sample.pick_device("auto", "auto")
-        classifier = agreement.kept_classifier(args.out / "classifier.pt", vae.config.size, device)
-        judge = agreement.Judge(classifier, vae.config.size, args.samples, 0, device)
+        device, autocast = common.pick_device("auto", "auto")
+        size = codes["config"]["size"]
+        classifier = quality.kept_classifier(args.out / "classifier.pt", size, device)
+        judge = quality.Judge(classifier, size, args.samples, 0, device)
         figures = {name: [measure(known[name], args.out / f"{name}-{seed}", judge, autocast) for seed in args.seeds]
                    for name in names}
         print("\n".join(samples_table(figures, args.samples)))
 
 
 if __name__ == "__main__":
-    sample.run(main)
+    common.run(main)

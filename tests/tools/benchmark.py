@@ -1,4 +1,4 @@
-"""Speed, as ratios measured in one run.    python tests/benchmark.py sampling | stage1 | stage2
+"""Speed, as ratios measured in one run.    python tests/tools/benchmark.py sampling | stage1 | stage2
 
 sampling the fused loop against a loop that runs the model on the whole sequence so far at every step: 2 + 6 layers,
          width 256, 8 heads, 512 codes, half of the regions fine; the naive loop is timed at every 16th step, on
@@ -29,9 +29,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import dq  # noqa: E402
-import rehearsal  # noqa: E402
+import fake_gpu  # noqa: E402
 import sample  # noqa: E402
 import train_transformer  # noqa: E402
 import train_vae  # noqa: E402
@@ -85,7 +85,7 @@ def count_step(batch_size, dtype, cfg, end=384):
     with torch.no_grad():
         job, state = dq.start(model, label, dq.SampleOptions(cfg=cfg), 0, None, 0, batch_size)
         state = dq.resized(state, 1152)                                      # as in dq.generate: it holds a whole image
-        with rehearsal.rehearsal(fused_attention=True) as seen:
+        with fake_gpu.rehearsal(fused_attention=True) as seen:
             dq.decode_one(model, job, state, end)
     assert not seen.waits, seen.waits
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
@@ -316,14 +316,17 @@ def stage2(args):
     layout = dq.Layout(config.size, config.factors)
     torch.manual_seed(0)
     if args.preset == "toy":
-        toy = sample.ToyShapes()
+        toy = train_vae.ToyShapes()
         detail = torch.stack([toy.detail_mask(i) for i in range(2048)]).float()  # M, S, S
         grains = (F.avg_pool2d(detail, config.factors[0]) > 0.1).long()      # M, h, w
     else:
         grains = torch.bucketize(torch.rand(2048, layout.side, layout.side), torch.tensor(vae.ratios).cumsum(0)[:-1])
     codes = torch.randint(config.codebook_size, (len(grains), layout.side, layout.side))  # one a region is enough
-    pos, code = layout.pack(dq.upsample(codes[:, None].float(), layout.fine_side)[:, 0].long(), grains)
-    length, label = train_transformer.lengths(pos, layout), torch.full((len(pos),), -1)
+    codes = dq.upsample(codes[:, None].float(), layout.fine_side).short()    # M, 1, H, W
+    part = dict(codes=codes, grains=grains[:, None].byte(), label=torch.full((len(codes),), -1))
+    images = train_transformer.views(part, config.factors, uncond=False)
+    pos, code = layout.pack(codes[:, 0].long(), grains)
+    length, label = images.length, images.label
     pos, code = pos[:, :length.max()], code[:, :length.max()]
 
     def make(ours):
@@ -343,13 +346,14 @@ def stage2(args):
         def autocast():
             return torch.autocast(device.type, torch.bfloat16, enabled=args.dtype != "fp32")
 
-        def add_gradients(part, columns):
-            batch = pos[part, :columns], code[part, :columns], label[part]
+        def add_gradients(part):
             if ours:
-                position, content = train_transformer.nats(forward, *batch, device, autocast)
+                batch = train_transformer.sequences(images, part, model.layout, device)
+                with autocast():
+                    losses = forward(*batch)
             else:
-                position, content = model(*(t.to(device) for t in batch)).values()
-            ((position + content).sum() / B).backward()
+                losses = model(*(t[part].to(device) for t in (pos, code, label)))
+            (sum(losses.values()).sum() / B).backward()
 
         def loop():
             tokens.append(0)
@@ -357,8 +361,7 @@ def stage2(args):
                 batch = next(order)
                 optimizer.zero_grad(set_to_none=True)
                 for part in batch.chunk(1 if args.preset == "toy" and not ours else parts):
-                    padded = pos.shape[1]
-                    add_gradients(part, train_transformer.columns_for(length[part], padded, device) if ours else padded)
+                    add_gradients(part)
                 optimizer.step()
                 tokens[-1] += int(length[batch].sum())
         return loop, tokens

@@ -5,12 +5,13 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
+import common
 import dq
 import sample
 import train_transformer
 import train_vae
 from benchmark import count_step
-from rehearsal import META, rehearsal
+from fake_gpu import META, rehearsal
 from test_transformer import FakeCuda, tiny
 
 FACTORS = [(8,), (8, 4), (8, 4, 2)]
@@ -55,7 +56,7 @@ def test_a_step_of_stage_1_never_waits(factors, router):
     config = dq.VAEConfig(size=32, factors=factors, ratios=(1 / K,) * K, router=router, codebook_size=16)
     with META:
         model, critic, perceptual = dq.DQVAE(config), train_vae.Discriminator(), train_vae.Perceptual()
-    losses = train_vae.Losses()
+    losses = common.Losses()
     for module in (model, critic):
         module.to(memory_format=format)
     with rehearsal() as seen:
@@ -75,12 +76,13 @@ def test_a_step_of_stage_1_never_waits(factors, router):
 @pytest.mark.parametrize("classes", [(), ("a", "b")], ids=["without labels", "with labels"])
 def test_a_step_of_stage_2_never_waits(classes):
     """As in train_transformer.main."""
-    model, losses = tiny(8, (4, 2), V=5, classes=classes, dropout=0.1).to(META).train(), train_transformer.Losses()
-    pairs, label = torch.zeros(4, model.layout.max_len, dtype=torch.int16), torch.zeros(4, dtype=torch.long)
+    model, losses = tiny(8, (4, 2), V=5, classes=classes, dropout=0.1).to(META).train(), common.Losses()
+    stored = dict(codes=torch.zeros(4, 1, 4, 4), grains=torch.zeros(4, 1, 2, 2), label=torch.zeros(4))
+    images = train_transformer.views({name: x.byte() for name, x in stored.items()}, (4, 2), uncond=False)
     with rehearsal() as seen:
         for part in torch.arange(4).chunk(2):
-            batch, device = (pairs[part], pairs[part], label[part]), torch.device("cuda")
-            position, content = (x.sum() for x in train_transformer.nats(model, *batch, device, contextlib.nullcontext))
+            batch = train_transformer.sequences(images, part, model.layout, torch.device("cuda"))
+            position, content = (x.sum() for x in model(*batch).values())
             (position + content).backward()
             losses.add(1, dict(position_nats=position, content_nats=content))
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

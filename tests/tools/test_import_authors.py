@@ -1,12 +1,13 @@
-"""--import-authors on files written here, in the form of the authors' checkpoints."""
+"""tools/import_authors.py on files written here, in the form of the authors' checkpoints."""
 import pickle
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+import common
 import dq
-import sample
+import import_authors
 import train_vae
 
 
@@ -82,7 +83,7 @@ class Leftover:
 def test_configuration_is_inferred_and_every_weight_arrives(K, learned, tmp_path):
     sd = authors_checkpoint(K, learned)
     torch.save({"epoch": 7, "callbacks": {"checkpoint": Leftover()}, "state_dict": sd}, tmp_path / "theirs.ckpt")
-    config, ours = train_vae.read_authors(tmp_path / "theirs.ckpt")
+    config, ours = import_authors.read_authors(tmp_path / "theirs.ckpt")
     assert config == dq.VAEConfig(
         size=32, factors=(8, 4, 2)[:K], ratios=(0.5, 0.5) if K == 2 else (0.4, 0.3, 0.3),
         router="learned" if learned else "entropy", codebook_size=24, code_dim=16, channels=32, width=32,
@@ -99,7 +100,7 @@ def test_configuration_is_inferred_and_every_weight_arrives(K, learned, tmp_path
 def test_the_parts_land_where_they_belong(tmp_path):
     sd = authors_checkpoint()
     torch.save(sd, tmp_path / "bare.pt")                                     # a bare state dict does as well
-    config, ours = train_vae.read_authors(tmp_path / "bare.pt")
+    config, ours = import_authors.read_authors(tmp_path / "bare.pt")
     model = dq.DQVAE(config).eval()
     model.load_state_dict(ours)
     x = torch.randn(1, 32, 4, 4)
@@ -130,13 +131,18 @@ def test_the_parts_land_where_they_belong(tmp_path):
 def test_the_command_writes_a_checkpoint_that_the_other_scripts_take(tmp_path, capsys):
     torch.save({"state_dict": authors_checkpoint()}, tmp_path / "theirs.ckpt")
     for i in range(3):
-        sample.to_picture(sample.ToyShapes(32)[i][0]).save(tmp_path / f"{i}.png")
-    train_vae.main(["--import-authors", str(tmp_path / "theirs.ckpt"), "--data", str(tmp_path),
-                    "--out", str(tmp_path / "out"), "--dtype", "fp32"])
+        common.to_picture(train_vae.ToyShapes(32)[i][0]).save(tmp_path / f"{i}.png")
+    flags = ["--data", str(tmp_path), "--out", str(tmp_path / "out"), "--dtype", "fp32"]
+    import_authors.main([str(tmp_path / "theirs.ckpt"), *flags])
     said = capsys.readouterr().out
     assert "32 x 32" in said and "(8, 4)" in said and "psnr" in said
     vae = dq.load_vae(tmp_path / "out/vae.pt", "cpu")
     assert vae.encode(torch.zeros(1, 3, 32, 32))[0].shape == (1, 8, 8)
+    with pytest.raises(dq.UserError, match="exists; choose another folder"):
+        import_authors.main([str(tmp_path / "theirs.ckpt"), *flags])
+    train_vae.main(["--encode", str(tmp_path / "out/vae.pt"), *flags])
+    codes = dq.load_checkpoint(tmp_path / "out/codes.pt", "dq-codes")
+    assert codes["preset"] == "imagenet256" and len(codes["train"]["label"]) + len(codes["held_out"]["label"]) == 3
 
 
 class Bomb:
@@ -155,9 +161,9 @@ def test_files_that_are_none_end_in_one_line_and_run_nothing(tmp_path, monkeypat
     for name, says in (("incomplete", "has no quant_conv.weight"), ("pickle", "not a checkpoint"),
                        ("text", "not a checkpoint"), ("list", "not a checkpoint"), ("nowhere", "no such file")):
         with pytest.raises(dq.UserError, match=says):
-            train_vae.read_authors(name)
+            import_authors.read_authors(name)
     try:
-        train_vae.read_authors("bomb")                                       # may load without the bomb, or refuse
+        import_authors.read_authors("bomb")                                       # may load without the bomb, or refuse
     except dq.UserError:
         pass
     assert not (tmp_path / "boom").exists()

@@ -1,4 +1,6 @@
-"""When training goes wrong: every symptom of README's page, provoked.    python tests/symptoms.py OUT [--only NAME ...]
+"""When training goes wrong: every symptom of README's page, provoked.
+
+python tests/tools/symptoms.py OUT [--only NAME ...]
 
 Runs the commands of each case below OUT (a case that is there already is kept), prints what their last evaluations
 say, and draws OUT/symptoms.png: a row of pictures for each. About 15 minutes on one CPU core.
@@ -12,17 +14,18 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
+import common  # noqa: E402
 import dq  # noqa: E402
-import sample  # noqa: E402
-from train_transformer import read_log  # noqa: E402
+import train_vae  # noqa: E402
+from common import read_log  # noqa: E402
 
 
 @dataclass
 class Case:
     name: str
-    commands: tuple                      # script and flags; FEW: a folder with 96 toy images, HEALTHY: the first vae.pt
+    commands: tuple                      # script, flags; FEW: a folder with 96 toy images, HEALTHY: the first codes.pt
     figures: tuple                       # of the log's evaluations
     steps: tuple = ()                    # at which to print them; none of a run that can't get there
 
@@ -39,9 +42,9 @@ CASES = (
          (100, 200, 300)),
     Case("no budget", (STAGE_1 + " --budget-weight 0",), ("psnr", "share", "codes_per_image"), (100, 300)),
     Case("not a number", (STAGE_1 + " --lr 100",), ()),
-    Case("overfitting", (STAGE_1 + " --data FEW", "train_transformer.py --data FEW --steps 300 --eval-every 50"),
+    Case("overfitting", (STAGE_1 + " --data FEW", "train_transformer.py --steps 300 --eval-every 50"),
          ("nats_per_image",), (50, 100, 150, 300)),
-    Case("too short", ("train_transformer.py --vae HEALTHY --steps 60 --eval-every 30",),
+    Case("too short", ("train_transformer.py --codes HEALTHY --steps 60 --eval-every 30",),
          ("nats_per_image",), (30, 60)),
 )
 
@@ -54,7 +57,7 @@ def provoke(case, out, few):
     """Run its commands, or go on with them; what is done is left alone. -> what one said when it failed, or None"""
     folder = case.folder(out)
     for command in case.commands:
-        words = command.replace("FEW", str(few)).replace("HEALTHY", str(out / "healthy/vae.pt")).split()
+        words = command.replace("FEW", str(few)).replace("HEALTHY", str(out / "healthy/codes.pt")).split()
         resume = ["--resume"] if (folder / f"{stage_of(command)}.pt").exists() else []
         done = subprocess.run([sys.executable, ROOT / words[0], *words[1:], "--out", folder, *resume],
                               stderr=subprocess.PIPE, text=True)
@@ -89,13 +92,13 @@ def pictures(case, out, n=3):
         label = torch.arange(n + 1) % max(1, len(model.config.classes))
         codes, grains = model.layout.unpack(*dq.generate(model, label))
         for x, g in zip(vae.decode(codes), grains):
-            tiles += [sample.to_picture(x), sample.draw_grains(x, g, vae.config.factors)]
+            tiles += [common.to_picture(x), common.draw_grains(x, g, vae.config.factors)]
         return tiles
     vae = dq.load_vae(folder / "vae.pt", "cpu")
-    x = torch.stack([sample.ToyShapes(vae.config.size, n=8, seed=1)[i][0] for i in range(n)])
+    x = torch.stack([train_vae.ToyShapes(vae.config.size, n=8, seed=1)[i][0] for i in range(n)])
     codes, grains = vae.encode(x)
     for x, y, g in zip(x, vae.decode(codes), grains):
-        tiles += [sample.to_picture(x), sample.to_picture(y), sample.draw_grains(x, g, vae.config.factors)]
+        tiles += [common.to_picture(x), common.to_picture(y), common.draw_grains(x, g, vae.config.factors)]
     return tiles
 
 
@@ -120,9 +123,9 @@ def main():
     few = args.out / "few"
     if not few.exists():
         few.mkdir(parents=True)
-        toy = sample.ToyShapes(32, n=96)
+        toy = train_vae.ToyShapes(32, n=96)
         for i in range(96):
-            sample.save_picture(few / f"{i}.png", sample.to_picture(toy[i][0], 0))
+            common.save_picture(few / f"{i}.png", common.to_picture(toy[i][0], 0))
     rows = {}
     for case in CASES:
         if args.only and case.name not in args.only:
@@ -133,9 +136,9 @@ def main():
         if not fault:
             rows[case.name] = pictures(case, args.out)
     if rows:
-        sample.save_picture(args.out / "symptoms.png", sheet(rows))
+        common.save_picture(args.out / "symptoms.png", sheet(rows))
         print(f"wrote {args.out / 'symptoms.png'}")
 
 
 if __name__ == "__main__":
-    sample.run(main)
+    common.run(main)

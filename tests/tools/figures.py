@@ -1,15 +1,15 @@
 """The README's figures.
 
-python tests/figures.py rd OUT [--rows NAME ...] [--seeds S ...] [--jobs N] [-- FLAGS]
+python tests/tools/figures.py rd OUT [--rows NAME ...] [--seeds S ...] [--jobs N] [-- FLAGS]
     trains what is missing below OUT (routers x budgets and the fixed-length ends, each with FLAGS of train_vae.py),
     prints the table of all that is there, whichever rows and seeds were asked for, and draws OUT/rate_distortion.png
-python tests/figures.py log FILE.jsonl
+python tests/tools/figures.py log FILE.jsonl
     draws the curves of a run's log beside it, FILE.curves.png
-python tests/figures.py walk [CHECKPOINT] [--image FILE]
+python tests/tools/figures.py walk [CHECKPOINT] [--image FILE]
     follows one picture through both models: a commented printout, and the same as a figure, walk.png
-python tests/figures.py neighbours CHECKPOINT --data DIR
+python tests/tools/figures.py neighbours CHECKPOINT --data DIR
     draws samples, and below each its nearest training picture: are they copies?
-python tests/figures.py shrink CHECKPOINT FILE.pt
+python tests/tools/figures.py shrink CHECKPOINT FILE.pt
     writes what sample.py needs of a transformer.pt, its weights in bfloat16
 """
 import argparse
@@ -23,12 +23,13 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
+import common  # noqa: E402
 import dq  # noqa: E402
 import sample  # noqa: E402
 import train_vae  # noqa: E402
-from train_transformer import natural, positive, read_log  # noqa: E402
+from common import natural, positive, read_log  # noqa: E402
 
 BUDGETS = (0.1, 0.3, 0.5, 0.7, 0.9)
 ROUTERS = ("learned", "entropy", "random")
@@ -382,7 +383,7 @@ def tell_cost(walk):
 
 
 SIDE, GAP, COLUMNS = 448, 36, 4          # of a panel, between panels; panels in a row
-BLUE, ORANGE, RED = sample.GRAIN_COLOURS
+BLUE, ORANGE, RED = common.GRAIN_COLOURS
 
 
 def code_colour(code):
@@ -489,7 +490,7 @@ def draw_places(walk, t):
 
     The picture is pale where nothing is written yet.
     """
-    picture = fit(sample.to_picture(walk.x))
+    picture = fit(common.to_picture(walk.x))
     panel = Image.blend(picture.convert("L").convert("RGB"), Image.new("RGB", picture.size, "white"), 0.7)
     for position in walk.pos[:t].tolist():
         if not walk.layout.is_eos[position]:
@@ -537,9 +538,9 @@ def draw_walk(walk, class_name=""):
              "random": "The router's: random numbers."}[walk.config.router]
     bits = walk.nats / math.log(2)
     first = [
-        ("picture", fit(sample.to_picture(walk.x)), f"{S} x {S} pixels{class_name and ', class ' + class_name}."),
+        ("picture", fit(common.to_picture(walk.x)), f"{S} x {S} pixels{class_name and ', class ' + class_name}."),
         ("score", draw_score(walk), score),
-        ("grains", fit(sample.draw_grains(walk.x, walk.grains, walk.config.factors)),
+        ("grains", fit(common.draw_grains(walk.x, walk.grains, walk.config.factors)),
          f"The router's choice for each region: {' or '.join(kinds)}."),
         ("codes", draw_codes(walk), f"{plural(walk.n_codes, 'code')} of a codebook of {V}, by number and colour.")]
     width = COLUMNS * (SIDE + GAP) - GAP
@@ -550,7 +551,7 @@ def draw_walk(walk, class_name=""):
     last = [
         *((f"next place, t = {t}", draw_places(walk, t), caption_places(walk, t, when))
           for t, when in walk.moments()[:3]),
-        ("decoded", fit(sample.to_picture(walk.decoded)),
+        ("decoded", fit(common.to_picture(walk.decoded)),
          f"From the codes alone: PSNR {walk.psnr:.1f} dB, for {bits:.0f} bits, {bits / S ** 2:.3f} a pixel.")]
 
     titles, captions = ImageFont.load_default(30), ImageFont.load_default(25)
@@ -591,9 +592,9 @@ def walk_through(args):
     model, vae = dq.load_transformer(args.checkpoint, "cpu")
     size, classes = vae.config.size, model.config.classes
     if args.image:
-        x, label, name = sample.load_image(args.image, size), -1, str(args.image)
+        x, label, name = common.load_image(args.image, size), -1, str(args.image)
     else:
-        toy = sample.open_data(None, size)[1]
+        toy = train_vae.open_data(None, size)[1]
         x, label = toy[args.seed]
         name = f"held-out toy image {args.seed % len(toy)}"
         label = label if classes == toy.classes else -1                      # a model of other pictures knows none
@@ -606,7 +607,7 @@ def walk_through(args):
     print("\n".join([*tell_grains(walk), *tell_codes(walk), *tell_pairs(walk, args.pairs), *tell_moments(walk),
                      *tell_cost(walk)]))
     out.parent.mkdir(parents=True, exist_ok=True)
-    sample.save_picture(out, draw_walk(walk, class_name))
+    common.save_picture(out, draw_walk(walk, class_name))
     print(f"\nwrote {out}")
 
 
@@ -635,9 +636,9 @@ def neighbours(args):
     model, vae = dq.load_transformer(args.checkpoint, "cpu")
     classes, size = model.config.classes, vae.config.size
     parts = []
-    for data in sample.open_data(args.data, size, skip=args.checkpoint.parent):
-        pairs = map(sample.Once(data).__getitem__, range(len(data)))
-        parts.append(torch.stack([x for x, label in pairs if label != sample.BROKEN]))
+    for data in train_vae.open_data(args.data, size, skip=args.checkpoint.parent):
+        pairs = map(train_vae.Once(data).__getitem__, range(len(data)))
+        parts.append(torch.stack([x for x, label in pairs if label != train_vae.BROKEN]))
     train, held_out = parts                                                  # M, 3, S, S each
     label = torch.arange(args.n) % len(classes) if classes else torch.full((args.n,), -1)
     options = dq.SampleOptions(args.temperature, cfg=args.cfg)
@@ -650,8 +651,8 @@ def neighbours(args):
     for start in range(0, args.n, columns):
         part = slice(start, start + columns)
         for pictures, texts in ((x, captions[part]), (near, [f"rms {d:.2f}" for d in distance[part].tolist()])):
-            rows += zip(map(sample.to_picture, pictures[part]), texts)
-    sample.save_grid(out, [picture for picture, _ in rows], columns, [text for _, text in rows])
+            rows += zip(map(common.to_picture, pictures[part]), texts)
+    common.save_grid(out, [picture for picture, _ in rows], columns, [text for _, text in rows])
     print(f"root mean square difference to the nearest of {len(train)} training pictures, also mirrored (median, least "
           f"to most; pixels in [-1, 1])\n  {args.n} samples: {distance.median():.3f}, {distance.min():.3f} to "
           f"{distance.max():.3f}\n  {len(y)} held-out pictures, encoded and decoded: {usual.median():.3f}, "
@@ -738,4 +739,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sample.run(main)
+    common.run(main)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import train_vae
+import import_authors
 from dq import DQVAE, EntropyRouter
 
 FOLDER = os.environ.get("DQ_PARITY_DIR")
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(not FOLDER, reason="DQ_PARITY_DIR names no folde
 @pytest.mark.parametrize("name, factors", [("dual", (16, 8)), ("triple", (32, 16, 8))])
 def test_the_authors_weights_give_the_authors_numbers(name, factors):
     data = torch.load(Path(FOLDER) / f"{name}.pt", weights_only=True)
-    config, weights = train_vae.read_authors(Path(FOLDER) / f"{name}.pt")
+    config, weights = import_authors.read_authors(Path(FOLDER) / f"{name}.pt")
     assert (config.size, config.factors, config.router) == (64, factors, "learned")
     assert (config.codebook_size, config.code_dim) == (128, 64)
     model = DQVAE(config).eval()

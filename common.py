@@ -1,0 +1,523 @@
+"""What the three scripts share, none of which is needed to understand the method; that is dq.py.
+
+Pictures, in and out; a program, its device and its end; flags, and the schedule that they override; a training run:
+processes, order of the data, losses, checkpoints, signals, and what is due after a step.
+"""
+import argparse
+import contextlib
+import io
+import itertools
+import json
+import math
+import os
+import random
+import signal
+import sys
+import warnings
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import dq
+
+
+# ------------------------------------------------------------------------------------------------
+# Pictures, in and out
+
+# Pillow refuses a PNG with much text beside its pixels
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2 ** 28
+
+
+def load_image(path, size, rng=None):
+    """One file -> (3, S, S) in [-1, 1]: its centre square or, with rng, a random one, every other time mirrored."""
+    where = (0.5, 0.5) if rng is None else tuple(rng.random(2))
+    image = ImageOps.fit(open_image(path), (size, size), Image.Resampling.BICUBIC, centering=where)  # antialiased
+    if rng is not None and rng.random() < 0.5:
+        image = ImageOps.mirror(image)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def open_image(path, header_only=False):
+    """One file -> Pillow image, RGB and upright, or with header_only a look at its first bytes -> None.
+    UserError when its pixels can't be read, whatever the reason. What is written around them may be wrong in any way.
+    """
+    dq.require(os.path.isfile(path), f"{path}: no such file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)   # more pixels than Pillow thinks sane
+            with Image.open(path) as image:
+                if header_only:
+                    return None
+                packing = image.tile[0][3] if image.tile else ""             # load() forgets it
+                image.load()
+                with contextlib.suppress(Exception):
+                    ImageOps.exif_transpose(image, in_place=True)            # turns the pixels, then mends the EXIF
+                return to_rgb(image, packing)
+    except Exception as error:                                               # decoders raise nearly everything
+        raise dq.UserError(f"{path}: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from None
+
+
+def to_rgb(image, packing=""):
+    """A Pillow image of any mode -> RGB; transparency over white, all depths scaled to 8 bits.
+    packing: Pillow's name for the layout of the pixels in the file, as "RGB;16B"."""
+    key = image.info.get("transparency")                                     # a colour that stands for transparent
+    if image.mode.startswith("I") or image.mode == "F":
+        opaque = np.asarray(image) != key
+        image = Image.fromarray(grey_8_bits(image))
+        if key is not None:
+            image.putalpha(Image.fromarray(np.uint8(255) * opaque))
+    elif key is not None and packing in ("L;2", "L;4"):                      # Pillow scales the pixels, not the key
+        image.info["transparency"] = key * {"L;2": 85, "L;4": 17}[packing]
+    elif key is not None and packing == "RGB;16B":
+        image.info["transparency"] = tuple(value >> 8 for value in key)
+    elif image.mode == "La":
+        image = image.convert("LA")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def grey_8_bits(image):
+    """A Pillow image of greys deeper than 8 bits -> (H, W), uint8, by the depth that its file declares.
+    Floats and signed numbers declare none: their white is the first of 1, 255, 65535 that the bright pixels do not
+    exceed by far, so neither overshoot nor a few extreme pixels make the others black."""
+    x, tags = np.asarray(image).astype(np.float32), getattr(image, "tag_v2", {})  # of TIFF; others fill 16 bits
+    bits, kind = tags.get(258, (16,))[0], tags.get(339, (1,))[0]             # kind 1: unsigned, 2: signed, 3: float
+    white = 2.0 ** (bits - (kind == 2)) - 1
+    if image.mode != "F" and kind == 1:
+        x = x % 2.0 ** bits                                                  # Pillow takes 32 bits as signed
+    else:
+        bright = x[np.isfinite(x) & (x > 0)]
+        bright = np.quantile(bright, 0.9) if bright.size else 0.0
+        white = min(white, next((scale for scale in (1, 255, 65535) if bright <= 2 * scale), white))
+    x = np.nan_to_num(x / white, nan=0.0, posinf=1.0, neginf=0.0).clip(0, 1)
+    if tags.get(262) == 0:                                                   # white is zero; Pillow turns 8 bits itself
+        x = 1 - x
+    return (x * 255).round().astype(np.uint8)
+
+
+def save_picture(path, picture, **options):
+    """A Pillow image, in the format that the ending says. options: those of Pillow's `save`."""
+    memory = io.BytesIO()                                                    # Pillow overlooks it when a disk is full
+    picture.save(memory, Image.registered_extensions()[path.suffix.lower()], **options)
+    dq.write_file(path, lambda file: file.write(memory.getbuffer()))
+
+
+def to_picture(x, side=128):
+    """(3, S, S) in [-1, 1] -> Pillow image, enlarged by whole pixels to about `side`. Never rescaled in brightness."""
+    pixels = ((x.detach().float().cpu() + 1) * 127.5).round().clamp(0, 255).byte()
+    picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    times = max(1, side // picture.width)
+    return picture.resize((picture.width * times, picture.height * times), Image.Resampling.NEAREST)
+
+
+GRAIN_COLOURS = ("#3a6ea5", "#e07b00", "#c01530")                            # blue, orange, red: coarse to fine
+
+
+def draw_grains(x, grains, factors):
+    """One box per code over an image (3, S, S): blue for the coarsest granularity, orange, then red. grains: (h, w)"""
+    picture = to_picture(x)
+    picture = Image.blend(picture, Image.new("RGB", picture.size, "white"), 0.35)
+    pen = ImageDraw.Draw(picture)
+    for k, factor in enumerate(factors):                                     # finer boxes lie on top
+        cells, side = factors[0] // factor, factor * picture.width / x.shape[-1]
+        here = (grains == k).repeat_interleave(cells, 0).repeat_interleave(cells, 1)  # S/factor, S/factor
+        for row, column in here.nonzero().tolist():
+            box = [column * side, row * side, (column + 1) * side, (row + 1) * side]
+            pen.rectangle(box, outline=GRAIN_COLOURS[k % 3])
+    return picture
+
+
+def save_grid(path, pictures, columns, captions=None):
+    """Pillow images of one size -> one picture, row by row, a caption above each."""
+    w, h = pictures[0].size
+    top, gap = 14 if captions else 0, 2
+    rows = math.ceil(len(pictures) / columns)
+    sheet = Image.new("RGB", (columns * (w + gap) - gap, rows * (h + gap + top) - gap), "white")
+    for i, picture in enumerate(pictures):
+        x, y = i % columns * (w + gap), i // columns * (h + gap + top)
+        sheet.paste(picture, (x, y + top))
+        if captions:
+            ImageDraw.Draw(sheet).text((x + 2, y + 1), captions[i], fill="black")
+    save_picture(path, sheet)
+
+
+# ------------------------------------------------------------------------------------------------
+# A program: its device, and its end
+
+
+def pick_device(name, dtype):
+    """--device and --dtype -> the device, from now on the current one, and a function that opens an autocast context.
+    auto: the GPU if there is one; bfloat16 where the hardware computes in it, else float32."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError):
+        raise dq.UserError(f"no such device here: {name}") from None
+    if device.type == "cuda":
+        device = torch.device("cuda", device.index or 0)
+        torch.cuda.set_device(device)                                        # streams and graphs are made on that
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        cpu = getattr(torch.cpu, "get_capabilities", dict)()                 # torch has it from 2.11 on
+        fast = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
+    bf16 = dtype == "bf16" or (dtype == "auto" and bool(fast))
+    return device, lambda: torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+
+
+NO_MEMORY = "not enough memory; a smaller --batch-size or a larger --accumulate takes less"
+HINTS = {"DataLoader worker": "a process that loads images died; with fewer --workers it may have more memory, and "
+                              "--resume goes on",
+         "gloo": "another process of this job is gone; --resume goes on from the last checkpoint",
+         "NCCL": "another process of this job is gone, or its network; --resume goes on from the last checkpoint",
+         "out of memory": NO_MEMORY, "allocate memory": NO_MEMORY}
+
+
+def run(main):
+    """Call a script's main, and exit. What the user can mend ends in one line and exit status 1, not in a traceback."""
+    status = 0
+    try:
+        main()
+    except SystemExit as end:                                                # of argparse, or after a signal
+        status = end.code
+    except KeyboardInterrupt:
+        status = 130
+    except (dq.UserError, OSError) as error:
+        status = f"error: {str(error).strip().splitlines()[-1]}"             # a loader process adds lines before ours
+    except RuntimeError as error:
+        hint = next((hint for sign, hint in HINTS.items() if sign in str(error)), None)
+        if hint is None:
+            raise
+        status = f"error: {hint} ({str(error).strip().splitlines()[0]})"
+    if dq.processes()[1] > 1 and not status:                                 # none leaves while another is at work
+        dist.barrier()
+        dist.destroy_process_group()
+    elif dq.processes()[1] > 1:                                              # an orderly exit could wait for ever
+        if isinstance(status, str):
+            print(status, file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(1 if isinstance(status, str) else status)
+    if status:
+        sys.exit(status)
+
+
+# ------------------------------------------------------------------------------------------------
+# A training run. Of several processes, process 0 alone prints, evaluates and writes files
+
+
+def number(kind, low, below=math.inf):
+    """An argparse type: a number of this kind, at least `low` and below `below`."""
+    def read(text):
+        if not low <= kind(text) < below:
+            limit = "" if below == math.inf else f" and below {below}"
+            raise argparse.ArgumentTypeError(f"must be at least {low}{limit}, not {text}")
+        return kind(text)
+    read.__name__ = kind.__name__                                            # for argparse's "invalid int value"
+    return read
+
+
+positive, natural, weight = number(int, 1), number(int, 0), number(float, 0)
+
+
+@dataclass
+class Schedule:
+    """How a stage is trained: Adam(W), linear warm-up, then cosine to zero."""
+    steps: int
+    batch_size: int                      # images a step, of all processes together
+    lr: float
+    betas: tuple = (0.9, 0.99)
+    weight_decay: float = 0.0            # of matrices; stage 2
+    warmup: int = 100                    # steps
+    eval_every: int = 250                # steps
+    accumulate: int = 1                  # parts in which a batch is worked on; in stage 2 each is as wide as it needs
+    clip: float = 1.0                    # largest norm of the gradient; 0: no limit
+
+    def learning_rate(self, step):
+        if step < self.warmup:
+            return self.lr * (step + 1) / self.warmup
+        done = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return self.lr * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def trainer_flags(description, presets, argv, preset="toy"):
+    """What both trainers have. presets: {name: (config, schedule)} -> parser, config and schedule of --preset"""
+    chooser = argparse.ArgumentParser(add_help=False)
+    chooser.add_argument("--preset", choices=presets, default=preset,
+                         help="sizes and schedule; other flags override it")
+    config, schedule = presets[chooser.parse_known_args(argv)[0].preset]
+    parser = argparse.ArgumentParser(description=description, parents=[chooser],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--out", metavar="DIR", type=Path, default=Path("out"), help="folder that the run writes")
+    add("--steps", type=positive, default=schedule.steps, help="optimiser steps")
+    add("--batch-size", type=positive, default=schedule.batch_size, help="images a step, of all processes together")
+    add("--accumulate", metavar="N", type=positive, default=schedule.accumulate,
+        help="work on a batch in N parts, which takes less memory")
+    add("--lr", type=number(float, 1e-12), default=schedule.lr, help="highest learning rate")
+    add("--clip", type=weight, default=schedule.clip, help="largest norm of the gradient; 0: no limit")
+    add("--seed", type=number(int, 0, below=2 ** 63), default=0, help="of weights, data order and noise")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    add("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 where the hardware has it")
+    add("--compile", action="store_true", help="torch.compile the model")
+    add("--resume", action="store_true", help="go on from the checkpoint in --out")
+    add("--eval-every", type=positive, default=schedule.eval_every, help="steps between evaluations")
+    add("--save-every", type=positive, default=schedule.eval_every, help="steps between checkpoints")
+    return parser, config, schedule
+
+
+def override(preset, args, **more):
+    """A preset's config or schedule, with the values of the flags that are named like its fields."""
+    flags = {field.name: getattr(args, field.name) for field in fields(preset) if hasattr(args, field.name)}
+    return replace(preset, **flags | more)
+
+
+def prepare(args, trains=True):
+    """Join the other processes of a torchrun job, seed, make the output folder. -> device, autocast"""
+    world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))  # torchrun sets them
+    parts = args.accumulate * world
+    dq.require(args.batch_size % parts == 0 or not trains, f"--batch-size {args.batch_size} is not a multiple of "
+               f"{parts}, which is --accumulate times the number of processes")
+    if world > 1 and args.device in ("auto", "cuda") and torch.cuda.is_available():
+        there = torch.cuda.device_count()
+        dq.require(local < there, f"this machine has {there} GPU(s), process {local} finds none; "
+                                  f"lower --nproc_per_node, or --device cpu")
+        args.device = f"cuda:{local}"
+    device, autocast = pick_device(args.device, args.dtype)
+    on_gpu = device.type == "cuda"
+    if world > 1:                                                            # the job's barrier then knows its device
+        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
+    args.out.mkdir(parents=True, exist_ok=True)
+    random.seed(args.seed)                                                   # nothing here draws from these two;
+    np.random.seed(args.seed % 2 ** 32)                                      # what students add may
+    return device, autocast
+
+
+def distribute(model):
+    """For the forward pass in training: with it, backward averages the gradients over the processes."""
+    # the buffers (codebook, batch norm) are alike by themselves; where parts are accumulated, each is averaged
+    return DistributedDataParallel(model, broadcast_buffers=False) if dq.processes()[1] > 1 else model
+
+
+def say(line):
+    if dq.processes()[0] == 0:
+        print(line, flush=True)
+
+
+def deal(n, batch_size, seed, start=0):
+    """Endless lists of batch_size numbers, in a fresh random order every epoch, from batch number `start` on.
+
+    In epoch e the numbers are e n to e n + n - 1. Batch number b is a function of the arguments and b alone, so a
+    resumed run sees what it would have seen.
+    """
+    epoch, skip = divmod(start * batch_size, n)
+    orders = (e * n + np.random.default_rng([seed, e]).permutation(n) for e in itertools.count(epoch))
+    numbers = itertools.islice(itertools.chain.from_iterable(orders), skip, None)
+    while True:
+        yield [int(i) for i in itertools.islice(numbers, batch_size)]
+
+
+class Losses:
+    """Loss terms of the last steps, on the device until `read`: to ask a GPU for a value is to wait for it."""
+
+    def __init__(self):
+        self.steps = {}
+
+    def add(self, done, terms, scale=1.0):
+        """Step `done` has these terms, {name: scalar}, times `scale`: added up over the parts of its batch."""
+        sums = self.steps.setdefault(done, {})
+        for name, term in terms.items():
+            sums[name] = sums.get(name, 0.0) + scale * term.detach().float()
+
+    def read(self, last_good):
+        """Newest terms, mean over the processes. UserError if one since the last `read` is not finite."""
+        terms = {}
+        for done, sums in self.steps.items():
+            means = dq.total(torch.stack(list(sums.values()))) / dq.processes()[1]
+            terms = dict(zip(sums, means.tolist()))
+            bad = ", ".join(name for name, value in terms.items() if not math.isfinite(value))
+            dq.require(not bad, f"step {done}: not finite in the loss: {bad}; {last_good}; "
+                                f"a new run may need a lower --lr")
+        self.steps = {}
+        return terms
+
+
+class Stop(contextlib.ExitStack):
+    """with Stop(device): Ctrl-C and SIGTERM are noted, for after the step; the second one takes effect at once."""
+
+    def __init__(self, device):
+        super().__init__()
+        self.device, self.number = device, 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.callback(signal.signal, number, signal.signal(number, self.note))
+
+    def note(self, number, frame):
+        self.number = number
+        self.close()                                                         # puts the former handlers back
+
+    def asked(self, done):
+        """-> number of the signal that came, or 0. All processes leave together, or the rest would wait for ever."""
+        if dq.processes()[1] == 1:
+            return self.number
+        if done % 10:                                                        # the answer is a wait for the device
+            return 0
+        noted = torch.full((), float(self.number), device=self.device)       # filled there: no copy to wait for
+        return signal.SIGTERM if dq.total(noted) > 0 else 0
+
+    def leave(self, number, when):
+        say(f"stopped by {signal.Signals(number).name} {when}; the same command with --resume goes on")
+        sys.exit(128 + number)
+
+
+@dataclass
+class Record:
+    """What a run writes: a log, and checkpoints, to go on as if it had never stopped."""
+    args: argparse.Namespace
+    path: Path                           # vae.pt or transformer.pt
+    config: object                       # of the model
+    settings: dict                       # whatever else makes it this run: data, seed, schedule
+    model: torch.nn.Module
+    parts: dict                          # {name: what else has a state_dict}: optimisers, discriminator
+    extra: dict                          # what else the files shall hold
+    device: torch.device                 # whose random state counts, beside the CPU's
+    step: int = 0                        # of the newest checkpoint; 0: there is none
+    best: float = math.inf               # lowest held-out loss
+    may_change = ("steps", "eval_every", "accumulate")                       # of the settings, in a run that goes on
+
+    def resume(self):
+        """Load the newest checkpoint, if it is of this command's run; say which settings have changed."""
+        held = dq.load_checkpoint(self.path, f"dq-{self.path.stem}")
+        try:
+            then, now = held["config"] | held.get("settings", {}), asdict(self.config) | self.settings
+            for name in [name for name in now if name in then and then[name] != now[name]]:  # older ones have none
+                title = f"--{name.replace('_', '-')}" if hasattr(self.args, name) else name
+                dq.require(name in self.may_change, f"{self.path} was trained with {title} {then[name]}, not "
+                           f"{now[name]}; give the same to go on, or leave --resume out to start anew")
+                if held["step"] < now["steps"]:
+                    say(f"note: {title} was {then[name]} and is {now[name]} from step {held['step']} on")
+            for name, part in dict(weights=self.model, **self.parts).items():
+                part.load_state_dict(held[name])
+            restore_random_states(held["rng"], self.device)
+            self.step, self.best = held["step"], held["best"]
+        except dq.UserError:
+            raise
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise dq.UserError(f"{self.path} was written by another command or version, or is damaged; "
+                               f"leave --resume out ({str(error).splitlines()[0]})") from None
+
+    def start(self, title):
+        """-> the numbers of the steps to come, under a progress bar."""
+        rank, steps, self.log = dq.processes()[0], self.settings["steps"], self.path.with_suffix(".jsonl")
+        self.bar = tqdm(range(self.step, steps), title, initial=self.step, total=steps,
+                        disable=True if rank or self.step >= steps else None)
+        if rank == 0:                                                        # later steps are about to be done again
+            lines = [json.dumps(line) + "\n" for line in read_log(self.log) if line["step"] <= self.step]
+            dq.write_file(self.log, lambda file: file.write("".join(lines).encode()))
+        return self.bar
+
+    def after(self, done, losses, stop):
+        """Log the losses of every tenth step. -> what is due after `done` steps: to evaluate (process 0), to save, and to
+        stop (the number of the signal)"""
+        last, asked = done == self.settings["steps"], stop.asked(done)
+        evaluates = last or done % self.settings["eval_every"] == 0
+        saves = last or asked or done % self.args.save_every == 0
+        if done % 10 == 0 or evaluates or saves:                             # no figure and no file of a broken state
+            newest = losses.read(self.last_good())
+            if done % 10 == 0:
+                self.write_log(done, newest)
+        if asked:
+            self.bar.close()
+        return evaluates and dq.processes()[0] == 0, saves, asked if not last else 0
+
+    def write_log(self, done, values, stays=False):
+        """One JSON object a line. stays: on the terminal, on a line of its own"""
+        if dq.processes()[0] > 0:
+            return
+        line = dict(step=done) | {name: round(x, 5) if isinstance(x, float) else x for name, x in values.items()}
+        try:
+            with open(self.log, "a") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise dq.UserError(f"could not write {self.log} ({error.strerror})") from None
+        shown = readable(values)
+        self.bar.set_postfix(shown, refresh=False)
+        if stays:
+            tqdm.write(f"step {done}: " + ", ".join(f"{name} {value}" for name, value in shown.items()))
+
+    def evaluated(self, done, figures, loss):
+        """Beside the newest checkpoint goes that of the lowest held-out loss: for use, not for --resume."""
+        self.write_log(done, figures, stays=True)
+        if loss < self.best:
+            self.best = loss
+            self.write(self.path.with_suffix(".best.pt"), done)
+
+    def save(self, done):
+        finite = [x.isfinite().all() for x in self.model.state_dict().values() if x.is_floating_point()]
+        dq.require(torch.stack(finite).all(), f"step {done}: a weight is not finite; {self.last_good()}")
+        states = {name: part.state_dict() for name, part in self.parts.items()}
+        self.write(self.path, done, settings=self.settings, rng=random_states(self.device), **states)
+        self.step = done
+
+    def write(self, path, done, **more):
+        if dq.processes()[0] == 0:
+            dq.save_checkpoint(path, f"dq-{self.path.stem}", self.config, self.model,
+                               step=done, best=self.best, **self.extra, **more)
+
+    def last_good(self):
+        return f"the last good checkpoint is that of step {self.step}, {self.path}" if self.step else (
+            "there is no checkpoint yet")
+
+
+def readable(values):
+    return {name: f"{value:.3f}" if isinstance(value, float) else f"{value}" for name, value in values.items()}
+
+
+def read_log(path):
+    """The lines of a log as dicts; what a crash or an editor left between them is skipped."""
+    lines = []
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):                                # cut short, or not UTF-8
+            line = json.loads(line)
+            if isinstance(line, dict) and isinstance(line.get("step"), int):
+                lines.append(line)
+    return lines
+
+
+def set_aside(path, *also, hint=" (--resume would have gone on with it)"):
+    """A run that starts anew moves what a former one left in the folder of `path` (all of that stem, and files of the
+    names `also`) into a folder of its own."""
+    def left_in(folder):
+        return [file for pattern in (f"{path.stem}.*", *also) for file in folder.glob(pattern)]
+    if dq.processes()[0] > 0 or not any(path.with_name(name).exists() for name in (path.name, *also)):
+        return
+    folders = (path.with_name(f"former-{n}") for n in itertools.count(1))
+    former = next(folder for folder in folders if not left_in(folder))
+    former.mkdir(exist_ok=True)
+    for file in left_in(path.parent):
+        os.replace(file, former / file.name)
+    print(f"{path} and what belongs to it, of a former run, are now in {former}{hint}")
+
+
+def random_states(device):
+    name, keys, *rest = np.random.get_state()
+    return dict(python=random.getstate(), numpy=(name, keys.tolist(), *rest), torch=torch.get_rng_state(),
+                cuda=torch.cuda.get_rng_state(device) if device.type == "cuda" else None)
+
+
+def restore_random_states(states, device):
+    """Every process takes up those of process 0, on its own device: all draw the same, for the global batch."""
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
+    cuda = [states["cuda"]] if torch.is_tensor(states["cuda"]) else states["cuda"]  # older ones: of all GPUs, from 0 on
+    if device.type == "cuda" and cuda:
+        torch.cuda.set_rng_state(cuda[0], device)

@@ -1,0 +1,68 @@
+"""What the tests of survival share: scripts in processes of their own, and what they leave, compared."""
+import resource
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import dq
+import train_transformer
+import train_vae
+from conftest import ROOT, TRANSFORMER, VAE
+
+CRITIC = ["--size", "24", "--gan-weight", "0.5", "--gan-start", "4"]
+STAGES = {"vae": (train_vae, VAE), "vae with a discriminator": (train_vae, VAE + CRITIC),
+          "transformer": (train_transformer, TRANSFORMER)}
+
+
+def same(a, b, path="checkpoint", **tolerance):
+    """Nested dicts, lists and tensors: equal, or close where a tolerance is given."""
+    if torch.is_tensor(a):
+        assert a.shape == b.shape, path
+        if tolerance:
+            torch.testing.assert_close(a, b, **tolerance, msg=lambda text: f"{path}: {text}")
+        else:
+            assert torch.equal(a, b), path
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            same(a[key], b[key], f"{path}.{key}", **tolerance)
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), path
+        for i, (x, y) in enumerate(zip(a, b)):
+            same(x, y, f"{path}[{i}]", **tolerance)
+    else:
+        assert a == b or (tolerance and a == pytest.approx(b, rel=1e-3)), (path, a, b)
+
+
+def load(folder, stem):
+    return dq.load_checkpoint(folder / f"{stem}.pt", f"dq-{stem.split('.')[0]}")
+
+
+class Killed(Exception):
+    pass
+
+
+def start(stage, data, out, steps, *more, **kwargs):
+    """A script in a process of its own. data: a folder of images, or for stage 2 codes"""
+    flags = [*VAE, "--data", data] if stage == "vae" else [*TRANSFORMER, "--codes", data]
+    command = [sys.executable, ROOT / f"train_{stage}.py", "--out", out, "--steps", steps]
+    return piped([*command, *flags, *more], **kwargs)
+
+
+def piped(command, **kwargs):
+    pipe = subprocess.PIPE
+    return subprocess.Popen(list(map(str, command)), stdout=pipe, stderr=pipe, text=True, **kwargs)
+
+
+def wait_for(condition, process, seconds=120):
+    end = time.time() + seconds
+    while not condition():
+        assert process.poll() is None and time.time() < end, process.communicate()
+        time.sleep(0.02)
+
+
+def files_of_at_most(n_bytes):
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, n_bytes))

@@ -1,0 +1,180 @@
+"""Losses that are no numbers, weights that are none, files that are broken or hostile."""
+import math
+import os
+
+import pytest
+import torch
+from PIL import Image
+
+import common
+import dq
+import sample
+import train_transformer
+import train_vae
+from common import read_log
+from conftest import TRANSFORMER, VAE, call, script
+from helpers import load
+from train_vae import open_data
+
+
+# ------------------------------------------------------------------------------------------------
+# Losses and weights
+
+
+@pytest.mark.parametrize("bad_step", [3, 12])
+def test_a_loss_that_is_not_a_number_stops_the_run(bad_step, images, tmp_path, monkeypatch):
+    calls, real = [], dq.budget_loss
+
+    def budget_loss(gate, ratios):
+        calls.append(1)
+        return real(gate, ratios) * (math.nan if len(calls) == bad_step else 1)
+    monkeypatch.setattr(dq, "budget_loss", budget_loss)
+    with pytest.raises(dq.UserError) as error:
+        train_vae.main(["--data", str(images), "--out", str(tmp_path), "--steps", "30", "--save-every", "10", *VAE])
+    assert f"step {bad_step}: not finite in the loss: loss, budget;" in str(error.value)
+    if bad_step > 10:
+        assert "that of step 10" in str(error.value) and load(tmp_path, "vae")["step"] == 10
+    else:
+        assert "no checkpoint yet" in str(error.value) and not (tmp_path / "vae.pt").exists()
+
+
+@pytest.mark.parametrize("bad_part", [0, 1])
+def test_a_loss_that_is_not_a_number_in_one_part_of_a_batch_stops_the_run(bad_part, images, tmp_path, monkeypatch):
+    calls, real = [], dq.budget_loss
+
+    def budget_loss(gate, ratios):
+        calls.append(1)
+        return real(gate, ratios) * (math.nan if len(calls) == 3 + bad_part else 1)
+    monkeypatch.setattr(dq, "budget_loss", budget_loss)
+    line = call(train_vae.main, "--data", images, "--out", tmp_path, "--steps", 4, *VAE, "--accumulate", 2)
+    assert line.startswith("error: step 2: not finite in the loss: loss, budget;")
+
+
+def test_what_is_logged_is_the_mean_over_the_parts_of_a_batch(images, tmp_path, monkeypatch):
+    calls, real = [], dq.budget_loss
+
+    def budget_loss(gate, ratios):
+        calls.append(1)
+        return real(gate, ratios) * 0 + (len(calls) - 1) % 4                 # 0, 1, 2, 3 in the parts of each batch
+    monkeypatch.setattr(dq, "budget_loss", budget_loss)
+    train_vae.main(["--data", str(images), "--out", str(tmp_path), "--steps", "10", *VAE, "--accumulate", "4"])
+    assert read_log(tmp_path / "vae.jsonl")[0]["budget"] == 1.5
+
+
+def test_broken_weights_are_not_saved(images, tmp_path, monkeypatch):
+    """The loss is finite and its gradient is not: the last step before a checkpoint can do that."""
+    real = train_vae.backward
+
+    def backward(y, last, *args):
+        weight = real(y, last, *args)
+        last.grad.fill_(math.inf)
+        return weight
+    monkeypatch.setattr(train_vae, "backward", backward)
+    with pytest.raises(dq.UserError, match="a weight is not finite"):
+        train_vae.main(["--data", str(images), "--out", str(tmp_path), "--steps", "1", *VAE])
+    assert not (tmp_path / "vae.pt").exists()
+
+# ------------------------------------------------------------------------------------------------
+# Files
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.system, ("touch ran",)
+
+
+def spoil(path, how, tmp_path):
+    """A broken variant of a checkpoint -> its path."""
+    broken = tmp_path / "broken.pt"
+    data = bytearray(path.read_bytes())
+    if how == "truncated":
+        data = data[:len(data) * 2 // 3]
+    elif how == "bits flipped":
+        data[len(data) // 2] ^= 0xFF
+    elif how == "empty":
+        data = b""
+    broken.write_bytes(data)
+    if how == "code":
+        torch.save(dict(kind="dq-transformer", config=Bomb()), broken)
+    elif how in ("version", "config"):
+        checkpoint = torch.load(path, weights_only=True)
+        if how == "version":
+            checkpoint["weights"]["something.new"] = checkpoint["weights"].pop("condition.weight")
+        else:
+            checkpoint["config"] = dict(size="big")
+        torch.save(checkpoint, broken)
+    return broken
+
+
+@pytest.mark.parametrize("how", ["truncated", "bits flipped", "empty", "code", "version", "config"])
+def test_broken_checkpoints(how, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    broken = spoil(run / "transformer.pt", how, tmp_path)
+    line = call(sample.main, broken)
+    assert line.startswith("error: ") and "\n" not in line
+    assert not (tmp_path / "ran").exists()                                   # a checkpoint runs no code
+    (tmp_path / "out").mkdir()
+    broken.rename(tmp_path / "out/transformer.pt")
+    flags = ["--codes", run / "codes.pt", "--steps", 8, *TRANSFORMER]
+    line = call(train_transformer.main, *flags, "--resume")
+    assert line.startswith("error: ") and "\n" not in line
+
+
+def test_images_that_are_odd_or_broken(tmp_path, capfd):
+    """What can be read is read, the rest is named once and left out."""
+    root = tmp_path / "images"
+    root.mkdir()
+    Image.new("RGB", (1, 1), "red").save(root / "one.png")
+    Image.new("RGB", (20_000, 10), "green").save(root / "wide.png")
+    Image.new("RGB", (10, 20_000), "blue").save(root / "high.png")
+    Image.new("RGB", (30, 30), "white").save(os.fsencode(root) + b"/caf\xe9 \xff.png")   # no UTF-8
+    Image.new("RGB", (30, 30), "white").save(root / "名前 🙂.png")
+    Image.new("1", (20_000, 20_000)).save(root / "bomb.png")
+    Image.new("1", (10_000, 10_000)).save(root / "small bomb.png")
+    (root / "empty.png").write_bytes(b"")
+    (root / "text.jpg").write_text("no image")
+    (root / "cut.png").write_bytes((root / "wide.png").read_bytes()[:-30])
+    (root / "folder.png").mkdir()
+    (root / "dangling.png").symlink_to("nowhere.png")
+    os.mkfifo(root / "pipe.png")                                             # who opens it waits for ever
+    (root / "locked.png").write_bytes((root / "one.png").read_bytes())
+    (root / "locked.png").chmod(0)
+    for data in open_data(root, 8, augment=True):
+        for i in range(2 * len(data)):
+            image, _ = data[i]
+            assert image.shape == (3, 8, 8) and image.isfinite().all()
+    told = capfd.readouterr().err
+    for name in ("bomb.png", "small bomb.png", "empty.png", "text.jpg", "cut.png", "dangling.png", "pipe.png"):
+        assert any(f"/{name}: " in line for line in told.splitlines()), name
+    for name in ("one.png", "wide.png", "high.png", "folder.png"):
+        assert f"/{name}" not in told
+    assert "Traceback" not in told
+    assert call(train_vae.main, "--data", root, "--out", tmp_path / "out", "--steps", 2, *VAE) is None
+
+
+def test_classes_of_any_name(tmp_path):
+    for name in (b"caf\xe9", "名前".encode()):
+        folder = os.fsencode(tmp_path) + b"/images/" + name
+        os.makedirs(folder)
+        for i in range(4):
+            Image.new("RGB", (16, 16), (60 * i, 90, 0)).save(folder + b"/%d.png" % i)
+    both = ["--out", tmp_path, "--steps", 1]
+    assert call(train_vae.main, *both, *VAE, "--data", tmp_path / "images") is None
+    assert call(train_transformer.main, *both, *TRANSFORMER) is None
+    assert call(sample.main, tmp_path / "transformer.pt", "--n", 2) is None
+    done = script("sample.py", tmp_path / "transformer.pt", "--label", "dog")
+    assert done.returncode == 1 and "no class 'dog'" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_training_starts_without_a_look_at_every_file(tmp_path, monkeypatch):
+    root = tmp_path / "images"
+    root.mkdir()
+    Image.new("RGB", (8, 8)).save(root / "0.png")
+    for i in range(1, 6000):
+        os.link(root / "0.png", root / f"{i}.png")
+    opened, real = [], common.open_image
+    for module in (common, train_vae):
+        monkeypatch.setattr(module, "open_image", lambda *args: (opened.append(1), real(*args))[1])
+    monkeypatch.setattr(train_vae, "write_codes", lambda *args: opened.append("codes"))  # at the end all are read
+    train_vae.main(["--data", str(root), "--out", str(tmp_path), "--steps", "2", *VAE])
+    assert opened.index("codes") <= 512 + 2 * 4                              # the held-out images, two batches

@@ -1,0 +1,64 @@
+"""A disk that is full: one line, and what was there before is whole."""
+import resource
+import sys
+from contextlib import contextmanager
+
+import pytest
+
+import sample
+import train_vae
+from conftest import DEVICE, ROOT, VAE, call
+from helpers import files_of_at_most, piped, start
+
+
+def test_a_full_disk_leaves_the_former_checkpoint_whole(images, tmp_path):
+    assert call(train_vae.main, "--data", images, "--out", tmp_path, "--steps", 2, *VAE) is None
+    former = (tmp_path / "vae.pt").read_bytes()
+    few = len(former) // 2
+    process = start("vae", images, tmp_path, 4, "--resume", preexec_fn=files_of_at_most(few))
+    _, error = process.communicate()
+    assert process.returncode == 1 and "Traceback" not in error
+    assert error.splitlines()[-1].startswith("error: could not write")
+    assert (tmp_path / "vae.pt").read_bytes() == former and not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_full_disk_leaves_the_former_codes_whole(vae_run, images, tmp_path):
+    (tmp_path / "codes.pt").write_bytes(b"older")
+    flags = ["--encode", vae_run / "vae.pt", "--data", images, "--out", tmp_path, "--device", DEVICE]
+    process = piped([sys.executable, ROOT / "train_vae.py", *flags], preexec_fn=files_of_at_most(10_000))
+    _, error = process.communicate()
+    assert process.returncode == 1
+    assert error.splitlines()[-1].startswith(f"error: could not write {tmp_path}/codes.pt (")
+    assert (tmp_path / "former-1/codes.pt").read_bytes() == b"older" and not (tmp_path / "codes.pt").exists()
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_full_disk_names_the_log(images, tmp_path):
+    process = start("vae", images, tmp_path, 20, preexec_fn=files_of_at_most(50))
+    _, error = process.communicate()
+    assert process.returncode == 1 and error.startswith(f"error: could not write {tmp_path / 'vae.jsonl'} (")
+    assert error.count("\n") == 1
+
+
+@contextmanager
+def nearly_full_disk(room=300):
+    """No file may become larger than so many bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("option, name", [
+    ("--out", "s.png"), ("--out", "s.jpg"), ("--gif", "s.gif"), ("--save-dir", "000000.png")])
+def test_a_full_disk_leaves_the_older_picture_whole(option, name, run, tmp_path):
+    (tmp_path / name).write_bytes(b"an older one")
+    target = tmp_path if option == "--save-dir" else tmp_path / name
+    with nearly_full_disk():
+        line = call(sample.main, run / "transformer.pt", "--device", DEVICE, "--n", 1,
+                    "--out", tmp_path / "other.png", option, target)
+    assert line == (f"error: could not write {tmp_path / name} ([Errno 27] File too large); "
+                    "what was there before is whole")
+    assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name).read_bytes() == b"an older one"

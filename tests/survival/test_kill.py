@@ -1,0 +1,118 @@
+"""Runs that are stopped or killed, from outside or inside: nothing is lost, no traceback."""
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import common
+import dq
+import train_vae
+from conftest import ROOT, VAE, call
+from helpers import load, piped, same, start, wait_for
+
+
+@pytest.mark.parametrize("stage, number", [("vae", signal.SIGINT), ("transformer", signal.SIGTERM)])
+def test_a_signal_ends_the_run_after_a_whole_step(stage, number, vae_run, images, tmp_path):
+    data, *workers = [images, "--workers", 1] if stage == "vae" else [vae_run / "codes.pt"]
+    process = start(stage, data, tmp_path, 100_000, "--eval-every", 100_000, *workers)
+    log = tmp_path / f"{stage}.jsonl"
+    wait_for(lambda: log.exists() and log.stat().st_size, process)
+    process.send_signal(number)
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, error
+    step = load(tmp_path, stage)["step"]
+    assert step >= 10 and f"stopped by {number.name} after step {step}" in out and "--resume goes on" in out
+    assert "Traceback" not in error
+
+
+def test_a_run_that_is_stopped_while_it_encodes_goes_on(tmp_path):
+    """And what has been encoded by a run that was not is the same."""
+    command = [sys.executable, ROOT / "train_vae.py", *VAE, "--steps", 2, "--out", tmp_path]
+    process = piped(command)
+    wait_for((tmp_path / "vae.pt").exists, process)
+    process.send_signal(signal.SIGINT)
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGINT and "Traceback" not in error
+    assert out.splitlines()[-1] == ("stopped by SIGINT while the images were encoded; "
+                                    "the same command with --resume goes on")
+    assert not list(tmp_path.glob("codes*"))
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    codes, stored = tmp_path / "codes.pt", []
+    for _ in range(2):
+        assert call(train_vae.main, *command[2:], "--resume") is None
+        assert {path: path.read_bytes() for path in tmp_path.iterdir() if path != codes} == before
+        stored.append(dq.load_checkpoint(codes, "dq-codes"))
+        codes.unlink()                                                       # a finished run that lacks it writes it
+    same(*stored)
+
+
+def test_several_processes_ask_each_other_every_tenth_step_whether_to_stop(monkeypatch):
+    asked, before = [], signal.getsignal(signal.SIGINT)                      # ignored, in a shell's background
+    monkeypatch.setattr(dq, "processes", lambda: (0, 2))
+    monkeypatch.setattr(dq, "total", lambda flag: (asked.append(flag.item()), flag)[1])
+    with common.Stop(torch.device("cpu")) as stop:
+        for done in range(1, 31):
+            if done == 13:
+                os.kill(os.getpid(), signal.SIGINT)
+            assert bool(stop.asked(done)) == (done >= 20 and done % 10 == 0)
+    assert asked == [0, signal.SIGINT, signal.SIGINT]
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+KILLS = int(os.environ.get("DQ_KILLS", 2))
+
+
+def test_kill_9_at_random_moments(images, tmp_path):
+    """DQ_KILLS=20 makes it 20 runs."""
+    steps, flags = 12, ["--save-every", 2, "--eval-every", 6]
+    whole = start("vae", images, tmp_path / "whole", steps, *flags)
+    before = time.time()
+    assert whole.wait() == 0
+    seconds, chance = time.time() - before, random.Random(0)
+    for i in range(KILLS):
+        out, deaths = tmp_path / str(i), 0
+        while True:
+            resume = ["--resume"] if (out / "vae.pt").exists() else []
+            process = start("vae", images, out, steps, *flags, *resume)
+            try:
+                process.wait(chance.uniform(0.3, 1.0) * seconds if deaths < 2 else None)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                deaths += 1
+            process.communicate()
+            if process.returncode == 0:
+                break
+            assert process.returncode == -signal.SIGKILL
+        same(load(tmp_path / "whole", "vae"), load(out, "vae"))
+
+
+@pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reason="the trap below is inherited by a fork")
+def test_a_loader_process_that_dies_is_reported(images, tmp_path, monkeypatch):
+    def trap(self, i):
+        if os.getpid() != parent:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(self, i)
+    parent, real = os.getpid(), train_vae.ImageFolder.__getitem__
+    monkeypatch.setattr(train_vae.ImageFolder, "__getitem__", trap)
+    line = call(train_vae.main, "--data", images, "--out", tmp_path, "--steps", 4, *VAE, "--workers", 1)
+    assert line.startswith("error: a process that loads images died") and "\n" not in line
+
+
+@pytest.mark.skipif(not os.path.exists("/proc"), reason="needs /proc")
+def test_memory_stays_flat(images, tmp_path, monkeypatch):
+    used, real = {}, common.Losses.add
+
+    def add(self, done, *args):
+        real(self, done, *args)
+        used[done] = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2 ** 20
+    monkeypatch.setattr(common.Losses, "add", add)
+    train_vae.main(["--data", str(images), "--out", str(tmp_path), "--steps", "120", *VAE, "--eval-every", "30"])
+    assert used[120] - used[60] < 5, used                                    # MiB

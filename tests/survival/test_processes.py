@@ -1,0 +1,154 @@
+"""Several processes: together they compute what one would."""
+import multiprocessing
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import common
+import dq
+import train_vae
+from common import read_log
+from conftest import DEVICE, ROOT, TRANSFORMER, VAE, call
+from helpers import CRITIC, STAGES, load, piped, same, wait_for
+from train_vae import ToyShapes
+
+
+def torchrun(n, name, *args, **kwargs):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", ROOT / name]
+    return piped([*command, *args], env=os.environ | dict(OMP_NUM_THREADS="1"), **kwargs)
+
+
+@pytest.mark.parametrize("stage, flags", [
+    ("vae", [*VAE, *CRITIC, "--router", "learned", "--clip", 1]),
+    ("vae", [*VAE, "--router", "entropy"]),
+    ("transformer", [*TRANSFORMER, "--label-dropout", 0])],
+    ids=["vae with a discriminator", "vae with the entropy router", "transformer"])
+def test_two_processes_compute_what_one_computes(stage, flags, vae_run, images, tmp_path):
+    data = ["--codes", vae_run / "codes.pt"] if stage == "transformer" else ["--data", images]
+    flags = [*data, "--steps", 6, "--dtype", "fp32", *flags, "--lr", 2e-4]
+    two = torchrun(2, f"train_{stage}.py", *flags, "--out", tmp_path / "two")
+    out, error = two.communicate(timeout=150)
+    assert two.returncode == 0, error
+    assert call(STAGES[stage][0].main, *flags, "--out", tmp_path / "one") is None
+    assert out.count("done: ") == 1                                          # only one of them writes
+    a, b = load(tmp_path / "one", stage), load(tmp_path / "two", stage)
+    for part in ("weights", "critic"):
+        if part in a:
+            same(a[part], b[part], atol=1e-4, rtol=2e-3)                     # Adam can have moved a weight by 1.2e-3
+    held_out = [read_log(tmp_path / name / f"{stage}.jsonl")[-1] for name in ("one", "two")]
+    same(*held_out, atol=0, rtol=0)
+
+
+def job(what, rank, world, port, path):
+    """One of `world` processes: what the test below compares with a single process."""
+    os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
+    torch.save(what(rank, world), path / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def several_steps(rank, world):
+    """Codebook, router and budget over ten steps of a global batch. -> the codebook and all losses"""
+    torch.manual_seed(0)
+    model = dq.DQVAE(dq.VAEConfig(size=16, codebook_size=64))
+    x = torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    mine, losses = x.chunk(world)[rank], []
+    for _ in range(10):
+        out = model(mine)
+        budget = dq.budget_loss(out.gate, (0.5, 0.5))
+        gradient = torch.autograd.grad(budget, model.router.mlp[2].weight)[0]
+        commitment = dq.total(out.commitment.detach()) / world
+        losses.append(torch.stack([budget.detach(), commitment, dq.total(gradient.sum()) / world]))
+    return dict(codes=model.codebook.codes, uses=model.codebook.uses, losses=torch.stack(losses))
+
+
+def free_port():
+    import socket
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def in_two_processes(what, tmp_path):
+    """-> what(rank, 2) of each."""
+    context, port = multiprocessing.get_context("spawn"), free_port()
+    jobs = [context.Process(target=job, args=(what, rank, 2, port, tmp_path)) for rank in (0, 1)]
+    for process in jobs:
+        process.start()
+    for process in jobs:
+        process.join()
+    return [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+
+
+class CountedShapes(ToyShapes):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.made = 0
+
+    def __getitem__(self, i):
+        self.made += 1
+        return super().__getitem__(i)
+
+
+def encode_shapes(rank, world):
+    """-> codes, grains and labels of 151 images, and how many of them this process has made"""
+    torch.manual_seed(0)
+    model, data = dq.DQVAE(dq.VAEConfig(size=16, codebook_size=64)), CountedShapes(16, n=151)
+    model.codebook.codes.normal_()
+    plain, device = torch.autocast("cpu", enabled=False), torch.device("cpu")
+    with common.Stop(device) as stop:
+        encoded = train_vae.encode(model.eval(), data, device, lambda: plain, workers=0, mirrored=True, stop=stop)
+    return encoded, data.made
+
+
+def test_each_process_encodes_its_part_and_has_all(tmp_path):
+    alone, made = encode_shapes(0, 1)
+    assert made == 151 and alone["codes"].shape == (151, 2, 4, 4) and alone["label"].tolist()[:6] == [0, 1, 2, 3, 0, 1]
+    for encoded, made in in_two_processes(encode_shapes, tmp_path):
+        same(alone, encoded)
+        assert made == 76                                                    # of 152: the first image twice
+
+
+def test_two_processes_write_the_codes_that_one_writes(vae_run, images, tmp_path):
+    flags = ["--encode", vae_run / "vae.pt", "--data", images, "--device", DEVICE, "--dtype", "fp32"]
+    two = torchrun(2, "train_vae.py", *flags, "--out", tmp_path / "two")
+    out, error = two.communicate(timeout=150)
+    assert two.returncode == 0 and out.count("done: ") == 1, error
+    assert call(train_vae.main, *flags, "--out", tmp_path / "one") is None
+    same(*(dq.load_checkpoint(tmp_path / name / "codes.pt", "dq-codes") for name in ("one", "two")))
+
+
+def test_codebook_router_and_budget_are_those_of_the_global_batch(tmp_path):
+    alone = several_steps(0, 1)
+    first, second = in_two_processes(several_steps, tmp_path)
+    same(first["codes"], second["codes"])                                    # identical, bit by bit
+    same(alone, first, atol=1e-6, rtol=1e-4)
+
+
+def children(pid):
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.skipif(not os.path.exists("/proc"), reason="needs /proc")
+def test_a_dead_process_ends_the_job(images, tmp_path):
+    many = ["--steps", 100_000, "--eval-every", 100_000]
+    process = torchrun(2, "train_vae.py", "--data", images, "--out", tmp_path, *VAE, *many)
+    log = tmp_path / "vae.jsonl"
+    wait_for(lambda: log.exists() and log.stat().st_size, process)
+    os.kill(children(process.pid)[-1], signal.SIGKILL)
+    _, error = process.communicate(timeout=90)
+    assert process.returncode != 0 and ("is gone" in error or "SIGKILL" in error or "Signal 9" in error)
+
+
+def test_more_gpus_than_there_are(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    with pytest.raises(dq.UserError, match="1 GPU.*process 3"):
+        train_vae.main(["--out", str(tmp_path)])

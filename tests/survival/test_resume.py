@@ -1,0 +1,150 @@
+"""Runs that go on: as if they had never stopped, or not at all."""
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import common
+import dq
+import train_vae
+from common import read_log
+from conftest import VAE, call
+from helpers import STAGES, Killed, load, same
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_ten_steps_killed_and_ten_more_are_twenty_steps(stage, vae_run, images, tmp_path, monkeypatch):
+    module, flags = STAGES[stage]
+    stem = stage.split()[0]
+    data = ["--data", str(images)]
+    if stem == "transformer":
+        data = ["--codes", str(vae_run / "codes.pt"), "--dropout", "0.1"]
+
+    def train(out, *more):
+        module.main(["--out", str(tmp_path / out), "--steps", "20", "--eval-every", "5", "--save-every", "10",
+                     *data, *flags, *more])
+
+    train("whole")
+    save = dq.save_checkpoint
+
+    def save_and_die(path, *args, **kwargs):
+        save(path, *args, **kwargs)
+        if path.name == f"{stem}.pt":
+            raise Killed
+    monkeypatch.setattr(dq, "save_checkpoint", save_and_die)
+    with pytest.raises(Killed):
+        train("halves")
+    monkeypatch.setattr(dq, "save_checkpoint", save)
+    halves = tmp_path / "halves"
+    assert load(halves, stem)["step"] == 10
+    with open(halves / f"{stem}.jsonl", "ab") as log:                        # later steps, and what is no line
+        log.write(b'{"step": 11, "loss": 3}\nnull\n[1]\n{"loss": 2}\n{"step": "4"}\n'
+                  b'{"step": 3, "\xe9": 1}\n{"step": 12, "lo')
+    for module_with_state in (random, np.random):                            # the world moves on meanwhile
+        module_with_state.seed(99)
+    torch.manual_seed(99)
+    train("halves", "--resume")
+    for name in (stem, f"{stem}.best"):
+        same(*(dq.load_checkpoint(tmp_path / folder / f"{name}.pt", f"dq-{stem}") for folder in ("whole", "halves")))
+    assert (tmp_path / "whole" / f"{stem}.jsonl").read_text() == (halves / f"{stem}.jsonl").read_text()
+
+
+def test_the_checkpoint_holds_all_random_states(vae_run):
+    rng = load(vae_run, "vae")["rng"]
+    assert rng.keys() == {"python", "numpy", "torch", "cuda"}
+
+
+def test_the_random_state_of_a_gpu_is_that_of_the_own_device(monkeypatch):
+    """Process 0 saves that of its GPU; each process gives it to its own."""
+    states = {torch.device("cuda", i): torch.tensor([i]) for i in range(3)}
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: states[device])
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: states.update({device: state}))
+    saved = common.random_states(torch.device("cuda", 1))
+    common.restore_random_states(saved, torch.device("cuda", 2))
+    assert [state.item() for state in states.values()] == [0, 1, 1]
+    older = saved | dict(cuda=[torch.tensor([7]), torch.tensor([8])])        # of all GPUs of process 0's machine
+    common.restore_random_states(older, torch.device("cuda", 2))
+    common.restore_random_states(saved | dict(cuda=None), torch.device("cuda", 0))  # saved on a CPU
+    assert [state.item() for state in states.values()] == [0, 1, 7]
+
+
+def test_resuming_with_other_settings(images, tmp_path, capsys):
+    """What makes another run is refused by name, what may change is named."""
+    def train(*flags):
+        return call(train_vae.main, "--out", tmp_path, *VAE, "--data", images, "--steps", 2, *flags)
+
+    def files():
+        return {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
+
+    (tmp_path / "other").mkdir()
+    Image.new("RGB", (16, 16)).save(tmp_path / "other/one.png")
+    assert train() is None
+    before = files()
+    for flag, value in (("--data", tmp_path / "other"), ("--batch-size", 8), ("--seed", 1), ("--lr", 0.5),
+                        ("--clip", 3), ("--budget-weight", 2), ("--codebook-size", 32), ("--gan-start", 7)):
+        line = train("--steps", 4, flag, value, "--resume")
+        assert line.startswith("error: ") and f"trained with {flag} " in line and "leave --resume out" in line, line
+    assert files() == before
+    capsys.readouterr()
+    for steps in (1, 2):                                                     # as many are done, or more
+        assert train("--steps", steps, "--resume", "--eval-every", 1) is None
+        out = capsys.readouterr().out.splitlines()
+        vae, codes = tmp_path / "vae.pt", tmp_path / "codes.pt"
+        assert out[1:] == [f"nothing left to do: {vae} is at step 2, and {codes} is there"] and files() == before
+    assert train("--steps", 4, "--resume", "--eval-every", 1) is None
+    out = capsys.readouterr().out
+    assert "note: --steps was 2 and is 4 from step 2 on" in out and "note: --eval-every was 250 and is 1" in out
+    assert load(tmp_path, "vae")["step"] == 4
+
+
+def test_a_checkpoint_of_before_the_settings_goes_on(images, tmp_path):
+    """And what it holds as the lowest loss counts."""
+    flags = ["--data", images, "--out", tmp_path, *VAE]
+    assert call(train_vae.main, *flags, "--steps", 2) is None
+    checkpoint = load(tmp_path, "vae") | dict(best=0.0)
+    del checkpoint["settings"]
+    torch.save(checkpoint, tmp_path / "vae.pt")
+    assert call(train_vae.main, *flags, "--steps", 4, "--lr", 0.01, "--resume") is None
+    assert load(tmp_path, "vae")["step"] == 4 and load(tmp_path, "vae.best")["step"] == 2
+
+
+def test_evaluating_more_often_changes_nothing(images, tmp_path):
+    for every in ("1", "4"):
+        train_vae.main(["--data", str(images), "--out", str(tmp_path / every), "--steps", "4", "--router", "random",
+                        *VAE, "--eval-every", every])
+    same(load(tmp_path / "1", "vae")["weights"], load(tmp_path / "4", "vae")["weights"])
+
+
+@pytest.mark.parametrize("stem, fixture, key", [("vae", "vae_run", "loss"), ("transformer", "run", "nats_per_image")])
+def test_the_best_checkpoint_is_that_of_the_lowest_held_out_loss(stem, fixture, key, request):
+    folder = request.getfixturevalue(fixture)
+    held_out = [line for line in read_log(folder / f"{stem}.jsonl") if "psnr" in line or "nats_per_image" in line]
+    best = min(held_out, key=lambda line: line[key])
+    checkpoint = dq.load_checkpoint(folder / f"{stem}.best.pt", f"dq-{stem}")
+    assert checkpoint["step"] == best["step"] and checkpoint["best"] == pytest.approx(best[key], abs=1e-4)
+
+
+def test_the_best_checkpoint_can_be_sampled_from(run):
+    dq.load_transformer(run / "transformer.best.pt", "cpu")
+
+
+def test_a_run_that_starts_anew_moves_the_former_one_aside(images, tmp_path, capsys):
+    for steps in (1, 2, 3):
+        train_vae.main(["--data", str(images), "--out", str(tmp_path), "--steps", str(steps), *VAE])
+    assert [load(tmp_path / name, "vae")["step"] for name in ("former-1", "former-2", ".")] == [1, 2, 3]
+    for name in ("vae.pt", "vae.best.pt", "vae.jsonl", "vae.png"):
+        assert (tmp_path / "former-1" / name).exists() and (tmp_path / name).exists()
+    assert "former-2" in capsys.readouterr().out
+
+
+def test_codes_are_those_of_the_newest_weights(images, tmp_path):
+    flags = [*VAE, "--data", images, "--out", tmp_path, "--resume"]
+    for steps in (1, 2):
+        assert call(train_vae.main, *flags[:-1 if steps == 1 else None], "--steps", steps) is None
+        same(load(tmp_path, "vae")["weights"], dq.load_checkpoint(tmp_path / "codes.pt", "dq-codes")["weights"])
+    newest = (tmp_path / "codes.pt").read_bytes()
+    (tmp_path / "codes.pt").write_bytes(newest[:-9])                         # damaged
+    assert call(train_vae.main, *flags, "--steps", 2) is None
+    same(load(tmp_path, "vae")["weights"], dq.load_checkpoint(tmp_path / "codes.pt", "dq-codes")["weights"])

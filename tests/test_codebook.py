@@ -1,0 +1,108 @@
+"""The codebook, section 3 of dq.py.
+
+    straight_through    test_straight_through_has_the_value_of_q_and_the_gradient_of_z
+    Codebook.assign     test_nearest_code_equals_a_loop
+    Codebook.forward    test_commitment_counts_every_code_once_and_pulls_only_the_encoder
+    Codebook.update     test_ema_update_equals_a_loop_over_codes
+    Codebook.restart    test_restart_revives_dead_codes_and_leaves_the_others and two more
+    sample_vectors      test_restart_draws_by_weight; over several processes: survival/test_processes.py
+"""
+import pytest
+import torch
+
+import dq
+from dq import Codebook
+
+
+def test_nearest_code_equals_a_loop():
+    book, z = Codebook(7, 3), torch.randn(50, 3)
+    book.codes.copy_(torch.randn(7, 3) * torch.linspace(0.2, 3, 7)[:, None])  # short ones and long ones
+    ids = book.assign(z)
+    assert len(ids.unique()) > 3
+    for vector, i in zip(z, ids.tolist()):
+        assert i == min(range(7), key=lambda v: float((book.codes[v] - vector).square().sum()))
+
+
+def test_straight_through_has_the_value_of_q_and_the_gradient_of_z():
+    z, q, cost = torch.randn(5, 3, requires_grad=True), torch.randn(5, 3), torch.randn(5, 3)
+    out = dq.straight_through(z, q)
+    torch.testing.assert_close(out.detach(), q)
+    (out * cost).sum().backward()
+    torch.testing.assert_close(z.grad, cost)
+
+
+@pytest.mark.parametrize("age, decay", [(0, 0.1), (5, 0.4), (1000, 0.9)])
+def test_ema_update_equals_a_loop_over_codes(age, decay):
+    V, D = 6, 3
+    book = Codebook(V, D, decay=0.9)
+    book.restart = lambda *_: None
+    book.codes.normal_()
+    book.uses.uniform_(1, 2)
+    book.sums.copy_(book.codes * book.uses[:, None])
+    book.age.fill_(age)
+    codes, uses, sums = (t.clone() for t in (book.codes, book.uses, book.sums))
+    z = torch.randn(2, D, 4, 4)
+    weight = torch.ones(2, 4, 4)
+    z[:, :, :2, :2] = z[:, :, :1, :1]                                        # one coarse code over four cells
+    weight[:, :2, :2] = 1 / 4
+    book.train()
+    q, ids, loss = book(z, weight)
+    for v in range(V):
+        n, total = 0.0, torch.zeros(D)
+        for b in range(2):
+            for y in range(4):
+                for x in range(4):
+                    vector = z[b, :, y, x]
+                    nearest = min(range(V), key=lambda i: float((codes[i] - vector).square().sum()))
+                    assert nearest == ids[b, y, x]
+                    if nearest == v:
+                        n, total = n + float(weight[b, y, x]), total + weight[b, y, x] * vector
+        uses[v] = decay * uses[v] + (1 - decay) * n
+        sums[v] = decay * sums[v] + (1 - decay) * total
+    torch.testing.assert_close(book.uses, uses)
+    torch.testing.assert_close(book.sums, sums)
+    torch.testing.assert_close(book.codes, sums / uses[:, None])
+
+
+def test_commitment_counts_every_code_once_and_pulls_only_the_encoder():
+    book = Codebook(4, 2).eval()
+    book.codes.normal_()
+    z = torch.randn(1, 2, 2, 2, requires_grad=True)
+    weight = torch.tensor([[[0.25, 1.0], [1.0, 0.5]]])
+    q, ids, loss = book(z, weight)
+    expected = sum(0.25 * weight[0, y, x] * (book.codes[ids[0, y, x]] - z[0, :, y, x]).square().mean()
+                   for y in range(2) for x in range(2)) / 4
+    torch.testing.assert_close(loss, expected)
+    q.sum().backward()
+    assert (z.grad == 1).all()                                               # straight-through
+
+
+def test_restart_revives_dead_codes_and_leaves_the_others():
+    book, z, weight = Codebook(8, 2), torch.randn(64, 2), torch.full((64,), 0.5)
+    book.restart(z, weight)                                                  # the first batch initialises all codes
+    assert (book.uses == 4).all()                                            # 64 / 2 uses for 8 codes
+    book.uses.copy_(torch.arange(8) + 1)
+    book.sums.copy_(book.codes * book.uses[:, None])
+    book.codes[5], book.uses[5], book.sums[5] = 100.0, 0.39, 39.0            # used less than a tenth of 4 times
+    before = [t.clone() for t in (book.codes, book.uses, book.sums)]
+    book.restart(z, weight)
+    others = torch.arange(8) != 5
+    for t, was in zip((book.codes, book.uses, book.sums), before):
+        torch.testing.assert_close(t[others], was[others])
+    distance = (z - book.codes[5]).norm(dim=1)
+    assert 0 < distance.min() < 0.1                                          # hardly beside a vector of the batch
+    assert book.uses[5] == 4
+    torch.testing.assert_close(book.sums[5], 4 * book.codes[5])
+
+
+def test_restart_draws_by_weight():
+    book, z = Codebook(8, 2), torch.rand(64, 2)
+    z[32:] += 100
+    book.restart(z, (torch.arange(64) < 32).float())
+    assert (book.codes < 50).all()
+
+
+def test_a_batch_of_few_different_vectors_gives_codes_that_differ():
+    book = Codebook(16, 2)
+    book.restart(torch.randn(3, 2).repeat(20, 1), torch.ones(60))
+    assert torch.pdist(book.codes).min() > 1e-5

@@ -1,0 +1,322 @@
+"""common.py, and that it alone is shared.
+
+    load_image, open_image, to_rgb, grey_8_bits   test_images_of_every_mode and what follows
+    pick_device                                   test_the_gpu_that_is_asked_for_becomes_the_current_one and one more
+    run                                           test_wrong_input_ends_in_one_line, test_an_error_reaches_the_shell
+    trainer_flags, override, number               test_wrong_input_ends_in_one_line
+    Schedule                                      test_schedules
+    Record                                        test_training_writes_logs_pictures_and_checkpoints,
+                                                  survival/test_resume.py
+    Losses                                        survival/test_broken.py
+    Stop                                          survival/test_kill.py
+    deal                                          test_train_vae.py and test_train_transformer.py
+    save_grid, save_picture                       test_sample.py
+"""
+import ast
+import importlib
+import json
+import shutil
+import struct
+import subprocess
+import sys
+import warnings
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, PngImagePlugin
+
+import common
+import dq
+import train_vae
+from conftest import DEVICE, ROOT, TRANSFORMER, script
+
+
+# ------------------------------------------------------------------------------------------------
+# Five rooms
+
+
+SCRIPTS = ["train_vae.py", "train_transformer.py", "sample.py"]
+OURS = {path.stem for path in ROOT.glob("*.py")}
+
+
+def test_scripts_import_dq_and_common_and_no_other_script():
+    def imported(name):
+        tree = ast.parse((ROOT / name).read_text(encoding="utf-8"))
+        names = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+        names += [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+        assert "importlib" not in names and "__import__" not in ast.unparse(tree)
+        return OURS.intersection(names)
+    assert OURS == {"dq", "common", *(name[:-3] for name in SCRIPTS)}
+    assert imported("dq.py") == set() and imported("common.py") == {"dq"}
+    assert all(imported(name) == {"dq", "common"} for name in SCRIPTS)
+
+
+@pytest.mark.parametrize("broken", SCRIPTS)
+def test_a_syntax_error_in_one_script_leaves_the_others_running(broken, run, tmp_path):
+    for name in OURS:
+        shutil.copy(ROOT / f"{name}.py", tmp_path)
+    (tmp_path / broken).write_text("def (:")
+    flags = {"train_vae.py": ["--encode", run / "vae.pt", "--data", "images", "--out", "x", "--device", DEVICE],
+             "train_transformer.py": ["--codes", run / "codes.pt", "--out", "y", "--steps", 1, *TRANSFORMER],
+             "sample.py": [run / "transformer.pt", "--n", 1, "--out", "z", "--device", DEVICE]}
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (16, 16)).save(tmp_path / "images/0.png")
+    for name in SCRIPTS:
+        command = [sys.executable, name, *map(str, flags[name])]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert (done.returncode == 0) == (name != broken), done.stderr
+
+# ------------------------------------------------------------------------------------------------
+# One picture
+
+
+def read(tmp_path, image, name="x.png", size=4, **save):
+    """Save one Pillow image, or the bytes of a file, load it as the scripts do -> (S, S, 3) in 0..255."""
+    if isinstance(image, bytes):
+        (tmp_path / name).write_bytes(image)
+    else:
+        image.save(tmp_path / name, **save)
+    return ((common.load_image(tmp_path / name, size) + 1) * 127.5).permute(1, 2, 0).numpy()
+
+
+def flat(mode, color, size=(4, 4), spoilt=None):
+    """One colour; the first pixel can have another one, and is then not looked at."""
+    image = Image.new(mode, size, color)
+    if spoilt is not None:
+        image.putpixel((0, 0), spoilt)
+    return image
+
+
+def palette_with_transparency():
+    image = flat("P", 1)
+    image.putpalette([0, 0, 0, 200, 100, 50])
+    image.info["transparency"] = 1
+    return image
+
+
+def directory(tags, start):
+    """(tag, type, values) -> a TIFF directory, as in TIFF and EXIF, to be put `start` bytes into the file."""
+    head, tail = struct.pack("<H", len(tags)), b""
+    for tag, kind, values in sorted(tags):
+        data = struct.pack(f"<{len(values)}{ {3: 'H', 4: 'I', 8: 'h'}[kind]}", *values)
+        if len(data) > 4:                                                    # too long for its place: it follows below
+            place = start + 2 + 12 * len(tags) + 4 + len(tail)
+            tail += data
+            data = struct.pack("<I", place)
+        head += struct.pack("<HHI", tag, kind, len(values)) + data.ljust(4, b"\0")
+    return head + bytes(4) + tail
+
+
+def tif(data, bits, photometric=1):
+    """The bytes of a TIFF of 4 x 4 unsigned greys."""
+    tags = [(256, 3, [4]), (257, 3, [4]), (258, 3, [bits]), (259, 3, [1]), (262, 3, [photometric]), (273, 4, [8]),
+            (277, 3, [1]), (278, 3, [4]), (279, 4, [len(data)])]
+    return b"II*\0" + struct.pack("<I", 8 + len(data)) + data + directory(tags, 8 + len(data))
+
+
+def png(pixels, depth, color_type, *chunks):
+    """The bytes of a PNG with 4 rows of these bytes. chunks: (name, data), before the pixels"""
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", 4, 4, depth, color_type, 0, 0, 0)), *chunks,
+              (b"IDAT", zlib.compress((b"\0" + pixels) * 4)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in chunks)
+
+
+RGB16 = b"\x28\x07\x50\x07\x07\x07"
+MODES = {
+    "rgb": (flat("RGB", (10, 20, 30)), "x.png", (10, 20, 30)),
+    "grey": (flat("L", 90), "x.png", 90),
+    "bit": (flat("1", 1), "x.png", 255),
+    "gif": (flat("P", 0), "x.gif", 0),
+    "cmyk": (flat("CMYK", (0, 255, 255, 0)), "x.tif", (255, 0, 0)),
+    "cmyk-jpeg": (flat("CMYK", (0, 255, 255, 0)), "x.jpg", (255, 0, 0)),
+    "transparent": (flat("RGBA", (255, 0, 0, 0)), "x.png", 255),             # white
+    "translucent": (flat("RGBA", (0, 0, 0, 51)), "x.webp", 204),             # a fifth black over white
+    "grey+alpha": (flat("LA", (0, 0)), "x.png", 255),
+    "palette+alpha": (palette_with_transparency(), "x.png", 255),
+    "16bit": (flat("I;16", 32896), "x.png", 128),
+    "16bit-tif": (flat("I;16", 257), "x.tif", 1),
+    "16bit-tif white is zero": (tif(struct.pack("<H", 257 * 55) * 16, 16, photometric=0), "x.tif", 200),
+    "12bit-tif": (tif(b"\x40\x44\x04" * 8, 12), "x.tif", 64),               # 0x404 of 0xfff
+    "32bit-tif": (tif(struct.pack("<I", 3 << 30) * 16, 32), "x.tif", 191),
+    "32bit-tif signed": (flat("I", 100, spoilt=255), "x.tif", 100),          # numpy's integers, of 0 to 255
+    "float": (flat("F", 0.5), "x.tif", 127.5),
+    "float, overshoot": (flat("F", 0.5, spoilt=1.1), "x.tif", 127.5),
+    "float, all overshoot": (flat("F", 1.02), "x.tif", 255),
+    "float of 0 to 255": (flat("F", 100.0, spoilt=255.0), "x.tif", 100),
+    "float of 0 to 255, overshoot": (flat("F", 100.0, spoilt=280.0), "x.tif", 100),
+    "float, one extreme": (flat("F", 0.5, spoilt=1e9), "x.tif", 127.5),
+    "float, infinite": (flat("F", 0.5, spoilt=float("inf")), "x.tif", 127.5),
+    "float, a quarter infinite": (Image.fromarray(np.float32([[np.inf] * 4] + [[0.5] * 4] * 3)), "x.tif", 127.5),
+    "float, not a number": (flat("F", 0.5, spoilt=float("nan")), "x.tif", 127.5),
+    "float, nothing else": (flat("F", float("nan")), "x.tif", 0),
+    "key, 2 bit": (png(b"\xaa", 2, 0, (b"tRNS", struct.pack(">H", 2))), "x.png", 255),
+    "key, 2 bit, another": (png(b"\xaa", 2, 0, (b"tRNS", struct.pack(">H", 1))), "x.png", 170),
+    "key, 8 bit": (png(b"\x28" * 4, 8, 0, (b"tRNS", struct.pack(">H", 40))), "x.png", 255),
+    "key, 16 bit": (png(b"\x28\x07" * 4, 16, 0, (b"tRNS", b"\x28\x07")), "x.png", 255),
+    "key, 16 bit, another": (png(b"\x28\x28" * 4, 16, 0, (b"tRNS", b"\x28\x07")), "x.png", 40),
+    "key, rgb 16 bit": (png(RGB16 * 4, 16, 2, (b"tRNS", RGB16)), "x.png", 255),
+    "key, rgb 16 bit, another": (png(RGB16 * 4, 16, 2, (b"tRNS", bytes(6))), "x.png", (40, 80, 7)),
+}
+
+
+@pytest.mark.parametrize("kind", MODES)
+def test_images_of_every_mode(tmp_path, kind):
+    image, name, expected = MODES[kind]
+    save = dict(lossless=True) if name.endswith("webp") else {}
+    pixels = read(tmp_path, image, name, **save)
+    assert np.abs(pixels - expected)[1:, 1:].max() <= 1, pixels[1, 1]
+
+
+def test_premultiplied_grey(tmp_path):
+    """Pillow reads such files from some version on."""
+    rgb = common.to_rgb(flat("LA", (128, 102)).convert("La"))
+    assert rgb.mode == "RGB" and abs(rgb.getpixel((1, 1))[0] - 204) <= 1     # 40 % of half grey, over white
+
+
+ORIENTATION_6 = (0x0112, 3, [6])                                             # turn a quarter to the right
+EXIF = {"sound": [ORIENTATION_6], "a tag out of range": [ORIENTATION_6, (0x0128, 8, [-5])],
+        "a directory that is not there": [ORIENTATION_6, (0x8769, 4, [99999])], "no EXIF at all": None}
+
+
+@pytest.mark.parametrize("name", ["x.jpg", "x.png", "x.webp"])
+@pytest.mark.parametrize("kind", EXIF)
+def test_the_pixels_of_broken_metadata(kind, name, tmp_path, capfd):
+    """Every picture is read, without a warning, and upright where the orientation can be read."""
+    image = Image.new("RGB", (8, 8))
+    image.paste("white", (0, 0, 8, 4))                                       # stored: the upper half white ...
+    tags = EXIF[kind]
+    exif = b"garbage" if tags is None else b"Exif\0\0II*\0\x08\0\0\0" + directory(tags, 8)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        pixels = read(tmp_path, image, name, size=8, exif=exif)
+    black, white = (pixels[4:], pixels[:4]) if tags is None else (pixels[:, :4], pixels[:, 4:])
+    assert black.max() < 20 and white.min() > 235                            # ... shown: the right half
+    assert not told and capfd.readouterr().err == ""
+
+
+def test_text_of_three_megabytes(tmp_path):
+    text = PngImagePlugin.PngInfo()
+    text.add_text("comment", "x" * 3_000_000, zip=True)
+    assert (read(tmp_path, flat("L", 90), pnginfo=text) == 90).all()
+
+
+def test_resize_crop_and_flip(tmp_path):
+    ramp = np.tile(np.arange(64, dtype=np.uint8)[None] * 4, (16, 1))         # 64 x 16, brighter to the right
+    Image.fromarray(ramp).save(tmp_path / "wide.png")
+    centre = common.load_image(tmp_path / "wide.png", 16)
+    assert abs(((centre.mean() + 1) * 127.5).item() - ramp.mean()) < 2
+    crops = [common.load_image(tmp_path / "wide.png", 16, np.random.default_rng(i)) for i in range(40)]
+    rising = [bool(c[0, 0, -1] > c[0, 0, 0]) for c in crops]
+    assert 8 < sum(rising) < 32                                              # half of them flipped
+    assert len({round(c.mean().item(), 3) for c in crops}) > 15              # at many places
+    noise = np.indices((64, 64)).sum(0).astype(np.uint8) % 2 * 255           # checks, which antialiasing makes grey
+    Image.fromarray(noise).save(tmp_path / "noise.png")
+    small = common.load_image(tmp_path / "noise.png", 8)
+    assert small.abs().max() < 0.1
+
+# ------------------------------------------------------------------------------------------------
+# A program and its flags
+
+
+def test_the_gpu_that_is_asked_for_becomes_the_current_one(monkeypatch):
+    current, ones = [], torch.ones
+    monkeypatch.setattr(torch, "ones", lambda *size, device: ones(*size))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **kwargs: True)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    for name, numbered in (("cuda:1", "cuda:1"), ("cuda", "cuda:0"), ("cuda:0", "cuda:0"), ("cpu", "cpu")):
+        assert common.pick_device(name, "auto")[0] == torch.device(numbered)
+    assert current == [torch.device("cuda", i) for i in (1, 0, 0)]
+
+
+@pytest.mark.parametrize("name", ["cuda:99", "gpu", "", "meta"])
+def test_devices_that_are_not_here(name):
+    with pytest.raises(dq.UserError, match="no such device"):
+        common.pick_device(name, "auto")
+
+
+def test_schedules():
+    assert [round(train_vae.gumbel_scale(s, 100), 3) for s in (0, 50, 70, 90, 99)] == [1, 1, 0.5, 0, 0]
+
+    schedule = common.Schedule(steps=110, batch_size=1, lr=2.0, warmup=10)
+    rates = [schedule.learning_rate(step) for step in range(110)]
+    assert rates[0] == 0.2 and rates[9] == max(rates) == 2.0 and rates[60] == pytest.approx(1.0) and rates[-1] < 0.01
+
+
+@pytest.mark.parametrize("stage, fixture, figures", [
+    ("vae", "vae_run", {"psnr", "ssim", "l1", "share", "fine_min", "fine_mean", "fine_max", "bits_per_pixel",
+                        "codebook_used", "perplexity"}),
+    ("transformer", "run", {"nats_per_image", "bits_per_code", "bits_per_pixel"})])
+def test_training_writes_logs_pictures_and_checkpoints(stage, fixture, figures, request):
+    folder = request.getfixturevalue(fixture)
+    log = [json.loads(line) for line in (folder / f"{stage}.jsonl").read_text().splitlines()]
+    assert figures <= set(log[-1]) and log[-1]["step"] == 6
+    assert Image.open(folder / f"{stage}.png").width > 100
+    assert dq.load_checkpoint(folder / f"{stage}.pt", f"dq-{stage}")["step"] == 6
+
+
+@pytest.mark.parametrize("name, args, says", [
+    ("train_vae.py", ["--data", "nowhere"], "no such folder"),
+    ("train_vae.py", ["--data", "empty"], "no images"),
+    ("train_vae.py", ["--size", 20], "not a multiple"),
+    ("train_vae.py", ["--factors", 8, 4, "--ratios", 0.5], "need 2 ratios"),
+    ("train_vae.py", ["--ratios", 0.5, 0.6], "sum to 1"),
+    ("train_vae.py", ["--steps", 0], "--steps: must be at least 1, not 0"),
+    ("train_vae.py", ["--lr", 0], "--lr"),
+    ("train_vae.py", ["--lr", "nan"], "--lr"),
+    ("train_vae.py", ["--clip", "much"], "--clip: invalid float value"),
+    ("train_vae.py", ["--seed", 2 ** 64], "--seed"),
+    ("train_transformer.py", ["--dropout", 1], "--dropout: must be at least 0 and below 1"),
+    ("train_vae.py", ["--device", "cuda:99"], "no such device"),
+    ("train_vae.py", ["--preset", "huge"], "invalid choice"),
+    ("train_vae.py", ["--gan-weight", -1], "--gan-weight"),
+    ("train_vae.py", ["--gan-weight", 1, "--size", 16], "at least 24"),
+    ("train_vae.py", ["--perceptual-weight", 1, "--perceptual-weights", "file"], "--perceptual-weight 0"),
+    ("train_vae.py", ["--batch-size", 6, "--accumulate", 4], "--accumulate"),
+    ("train_vae.py", ["--encode", "file"], "not a checkpoint"),
+    ("train_vae.py", ["--encode", "nowhere.pt"], "no such file"),
+    ("train_vae.py", ["--encode", "VAE", "--data", "empty"], "no images"),
+    ("train_vae.py", ["--seed", -1], "--seed"),
+    ("train_transformer.py", ["--codes", "CODES", "--width", 33], "width"),
+    ("train_vae.py", ["--resume"], "no such file"),
+    ("train_vae.py", ["--out", "file/x"], "file"),
+    ("train_transformer.py", [], "no such file: out/codes.pt (train_vae.py writes it); to make it from a DQ-VAE: "
+                                 "python train_vae.py --encode out/vae.pt --out out"),
+    ("train_transformer.py", ["--codes", "nowhere.pt"], "no such file"),
+    ("train_transformer.py", ["--codes", "file"], "not a checkpoint"),
+    ("train_transformer.py", ["--codes", "VAE"], "a dq-codes is needed"),
+    ("sample.py", ["nowhere.pt"], "no such file"),
+    ("sample.py", ["file"], "not a checkpoint"),
+    ("sample.py", ["VAE"], "a dq-transformer is needed"),
+    ("sample.py", ["MODEL", "--label", "dog"], "no class"),
+    ("sample.py", ["MODEL", "--label", 4], "no class"),
+    ("sample.py", ["MODEL", "--n", 0], "--n"),
+    ("sample.py", ["MODEL", "--keep", 1], "--keep needs --input"),
+    ("sample.py", ["MODEL", "--out", "x.psd"], "no picture in colour"),
+    ("sample.py", ["MODEL", "--temperature", -1], "temperature"),
+    ("sample.py", ["MODEL", "--top-p", 0], "top-p"),
+    ("sample.py", ["MODEL", "--input", "file"], "file"),
+])
+def test_wrong_input_ends_in_one_line(name, args, says, request, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("no checkpoint, no image")
+    for word, fixture, file in (("VAE", "vae_run", "vae.pt"), ("CODES", "vae_run", "codes.pt"),
+                                ("MODEL", "run", "transformer.pt")):
+        if word in args:                                                     # a fault in stage 2 is none of stage 1's
+            args = [request.getfixturevalue(fixture) / file if a == word else a for a in args]
+    args = [str(a) for a in args]
+    with pytest.raises(SystemExit) as end:                                   # anything else would be a traceback
+        common.run(lambda: importlib.import_module(name[:-3]).main(args))
+    if end.value.code == 2:                                                  # argparse has printed its line
+        assert says in capsys.readouterr().err.splitlines()[-1]
+    else:
+        assert end.value.code.startswith("error: ") and says in end.value.code and "\n" not in end.value.code
+
+
+def test_an_error_reaches_the_shell():
+    done = script("sample.py", "nowhere.pt")
+    assert done.returncode == 1 and done.stderr == "error: no such file: nowhere.pt (train_transformer.py writes it)\n"

@@ -1,0 +1,90 @@
+"""Routers and budget, section 2 of dq.py.
+
+    GrainRouter.forward     test_straight_through_gradient_of_the_gate,
+                            test_gumbel_noise_draws_with_the_softmax_probabilities
+    EntropyRouter.score     test_entropy_equals_a_loop_over_pixels
+    ThresholdRouter         test_entropy_thresholds_and_random_routing_give_the_asked_ratios (with train_vae.calibrate)
+    budget_loss             test_budget_loss_equals_a_loop_and_pulls_on_all_regions_alike and two more
+"""
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import train_vae
+from dq import EntropyRouter, GrainRouter, RandomRouter, budget_loss, one_hot
+from train_vae import ToyShapes
+
+
+def test_straight_through_gradient_of_the_gate():
+    """Forward is one-hot; backward is the softmax's: dL/dlogit_k = p_k (c_k - sum_j p_j c_j)."""
+    router, maps = GrainRouter(32, 3), [torch.randn(2, 32, s, s) for s in (2, 4, 8)]
+    logits = torch.randn(2, 3, 2, 2, requires_grad=True)
+    router.logits = lambda _: logits
+    gate = router(None, maps, noise=0.0)
+    assert torch.equal(gate.detach(), torch.nn.functional.one_hot(logits.argmax(1), 3).permute(0, 3, 1, 2).float())
+    cost = torch.randn(2, 3, 2, 2)
+    (gate * cost).sum().backward()
+    p = logits.detach().softmax(1)
+    expected = p * (cost - (p * cost).sum(1, keepdim=True))
+    torch.testing.assert_close(logits.grad, expected)
+
+
+def test_gumbel_noise_draws_with_the_softmax_probabilities():
+    router = GrainRouter(32, 3)
+    logits = torch.tensor([1.0, 0.0, -1.0]).view(1, 3, 1, 1).expand(20_000, 3, 1, 1)
+    router.logits = lambda _: logits
+    share = router(None, None).mean(dim=(0, 2, 3))
+    torch.testing.assert_close(share, logits[0, :, 0, 0].softmax(0), atol=0.015, rtol=0)
+    router.eval()
+    assert (router(None, None)[:, 0] == 1).all()                             # evaluation takes the argmax
+
+
+def test_entropy_equals_a_loop_over_pixels():
+    x = torch.rand(1, 3, 8, 8) * 2 - 1
+    ours = EntropyRouter((0.5, 0.5), 4).score(x)
+    for r in range(4):
+        patch = x[0, :, r // 2 * 4:r // 2 * 4 + 4, r % 2 * 4:r % 2 * 4 + 4].double().numpy()
+        grey = 0.2989 * patch[0] + 0.587 * patch[1] + 0.114 * patch[2]
+        hist = np.array([np.mean([math.exp(-0.5 * ((g - b) / 0.01) ** 2) for g in grey.flat])
+                         for b in np.linspace(-1, 1, 32)])
+        p = hist / hist.sum()
+        expected = -sum(q * math.log(q) for q in p if q > 0)
+        assert abs(ours[0, r // 2, r % 2] - expected) < 1e-3
+
+
+@pytest.mark.parametrize("ratios", [(0.5, 0.5), (0.7, 0.3), (0.4, 0.3, 0.3), (1.0,)])
+def test_entropy_thresholds_and_random_routing_give_the_asked_ratios(ratios):
+    x = torch.stack([ToyShapes(64)[i][0] for i in range(128)])
+    entropy = EntropyRouter(ratios, 8)
+    train_vae.calibrate(entropy, ratios, x.split(32))
+    for router in (entropy, RandomRouter(ratios)):
+        share = router(x, [torch.zeros(1, 1, 8, 8)]).mean(dim=(0, 2, 3))
+        torch.testing.assert_close(share, torch.tensor(ratios), atol=0.02, rtol=0)
+
+
+def test_budget_loss_is_the_papers_for_two_granularities():
+    gate = torch.nn.functional.one_hot(torch.randint(0, 2, (5, 4, 4)), 2).permute(0, 3, 1, 2).float()
+    fine, target, gamma = gate[:, 1].mean(), 0.3, 10
+    torch.testing.assert_close(10 * budget_loss(gate, (1 - target, target)), 2 * gamma * (fine - target) ** 2)
+
+
+def test_budget_loss_lets_images_differ():
+    all_coarse, all_fine = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
+    gate = torch.stack([all_coarse, all_fine])[:, :, None, None].expand(2, 2, 4, 4)
+    assert budget_loss(gate, (0.5, 0.5)) == 0
+
+
+@pytest.mark.parametrize("K", [2, 3])
+def test_budget_loss_equals_a_loop_and_pulls_on_all_regions_alike(K):
+    ratios = torch.rand(K).softmax(0).tolist()
+    gate = one_hot(torch.randint(0, K, (3, 2, 2)), K).requires_grad_()
+    loss = budget_loss(gate, ratios)
+    loss.backward()
+    wanted = 0.0
+    for k, ratio in enumerate(ratios):
+        share = sum(gate[b, k, y, x].item() for b in range(3) for y in range(2) for x in range(2)) / 12
+        wanted += (share - ratio) ** 2
+        torch.testing.assert_close(gate.grad[:, k], torch.full((3, 2, 2), 2 * (share - ratio) / 12))
+    assert float(loss.detach()) == pytest.approx(wanted)

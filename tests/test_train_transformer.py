@@ -1,0 +1,192 @@
+"""train_transformer.py: codes.pt in, batches, evaluation, the script.
+
+    parse, preset_of             test_the_preset_comes_with_the_codes
+    read_codes                   test_codes_that_are_none_end_in_a_line_that_helps
+    views, lengths, sequences    test_train_vae.py: test_encoding_keeps_every_image_and_its_mirror_image
+    batches                      test_batches_of_stage_2
+    evaluate                     test_evaluation_of_a_transformer, test_evaluation_is_no_wider_than_needed
+    seed_of                      test_seeds_of_processes_have_nothing_in_common
+    main                         test_codes_in_another_folder_need_no_image and what follows
+"""
+import itertools
+import math
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+import common
+import dq
+import sample
+import train_transformer
+import train_vae
+from conftest import DEVICE, TRANSFORMER, VAE, call, plain
+from test_layout import random_image
+from test_transformer import tiny
+
+
+def images_of(codes, grains):
+    """As train_transformer.py reads them, all without a class."""
+    part = dict(codes=codes[:, None].byte(), grains=grains[:, None].byte(), label=torch.full((len(codes),), -1))
+    return train_transformer.views(part, (4, 2), uncond=False)
+
+
+def test_evaluation_of_a_transformer():
+    model = tiny(8, (4, 2), V=5)
+    grains = torch.randint(0, 2, (6, 2, 2))
+    codes = random_image(model.layout, grains, 5)
+    pos, code = model.layout.pack(codes, grains)
+    figures = train_transformer.evaluate(model, images_of(codes, grains), torch.device("cpu"), plain, batch_size=4)
+    model.eval()
+    nats = []
+    with torch.no_grad():
+        for b in range(6):                                                   # each image alone, pair by pair
+            position, content = model.logits(pos[b:b + 1], code[b:b + 1])
+            logp = 0.0
+            for t in range(pos.shape[1]):
+                logp += float(position[0, t].log_softmax(-1)[pos[b, t]])
+                if code[b, t] >= 0:
+                    logp += float(content[0, t].log_softmax(-1)[code[b, t]])
+            nats.append(-logp)
+    n_codes = (code >= 0).sum().item() / 6
+    assert figures["nats_per_image"] == pytest.approx(sum(nats) / 6, rel=1e-4)
+    assert figures["bits_per_code"] == pytest.approx(sum(nats) / 6 / math.log(2) / n_codes, rel=1e-4)
+    assert figures["bits_per_pixel"] == pytest.approx(sum(nats) / 6 / math.log(2) / 64, rel=1e-4)
+
+
+def test_evaluation_is_no_wider_than_needed(monkeypatch):
+    model = tiny(8, (4, 2), V=5)
+    grains = torch.zeros(5, 2, 2, dtype=torch.long)                          # 4 codes and 2 EOS each ...
+    grains[1], grains[3] = 1, 1                                              # ... but for two images of 16 codes
+    images = images_of(random_image(model.layout, grains, 5), grains)
+    widths, real = [], train_transformer.sequences
+
+    def sequences(*args):
+        batch = real(*args)
+        widths.append(tuple(batch[0].shape))
+        return batch
+    monkeypatch.setattr(train_transformer, "sequences", sequences)
+    train_transformer.evaluate(model, images, torch.device("cpu"), plain, batch_size=3)
+    assert widths == [(3, 6), (2, 18)]
+
+
+def test_seeds_of_processes_have_nothing_in_common():
+    numbers = itertools.product(range(3), range(50), range(4))               # seed, step, process
+    seeds = {train_transformer.seed_of(*three) for three in numbers}
+    assert len(seeds) == 600
+    assert train_transformer.seed_of(1, 2, 3) == train_transformer.seed_of(1, 2, 3)
+    torch.manual_seed(max(seeds))                                            # torch takes them
+
+
+def test_batches_of_stage_2():
+    """Each epoch deals every sequence once, in another order; a batch is sorted; any start gives the same batches."""
+    length = np.random.default_rng(0).integers(6, 18, size=12)
+    dealt = list(itertools.islice(train_transformer.batches(length, 4, seed=5), 9))
+    epochs = [torch.cat(dealt[e:e + 3]).tolist() for e in (0, 3, 6)]
+    assert all(sorted(epoch) == list(range(12)) for epoch in epochs) and len({tuple(epoch) for epoch in epochs}) == 3
+    assert all((np.diff(length[batch]) >= 0).all() for batch in dealt)
+    for start in (1, 4, 8):
+        assert torch.equal(next(train_transformer.batches(length, 4, seed=5, start=start)), dealt[start])
+    big = next(train_transformer.batches(length, 30, seed=5)).tolist()       # more than an epoch
+    assert all(2 <= big.count(i) <= 3 for i in range(12))
+
+# ------------------------------------------------------------------------------------------------
+# The script
+
+
+def test_the_preset_comes_with_the_codes(vae_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert train_transformer.parse([])[0].preset == "toy"                    # there are none
+    (tmp_path / "out").mkdir()
+    codes = torch.load(vae_run / "codes.pt", weights_only=True)
+    for preset, found in (("emoji64", "emoji64"), ("of a later version", "toy")):
+        torch.save(codes | dict(preset=preset), "out/codes.pt")
+        os.replace("out/codes.pt", "elsewhere.pt")
+        args, config, schedule = train_transformer.parse(["--codes", "elsewhere.pt", "--heads", "4"])
+        assert args.preset == found and (config, schedule) == train_transformer.PRESETS[found] and args.heads == 4
+    torch.save(codes | dict(preset="emoji64"), "out/codes.pt")
+    assert train_transformer.parse([])[0].width == 160
+    args = train_transformer.parse(["--preset", "toy", "--steps", "3"])[0]   # what is asked for counts
+    assert (args.preset, args.width, args.steps) == ("toy", 192, 3)
+
+
+@pytest.mark.parametrize("how", ["cut", "a bit flipped", "empty", "of another version", "a list"])
+def test_codes_that_are_none_end_in_a_line_that_helps(how, vae_run, tmp_path):
+    path = tmp_path / "codes.pt"
+    data = bytearray((vae_run / "codes.pt").read_bytes())
+    if how == "a bit flipped":
+        data[len(data) // 2] ^= 1
+    path.write_bytes(dict(cut=data[:-1000], empty=b"").get(how, data))
+    if how == "of another version":
+        torch.save(torch.load(path, weights_only=True) | dict(version=2), path)
+    elif how == "a list":
+        torch.save([1], path)
+    line = call(train_transformer.main, "--out", tmp_path, *TRANSFORMER, "--steps", 1)
+    assert line.startswith("error: ") and "\n" not in line
+    assert [each.name for each in tmp_path.iterdir()] == ["codes.pt"]
+    assert f"python train_vae.py --encode {tmp_path / 'vae.pt'} --out {tmp_path}" in line
+
+
+def test_codes_in_another_folder_need_no_image(vae_run, tmp_path, monkeypatch):
+    """What a course hands out: one file, from which stage 2 and sampling run."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()
+    shutil.copy(vae_run / "codes.pt", "out")
+    for module, name in ((common, "open_image"), (train_vae, "open_data"), (train_vae, "ToyShapes")):
+        monkeypatch.setattr(module, name, None)
+    before = (tmp_path / "out/codes.pt").read_bytes()
+    assert call(train_transformer.main, *TRANSFORMER, "--steps", 2) is None
+    assert call(sample.main, "--n", 2, "--device", DEVICE) is None
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "codes.pt", "transformer.pt", "transformer.best.pt", "transformer.jsonl", "transformer.png", "samples.png"}
+    assert (tmp_path / "out/codes.pt").read_bytes() == before
+
+
+def test_each_trainer_says_first_what_it_understood(images, tmp_path, capsys):
+    flags = ["--out", str(tmp_path), "--steps", "1"]
+    train_vae.main([*flags, *VAE, "--data", str(images)])
+    train, held_out = train_vae.open_data(images, 16)
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first == train_vae.describe(train, held_out) and len(train) + len(held_out) == 48
+    train_transformer.main([*flags, *TRANSFORMER])
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.startswith(f"codes: {tmp_path / 'codes.pt'}, {len(train)} images (checksum ")
+    assert f"{2 * len(train)} to train on, with their mirror images, {len(held_out)} held out; 4 classes; " in first
+
+
+def test_a_transformer_knows_its_classes(run):
+    checkpoint = dq.load_checkpoint(run / "transformer.pt", "dq-transformer")
+    assert checkpoint["config"]["classes"] == ("circle", "cross", "square", "triangle")
+
+
+def test_three_granularities_without_classes_and_with_loader_processes(images, tmp_path):
+    both = ["--out", tmp_path, "--steps", 2]
+    for module, *flags in ((train_vae, *both, *VAE, "--data", images, "--workers", 1, "--factors", 8, 4, 2),
+                           (train_transformer, *both, *TRANSFORMER, "--uncond"),
+                           (sample, tmp_path / "transformer.pt", "--n", 3, "--device", DEVICE)):
+        assert call(module.main, *flags) is None
+    checkpoint = dq.load_checkpoint(tmp_path / "transformer.pt", "dq-transformer")
+    assert checkpoint["config"]["factors"] == (8, 4, 2) and checkpoint["config"]["classes"] == ()
+    assert checkpoint["vae_config"]["ratios"] == pytest.approx((1 / 3,) * 3)
+
+
+def test_a_batch_in_parts_is_the_batch(vae_run, tmp_path):
+    """Stage 2, where an image's loss depends on no other image: the same weights, up to rounding."""
+    ends = []
+    for n in ("1", "2"):
+        train_transformer.main(["--out", str(tmp_path / n), "--codes", str(vae_run / "codes.pt"), "--steps", "3",
+                                "--dtype", "fp32", "--label-dropout", "0", *TRANSFORMER, "--accumulate", n])
+        ends.append(dq.load_checkpoint(tmp_path / n / "transformer.pt", "dq-transformer")["weights"])
+    for name in ends[0]:
+        torch.testing.assert_close(ends[0][name], ends[1][name], atol=1e-4, rtol=1e-3)
+
+
+def test_resuming_on_the_codes_of_another_dq_vae_is_refused(images, tmp_path):
+    flags = ["--out", str(tmp_path), "--steps", "1"]
+    train_vae.main([*flags, *VAE, "--data", str(images)])
+    train_transformer.main([*flags, *TRANSFORMER])
+    train_vae.main([*flags, *VAE, "--data", str(images), "--seed", "1"])
+    with pytest.raises(dq.UserError, match="trained with --codes .* images .checksum .*, not .* leave --resume out"):
+        train_transformer.main([*flags, *TRANSFORMER, "--resume"])

@@ -1,0 +1,683 @@
+"""train_vae.py: data, losses, evaluation, codes.pt, the script.
+
+    open_data, find_images, split    test_what_a_folder_holds and what follows
+    ImageFolder, Once                test_a_broken_file_weighs_nothing, test_classes_splits_and_epochs
+    describe                         test_what_is_understood_is_said_in_one_line
+    stream                           test_stream_is_a_function_of_seed_and_batch_number
+    ToyShapes                        test_toy_shapes, test_the_texture_that_is_named_is_the_one_that_is_drawn
+    Perceptual                       test_lpips_is_the_published_formula and what follows
+    adaptive_weight, backward        test_adaptive_weight_is_the_ratio_of_gradients_at_the_last_layer and two more
+    Discriminator, hinge_loss        test_discriminator_is_the_usual_patchgan and two more
+    BatchNorm                        survival/test_processes.py
+    auc, ssim, evaluate              test_auc_equals_counting_pairs, test_ssim_..., test_evaluation_of_a_dq_vae
+    calibrate                        test_routers.py
+    encode, smallest, write_codes    test_encoding_keeps_every_image_and_its_mirror_image and what follows
+"""
+import json
+import math
+import os
+import zlib
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import common
+import dq
+import train_transformer
+import train_vae
+from conftest import DEVICE, VAE, call, plain
+from train_vae import (Discriminator, ImageFolder, Perceptual, ToyShapes, adaptive_weight, backward, hinge_loss,
+                       open_data)
+
+
+# ------------------------------------------------------------------------------------------------
+# A folder of images, the toy shapes
+
+
+def put(root, *names):
+    """Small images of these names."""
+    for i, name in enumerate(names):
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kind = dict(format="JPEG2000") if path.suffix == ".jp2" else {}
+        Image.new("RGB", (8, 8 + i % 3), (i * 9 % 256, 40, 90)).save(path, **kind)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:45])                                 # the header is whole
+
+
+def numbered(n, start="", end=".png"):
+    return [f"{start}{i}{end}" for i in range(n)]
+
+
+def names(*data):
+    return sorted(name for each in data for name, _ in each.files)
+
+
+def companions(root, outside):
+    put(root, *numbered(100))
+    for name in numbered(100):
+        (root / f"._{name}").write_bytes(b"\0\5\26\7" + bytes(100))
+    return numbered(100), (), "100 hidden, of the system or of this project"
+
+
+def hidden_folders(root, outside):
+    put(root, *numbered(4, "photos/"), "__MACOSX/photos/0.png", ".ipynb_checkpoints/1.png", "photos/@eaDir/0.png")
+    return numbered(4, "photos/"), (), "3 hidden, of the system or of this project"
+
+
+def own_output(root, outside):
+    put(root, *numbered(4), "run/vae.png", "former/vae.png", "drawn/000000.png", "samples.png")
+    (root / "former/vae.jsonl").touch()
+    (root / "drawn/samples.json").touch()
+    return numbered(4), (), "3 hidden, of the system or of this project"     # run/ is --out
+
+
+def output_into_the_same_folder(root, outside):
+    put(root, *numbered(4), "vae.png")
+    (root / "vae.pt").touch()
+    (root / "run").symlink_to(root)                                          # --out is the folder itself
+    return numbered(4), (), "1 hidden, of the system or of this project, 1 .pt"
+
+
+def links_and_loops(root, outside):
+    put(outside, "cats/0.png", "cats/1.png", "lone.png")
+    put(root, "dogs/0.png", "dogs/1.png")
+    (root / "cats").symlink_to(outside / "cats")
+    (outside / "cats/loop").symlink_to(root)
+    (root / "a real folder comes first").symlink_to(root / "dogs")
+    (root / "dogs/2.png").symlink_to(outside / "lone.png")
+    (root / "dogs/itself").symlink_to("itself")
+    return [*numbered(2, "cats/"), *numbered(3, "dogs/")], ("cats", "dogs"), "1 without an ending"
+
+
+def a_locked_folder(root, outside):
+    put(root, *numbered(4), "locked/0.png")
+    return numbered(4), (), "1 folders that can't be read"
+
+
+def classes_of_one(root, outside):
+    lone = [name for name in numbered(99, "lone", "/0.png") if zlib.crc32(name.encode()) % 20 == 0]  # to be held out
+    put(root, *lone, *numbered(12, "many/"))
+    return [*lone, *numbered(12, "many/")], (*sorted(name.split("/")[0] for name in lone), "many"), "nothing"
+
+
+def other_endings(root, outside):
+    wanted = [name for name in ("a.jfif", "b.jp2", "c.avif", "d.PNG", "e.ppm")
+              if os.path.splitext(name)[1].lower() in Image.registered_extensions()]
+    put(root, *wanted)
+    for name in ("1.heic", "2.HEIC", "3.svg", "README", "4.eps"):
+        (root / name).write_text("no image")
+    return wanted, (), "1 without an ending, 2 .heic, 1 .eps, 1 .svg"
+
+
+def broken_files(root, outside):
+    put(root, *numbered(20))
+    for i in range(3):
+        (root / f"{i}.png").write_bytes(b"")
+        cut(root / f"{3 + i}.png")
+        (root / f"{6 + i}.png").write_text("<html>404 not found</html>")
+        (root / f"{9 + i}.png").unlink()
+        (root / f"{9 + i}.png").symlink_to("nowhere.png")
+    return numbered(20)[12:], (), "12 broken"
+
+
+@pytest.mark.parametrize("make", [companions, hidden_folders, own_output, output_into_the_same_folder, links_and_loops,
+                                  a_locked_folder, classes_of_one, other_endings, broken_files])
+def test_what_a_folder_holds(make, tmp_path, monkeypatch, capfd):
+    """Which images are data, which classes there are, what is said of the rest; and nothing is drawn twice."""
+    root, real = tmp_path / "images", os.scandir
+
+    def scandir(path):
+        if "locked" in str(path):                                            # root, who may run this, reads everything
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+    monkeypatch.setattr(os, "scandir", scandir)
+    root.mkdir()
+    wanted, classes, left_out = make(root, tmp_path / "outside")
+    train, val = open_data(root, 8, skip=root / "run")
+    assert names(train, val) == sorted(wanted)
+    assert train.classes == val.classes == classes and len(val) > 0
+    assert f"{len(train)} images to train on, {len(val)} held out" in train_vae.describe(train, val)
+    assert train_vae.describe(train, val).endswith(f"; left out: {left_out}")
+    if classes:
+        assert all(classes[label] == name.split("/")[0] for name, label in train.files + val.files)
+        assert {label for _, label in train.files} == set(range(len(classes)))  # every class is trained on
+    said = capfd.readouterr().err.splitlines()
+    if make is broken_files:
+        assert len(said) == 11 and all(line.startswith(f"warning: left out {root}/") for line in said[:10])
+        assert len(set(said)) == 11 and said[-1] == "warning: ... and 2 more, 12 in all"
+    else:
+        assert said == [f"warning: can't read the folder {root}/locked: Permission denied"] * (make is a_locked_folder)
+    for data in (train, val):
+        assert all(label != train_vae.BROKEN for _, label in once(data))
+
+
+def test_what_is_understood_is_said_in_one_line(tmp_path, monkeypatch):
+    def said(*args, **kwargs):
+        return train_vae.describe(*open_data(*args, **kwargs))
+
+    assert said(None, 8) == ("data: the built-in toy shapes, 8192 images to train on, 512 held out; "
+                             "4 classes: circle, square, triangle, cross")
+    put(tmp_path / "a", *numbered(3), *numbered(3, "one folder is no class/"))
+    assert said(tmp_path / "a", 8) == (f"data: {tmp_path}/a, 5 images to train on, 1 held out; no classes; "
+                                       "left out: nothing")
+    put(tmp_path / "b", *(f"{name}/{i}.png" for name in "hgfedcba" for i in range(2)))
+    assert "; 8 classes: a, b, c, d, e, f, ...; left out: nothing" in said(tmp_path / "b", 8)
+    put(tmp_path / "c", "Train/cat/0.png", "Train/dog/1.png", "test/0.png", "val/0.png")
+    line, hint = said(str(tmp_path / "c"), 8).split("\n")
+    assert "; 3 classes: Train, test, val; " in line
+    assert "named like splits (Train, test, val)" in hint and hint.endswith(f": --data {tmp_path}/c/Train")
+    assert "note" not in said(tmp_path / "c/Train", 8) and "2 classes: cat, dog" in said(tmp_path / "c/Train", 8)
+    os.rename(tmp_path / "b/a", os.fsencode(tmp_path) + b"/b/\xff")
+    assert "\\udcff" not in said(tmp_path / "b", 8)                          # the seventh
+    os.rename(tmp_path / "b/b", os.fsencode(tmp_path) + b"/b/a\xe9")
+    assert "a\\udce9" in said(tmp_path / "b", 8)
+    monkeypatch.setattr(train_vae, "LOOKED_AT", 5)
+    assert said(tmp_path / "a", 8).endswith("so many files that broken ones are left out as they are met")
+
+
+def test_a_large_folder_is_not_read_at_the_start(tmp_path, monkeypatch):
+    opened = []
+    monkeypatch.setattr(train_vae, "open_image", lambda path, header_only=False: opened.append(header_only))
+    put(tmp_path, "0.png")
+    for i in range(1, 100):
+        os.link(tmp_path / "0.png", tmp_path / f"{i}.png")
+    for looked_at, decoded, expected in ((100, 1e6, [False] * 100), (100, 100, [True] * 100), (99, 1e6, [])):
+        monkeypatch.setattr(train_vae, "LOOKED_AT", looked_at)
+        monkeypatch.setattr(train_vae, "DECODED", decoded)
+        opened.clear()
+        assert sum(map(len, open_data(tmp_path, 8))) == 100 and opened == expected
+
+
+def spoilt_folder(root, monkeypatch):
+    """30 images of which 10 in a row are broken, and none is looked at before it is met."""
+    monkeypatch.setattr(train_vae, "LOOKED_AT", 0)
+    for i in range(30):
+        root.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(root / f"{i:02d}.png")
+        if 5 <= i < 15:
+            cut(root / f"{i:02d}.png")
+    return open_data(root, 8, seed=1)[0]
+
+
+def once(data):
+    """What stage 2 encodes."""
+    return [train_vae.Once(data)[i] for i in range(len(data))]
+
+
+def red(x):
+    return ((x[..., 0, 0, 0] + 1) * 127.5).round().int().tolist()
+
+
+def test_a_broken_file_weighs_nothing(tmp_path, monkeypatch, capfd):
+    data = spoilt_folder(tmp_path / "images", monkeypatch)
+    n, sound = len(data), {int(name[:2]) for name, _ in data.files} - set(range(5, 15))
+    broken = n - len(sound)
+    assert broken > 5
+    assert [red(x) for x, label in once(data) if label != train_vae.BROKEN] == sorted(sound)  # none in place of another
+    drawn = [red(data[i][0]) for i in range(100 * n)]
+    count = Counter(drawn)
+    mean = 100 * n / len(sound)
+    assert count.keys() == sound
+    assert max(abs(times - mean) for times in count.values()) < 5 * mean ** 0.5
+    fresh = spoilt_folder(tmp_path / "images", monkeypatch)                  # a run that goes on has not seen the rest
+    assert [red(fresh[i][0]) for i in range(7 * n, 8 * n)] == drawn[7 * n:8 * n]
+    error = capfd.readouterr().err
+    assert error.count("warning: left out") == 2 * broken                    # once in each data set
+    with pytest.raises(dq.UserError, match="none of these 1 images"):
+        (tmp_path / "images/05.png").rename(tmp_path / "a.png")
+        ImageFolder(tmp_path, [("a.png", -1)], (), 8)[0]
+
+
+def test_a_broken_file_is_named_once_by_all_processes(tmp_path, monkeypatch, capfd):
+    data = spoilt_folder(tmp_path / "images", monkeypatch)
+    broken = [name for name, _ in data.files if 5 <= int(name[:2]) < 15]
+    alone = [red(data[i][0]) for i in range(2 * len(data))]
+    data.broken.zero_()
+    capfd.readouterr()
+    loader = torch.utils.data.DataLoader(data, 1, num_workers=2, sampler=range(2 * len(data)))
+    assert [red(x)[0] for x, _ in loader] == alone
+    error = capfd.readouterr().err
+    assert all(error.count(name) for name in broken)
+    assert error.count("warning") < 1.5 * len(broken)                        # 2: each for itself; 1 + a tie or two
+
+
+def test_a_long_list_of_broken_files_ends_in_a_count(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(train_vae, "LOOKED_AT", 0)
+    put(tmp_path, "sound.png")
+    for i in range(40):
+        (tmp_path / f"{i}.png").touch()
+    train, val = open_data(tmp_path, 8)
+    once(train)
+    error = capfd.readouterr().err.splitlines()
+    assert len(error) == 12 and error[10:] == [f"warning: left out {n} images by now" for n in (16, 32)]
+
+
+def test_classes_splits_and_epochs(tmp_path):
+    put(tmp_path, *numbered(30, "b/deeper/"), *numbered(30, "a/"), "notes.png")
+    train, val = open_data(tmp_path, 16, augment=True)
+    assert train.classes == val.classes == ("a", "b")
+    held_out = {name for name, _ in val.files}
+    assert held_out == {name for name in names(train, val) if zlib.crc32(name.encode()) % 20 == 0} - {"notes.png"}
+    assert len(names(train, val)) == len(set(names(train, val))) == 61 and len(held_out) > 1
+    assert {name.split("/")[0]: label for name, label in train.files} == {"a": 0, "b": 1, "notes.png": -1}
+    Image.effect_noise((40, 20), 99).save(tmp_path / train.files[3][0])
+    x, y = train[3]
+    assert x.shape == (3, 16, 16) and -1 <= x.min() and x.max() <= 1 and y == 0
+    assert torch.equal(train[3][0], x)                                       # the same image, the same crop
+    assert not torch.equal(train[3 + len(train)][0], x)                      # another one in the next epoch
+    assert open_data(tmp_path / "a", 16)[0][0][1] == -1                      # one folder is no class
+
+
+def test_a_single_image_is_in_both_splits(tmp_path):
+    put(tmp_path, "0.png")
+    train, val = open_data(tmp_path, 8)
+    assert names(train) == names(val) == ["0.png"]
+
+
+def test_no_folder_no_images_nothing_that_decodes(tmp_path):
+    with pytest.raises(ValueError, match="no such folder"):
+        open_data(tmp_path / "missing", 16)
+    (tmp_path / "a.heic").touch()
+    with pytest.raises(ValueError, match="no images below .*; other files: 1 .heic"):
+        open_data(tmp_path, 16)
+    (tmp_path / "a.png").write_bytes(b"")
+    with pytest.raises(ValueError, match="none of the 1 images below .* can be decoded"):
+        open_data(tmp_path, 16)
+
+
+def test_stream_is_a_function_of_seed_and_batch_number():
+    class Numbers(torch.utils.data.Dataset):
+        def __len__(self):
+            return 10
+
+        def __getitem__(self, i):
+            return i
+
+    def take(n, **kwargs):
+        batches = train_vae.stream(Numbers(), 4, **kwargs)
+        return [next(batches).tolist() for _ in range(n)]
+
+    whole = take(10, seed=1)
+    assert whole[3:] == take(7, seed=1, start=3) and whole != take(10, seed=2)
+    flat_ = sum(whole, [])
+    for epoch in range(4):                                                   # every epoch holds each image once
+        assert sorted(flat_[10 * epoch:10 * epoch + 10]) == list(range(10 * epoch, 10 * epoch + 10))
+
+
+@pytest.mark.parametrize("size", [16, 32, 64])
+def test_toy_shapes(size):
+    data = ToyShapes(size, n=40)
+    same, other = ToyShapes(size, n=40), ToyShapes(size, n=40, seed=1)
+    for i in range(8):
+        x, y = data[i]
+        assert x.shape == (3, size, size) and x.abs().max() <= 1 and y == i % 4
+        assert torch.equal(x, same[i][0]) and torch.equal(x, data[i + 40][0]) and not torch.equal(x, other[i][0])
+        mask = data.detail_mask(i)
+        change = (x[:, 1:, 1:] - x[:, :-1, 1:]).abs().sum(0) + (x[:, 1:, 1:] - x[:, 1:, :-1]).abs().sum(0)
+        inside = torch.nn.functional.max_pool2d(mask[None].float(), 5, 1, 2)[0, 1:, 1:] > 0
+        assert change[~inside].max() < 6 / size                              # outside the mask all is smooth
+        assert change[mask[1:, 1:]].max() > 0.5                              # inside it is not
+        assert 0.05 < mask.float().mean() < 0.8
+
+
+def test_the_texture_that_is_named_is_the_one_that_is_drawn():
+    class Forced(ToyShapes):
+        def _paint(self, rng):
+            behind, angle, turn, _, inks = super()._paint(rng)
+            return behind, angle, turn, self.kind, inks
+    data, forced, named = ToyShapes(16, 24), Forced(16, 24), [ToyShapes(16, 24).texture(i) for i in range(24)]
+    for forced.kind in range(3):
+        assert [torch.equal(forced[i][0], data[i][0]) for i in range(24)] == [kind == forced.kind for kind in named]
+    assert set(named) == {0, 1, 2}
+
+# ------------------------------------------------------------------------------------------------
+# Losses
+
+
+VGG = [(0, 3, 64), (2, 64, 64), "pool", (5, 64, 128), (7, 128, 128), "pool",
+       (10, 128, 256), (12, 256, 256), (14, 256, 256), "pool", (17, 256, 512), (19, 512, 512), (21, 512, 512), "pool",
+       (24, 512, 512), (26, 512, 512), (28, 512, 512)]
+
+
+@pytest.fixture(scope="module")
+def published():
+    """Random weights in the form of the two published files."""
+    torch.manual_seed(0)
+    vgg = {"classifier.0.weight": torch.zeros(2, 2)}                         # there, and of no use here
+    for layer in VGG:
+        if layer != "pool":
+            i, c_in, c_out = layer
+            vgg[f"features.{i}.weight"] = torch.randn(c_out, c_in, 3, 3) * (2 / (9 * c_in)) ** 0.5
+            vgg[f"features.{i}.bias"] = torch.randn(c_out) * 0.1
+    return vgg, {f"lin{k}.model.1.weight": torch.rand(1, c, 1, 1) for k, c in enumerate((64, 128, 256, 512, 512))}
+
+
+@pytest.fixture(scope="module")
+def lpips(published, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("weights")
+    for name, part in zip("ab", published):
+        torch.save(part, folder / name)
+    return Perceptual.load([folder / "b", folder / "a"])                     # in any order
+
+
+def naive_lpips(x, y, vgg, lin):
+    """One pair of images (3, S, S), place by place."""
+    def features(image):
+        channels = ((0, -0.030, 0.458), (1, -0.088, 0.448), (2, -0.188, 0.450))
+        z = torch.stack([(image[c] - shift) / scale for c, shift, scale in channels])[None]
+        for layer in VGG:
+            if layer == "pool":
+                yield z[0]
+                z = F.max_pool2d(z, 2)
+            else:
+                weight, bias = (vgg[f"features.{layer[0]}.{kind}"] for kind in ("weight", "bias"))
+                z = F.conv2d(z, weight, bias, padding=1).clamp(min=0)
+        yield z[0]
+    total = 0.0
+    for k, (a, b) in enumerate(zip(features(x), features(y))):
+        weight, places = lin[f"lin{k}.model.1.weight"].flatten(), []
+        for r in range(a.shape[1]):
+            for c in range(a.shape[2]):
+                u, v = a[:, r, c], b[:, r, c]
+                u, v = u / (u.norm() + 1e-10), v / (v.norm() + 1e-10)
+                places.append(float((weight * (u - v) ** 2).sum()))
+        total += sum(places) / len(places)
+    return total
+
+
+def test_lpips_is_the_published_formula(lpips, published):
+    x, y = torch.rand(2, 2, 3, 16, 16) * 2 - 1
+    expected = [naive_lpips(a, b, *published) for a, b in zip(x, y)]
+    assert lpips(x, y).tolist() == pytest.approx(expected, rel=1e-4)
+    assert lpips(x, x).tolist() == [0, 0]
+
+
+def test_lpips_trains_the_image_alone_and_stays_finite_where_features_vanish(lpips, published, tmp_path):
+    y = (torch.rand(1, 3, 16, 16) * 2 - 1).requires_grad_()
+    lpips(torch.rand(1, 3, 16, 16), y).sum().backward()
+    assert y.grad.abs().sum() > 0 and all(p.grad is None for p in lpips.parameters())
+    zero = {name: -tensor.abs() if name.endswith("bias") else tensor * 0 for name, tensor in published[0].items()}
+    torch.save(zero, tmp_path / "zero")
+    torch.save(published[1], tmp_path / "lin")
+    y.grad = None
+    Perceptual.load([tmp_path / "zero", tmp_path / "lin"])(torch.rand(1, 3, 16, 16), y).sum().backward()
+    assert torch.isfinite(y.grad).all()
+
+
+def test_missing_weights_end_in_one_line_that_helps(published, tmp_path, monkeypatch):
+    def no_network(*args, **kwargs):
+        raise OSError("no route to host")
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", no_network)
+    torch.save(published[1], tmp_path / "half")
+    for files in ([], [tmp_path / "nowhere"], [tmp_path / "half"]):
+        with pytest.raises(dq.UserError) as error:
+            Perceptual.load(files)
+        text = str(error.value)
+        assert "\n" not in text and "--perceptual-weights" in text and "--perceptual-weight 0" in text
+        assert all(url in text for url in Perceptual.urls)
+
+
+class Toy(torch.nn.Module):
+    """A decoder and what hangs on it: enough to follow gradients."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = torch.nn.Conv2d(2, 4, 1), torch.nn.Conv2d(4, 3, 3, padding=1)
+        self.critic = torch.nn.Conv2d(3, 1, 3)
+
+    def forward(self, z, target):
+        h = self.first(z).tanh()
+        y = self.last(h)
+        return y, (y - target).abs().mean(), -self.critic(y).tanh().mean(), h.square().mean()
+
+
+@pytest.mark.parametrize("cap", [0.75, 1e-3])
+def test_adaptive_weight_is_the_ratio_of_gradients_at_the_last_layer(cap):
+    model, z, target = Toy(), torch.randn(2, 2, 5, 5), torch.randn(2, 3, 5, 5) * 0.1
+    y, loss, gan, _ = model(z, target)
+    a, b = (torch.autograd.grad(each, model.last.weight, retain_graph=True)[0] for each in (loss, gan))
+    pull, push = (torch.autograd.grad(each, y, retain_graph=True)[0] for each in (loss, gan))
+    ratio = float(a.norm() / (b.norm() + 1e-4))
+    assert adaptive_weight(y, model.last.weight, pull, push, cap).item() == pytest.approx(min(ratio, cap), rel=1e-5)
+
+
+def test_gradients_added_at_the_image_are_those_of_the_whole_loss():
+    model, z, target = Toy(), torch.randn(2, 2, 5, 5), torch.randn(2, 3, 5, 5) * 0.1
+    y, loss, gan, other = model(z, target)
+    weight = backward(y, model.last.weight, loss, gan, other, gan_weight=0.3, scale=0.5)
+    ours = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    y, loss, gan, other = model(z, target)
+    a, b = (torch.autograd.grad(each, model.last.weight, retain_graph=True)[0].norm() for each in (loss, gan))
+    assert weight.item() == pytest.approx(0.3 * min(0.75, float(a / (b + 1e-4))), rel=1e-5)
+    (0.5 * (loss + weight * gan + other)).backward()
+    assert set(ours) == {"first.weight", "first.bias", "last.weight", "last.bias"}  # the critic has another lesson
+    for name, gradient in ours.items():
+        torch.testing.assert_close(gradient, model.get_parameter(name).grad)
+
+
+def test_a_compiled_model_gets_the_same_gradients():
+    """torch.compile with the adversarial loss, without a compiler: the capture of the graphs is what could go wrong."""
+    config = dq.VAEConfig(size=16, codebook_size=16)
+    model, x, gradients = dq.DQVAE(config), torch.rand(2, 3, 16, 16) * 2 - 1, []
+    model(x)                                                                 # the codebook starts from its first batch
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for forward in (model, train_vae.compiled(model, backend="aot_eager")):
+        model.load_state_dict(state)
+        model.zero_grad()
+        torch.manual_seed(1)
+        out = forward(x)
+        assert "Convolution" in out.reconstruction.grad_fn.name()            # the last layer is a node of its own
+        loss, gan = (out.reconstruction - x).abs().mean(), -out.reconstruction.tanh().mean()
+        other = out.commitment + dq.budget_loss(out.gate, config.ratios)
+        weight = backward(out.reconstruction, model.decoder.out[-1].weight, loss, gan, other)
+        gradients.append([weight] + [p.grad for p in model.parameters() if p.grad is not None])
+    assert len(gradients[0]) == len(gradients[1]) > 50
+    for a, b in zip(*gradients):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_discriminator_is_the_usual_patchgan():
+    with torch.device("meta"):
+        critic = Discriminator()
+        assert critic(torch.empty(2, 3, 256, 256)).shape == (2, 1, 30, 30)
+    assert sum(p.numel() for p in critic.parameters()) == 2_765_633          # pix2pix's 70 x 70 PatchGAN, 3 channels in
+    # one logit sees 70 x 70 pixels
+    critic = Discriminator(width=4).eval()
+    x = torch.zeros(1, 3, 128, 128, requires_grad=True)
+    critic(x)[0, 0, 7, 7].backward()
+    seen = x.grad.abs().sum(dim=(0, 1)).nonzero()
+    assert (seen.max(0).values - seen.min(0).values + 1).tolist() == [70, 70]
+
+
+def test_hinge_loss():
+    real, fake = torch.tensor([2.0, 0.5, -1.0]), torch.tensor([-3.0, 0.0, 1.0])
+    assert hinge_loss(real, fake).item() == pytest.approx(0.5 * ((0 + 0.5 + 2) / 3 + (0 + 1 + 2) / 3))
+
+
+def test_discriminator_learns_to_tell_sharp_from_blurred():
+    toy = train_vae.ToyShapes(32, n=256)
+    real = torch.stack([toy[i][0] for i in range(256)])
+    fake = F.avg_pool2d(real, 5, stride=1, padding=2, count_include_pad=False)
+    critic = Discriminator(width=16)
+    optimizer = torch.optim.Adam(critic.parameters(), lr=2e-3, betas=(0.5, 0.9))
+    for step in range(25):
+        rows = torch.randint(0, 192, (16,))
+        loss = hinge_loss(critic(real[rows]), critic(fake[rows]))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():                                                    # unseen images, normalised as in training
+        right = torch.cat([critic(real[192:]).mean(dim=(1, 2, 3)) > 0, critic(fake[192:]).mean(dim=(1, 2, 3)) < 0])
+    assert right.float().mean() > 0.9
+
+# ------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+def test_auc_equals_counting_pairs():
+    score, truth = torch.randint(0, 6, (7, 4)).float(), torch.rand(7, 4) < 0.4
+    pairs = [(a > b) + 0.5 * (a == b) for a in score[truth].tolist() for b in score[~truth].tolist()]
+    assert train_vae.auc(score, truth) == pytest.approx(sum(pairs) / len(pairs))
+
+
+def test_ssim_is_the_published_formula():
+    x = torch.rand(2, 3, 13, 13) * 2 - 1
+    y = (x + 0.3 * torch.randn(x.shape)).clamp(-1, 1)
+    g = np.exp(-0.5 * ((np.arange(11) - 5) / 1.5) ** 2)
+    window = np.outer(g, g) / g.sum() ** 2
+    for b in range(2):
+        values = []
+        for c in range(3):
+            u, v = (t[b, c].double().numpy() * 127.5 + 127.5 for t in (x, y))  # as the paper has it: 0 to 255
+            for r in range(3):
+                for s in range(3):
+                    p, q = u[r:r + 11, s:s + 11], v[r:r + 11, s:s + 11]
+                    mp, mq = (window * p).sum(), (window * q).sum()
+                    vp, vq = (window * (p - mp) ** 2).sum(), (window * (q - mq) ** 2).sum()
+                    cov = (window * (p - mp) * (q - mq)).sum()
+                    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+                    values.append((2 * mp * mq + c1) * (2 * cov + c2) / ((mp ** 2 + mq ** 2 + c1) * (vp + vq + c2)))
+        assert train_vae.ssim(x, y)[b].item() == pytest.approx(np.mean(values), abs=1e-4)
+    assert train_vae.ssim(x, x).tolist() == pytest.approx([1, 1])
+
+
+def test_evaluation_of_a_dq_vae():
+    torch.manual_seed(0)
+    config = dq.VAEConfig(size=16, codebook_size=8)
+    model = dq.DQVAE(config)
+    x = torch.rand(10, 3, 16, 16) * 2 - 1
+    model(x)
+    figures, y, grains = train_vae.evaluate(model, x, torch.rand(10, 2, 2) < 0.5, plain, batch_size=4)
+    assert model.training
+    model.eval()
+    with torch.no_grad():
+        out = model(x)
+    y = out.reconstruction.clamp(-1, 1)
+    psnr = [10 * math.log10(1 / float(((a - b) / 2).square().mean())) for a, b in zip(x, y)]
+    assert figures["psnr"] == pytest.approx(sum(psnr) / 10, rel=1e-4)
+    counts, n_codes = [0] * 8, 0
+    layout = dq.Layout(16, (8, 4))
+    for row in layout.pack(out.codes, out.grains)[1].tolist():               # the codes that are really sent
+        for c in row:
+            if c >= 0:
+                counts[c] += 1
+                n_codes += 1
+    entropy = -sum(c / n_codes * math.log(c / n_codes) for c in counts if c)
+    assert figures["perplexity"] == pytest.approx(math.exp(entropy), rel=1e-4)
+    assert figures["codebook_used"] == sum(c > 0 for c in counts) / 8
+    assert figures["codes_per_image"] == pytest.approx(n_codes / 10)
+    # 3 bits name one of 8 codes, 1 bit the granularity of each of 4 regions
+    assert figures["bits_per_pixel"] == pytest.approx((n_codes / 10 * 3 + 4) / 256)
+    fine = [float((g == 1).float().mean()) for g in out.grains]
+    expected = [min(fine), sum(fine) / 10, max(fine)]
+    assert [figures[f"fine_{name}"] for name in ("min", "mean", "max")] == pytest.approx(expected)
+    assert figures["share"] == pytest.approx([float((out.grains == k).float().mean()) for k in (0, 1)], abs=1e-4)
+
+# ------------------------------------------------------------------------------------------------
+# codes.pt
+
+
+def test_encoding_keeps_every_image_and_its_mirror_image():
+    torch.manual_seed(0)
+    model = dq.DQVAE(dq.VAEConfig(size=16, codebook_size=8))
+    data = train_vae.ToyShapes(16, n=10)
+    x = torch.stack([data[i][0] for i in range(10)])
+    model(x)
+    model.eval()
+    device, layout = torch.device("cpu"), dq.Layout(16, (8, 4))
+    with common.Stop(device) as stop:
+        part = train_vae.encode(model, data, device, plain, workers=0, mirrored=True, stop=stop)
+    assert part["codes"].shape == (10, 2, 4, 4) and part["grains"].shape == (10, 2, 2, 2)
+    assert {x.dtype for x in part.values()} == {torch.uint8}                 # 8 codes, 2 granularities, 4 classes
+    images = train_transformer.views(part, (8, 4), uncond=False)
+    with torch.no_grad():
+        for v, view in enumerate((x, x.flip(3))):
+            codes, grains = model.encode(view)
+            assert torch.equal(images.codes[v::2], codes) and torch.equal(images.grains[v::2], grains)
+            assert images.label[v::2].tolist() == [i % 4 for i in range(10)]
+            pos, code = layout.pack(codes, grains)
+            assert images.length[v::2].tolist() == ((pos != layout.end).sum(1) + 1).tolist()
+            for index in (torch.tensor([3]), torch.tensor([1, 7, 4])):
+                n = images.length[v::2][index].max()
+                batch = train_transformer.sequences(images, 2 * index + v, layout, device)
+                assert batch[0].shape[1] in (n, n + 1) and batch[2].tolist() == (index % 4).tolist()
+                for ours, whole in zip(batch, (pos, code)):
+                    assert torch.equal(ours, whole[index, :ours.shape[1]])
+
+
+def test_codes_hold_all_that_stage_2_needs(vae_run, images):
+    """The codes of every image, as it is and mirrored, by the weights that training ended with."""
+    stored, vae = dq.load_checkpoint(vae_run / "codes.pt", "dq-codes"), dq.load_vae(vae_run / "vae.pt", DEVICE)
+    assert dq.VAEConfig(**stored["config"]) == vae.config and stored["preset"] == "toy" and stored["version"] == 1
+    assert stored["classes"] == ("circle", "cross", "square", "triangle")
+    for name, x in vae.state_dict().items():
+        assert torch.equal(stored["weights"][name], x.cpu())
+    for part, data in zip(("train", "held_out"), train_vae.open_data(images, 16)):
+        x, label = zip(*map(data.read, range(len(data))))
+        x, found = torch.stack(x), stored[part]
+        assert found["label"].tolist() == list(label) and {each.dtype for each in found.values()} == {torch.uint8}
+        with torch.no_grad(), common.pick_device(DEVICE, "auto")[1]():
+            wanted = [vae.encode(view.to(DEVICE)) for view in ((x, x.flip(3)) if part == "train" else (x,))]
+        assert found["codes"].shape[:2] == (len(data), len(wanted))
+        for v, (codes, grains) in enumerate(wanted):
+            assert torch.equal(found["codes"][:, v], codes.cpu()) and torch.equal(found["grains"][:, v], grains.cpu())
+
+
+@pytest.mark.parametrize("low, high, kind", [(0, 255, torch.uint8), (-1, 127, torch.int8), (-1, 128, torch.int16),
+                                             (0, 256, torch.int16), (0, 2 ** 15, torch.int32)])
+def test_the_smallest_integers(low, high, kind):
+    x = train_vae.smallest(torch.tensor([[low], [high]]))
+    assert x.dtype == kind and x.tolist() == [[low], [high]]
+
+
+def test_encoding_anew_keeps_former_codes(vae_run, images, tmp_path):
+    """--encode takes any DQ-VAE, here the best one, and any folder."""
+    for n in (1, 2):
+        flags = ["--encode", vae_run / "vae.best.pt", "--data", images / "cross", "--out", tmp_path, "--device", DEVICE]
+        assert call(train_vae.main, *flags, "--batch-size", 7) is None       # of no importance here
+        codes = dq.load_checkpoint(tmp_path / "codes.pt", "dq-codes")
+        assert codes["classes"] == () and codes["preset"] == "toy" and len(list(tmp_path.glob("former-*"))) == n - 1
+        assert codes["train"]["label"].dtype == torch.int8 and set(codes["train"]["label"].tolist()) == {-1}
+    assert (tmp_path / "former-1/codes.pt").exists()
+    assert call(train_vae.main, *VAE, "--data", images, "--out", tmp_path, "--steps", 1) is None  # no vae.pt was there
+    assert dq.load_checkpoint(tmp_path / "former-2/codes.pt", "dq-codes")["name"] == codes["name"]
+
+# ------------------------------------------------------------------------------------------------
+# The script
+
+
+def test_the_toy_data_needs_no_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert call(train_vae.main, *VAE, "--steps", 2, "--router", "entropy") is None
+    figures = json.loads((tmp_path / "out/vae.jsonl").read_text().splitlines()[-1])
+    assert 0 <= figures["auc"] <= 1 and abs(figures["share"][1] - 0.5) < 0.1
+
+
+def test_terms_of_weight_zero_cost_nothing(images, tmp_path, monkeypatch):
+    def never(*args, **kwargs):
+        raise AssertionError
+    monkeypatch.setattr(train_vae, "Discriminator", never)
+    monkeypatch.setattr(train_vae, "Perceptual", never)
+    monkeypatch.setattr(train_vae, "adaptive_weight", never)
+    train_vae.main(["--data", str(images), "--out", str(tmp_path), "--steps", "1", *VAE])
+    assert "critic" not in dq.load_checkpoint(tmp_path / "vae.pt", "dq-vae")
+
+
+def test_the_discriminator_stays_out_until_its_step(images, tmp_path):
+    train_vae.main(["--data", str(images), "--out", str(tmp_path), "--steps", "21", *VAE, "--size", "24",
+                    "--gan-weight", "1", "--gan-start", "15"])
+    log = [json.loads(line) for line in (tmp_path / "vae.jsonl").read_text().splitlines()]
+    assert [("gan" in line, "critic" in line) for line in log[:2]] == [(False, False), (True, True)]
+    checkpoint = dq.load_checkpoint(tmp_path / "vae.pt", "dq-vae")
+    assert {int(state["step"]) for state in checkpoint["critic_optimizer"]["state"].values()} == {6}
+    assert {int(state["step"]) for state in checkpoint["optimizer"]["state"].values()} == {21}
+    rates = {checkpoint[name]["param_groups"][0]["lr"] for name in ("optimizer", "critic_optimizer")}
+    assert rates == {train_vae.parse(["--steps", "21"])[2].learning_rate(20)}
