@@ -274,10 +274,10 @@ def train(variant, out, codes, seed, flags):
     """Train a variant, or go on with it, unless it is finished. -> the lines of its log that are evaluations"""
     argv = [*flags, *variant.flags, "--out", str(out), "--codes", str(codes), "--seed", str(seed)]
     steps = train_transformer.parse(argv)[0].steps
-    more = flags_to_end(out / "transformer.pt", steps)
-    if more is not None:
-        print(f"{out}:")
-        with variant.classes():
+    with variant.classes():
+        more = flags_to_end(out / "transformer.pt", steps)
+        if more is not None:
+            print(f"{out}:")
             train_transformer.main([*argv, *more])
     log = out / "transformer.jsonl"
     evaluations = [line for line in common.read_log(log) if "nats_per_image" in line]
