@@ -37,12 +37,15 @@ import torch.nn.functional as F
 # ------------------------------------------------------------------------------------------------
 # 1  Configuration
 
+
 class UserError(ValueError):
     """Something that the user can mend; the message is one clear line."""
+
 
 def require(condition, message):
     if not condition:
         raise UserError(message)
+
 
 def check_factors(size, factors):
     """UserError unless factors are powers of two, coarse to fine, and fit an image of this size."""
@@ -51,6 +54,7 @@ def check_factors(size, factors):
     require(all(a > b for a, b in zip(factors, factors[1:])), f"factors must fall from coarse to fine, not {factors}")
     fits = size >= 1 and size % factors[0] == 0
     require(fits, f"image size {size} is not a multiple of the largest factor {factors[0]}")
+
 
 @dataclass
 class VAEConfig:
@@ -84,6 +88,7 @@ class VAEConfig:
         """Channels at downsampling factor 2**level."""
         return self.width * self.multipliers[min(level, len(self.multipliers) - 1)]
 
+
 @dataclass
 class TransformerConfig:
     """Everything that fixes the architecture of a DQTransformer (stage 2)."""
@@ -107,17 +112,13 @@ class TransformerConfig:
         quarters = not self.rotary or self.width // self.heads % 4 == 0
         require(quarters, f"rotary needs heads of a multiple of 4 channels, not {self.width} / {self.heads}")
 
+# Under torchrun each process works on its part of a batch.
 
-# ------------------------------------------------------------------------------------------------
-# 2  Dynamic grained coding (the paper's stage 1: "Dynamic Grained Coding" and "budget loss")
-#
-# Every router has  score(x, maps) -> (B, h, w), higher where finer codes are wanted (what evaluation compares with
-# the truth), and  forward(x, maps, noise) -> gate (B, K, h, w), one-hot over K. Under torchrun each process works on
-# its part of a global batch, and all draw the same random numbers, for all of it: together they compute what one would.
 
 def processes():
     """-> number of this process, how many there are: 0, 1 without torchrun."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
 
 def total(x):
     """Sum of a tensor over the processes, without a gradient."""
@@ -126,17 +127,29 @@ def total(x):
         dist.all_reduce(x)
     return x
 
-def own_part(x):
-    """Of a tensor for the global batch, what belongs to the images of this process."""
+
+def drawn_together(fill, shape, device):
+    """Random numbers for the images of this process, of shape (B, ...). Every process draws the same, for the whole
+    batch, and takes its part: together they have what one would have. fill: torch.Tensor.uniform_, say"""
     rank, world = processes()
-    return x.chunk(world)[rank]
+    return fill(torch.empty(world * shape[0], *shape[1:], device=device)).chunk(world)[rank]
+
+
+# ------------------------------------------------------------------------------------------------
+# 2  Dynamic grained coding (the paper's stage 1: "Dynamic Grained Coding" and "budget loss")
+#
+# Every router has  score(x, maps) -> (B, h, w), higher where finer codes are wanted (what evaluation compares with
+# the truth), and  forward(x, maps, noise) -> gate (B, K, h, w), one-hot over K.
+
 
 def norm(channels):
     return nn.GroupNorm(32, channels, eps=1e-6)
 
+
 def one_hot(grains, n):
     """(B, h, w) -> (B, n, h, w), float."""
     return F.one_hot(grains, n).permute(0, 3, 1, 2).float()
+
 
 class GrainRouter(nn.Module):
     """The paper's learned gate: normalise each map, pool to the regions, and let an MLP choose."""
@@ -179,11 +192,11 @@ class GrainRouter(nn.Module):
         logits = self.logits(maps)                                           # B, K, h, w
         if not self.training:
             return one_hot(logits.argmax(dim=1), logits.shape[1])
-        exponential = torch.empty(processes()[1] * len(logits), *logits.shape[1:], device=logits.device).exponential_()
-        exponential = own_part(exponential)                                  # B, K, h, w
+        exponential = drawn_together(torch.Tensor.exponential_, logits.shape, logits.device)  # B, K, h, w
         soft = (logits - noise * exponential.log()).softmax(dim=1)           # B, K, h, w
         hard = one_hot(soft.argmax(dim=1), logits.shape[1])
         return hard + (soft - soft.detach())                                 # B, K, h, w: exactly one-hot
+
 
 class ThresholdRouter(nn.Module):
     """Cuts a score into granularities at K - 1 thresholds."""
@@ -196,6 +209,7 @@ class ThresholdRouter(nn.Module):
         grains = torch.bucketize(self.score(x, maps), self.thresholds)       # B, h, w
         return one_hot(grains, len(self.thresholds) + 1)                     # B, K, h, w
 
+
 class RandomRouter(ThresholdRouter):
     """Granularities drawn blindly at the wanted ratios: the control for every claim about routing."""
 
@@ -203,7 +217,8 @@ class RandomRouter(ThresholdRouter):
         super().__init__(torch.tensor(ratios).cumsum(0)[:-1])
 
     def score(self, x, maps):
-        return own_part(torch.rand(processes()[1] * len(x), *maps[0].shape[-2:], device=x.device))  # B, h, w
+        return drawn_together(torch.Tensor.uniform_, (len(x), *maps[0].shape[-2:]), x.device)  # B, h, w
+
 
 class EntropyRouter(ThresholdRouter):
     """Shannon entropy of the grey levels of each region, cut at quantiles of the training images."""
@@ -231,6 +246,7 @@ ROUTERS = {
     "random": lambda config: RandomRouter(config.ratios),
 }
 
+
 def budget_loss(gate, ratios):
     """Sum over k of (share of granularity k in this batch - the wanted share)^2. -> scalar
 
@@ -246,9 +262,11 @@ def budget_loss(gate, ratios):
 # ------------------------------------------------------------------------------------------------
 # 3  Codebook
 
+
 def straight_through(z, q):
     """q, whose gradient goes to z unchanged, since the choice of the nearest code has no gradient of its own."""
     return z + (q - z).detach()
+
 
 def sample_vectors(z, weight, n):
     """n of the vectors z (M, D) of all processes, drawn by weight (M,), as far as possible none twice -> (n, D)"""
@@ -259,6 +277,7 @@ def sample_vectors(z, weight, n):
     chosen = torch.multinomial(weights, n, replacement=n > len(weights))     # n
     mine = (chosen // M == rank)[:, None]                                    # n, 1
     return total(torch.where(mine, z[chosen % M], 0))                        # n, D: each came from one process
+
 
 class Codebook(nn.Module):
     """Vector quantization with one codebook for all granularities, learned by moving averages.
@@ -333,6 +352,7 @@ class Codebook(nn.Module):
 # ------------------------------------------------------------------------------------------------
 # 4  Encoder, decoder, DQVAE (the VQGAN trunk, with one head per granularity)
 
+
 class ResBlock(nn.Module):
     def __init__(self, c_in, c_out):
         super().__init__()
@@ -344,6 +364,7 @@ class ResBlock(nn.Module):
         h = self.conv1(F.silu(self.norm1(x)))                                # B, c_out, H, W
         h = self.conv2(F.silu(self.norm2(h)))
         return self.shortcut(x) + h
+
 
 class AttnBlock(nn.Module):
     """Single-headed attention over all positions of the map."""
@@ -359,6 +380,7 @@ class AttnBlock(nn.Module):
         y = F.scaled_dot_product_attention(q, k, v)[:, 0]                    # B, H W, c
         return x + self.proj(y.transpose(1, 2).reshape(B, c, H, W).contiguous())
 
+
 def make_level(config, level, c_in, n_blocks):
     """The blocks at downsampling factor 2**level, with attention after each where it is due."""
     layers, c = [], config.level_width(level)
@@ -369,10 +391,12 @@ def make_level(config, level, c_in, n_blocks):
         c_in = c
     return nn.Sequential(*layers)
 
+
 def make_head(c, channels):
     """What turns the trunk at a granularity's resolution into its map."""
     return nn.Sequential(ResBlock(c, c), AttnBlock(c), ResBlock(c, c), norm(c), nn.SiLU(),
                          nn.Conv2d(c, channels, 3, padding=1))
+
 
 class Encoder(nn.Module):
     """Image (B, 3, S, S) -> K maps (B, Z, S/F_k, S/F_k), coarse to fine."""
@@ -399,6 +423,7 @@ class Encoder(nn.Module):
                 h = self.downs[i](h)                                         # B, c_i, S/2^(i+1), S/2^(i+1)
         return [maps[i] for i in self.levels_of]
 
+
 class PositionEmbedding(nn.Module):
     """Adds where a cell is: sines of a learned linear map of (x, y), then a row and a column vector."""
 
@@ -414,6 +439,7 @@ class PositionEmbedding(nn.Module):
     def forward(self, z):
         learned = self.rows[:, None] + self.columns[None]                    # H, W, Z
         return z + torch.sin(self.fourier(self.grid)) + learned.permute(2, 0, 1)  # B, Z, H, W
+
 
 class Decoder(nn.Module):
     """Quantised grid (B, Z, H, W) -> image (B, 3, S, S). It sees codes only, never the grains."""
@@ -441,10 +467,12 @@ class Decoder(nn.Module):
                 h = self.ups[i](F.interpolate(h, scale_factor=2))            # twice the side
         return self.out(h)                                                   # B, 3, S, S
 
+
 def upsample(x, side):
     """Repeat every cell of (..., h, h) so that the side becomes `side`, a multiple of h."""
     n = side // x.shape[-1]
     return x.repeat_interleave(n, -2).repeat_interleave(n, -1) if n > 1 else x
+
 
 class VAEOutput(NamedTuple):
     reconstruction: torch.Tensor         # B, 3, S, S
@@ -453,6 +481,7 @@ class VAEOutput(NamedTuple):
     gate: torch.Tensor                   # B, K, h, w
     commitment: torch.Tensor             # scalar
     maps: list                           # the encoder's, K x (B, Z, H_k, W_k)
+
 
 class DQVAE(nn.Module):
     """Images to variable-length codes and back (the paper's stage 1).
@@ -506,6 +535,7 @@ class DQVAE(nn.Module):
 # ------------------------------------------------------------------------------------------------
 # 5  Sequences (the paper's stage 2: coarse to fine, position and content)
 
+
 class Layout(nn.Module):
     """Between (codes, grains) and the sequence of (position, content) pairs of an image.
 
@@ -551,7 +581,9 @@ class Layout(nn.Module):
             region[first:self.eos[k]] = row // c * self.side + column // c
             opener[first:self.eos[k]] = first + row // c * c * side + column // c * c
             place[first:self.eos[k]] = (torch.stack([row, column], dim=1) + 0.5) * (self.fine_side / side)
-        tables = dict(grain=grain, region=region, opener=opener, place=place, is_eos=region == N)
+        ids = torch.arange(P)
+        tables = dict(ids=ids, grain=grain, region=region, opener=opener, place=place,
+                      is_eos=region == N, opens=opener == ids, finest=grain == K - 1)
         for name, table in tables.items():
             self.register_buffer(name, table, persistent=False)
 
@@ -602,53 +634,43 @@ class Layout(nn.Module):
         may cover a region that is not open? Either a code coarser than prev, which then came before it. Or one as
         fine or finer, and that counts as free here, since only coarser codes rule an opener out.
         """
-        ids, following = torch.arange(self.n_positions, device=prev.device), (prev + 1).clamp(max=self.end)[..., None]
-        now = self.grain[following]                                          # B, (L,) 1: what is being written
-        grains = F.pad(grains, (0, 1), value=-1)                             # B, N + 1: nothing covers an EOS
-        taken = grains.gather(1, self.region.expand(len(grains), -1))        # B, P
+        following = (prev + 1).clamp(max=self.end)[..., None]                # B, (L,) 1
+        taken = F.pad(grains % (self.n_grains + 1), (0, 1), value=self.n_grains)  # B, N + 1: K where nothing covers
+        taken = taken.gather(1, self.region.expand(len(grains), -1))         # B, P
         taken = taken if prev.dim() == 1 else taken[:, None]                 # B, (1,) P
-        ahead = (ids >= following) & (self.grain == now)                     # B, (L,) P
-        due = (taken == self.grain) & (self.opener < following) | self.is_eos
-        opens = (self.opener == ids) & ((taken < 0) | (taken >= self.grain))
-        stops = ahead & (due | opens & (now == self.n_grains - 1))           # what can't be passed over
-        return ahead & (due | opens) & (ids <= torch.where(stops, ids, self.end).amin(-1, keepdim=True))
+        ahead = (self.ids >= following) & (self.grain == self.grain[following])  # B, (L,) P
+        due = ahead & (taken == self.grain) & (self.opener < following)
+        opens = ahead & (taken >= self.grain) & self.opens                   # EOS, the last one, is among these
+        stops = due | opens & self.finest                                    # what can't be passed over
+        return (due | opens) & (self.ids <= torch.where(stops, self.ids, self.end).amin(-1, keepdim=True))
 
 
 # ------------------------------------------------------------------------------------------------
 # 6  DQ-Transformer (the paper's stage 2: Position-Transformer and Content-Transformer)
 
+
 class Linear(nn.Linear):
-    """x (..., in) -> (..., out), without bias. With `residual` (..., out) that is added to the product."""
+    """x (..., in) -> (..., out), without bias. With `residual` (..., out) that is added by the product itself."""
 
     def __init__(self, n_in, n_out):
         super().__init__(n_in, n_out, bias=False)
 
     def forward(self, x, residual=None):
-        weight, rows = self.weight, x.numel() // x.shape[-1]
-        plain = torch.is_grad_enabled() or torch.compiler.is_compiling()
-        if x.device.type == "cpu" and rows <= 128 and not plain:
-            # Few rows, as in sampling: the work is to read the weights. CPUs do that 2 to 4 times faster where they
-            # are the left factor, cut in as many parts as there are threads.
-            parts = math.gcd(len(weight), torch.get_num_threads())
-            left, right = weight.view(parts, -1, x.shape[-1]), x.reshape(rows, -1).t().expand(parts, -1, -1)
-            y = torch.bmm(left, right).permute(2, 0, 1).reshape(*x.shape[:-1], -1)  # ..., out
-            return y if residual is None else residual + y
         if residual is None:
-            return F.linear(x, weight)
-        return torch.addmm(residual.view(rows, -1), x.view(rows, -1), weight.t()).view_as(residual)
+            return F.linear(x, self.weight)
+        return torch.addmm(residual.flatten(0, -2), x.flatten(0, -2), self.weight.t()).view_as(residual)
+
 
 def attention(q, k, v, mask=None, dropout=0.0):
     """softmax(q k^T / sqrt(d) + mask) v; causal when there is no mask. q: (B, heads, L, d); k, v: (B, heads, M, d)"""
     if q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None)  # B, heads, L, d
-    # written out: on CPUs the fused kernel is slow for a single query, and its backward takes half of a training step
-    (L, d), M = q.shape[2:], k.shape[2]
+    # written out: on CPUs a training step with the fused kernel takes twice as long
     if mask is None:
-        mask = torch.full((L, M), -math.inf, dtype=q.dtype, device=q.device).triu(1)
-    keys = k.reshape(-1, M, d).transpose(1, 2)                               # B heads, d, M
-    scores = torch.baddbmm(mask.view(-1, L, M), q.reshape(-1, L, d), keys, alpha=d ** -0.5)  # B heads, L, M
-    weights = F.dropout(scores.softmax(-1), dropout) if dropout else scores.softmax(-1)
-    return torch.bmm(weights, v.reshape(-1, M, d)).view(q.shape)             # B, heads, L, d
+        mask = torch.full((q.shape[2], k.shape[2]), -math.inf, dtype=q.dtype, device=q.device).triu(1)  # L, M
+    weights = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5 + mask).softmax(-1)  # B, heads, L, M
+    return F.dropout(weights, dropout) @ v                                   # B, heads, L, d
+
 
 def rotations(place, d):
     """Angles of a rotary embedding by place: places (n, 2) -> (n, 2, d), for `rotate`.
@@ -661,10 +683,12 @@ def rotations(place, d):
     angle = (place[:, :, None] * frequency).flatten(1)                       # n, d/2: by the row, by the column
     return torch.stack([angle.cos().repeat(1, 2), torch.cat([-angle.sin(), angle.sin()], dim=1)], dim=1)
 
+
 def rotate(x, turns):
     """Turn the planes of channels i and i + d/2 of x (..., d), by cosines and signed sines (..., 2, d)."""
     cos, sin = turns.type_as(x).unbind(-2)                                   # each ..., d
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)    # ..., d
+
 
 class Block(nn.Module):
     """Pre-norm transformer block. In training causal over a whole sequence; in sampling a step over a cache."""
@@ -696,6 +720,7 @@ class Block(nn.Module):
         y = attention(q, *cache, mask)                                       # B, heads, 1, d
         x = self.proj(y.view(B, 1, C), residual=x)                           # B, 1, C
         return self.down(F.gelu(self.up(self.norm2(x))), residual=x)
+
 
 class DQTransformer(nn.Module):
     """p(image) = prod_t p(pos_t | before) p(code_t | before, pos_t): where, then what, by two stacks.
@@ -734,8 +759,8 @@ class DQTransformer(nn.Module):
 
     def embed(self, pos, code):
         """A pair as a vector: content + position + granularity. pos, code (...) -> (..., C)"""
-        content = torch.where(code < 0, self.config.codebook_size, code)
-        return self.content(content) + self.position(pos) + self.granularity(self.layout.grain[pos])
+        content = self.content(code % (self.config.codebook_size + 1))       # that of an EOS, -1, is the last row
+        return content + self.position(pos) + self.granularity(self.layout.grain[pos])
 
     def turns_of(self, queries, keys):
         """How a block rotates queries and keys that belong to these position ids, (B, L), -1 for the start."""
@@ -785,6 +810,7 @@ class DQTransformer(nn.Module):
 # ------------------------------------------------------------------------------------------------
 # 7  Sampling
 
+
 class SampleOptions(NamedTuple):
     """Guidance, unlabelled + cfg (labelled - unlabelled), and temperature on both draws; top-k, top-p on contents."""
     temperature: float = 1.0
@@ -798,6 +824,7 @@ class SampleOptions(NamedTuple):
         require(0 < self.top_p <= 1, f"top-p must be above 0 and at most 1, not {self.top_p}")
         require(self.cfg >= 0, f"cfg must be at least 0, not {self.cfg}")
 
+
 def filter_logits(logits, top_k, top_p):
     """Keep the k likeliest entries, then the fewest whose probabilities reach p; the rest -> -inf. (B, V)"""
     if 0 < top_k < logits.shape[-1]:
@@ -808,13 +835,14 @@ def filter_logits(logits, top_k, top_p):
         logits = logits.masked_fill(torch.zeros_like(surplus).scatter(1, order, surplus), -math.inf)
     return logits
 
+
 def draw(logits, u):
     """The first entry whose cumulated probability reaches u times the sum. logits (B, n), u (B,) in (0, 1] -> (B,)"""
     p = logits.softmax(-1)                                                   # B, n
-    cdf = p.cumsum(-1)
-    reached = cdf >= u[:, None] * cdf[:, -1:]
-    # argmax takes the first of the largest: of those reached or, should rounding leave none, of those that can be drawn
-    return ((p > 0) * (1 + reached.int())).argmax(-1)
+    cdf = p.cumsum(-1).masked_fill(p == 0, 0.0)                              # what can't be drawn is never reached
+    reached = cdf >= u[:, None] * cdf.amax(-1, keepdim=True)                 # the largest is 1, but for rounding
+    return reached.int().argmax(-1)                                          # B: the first of those
+
 
 class Job(NamedTuple):
     """What is wanted, n images. Row n is for slots that have run out of images; what they write is thrown away."""
@@ -823,11 +851,12 @@ class Job(NamedTuple):
     given: tuple                         # positions and contents, each n + 1, L, -1 where they are to be drawn; or None
     options: SampleOptions
 
+
 class State(NamedTuple):
     """What changes while B slots write images; R = B rows, or 2 B with guidance: labelled, then unlabelled."""
     cache: list                          # for each layer its keys and values: 2, R, heads, M, d
     image: torch.Tensor                  # B: which image the slot is writing; n when there is none left
-    taken: torch.Tensor                  # scalar: the last image that a slot has taken
+    newest: torch.Tensor                 # scalar: the last image that a slot has begun
     t: torch.Tensor                      # B: number of the pair that comes next
     last: torch.Tensor                   # B: position of the pair before, -1 at the start
     last_code: torch.Tensor              # B: its content
@@ -835,26 +864,31 @@ class State(NamedTuple):
     pos: torch.Tensor                    # n + 1, L: the images; the end id where nothing is written
     code: torch.Tensor                   # n + 1, L
 
-def start(model, label, options, seed, given, first, slots):
-    """-> the job of `generate`, and its state in front of the first step, with caches of no length yet."""
-    config, layout, device, n = model.config, model.layout, label.device, len(label)
+
+def make_job(model, label, options, seed, given, first):
+    """The job of `generate`, whose arguments these are."""
+    n, L, device = len(label), model.layout.max_len, label.device
     # each image has a generator of its own, so its draws depend on the seed and its number, and on nothing else
-    uniform = [1 - np.random.default_rng([seed, i]).random((layout.max_len, 2), np.float32)  # 1 - [0, 1) is (0, 1]
+    uniform = [1 - np.random.default_rng([seed, i]).random((L, 2), np.float32)  # 1 - [0, 1) is (0, 1]
                for i in range(first, first + n + 1)]
     given = given and tuple(F.pad(each, (0, 0, 0, 1), value=-1) for each in given)
-    job = Job(F.pad(model.labels(label, n), (0, 1)), torch.from_numpy(np.stack(uniform)).to(device), given, options)
-    rows = 2 * slots if options.cfg != 1 and config.classes else slots
-    cache = torch.zeros(2, rows, config.heads, 0, config.width // config.heads, dtype=model.order.weight.dtype)
+    return Job(F.pad(model.labels(label, n), (0, 1)), torch.from_numpy(np.stack(uniform)).to(device), given, options)
+
+
+def first_state(model, n, slots, rows, device):
+    """In front of the first step; the caches have no length yet."""
+    config, layout = model.config, model.layout
+    cache = model.order.weight.new_zeros(2, rows, config.heads, 0, config.width // config.heads)
 
     def full(shape, value):
         return torch.full(shape, value, device=device)
-    return job, State([cache.to(device)] * (config.position_layers + config.content_layers),
-                      image=torch.arange(slots, device=device), taken=full((), slots - 1), t=full((slots,), 0),
-                      last=full((slots,), -1), last_code=full((slots,), -1),
-                      grains=full((slots, layout.n_regions + 1), -1),
-                      pos=full((n + 1, layout.max_len), layout.end), code=full((n + 1, layout.max_len), -1))
+    return State([cache] * (config.position_layers + config.content_layers),
+                 image=torch.arange(slots, device=device), newest=full((), slots - 1), t=full((slots,), 0),
+                 last=full((slots,), -1), last_code=full((slots,), -1), grains=full((slots, layout.n_regions + 1), -1),
+                 pos=full((n + 1, layout.max_len), layout.end), code=full((n + 1, layout.max_len), -1))
 
-def resized(state, end):
+
+def with_room_for(state, end):
     """The state with caches for `end` pairs and without gaps, which CPUs read up to three times faster than slices."""
     caches = []
     for old in state.cache:
@@ -863,68 +897,105 @@ def resized(state, end):
         caches.append(new)
     return state._replace(cache=caches)
 
+
+def guided(logits, options, B):
+    """Logits (R, 1, n) of labelled and, with guidance, unlabelled rows -> (B, n), divided by the temperature."""
+    logits = logits[:, 0].float()                                            # R, n
+    if len(logits) > B:
+        labelled, unlabelled = logits.chunk(2)
+        logits = unlabelled + options.cfg * (labelled - unlabelled)
+    return logits / options.temperature                                      # B, n
+
+
 def decode_one(model, job, state, end):
-    """Write one more pair of the image in every slot; a slot whose image is complete takes the next one.
+    """Write one more pair of the image in every slot.
 
     Attention sees the first `end` places of the cache: more than any t. Reads nothing but its arguments, changes
     nothing but `state`, in place, and never asks the device for a value, so it can be captured as a graph.
     """
-    layout, options, image, t = model.layout, job.options, state.image, state.t
-    B, R, n = len(t), state.cache[0].shape[1], len(job.condition) - 1
+    options, image, t = job.options, state.image, state.t
+    B, R = len(t), state.cache[0].shape[1]
 
-    def rows(labelled, unlabelled):
-        return torch.cat([labelled, unlabelled]) if R > B else labelled      # R, ...: with guidance everything twice
-
-    def guide(logits):
-        logits = logits[:, 0].float()                                        # R, n
-        if R > B:
-            labelled, unlabelled = logits.chunk(2)
-            logits = unlabelled + options.cfg * (labelled - unlabelled)
-        return logits / options.temperature                                  # B, n
+    def twice(x):
+        return torch.cat([x, x]) if R > B else x                             # R, ...: for labelled and unlabelled rows
 
     def unless_given(drawn, which):
-        given = job.given[which][image, t] if job.given else drawn           # B
+        if job.given is None:
+            return drawn
+        given = job.given[which][image, t]                                   # B
         return torch.where(given < 0, drawn, given)
 
     # embed the last pair, or at the start the condition
-    condition, unlabelled = job.condition[image], torch.full_like(t, len(model.config.classes))  # B
-    pair = model.embed(state.last.clamp(min=0), state.last_code)             # B, C
-    at = torch.arange(R, device=t.device), rows(t, t)                        # R, R
-    h = torch.where((at[1] == 0)[:, None], model.condition(rows(condition, unlabelled)), rows(pair, pair))
-    h = (h + model.order(at[1]))[:, None]                                    # R, 1, C
+    condition, at, last = job.condition[image], (torch.arange(R, device=t.device), twice(t)), twice(state.last)
+    if R > B:
+        condition = torch.cat([condition, torch.full_like(t, len(model.config.classes))])  # R
+    pair = twice(model.embed(state.last.clamp(min=0), state.last_code))      # R, C
+    h = torch.where((twice(t) == 0)[:, None], model.condition(condition), pair)
+    h = (h + model.order(twice(t)))[:, None]                                 # R, 1, C
     future = torch.arange(end, device=t.device) > at[1][:, None, None, None]  # R, 1, 1, M
     mask = torch.zeros(R, model.config.heads, 1, end, dtype=h.dtype, device=t.device).masked_fill(future, -math.inf)
     caches = [cache[..., :end, :] for cache in state.cache]
 
     # where: position stack, then one draw among the legal ids
-    last = rows(state.last, state.last)[:, None]                             # R, 1
-    turns = model.turns_of(last, last)
+    turns = model.turns_of(last[:, None], last[:, None])
     for block, cache in zip(model.position_stack, caches):
         h = block(h, turns, cache, at, mask)                                 # R, 1, C
-    logits = guide(model.position_head(model.position_norm(h)))              # B, P
-    logits = logits.masked_fill(~layout.legal(state.last, state.grains[:, :-1]), -math.inf)
+    logits = guided(model.position_head(model.position_norm(h)), options, B)  # B, P
+    logits = logits.masked_fill(~model.layout.legal(state.last, state.grains[:, :-1]), -math.inf)
     u = job.uniform[image, t]                                                # B, 2
     pos = unless_given(draw(logits, u[:, 0]), 0)                             # B
 
     # what: content stack, then one draw
-    target = rows(pos, pos)[:, None]                                         # R, 1
-    h, turns = h + model.position(target), model.turns_of(target, last)      # R, 1, C
+    h = h + model.position(twice(pos))[:, None]                              # R, 1, C
+    turns = model.turns_of(twice(pos)[:, None], last[:, None])
     for block, cache in zip(model.content_stack, caches[len(model.position_stack):]):
         h = block(h, turns, cache, at, mask)
-    logits = filter_logits(guide(model.content_head(model.content_norm(h))), options.top_k, options.top_p)  # B, V
-    code = unless_given(draw(logits, u[:, 1]), 1).masked_fill(layout.is_eos[pos], -1)  # B
+    logits = guided(model.content_head(model.content_norm(h)), options, B)   # B, V
+    code = draw(filter_logits(logits, options.top_k, options.top_p), u[:, 1])  # B
+    code = unless_given(code, 1).masked_fill(model.layout.is_eos[pos], -1)
+    write(model.layout, state, pos, code)
 
-    # write the pair, and behind the last EOS go on with the next image; slots that end together take consecutive ones
-    state.pos[image, t], state.code[image, t] = pos, code
+
+def write(layout, state, pos, code):
+    """Store a pair (B,), (B,) of each slot's image. Behind its last EOS a slot goes on with the next image: slots that
+    end together take consecutive ones."""
+    state.pos[state.image, state.t], state.code[state.image, state.t] = pos, code
     state.grains.scatter_(1, layout.region[pos][:, None], layout.grain[pos][:, None])
     done = pos == layout.end                                                 # B
-    order = done.cumsum(0)                                                   # B: 1, 2, ... among those
-    image.copy_(torch.where(done, state.taken + order, image).clamp(max=n))
-    state.taken.add_(order[-1])
-    t.copy_((t + 1).masked_fill(done, 0))
+    among_done = done.cumsum(0)                                              # B: 1, 2, ...
+    n = len(state.pos) - 1
+    torch.where(done, state.newest + among_done, state.image, out=state.image).clamp_(max=n)
+    state.newest.add_(among_done[-1])
+    state.t.add_(1).masked_fill_(done, 0)
     state.last.copy_(pos.masked_fill(done, -1))
     state.last_code.copy_(code)
     state.grains.masked_fill_(done[:, None], -1)
+
+
+def plain_steps(step, model, job, state):
+    """-> a function that takes a step with room for `end` pairs. The caches grow, and shrink by half, to fit."""
+    def take(end):
+        nonlocal state
+        size = state.cache[0].shape[3]
+        if end > size or end <= size // 2:
+            state = with_room_for(state, end)
+        step(model, job, state, state.cache[0].shape[3])
+    return take
+
+
+def captured_steps(step, model, job, state):
+    """The same, by CUDA graphs, one for each `end`. They read memory that stays where it is."""
+    graphs, pool, stream = {}, torch.cuda.graph_pool_handle(), torch.cuda.Stream(state.t.device)
+
+    def take(end):
+        if end in graphs:
+            return graphs[end].replay()
+        step(model, job, state, end)                                         # a step like any other, and the warm-up of
+        graphs[end] = torch.cuda.CUDAGraph()                                 # the capture, which computes nothing
+        with torch.cuda.graph(graphs[end], pool=pool, stream=stream):
+            step(model, job, state, end)
+    return take
+
 
 @torch.inference_mode()
 def generate(model, label, options=SampleOptions(), seed=0, given=None, slots=None, first=0, dtype=None, bucket=None,
@@ -945,29 +1016,18 @@ def generate(model, label, options=SampleOptions(), seed=0, given=None, slots=No
     bucket, look_every = bucket or (128 if graphs else 32), look_every or (32 if graphs else 1)
     if dtype not in (None, model.order.weight.dtype):
         model = copy.deepcopy(model).to(dtype)
-    step = torch.compile(decode_one) if compile else decode_one
-    # in float32 oneDNN has nothing to offer but a GELU that takes six times as long for so few numbers
-    onednn = torch.backends.mkldnn.flags(enabled=model.order.weight.dtype != torch.float32, allow_tf32=None)
-    with torch.cuda.device_of(label), torch.autocast(device.type, enabled=False), onednn:
-        job, state = start(model, label, options, seed, given, first, min(n, slots or n))
-        size, captured = 0, {}
-        if graphs:                                                           # they read memory that stays where it is
-            state = resized(state, -(-L // bucket) * bucket)
-            pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+    step, slots = torch.compile(decode_one) if compile else decode_one, min(n, slots or n)
+    rows = 2 * slots if options.cfg != 1 and model.config.classes else slots
+    with torch.cuda.device_of(label), torch.autocast(device.type, enabled=False):
+        job = make_job(model, label, options, seed, given, first)
+        state = first_state(model, n, slots, rows, device)
+        if graphs:
+            take = captured_steps(step, model, job, with_room_for(state, -(-L // bucket) * bucket))
+        else:
+            take = plain_steps(step, model, job, state)
         furthest = 0                                                         # no slot is further than this
         for n_steps in itertools.count(1):
-            end = (furthest // bucket + 1) * bucket
-            if end in captured:
-                captured[end].replay()
-            elif graphs:
-                step(model, job, state, end)                                 # a step like any other, and the warm-up of
-                captured[end] = torch.cuda.CUDAGraph()                       # the capture, which computes nothing
-                with torch.cuda.graph(captured[end], pool=pool, stream=stream):
-                    step(model, job, state, end)
-            else:
-                if end > size or end <= size // 2:
-                    state, size = resized(state, end), end
-                step(model, job, state, size)
+            take((furthest // bucket + 1) * bucket)
             furthest = min(furthest + 1, L - 1)
             if n_steps % look_every == 0:
                 least, furthest = torch.stack([state.image.min(), state.t.max()]).tolist()
@@ -977,6 +1037,7 @@ def generate(model, label, options=SampleOptions(), seed=0, given=None, slots=No
 
 # ------------------------------------------------------------------------------------------------
 # 8  Checkpoints
+
 
 def write_file(path, save):
     """save(file) under another name first, so that whatever fails or stops leaves the older file whole."""
@@ -993,12 +1054,14 @@ def write_file(path, save):
     finally:
         temporary.unlink(missing_ok=True)
 
+
 def save_checkpoint(path, kind, config, model, **state):
     """One file: kind, config as a plain dict, weights, and whatever a trainer needs to go on."""
     checkpoint = dict(kind=kind, config=asdict(config), weights=model.state_dict(), **state)
     if kind == "dq-transformer":
         checkpoint["layout"] = model.layout.name
     write_file(path, lambda file: torch.save(checkpoint, file))
+
 
 def load_checkpoint(path, kind):
     """-> the dict that was saved, on the CPU. UserError when the file is not a checkpoint of this kind."""
@@ -1018,6 +1081,7 @@ def load_checkpoint(path, kind):
                                        f"({Layout.name}); {maker} trains a new one")
     return checkpoint
 
+
 def rebuild(model_class, config_class, config, weights, device):
     """A saved model for use, not for training. config: the dict that was saved"""
     try:
@@ -1027,9 +1091,11 @@ def rebuild(model_class, config_class, config, weights, device):
         raise UserError(f"the checkpoint is damaged or of another version ({str(error).splitlines()[0]})") from None
     return model.to(device).eval().requires_grad_(False)
 
+
 def load_vae(path, device):
     saved = load_checkpoint(path, "dq-vae")
     return rebuild(DQVAE, VAEConfig, saved.get("config"), saved.get("weights"), device)
+
 
 def load_transformer(path, device):
     """-> DQTransformer and the DQVAE that its checkpoint carries."""

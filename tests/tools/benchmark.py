@@ -83,8 +83,9 @@ def count_step(batch_size, dtype, cfg, end=384):
         model = dq.DQTransformer(config).to(dtype).eval()
         label = torch.zeros(batch_size, dtype=torch.long)
     with torch.no_grad():
-        job, state = dq.start(model, label, dq.SampleOptions(cfg=cfg), 0, None, 0, batch_size)
-        state = dq.resized(state, 1152)                                      # as in dq.generate: it holds a whole image
+        job = dq.make_job(model, label, dq.SampleOptions(cfg=cfg), 0, None, 0)
+        state = dq.first_state(model, batch_size, batch_size, (1 + (cfg != 1)) * batch_size, label.device)
+        state = dq.with_room_for(state, 1152)                                # as in dq.generate: it holds a whole image
         with fake_gpu.rehearsal(fused_attention=True) as seen:
             dq.decode_one(model, job, state, end)
     assert not seen.waits, seen.waits
@@ -136,7 +137,7 @@ def sampling(args):
         peak = f"  {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB at most" if device.type == "cuda" else ""
         pos, code = (t[:B] for t in fused())
         length = int((pos[0] != layout.end).sum()) + 1
-        u = dq.start(model, label[:B], dq.SampleOptions(), 1, None, 0, B)[0].uniform[:B]  # B, L, 2: decides the draws
+        u = dq.make_job(model, label[:B], dq.SampleOptions(), 1, None, 0).uniform[:B]  # B, L, 2: decides the draws
         with torch.inference_mode():
             naive = 0.0
             for t in range(0, length, 16):
