@@ -37,15 +37,12 @@ import torch.nn.functional as F
 # ------------------------------------------------------------------------------------------------
 # 1  Configuration
 
-
 class UserError(ValueError):
     """Something that the user can mend; the message is one clear line."""
-
 
 def require(condition, message):
     if not condition:
         raise UserError(message)
-
 
 def check_factors(size, factors):
     """UserError unless factors are powers of two, coarse to fine, and fit an image of this size."""
@@ -54,7 +51,6 @@ def check_factors(size, factors):
     require(all(a > b for a, b in zip(factors, factors[1:])), f"factors must fall from coarse to fine, not {factors}")
     fits = size >= 1 and size % factors[0] == 0
     require(fits, f"image size {size} is not a multiple of the largest factor {factors[0]}")
-
 
 @dataclass
 class VAEConfig:
@@ -88,7 +84,6 @@ class VAEConfig:
         """Channels at downsampling factor 2**level."""
         return self.width * self.multipliers[min(level, len(self.multipliers) - 1)]
 
-
 @dataclass
 class TransformerConfig:
     """Everything that fixes the architecture of a DQTransformer (stage 2)."""
@@ -112,13 +107,11 @@ class TransformerConfig:
         quarters = not self.rotary or self.width // self.heads % 4 == 0
         require(quarters, f"rotary needs heads of a multiple of 4 channels, not {self.width} / {self.heads}")
 
-# Under torchrun each process works on its part of a batch.
-
+# Under torchrun each process works on its part of a batch:
 
 def processes():
     """-> number of this process, how many there are: 0, 1 without torchrun."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
-
 
 def total(x):
     """Sum of a tensor over the processes, without a gradient."""
@@ -126,7 +119,6 @@ def total(x):
         x = x.detach().clone()
         dist.all_reduce(x)
     return x
-
 
 def drawn_together(fill, shape, device):
     """Random numbers for the images of this process, of shape (B, ...). Every process draws the same, for the whole
@@ -141,15 +133,12 @@ def drawn_together(fill, shape, device):
 # Every router has  score(x, maps) -> (B, h, w), higher where finer codes are wanted (what evaluation compares with
 # the truth), and  forward(x, maps, noise) -> gate (B, K, h, w), one-hot over K.
 
-
 def norm(channels):
     return nn.GroupNorm(32, channels, eps=1e-6)
-
 
 def one_hot(grains, n):
     """(B, h, w) -> (B, n, h, w), float."""
     return F.one_hot(grains, n).permute(0, 3, 1, 2).float()
-
 
 class GrainRouter(nn.Module):
     """The paper's learned gate: normalise each map, pool to the regions, and let an MLP choose."""
@@ -174,19 +163,15 @@ class GrainRouter(nn.Module):
     def forward(self, x, maps, noise=1.0):
         """In training a sample (hard Gumbel-softmax, its noise scaled by `noise`), else the argmax.
 
-        What the gate needs in order to learn. Its output multiplies the maps (DQVAE.mix), so d loss / d gate_k says
-        how the reconstruction would change if the region moved towards granularity k; the softmax hands that on to
-        the logits, since forward is one-hot but backward sees `soft`, the softmax of the logits with their noise
-        (straight-through). With c_k = d loss / d gate_k and p = soft,
+        What the gate needs in order to learn. Its output multiplies the maps (DQVAE.mix), so c_k = d loss / d gate_k
+        says how the reconstruction would change if the region moved towards granularity k. Forward is one-hot, but
+        backward sees p, the softmax of the logits with their noise (straight-through):
             d loss / d logit_k = p_k (c_k - sum_j p_j c_j):
-        a granularity that is better than the average of its rivals becomes likelier. For this to teach anything:
-        * both sides of the choice must be tried: the Gumbel noise is what samples them (the argmax of logits plus
-          -log(Exponential) noise is a draw from their softmax);
-        * the gate must reach the reconstruction with its own sign, so the one-hot must multiply the maps and nothing
-          may detach it on the way;
-        * the budget loss, which knows nothing of the image, must not drown that signal: it pulls on all regions alike,
-          and a weight that is too high leaves a gate at the right ratio that chooses by chance;
-        * the noise must fade before training ends. With full noise the *sampled* ratio can meet the budget while the
+        what is better than the average of its rivals becomes likelier. For this to teach anything,
+        * all choices must be tried: the argmax of logits plus -log(Exponential) noise is a draw from their softmax;
+        * the budget loss, which pulls on all regions alike, must not drown that signal: too high a weight leaves
+          a gate at the right ratio that chooses by chance;
+        * the noise must fade before training ends: with full noise the *sampled* ratio can meet the budget while the
           *argmax*, the one that evaluation uses, is far from it.
         """
         logits = self.logits(maps)                                           # B, K, h, w
@@ -196,7 +181,6 @@ class GrainRouter(nn.Module):
         soft = (logits - noise * exponential.log()).softmax(dim=1)           # B, K, h, w
         hard = one_hot(soft.argmax(dim=1), logits.shape[1])
         return hard + (soft - soft.detach())                                 # B, K, h, w: exactly one-hot
-
 
 class ThresholdRouter(nn.Module):
     """Cuts a score into granularities at K - 1 thresholds."""
@@ -209,7 +193,6 @@ class ThresholdRouter(nn.Module):
         grains = torch.bucketize(self.score(x, maps), self.thresholds)       # B, h, w
         return one_hot(grains, len(self.thresholds) + 1)                     # B, K, h, w
 
-
 class RandomRouter(ThresholdRouter):
     """Granularities drawn blindly at the wanted ratios: the control for every claim about routing."""
 
@@ -218,7 +201,6 @@ class RandomRouter(ThresholdRouter):
 
     def score(self, x, maps):
         return drawn_together(torch.Tensor.uniform_, (len(x), *maps[0].shape[-2:]), x.device)  # B, h, w
-
 
 class EntropyRouter(ThresholdRouter):
     """Shannon entropy of the grey levels of each region, cut at quantiles of the training images."""
@@ -246,7 +228,6 @@ ROUTERS = {
     "random": lambda config: RandomRouter(config.ratios),
 }
 
-
 def budget_loss(gate, ratios):
     """Sum over k of (share of granularity k in this batch - the wanted share)^2. -> scalar
 
@@ -262,11 +243,9 @@ def budget_loss(gate, ratios):
 # ------------------------------------------------------------------------------------------------
 # 3  Codebook
 
-
 def straight_through(z, q):
     """q, whose gradient goes to z unchanged, since the choice of the nearest code has no gradient of its own."""
     return z + (q - z).detach()
-
 
 def sample_vectors(z, weight, n):
     """n of the vectors z (M, D) of all processes, drawn by weight (M,), as far as possible none twice -> (n, D)"""
@@ -277,7 +256,6 @@ def sample_vectors(z, weight, n):
     chosen = torch.multinomial(weights, n, replacement=n > len(weights))     # n
     mine = (chosen // M == rank)[:, None]                                    # n, 1
     return total(torch.where(mine, z[chosen % M], 0))                        # n, D: each came from one process
-
 
 class Codebook(nn.Module):
     """Vector quantization with one codebook for all granularities, learned by moving averages.
@@ -352,7 +330,6 @@ class Codebook(nn.Module):
 # ------------------------------------------------------------------------------------------------
 # 4  Encoder, decoder, DQVAE (the VQGAN trunk, with one head per granularity)
 
-
 class ResBlock(nn.Module):
     def __init__(self, c_in, c_out):
         super().__init__()
@@ -364,7 +341,6 @@ class ResBlock(nn.Module):
         h = self.conv1(F.silu(self.norm1(x)))                                # B, c_out, H, W
         h = self.conv2(F.silu(self.norm2(h)))
         return self.shortcut(x) + h
-
 
 class AttnBlock(nn.Module):
     """Single-headed attention over all positions of the map."""
@@ -380,7 +356,6 @@ class AttnBlock(nn.Module):
         y = F.scaled_dot_product_attention(q, k, v)[:, 0]                    # B, H W, c
         return x + self.proj(y.transpose(1, 2).reshape(B, c, H, W).contiguous())
 
-
 def make_level(config, level, c_in, n_blocks):
     """The blocks at downsampling factor 2**level, with attention after each where it is due."""
     layers, c = [], config.level_width(level)
@@ -391,12 +366,10 @@ def make_level(config, level, c_in, n_blocks):
         c_in = c
     return nn.Sequential(*layers)
 
-
 def make_head(c, channels):
     """What turns the trunk at a granularity's resolution into its map."""
     return nn.Sequential(ResBlock(c, c), AttnBlock(c), ResBlock(c, c), norm(c), nn.SiLU(),
                          nn.Conv2d(c, channels, 3, padding=1))
-
 
 class Encoder(nn.Module):
     """Image (B, 3, S, S) -> K maps (B, Z, S/F_k, S/F_k), coarse to fine."""
@@ -423,7 +396,6 @@ class Encoder(nn.Module):
                 h = self.downs[i](h)                                         # B, c_i, S/2^(i+1), S/2^(i+1)
         return [maps[i] for i in self.levels_of]
 
-
 class PositionEmbedding(nn.Module):
     """Adds where a cell is: sines of a learned linear map of (x, y), then a row and a column vector."""
 
@@ -439,7 +411,6 @@ class PositionEmbedding(nn.Module):
     def forward(self, z):
         learned = self.rows[:, None] + self.columns[None]                    # H, W, Z
         return z + torch.sin(self.fourier(self.grid)) + learned.permute(2, 0, 1)  # B, Z, H, W
-
 
 class Decoder(nn.Module):
     """Quantised grid (B, Z, H, W) -> image (B, 3, S, S). It sees codes only, never the grains."""
@@ -467,12 +438,10 @@ class Decoder(nn.Module):
                 h = self.ups[i](F.interpolate(h, scale_factor=2))            # twice the side
         return self.out(h)                                                   # B, 3, S, S
 
-
 def upsample(x, side):
     """Repeat every cell of (..., h, h) so that the side becomes `side`, a multiple of h."""
     n = side // x.shape[-1]
     return x.repeat_interleave(n, -2).repeat_interleave(n, -1) if n > 1 else x
-
 
 class VAEOutput(NamedTuple):
     reconstruction: torch.Tensor         # B, 3, S, S
@@ -481,7 +450,6 @@ class VAEOutput(NamedTuple):
     gate: torch.Tensor                   # B, K, h, w
     commitment: torch.Tensor             # scalar
     maps: list                           # the encoder's, K x (B, Z, H_k, W_k)
-
 
 class DQVAE(nn.Module):
     """Images to variable-length codes and back (the paper's stage 1).
@@ -534,7 +502,6 @@ class DQVAE(nn.Module):
 
 # ------------------------------------------------------------------------------------------------
 # 5  Sequences (the paper's stage 2: coarse to fine, position and content)
-
 
 class Layout(nn.Module):
     """Between (codes, grains) and the sequence of (position, content) pairs of an image.
@@ -627,12 +594,11 @@ class Layout(nn.Module):
         All that may come lies ahead, in the granularity that is being written. There a region is open from its first
         cell on, and its other cells then are *due*. So may come: the first cell that is due, or EOS if none is; and
         before that, whatever *opens* a region that nothing covers yet. In the finest granularity, which must leave no
-        hole, the first of those can't be passed over either. In the docstring's example 0 may be followed by 1, 2, 3
-        (open) or 4 (EOS); 7 by 8 alone, which is due; and 8, since region 1 goes on in the next row, by 11 alone.
+        hole, the first of those can't be passed over either. In the class's example 0 may be followed by 1, 2, 3
+        (openers) or 4 (EOS); 7 by 8 alone, which is due; and 8, since region 1 goes on in the next row, by 11 alone.
 
-        A training sequence can be masked with its *final* grains, though they hold what comes after prev. For what
-        may cover a region that is not open? Either a code coarser than prev, which then came before it. Or one as
-        fine or finer, and that counts as free here, since only coarser codes rule an opener out.
+        A training sequence can be masked with its *final* grains: of what covers a region that is not open, coarser
+        codes were there before prev, and what is as fine or finer counts as free.
         """
         following = (prev + 1).clamp(max=self.end)[..., None]                # B, (L,) 1
         taken = F.pad(grains % (self.n_grains + 1), (0, 1), value=self.n_grains)  # B, N + 1: K where nothing covers
@@ -648,7 +614,6 @@ class Layout(nn.Module):
 # ------------------------------------------------------------------------------------------------
 # 6  DQ-Transformer (the paper's stage 2: Position-Transformer and Content-Transformer)
 
-
 class Linear(nn.Linear):
     """x (..., in) -> (..., out), without bias. With `residual` (..., out) that is added by the product itself."""
 
@@ -660,7 +625,6 @@ class Linear(nn.Linear):
             return F.linear(x, self.weight)
         return torch.addmm(residual.flatten(0, -2), x.flatten(0, -2), self.weight.t()).view_as(residual)
 
-
 def attention(q, k, v, mask=None, dropout=0.0):
     """softmax(q k^T / sqrt(d) + mask) v; causal when there is no mask. q: (B, heads, L, d); k, v: (B, heads, M, d)"""
     if q.is_cuda:
@@ -670,7 +634,6 @@ def attention(q, k, v, mask=None, dropout=0.0):
         mask = torch.full((q.shape[2], k.shape[2]), -math.inf, dtype=q.dtype, device=q.device).triu(1)  # L, M
     weights = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5 + mask).softmax(-1)  # B, heads, L, M
     return F.dropout(weights, dropout) @ v                                   # B, heads, L, d
-
 
 def rotations(place, d):
     """Angles of a rotary embedding by place: places (n, 2) -> (n, 2, d), for `rotate`.
@@ -683,12 +646,10 @@ def rotations(place, d):
     angle = (place[:, :, None] * frequency).flatten(1)                       # n, d/2: by the row, by the column
     return torch.stack([angle.cos().repeat(1, 2), torch.cat([-angle.sin(), angle.sin()], dim=1)], dim=1)
 
-
 def rotate(x, turns):
     """Turn the planes of channels i and i + d/2 of x (..., d), by cosines and signed sines (..., 2, d)."""
     cos, sin = turns.type_as(x).unbind(-2)                                   # each ..., d
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)    # ..., d
-
 
 class Block(nn.Module):
     """Pre-norm transformer block. In training causal over a whole sequence; in sampling a step over a cache."""
@@ -720,7 +681,6 @@ class Block(nn.Module):
         y = attention(q, *cache, mask)                                       # B, heads, 1, d
         x = self.proj(y.view(B, 1, C), residual=x)                           # B, 1, C
         return self.down(F.gelu(self.up(self.norm2(x))), residual=x)
-
 
 class DQTransformer(nn.Module):
     """p(image) = prod_t p(pos_t | before) p(code_t | before, pos_t): where, then what, by two stacks.
@@ -810,7 +770,6 @@ class DQTransformer(nn.Module):
 # ------------------------------------------------------------------------------------------------
 # 7  Sampling
 
-
 class SampleOptions(NamedTuple):
     """Guidance, unlabelled + cfg (labelled - unlabelled), and temperature on both draws; top-k, top-p on contents."""
     temperature: float = 1.0
@@ -824,7 +783,6 @@ class SampleOptions(NamedTuple):
         require(0 < self.top_p <= 1, f"top-p must be above 0 and at most 1, not {self.top_p}")
         require(self.cfg >= 0, f"cfg must be at least 0, not {self.cfg}")
 
-
 def filter_logits(logits, top_k, top_p):
     """Keep the k likeliest entries, then the fewest whose probabilities reach p; the rest -> -inf. (B, V)"""
     if 0 < top_k < logits.shape[-1]:
@@ -835,7 +793,6 @@ def filter_logits(logits, top_k, top_p):
         logits = logits.masked_fill(torch.zeros_like(surplus).scatter(1, order, surplus), -math.inf)
     return logits
 
-
 def draw(logits, u):
     """The first entry whose cumulated probability reaches u times the sum. logits (B, n), u (B,) in (0, 1] -> (B,)"""
     p = logits.softmax(-1)                                                   # B, n
@@ -843,14 +800,12 @@ def draw(logits, u):
     reached = cdf >= u[:, None] * cdf.amax(-1, keepdim=True)                 # the largest is 1, but for rounding
     return reached.int().argmax(-1)                                          # B: the first of those
 
-
 class Job(NamedTuple):
     """What is wanted, n images. Row n is for slots that have run out of images; what they write is thrown away."""
     condition: torch.Tensor              # n + 1: rows of the condition embedding
     uniform: torch.Tensor                # n + 1, L, 2: what decides the draws of position and content
     given: tuple                         # positions and contents, each n + 1, L, -1 where they are to be drawn; or None
     options: SampleOptions
-
 
 class State(NamedTuple):
     """What changes while B slots write images; R = B rows, or 2 B with guidance: labelled, then unlabelled."""
@@ -864,7 +819,6 @@ class State(NamedTuple):
     pos: torch.Tensor                    # n + 1, L: the images; the end id where nothing is written
     code: torch.Tensor                   # n + 1, L
 
-
 def make_job(model, label, options, seed, given, first):
     """The job of `generate`, whose arguments these are."""
     n, L, device = len(label), model.layout.max_len, label.device
@@ -873,7 +827,6 @@ def make_job(model, label, options, seed, given, first):
                for i in range(first, first + n + 1)]
     given = given and tuple(F.pad(each, (0, 0, 0, 1), value=-1) for each in given)
     return Job(F.pad(model.labels(label, n), (0, 1)), torch.from_numpy(np.stack(uniform)).to(device), given, options)
-
 
 def first_state(model, n, slots, rows, device):
     """In front of the first step; the caches have no length yet."""
@@ -887,7 +840,6 @@ def first_state(model, n, slots, rows, device):
                  last=full((slots,), -1), last_code=full((slots,), -1), grains=full((slots, layout.n_regions + 1), -1),
                  pos=full((n + 1, layout.max_len), layout.end), code=full((n + 1, layout.max_len), -1))
 
-
 def with_room_for(state, end):
     """The state with caches for `end` pairs and without gaps, which CPUs read up to three times faster than slices."""
     caches = []
@@ -897,7 +849,6 @@ def with_room_for(state, end):
         caches.append(new)
     return state._replace(cache=caches)
 
-
 def guided(logits, options, B):
     """Logits (R, 1, n) of labelled and, with guidance, unlabelled rows -> (B, n), divided by the temperature."""
     logits = logits[:, 0].float()                                            # R, n
@@ -905,7 +856,6 @@ def guided(logits, options, B):
         labelled, unlabelled = logits.chunk(2)
         logits = unlabelled + options.cfg * (labelled - unlabelled)
     return logits / options.temperature                                      # B, n
-
 
 def decode_one(model, job, state, end):
     """Write one more pair of the image in every slot.
@@ -955,7 +905,6 @@ def decode_one(model, job, state, end):
     code = unless_given(code, 1).masked_fill(model.layout.is_eos[pos], -1)
     write(model.layout, state, pos, code)
 
-
 def write(layout, state, pos, code):
     """Store a pair (B,), (B,) of each slot's image. Behind its last EOS a slot goes on with the next image: slots that
     end together take consecutive ones."""
@@ -971,7 +920,6 @@ def write(layout, state, pos, code):
     state.last_code.copy_(code)
     state.grains.masked_fill_(done[:, None], -1)
 
-
 def plain_steps(step, model, job, state):
     """-> a function that takes a step with room for `end` pairs. The caches grow, and shrink by half, to fit."""
     def take(end):
@@ -981,7 +929,6 @@ def plain_steps(step, model, job, state):
             state = with_room_for(state, end)
         step(model, job, state, state.cache[0].shape[3])
     return take
-
 
 def captured_steps(step, model, job, state):
     """The same, by CUDA graphs, one for each `end`. They read memory that stays where it is."""
@@ -995,7 +942,6 @@ def captured_steps(step, model, job, state):
         with torch.cuda.graph(graphs[end], pool=pool, stream=stream):
             step(model, job, state, end)
     return take
-
 
 @torch.inference_mode()
 def generate(model, label, options=SampleOptions(), seed=0, given=None, slots=None, first=0, dtype=None, bucket=None,
@@ -1038,7 +984,6 @@ def generate(model, label, options=SampleOptions(), seed=0, given=None, slots=No
 # ------------------------------------------------------------------------------------------------
 # 8  Checkpoints
 
-
 def write_file(path, save):
     """save(file) under another name first, so that whatever fails or stops leaves the older file whole."""
     temporary = path.with_name(path.name + ".tmp")
@@ -1054,14 +999,12 @@ def write_file(path, save):
     finally:
         temporary.unlink(missing_ok=True)
 
-
 def save_checkpoint(path, kind, config, model, **state):
     """One file: kind, config as a plain dict, weights, and whatever a trainer needs to go on."""
     checkpoint = dict(kind=kind, config=asdict(config), weights=model.state_dict(), **state)
     if kind == "dq-transformer":
         checkpoint["layout"] = model.layout.name
     write_file(path, lambda file: torch.save(checkpoint, file))
-
 
 def load_checkpoint(path, kind):
     """-> the dict that was saved, on the CPU. UserError when the file is not a checkpoint of this kind."""
@@ -1081,7 +1024,6 @@ def load_checkpoint(path, kind):
                                        f"({Layout.name}); {maker} trains a new one")
     return checkpoint
 
-
 def rebuild(model_class, config_class, config, weights, device):
     """A saved model for use, not for training. config: the dict that was saved"""
     try:
@@ -1091,11 +1033,9 @@ def rebuild(model_class, config_class, config, weights, device):
         raise UserError(f"the checkpoint is damaged or of another version ({str(error).splitlines()[0]})") from None
     return model.to(device).eval().requires_grad_(False)
 
-
 def load_vae(path, device):
     saved = load_checkpoint(path, "dq-vae")
     return rebuild(DQVAE, VAEConfig, saved.get("config"), saved.get("weights"), device)
-
 
 def load_transformer(path, device):
     """-> DQTransformer and the DQVAE that its checkpoint carries."""
