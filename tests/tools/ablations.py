@@ -285,6 +285,21 @@ def train(variant, out, codes, seed, flags):
     return evaluations
 
 
+@torch.no_grad()
+def content_nats(variant, out, held_out, device, autocast):
+    """-> nats an image of the contents of each granularity, coarse to fine: a list"""
+    with variant.classes():
+        model, _ = dq.load_transformer(out / "transformer.pt", device)
+    sums = torch.zeros(model.layout.n_grains)
+    for index in torch.arange(len(held_out.label)).split(64):
+        pos, code, label = train_transformer.sequences(held_out, index, model.layout, device)  # B, L; B, L; B
+        with autocast():
+            _, content = model.logits(pos, code, label)                      # B, L, V
+        nll = F.cross_entropy(content.flatten(0, 1), code.flatten(), reduction="none", ignore_index=-1)  # B L
+        sums.index_add_(0, model.layout.grain[pos].flatten().cpu(), nll.cpu())
+    return (sums / len(held_out.label)).tolist()
+
+
 def measure(variant, out, judge, autocast):
     """-> figures of samples at temperature 1 without guidance, and as sample.py draws them by default"""
     with variant.classes():
@@ -308,19 +323,23 @@ def spread(values, form=".2f"):
     return f"{sum(values) / len(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 
-def table(runs, seeds):
-    """runs: {variant: for each seed its evaluations} -> the lines of a markdown table"""
+def table(runs, contents, seeds):
+    """runs: {variant: for each seed its evaluations}; contents: {variant: for each seed its `content_nats`} -> the lines
+    of a markdown table"""
     nats = {name: [log[-1]["nats_per_image"] for log in logs] for name, logs in runs.items()}
     lines = [f"Held-out nats an image at the end of training, seeds {' '.join(map(str, seeds))}: mean (range). Minus "
-             "ours: of the same seed. Best: the lowest of all evaluations, mean of the seeds.", "",
-             "| variant | each seed | nats an image | minus ours | of these, positions | best |", "|---" * 6 + "|"]
+             "ours: of the same seed. Positions, and contents of each granularity, coarse to fine: means of the seeds. Best: "
+             "the lowest of all evaluations, mean of the seeds.", "",
+             "| variant | each seed | nats an image | minus ours | of these, positions | contents | best |",
+             "|---" * 7 + "|"]
     for name, logs in runs.items():
         against = [a - b for a, b in zip(nats[name], nats["ours"])] if "ours" in nats else []
         position = sum(log[-1]["position_nats"] for log in logs) / len(logs)
         best = sum(min(line["nats_per_image"] for line in log) for log in logs) / len(logs)
         each = ", ".join(f"{x:.2f}" for x in nats[name])
+        of_grains = ", ".join(f"{sum(x) / len(x):.2f}" for x in zip(*contents[name]))
         lines.append(f"| {name} | {each} | {spread(nats[name])} | {spread(against) if against else ''} "
-                     f"| {position:.2f} | {best:.2f} |")
+                     f"| {position:.2f} | {of_grains} | {best:.2f} |")
     return lines
 
 
@@ -341,15 +360,19 @@ def main(argv=None):
     unknown = [name for name in names if name not in known]
     dq.require(not unknown, f"no such variant: {', '.join(unknown)}; there are {', '.join(known)}")
     codes = train_transformer.read_codes(args.codes)                         # before a folder is made
+    uncond = train_transformer.parse(flags)[0].uncond
+    held_out = train_transformer.views(codes["held_out"], codes["config"]["factors"], uncond)
+    device, autocast = common.pick_device("auto", "auto")
     toy = codes["classes"] == train_vae.ToyShapes.classes
     dq.require(not args.samples or toy, "--samples is for the toy data")
     runs = {name: [] for name in names}
     for seed in args.seeds:                                                  # so that all are there early, once
         for name in names:
             runs[name].append(train(known[name], args.out / f"{name}-{seed}", args.codes, seed, flags))
-    print("\n".join(table(runs, args.seeds)))
+    contents = {name: [content_nats(known[name], args.out / f"{name}-{seed}", held_out, device, autocast)
+                       for seed in args.seeds] for name in names}
+    print("\n".join(table(runs, contents, args.seeds)))
     if args.samples:
-        device, autocast = common.pick_device("auto", "auto")
         size = codes["config"]["size"]
         classifier = quality.kept_classifier(args.out / "classifier.pt", size, device)
         judge = quality.Judge(classifier, size, args.samples, 0, device)

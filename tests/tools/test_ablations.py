@@ -284,6 +284,12 @@ def test_the_figures_are_nats_of_the_same_codes(argv, images, tmp_path, capsys):
         nats, position = sum(losses.values()).mean().item(), losses["position"].mean().item()
         row = next(line for line in shown.splitlines() if line.startswith(f"| {name} |")).split(" | ")
         assert abs(float(row[1]) - nats) < 0.006 and abs(float(row[4]) - position) < 0.006
+        coarse, fine = map(float, row[5].split(", "))
+        assert abs(position + coarse + fine - nats) < 0.05                   # in bfloat16, where the hardware has it
+        with torch.no_grad():
+            pos, code = model.layout.pack(codes, grains)
+            p = model.logits(pos, code, label)[1].log_softmax(-1).gather(2, code.clamp(min=0)[..., None])[..., 0]
+        assert abs(-p[pos < model.layout.eos[0]].sum() / len(pos) - coarse) < 0.05
     assert common.read_log(tmp_path / "raster-0" / "transformer.jsonl")[-1]["step"] == 4
     call(tmp_path, argv["codes"], "--seeds", 0, "--only", *names, flags=argv["flags"])
     again = capsys.readouterr().out
@@ -316,10 +322,11 @@ def test_the_table():
     def log(*figures):
         return [dict(nats_per_image=nats, position_nats=position) for nats, position in figures]
     runs = {"ours": [log((12, 1), (10, 2)), log((9, 3), (14, 4))], "raster": [log((11.5, 1)), log((20, 5))]}
-    assert ablations.table(runs, [0, 7])[-2:] == [
-        "| ours | 10.00, 14.00 | 12.00 (10.00 to 14.00) | 0.00 (0.00 to 0.00) | 3.00 | 9.50 |",
-        "| raster | 11.50, 20.00 | 15.75 (11.50 to 20.00) | 3.75 (1.50 to 6.00) | 3.00 | 15.75 |"]
-    assert ablations.table({"raster": runs["raster"]}, [0, 7])[-1].split(" | ")[3].strip() == ""
+    contents = {"ours": [[3.0, 5.0], [4.0, 6.5]], "raster": [[1.0, 9.5], [2.0, 13.0]]}
+    assert ablations.table(runs, contents, [0, 7])[-2:] == [
+        "| ours | 10.00, 14.00 | 12.00 (10.00 to 14.00) | 0.00 (0.00 to 0.00) | 3.00 | 3.50, 5.75 | 9.50 |",
+        "| raster | 11.50, 20.00 | 15.75 (11.50 to 20.00) | 3.75 (1.50 to 6.00) | 3.00 | 1.50, 11.25 | 15.75 |"]
+    assert ablations.table({"raster": runs["raster"]}, contents, [0, 7])[-1].split(" | ")[3].strip() == ""
 
 
 def test_samples_are_drawn_in_the_order_of_the_variant(tmp_path, monkeypatch, capsys):
