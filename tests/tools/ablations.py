@@ -324,12 +324,12 @@ def spread(values, form=".2f"):
 
 
 def table(runs, contents, seeds):
-    """runs: {variant: for each seed its evaluations}; contents: {variant: for each seed its `content_nats`} -> the lines
-    of a markdown table"""
+    """runs: {variant: for each seed its evaluations}; contents: {variant: for each seed its `content_nats`}
+    -> the lines of a markdown table"""
     nats = {name: [log[-1]["nats_per_image"] for log in logs] for name, logs in runs.items()}
     lines = [f"Held-out nats an image at the end of training, seeds {' '.join(map(str, seeds))}: mean (range). Minus "
-             "ours: of the same seed. Positions, and contents of each granularity, coarse to fine: means of the seeds. Best: "
-             "the lowest of all evaluations, mean of the seeds.", "",
+             "ours: of the same seed. Positions, contents of each granularity (coarse to fine): mean of the seeds. "
+             "Best: the lowest of all evaluations, mean of the seeds.", "",
              "| variant | each seed | nats an image | minus ours | of these, positions | contents | best |",
              "|---" * 7 + "|"]
     for name, logs in runs.items():
