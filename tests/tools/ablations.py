@@ -360,15 +360,15 @@ def main(argv=None):
     unknown = [name for name in names if name not in known]
     dq.require(not unknown, f"no such variant: {', '.join(unknown)}; there are {', '.join(known)}")
     codes = train_transformer.read_codes(args.codes)                         # before a folder is made
-    uncond = train_transformer.parse(flags)[0].uncond
-    held_out = train_transformer.views(codes["held_out"], codes["config"]["factors"], uncond)
-    device, autocast = common.pick_device("auto", "auto")
     toy = codes["classes"] == train_vae.ToyShapes.classes
     dq.require(not args.samples or toy, "--samples is for the toy data")
     runs = {name: [] for name in names}
     for seed in args.seeds:                                                  # so that all are there early, once
         for name in names:
             runs[name].append(train(known[name], args.out / f"{name}-{seed}", args.codes, seed, flags))
+    uncond = train_transformer.parse(flags)[0].uncond
+    held_out = train_transformer.views(codes["held_out"], codes["config"]["factors"], uncond)
+    device, autocast = common.pick_device("auto", "auto")
     contents = {name: [content_nats(known[name], args.out / f"{name}-{seed}", held_out, device, autocast)
                        for seed in args.seeds] for name in names}
     print("\n".join(table(runs, contents, args.seeds)))
