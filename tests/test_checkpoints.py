@@ -4,11 +4,17 @@
     save_checkpoint, load_checkpoint    test_checkpoints, test_a_checkpoint_runs_no_code
                                         and, of broken files, survival/test_broken.py
     rebuild, load_vae                   test_checkpoints
+    Layout.name, written and read       test_checkpoints_of_other_orders_are_refused
 """
+import shutil
+
 import pytest
 import torch
 
 import dq
+import sample
+import train_transformer
+from conftest import TRANSFORMER, call
 
 
 def test_checkpoints(tmp_path):
@@ -58,3 +64,20 @@ def test_a_file_is_whole_or_as_it_was(error, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["x.png"] and (tmp_path / "x.png").read_bytes() == b"old"
     dq.write_file(tmp_path / "x.png", lambda file: file.write(b"new"))
     assert [path.name for path in tmp_path.iterdir()] == ["x.png"] and (tmp_path / "x.png").read_bytes() == b"new"
+
+
+def test_checkpoints_of_other_orders_are_refused(run, tmp_path):
+    """Those of before, which say nothing of their order, and those of tools/ablations.py: in one line, by whatever
+    reads them; the files stay as they are."""
+    held, out = dq.load_checkpoint(run / "transformer.pt", "dq-transformer"), tmp_path / "out"
+    assert held["layout"] == "coarse to fine, row by row"
+    shutil.copytree(run, out)
+    for layout, told in ((None, "of an older version"), ("fine to coarse", "fine to coarse")):
+        torch.save({name: x for name, x in held.items() if name != "layout"} | ({"layout": layout} if layout else {}),
+                   out / "transformer.pt")
+        before = {path: path.read_bytes() for path in out.iterdir()}
+        line = (f"error: {out / 'transformer.pt'} was trained on sequences in another order ({told}) than is read here "
+                "(coarse to fine, row by row); train_transformer.py trains a new one")
+        assert call(sample.main, out / "transformer.pt") == line
+        assert call(train_transformer.main, "--out", out, "--resume", *TRANSFORMER) == line
+        assert {path: path.read_bytes() for path in out.iterdir()} == before

@@ -7,10 +7,13 @@
     Codebook.restart    test_restart_revives_dead_codes_and_leaves_the_others and two more
     sample_vectors      test_restart_draws_by_weight; over several processes: survival/test_processes.py
 """
+import itertools
+
 import pytest
 import torch
 
 import dq
+import naive
 from dq import Codebook
 
 
@@ -20,7 +23,7 @@ def test_nearest_code_equals_a_loop():
     ids = book.assign(z)
     assert len(ids.unique()) > 3
     for vector, i in zip(z, ids.tolist()):
-        assert i == min(range(7), key=lambda v: float((book.codes[v] - vector).square().sum()))
+        assert i == naive.nearest(book.codes, vector)
 
 
 def test_straight_through_has_the_value_of_q_and_the_gradient_of_z():
@@ -47,18 +50,9 @@ def test_ema_update_equals_a_loop_over_codes(age, decay):
     weight[:, :2, :2] = 1 / 4
     book.train()
     q, ids, loss = book(z, weight)
-    for v in range(V):
-        n, total = 0.0, torch.zeros(D)
-        for b in range(2):
-            for y in range(4):
-                for x in range(4):
-                    vector = z[b, :, y, x]
-                    nearest = min(range(V), key=lambda i: float((codes[i] - vector).square().sum()))
-                    assert nearest == ids[b, y, x]
-                    if nearest == v:
-                        n, total = n + float(weight[b, y, x]), total + weight[b, y, x] * vector
-        uses[v] = decay * uses[v] + (1 - decay) * n
-        sums[v] = decay * sums[v] + (1 - decay) * total
+    for b, y, x in itertools.product(range(2), range(4), range(4)):
+        assert ids[b, y, x] == naive.nearest(codes, z[b, :, y, x])
+    uses, sums = naive.averages(codes, uses, sums, z, weight, decay)
     torch.testing.assert_close(book.uses, uses)
     torch.testing.assert_close(book.sums, sums)
     torch.testing.assert_close(book.codes, sums / uses[:, None])

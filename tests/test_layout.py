@@ -1,7 +1,15 @@
-"""Layout: packing is a sort, unpacking its inverse, and `legal` describes exactly the complete tilings."""
+"""Layout, section 5 of dq.py: packing is a sort, unpacking its inverse, and `legal` is exactly what tilings go on with.
+
+    Layout.pack               test_pack_equals_a_loop, test_the_example_of_the_docstring
+    Layout.unpack, grains     test_unpack_is_the_inverse_of_pack
+    Layout.lengths            test_pack_equals_a_loop
+    Layout.legal              test_packed_sequences_are_legal_at_each_step, test_every_legal_walk_is_a_complete_tiling
+    its sizes and places      test_sizes_of_the_paper, test_places_are_the_centres_of_codes_on_the_finest_grid
+"""
 import pytest
 import torch
 
+import naive
 from dq import Layout
 
 CASES = [(8, (4,)), (8, (4, 2)), (16, (4, 2)), (16, (8, 4, 2)), (12, (4, 1)), (4, (4, 2, 1))]
@@ -19,22 +27,6 @@ def random_image(layout, grains, V=7):
                 c = m // int(layout.cells[k] ** 0.5)                         # side of one code in fine cells
                 codes[b, y, x] = codes[b, y // c * c, x // c * c]
     return codes
-
-
-def naive_pack(layout, codes, grains):
-    """One image (H, W), (h, w) -> its pairs, by loops over granularities, rows and columns."""
-    pairs, start = [], 0
-    for k, s in enumerate(layout.cells):
-        c = int(s ** 0.5)                                                    # c x c codes a region
-        side = layout.side * c
-        for y in range(side):
-            for x in range(side):
-                if grains[y // c, x // c] == k:
-                    m = layout.fine_side // side                             # one code fills m x m cells
-                    pairs.append((start + y * side + x, int(codes[y * m, x * m])))
-        pairs.append((start + side * side, -1))
-        start += side * side + 1
-    return pairs
 
 
 def grain_maps(layout, device):
@@ -56,9 +48,10 @@ def test_pack_equals_a_loop(size, factors, device):
     pos, code = layout.pack(codes, grains)
     assert pos.shape == code.shape == (len(codes), layout.max_len)
     for b in range(len(codes)):
-        pairs = naive_pack(layout, codes[b], grains[b])
+        pairs = naive.pack(layout, codes[b], grains[b])
         assert len(pairs) == sum(layout.cells[k] for k in grains[b].flatten()) + layout.n_grains
         assert list(zip(pos[b].tolist(), code[b].tolist())) == padded(layout, pairs)
+        assert layout.lengths(pos)[b] == len(pairs)
 
 
 @pytest.mark.parametrize("size, factors", CASES)
@@ -67,7 +60,7 @@ def test_unpack_is_the_inverse_of_pack(size, factors, device):
     layout = Layout(size, factors).to(device)
     grains = grain_maps(layout, device)
     codes = random_image(layout, grains)
-    pairs = [naive_pack(layout, c, g) for c, g in zip(codes, grains)]
+    pairs = [naive.pack(layout, c, g) for c, g in zip(codes, grains)]
     pos, code = torch.tensor([padded(layout, each) for each in pairs], device=device).unbind(-1)
     codes2, grains2 = layout.unpack(pos, code)
     assert torch.equal(codes2, codes) and torch.equal(grains2, grains)
@@ -87,7 +80,8 @@ def test_places_are_the_centres_of_codes_on_the_finest_grid(device):
     for side, width in ((2, 4), (4, 2), (8, 1)):
         places += [[(y + 0.5) * width, (x + 0.5) * width] for y in range(side) for x in range(side)] + [[0, 0]]
     assert layout.place.tolist() == places + [[0, 0]]
-    assert layout.place[-1].tolist() == [0, 0]
+    ids = [*range(layout.n_positions), -1]
+    assert layout.place[ids].tolist() == [list(naive.place(layout, p)) for p in ids]
 
 
 def test_the_example_of_the_docstring():
@@ -111,35 +105,6 @@ def test_sizes_of_the_paper():
     assert (pos != layout.end).sum() + 1 == 640 + 2 and (code >= 0).sum() == 640
 
 
-def naive_legal(layout, prefix):
-    """Ids that may follow a list of ids, from the rules as the docstring tells them."""
-    K, k, covered, cells = layout.n_grains, 0, {}, set()                     # of each region; places written in k
-    for p in prefix:
-        if k == K:                                                           # the last EOS goes on for ever
-            break
-        if p == layout.eos[k]:
-            k, cells = k + 1, set()
-            continue
-        c = int(layout.cells[k] ** 0.5)                                      # c x c codes a region
-        y, x = (p - layout.offsets[k]) // (layout.side * c), (p - layout.offsets[k]) % (layout.side * c)
-        covered[y // c, x // c] = k
-        cells.add((y, x))
-    if k == K:
-        return {layout.end}
-    c = int(layout.cells[k] ** 0.5)
-    side, may = layout.side * c, set()
-    for y in range(side):                                                    # ahead, until something can't be left out
-        for x in range(side):
-            region, is_first = (y // c, x // c), y % c == x % c == 0
-            if cells and (y, x) <= max(cells):
-                continue
-            if covered.get(region) == k or region not in covered and is_first:
-                may.add(layout.offsets[k] + y * side + x)
-            if covered.get(region) == k or region not in covered and is_first and k == K - 1:
-                return may
-    return may | {layout.eos[k]}
-
-
 @pytest.mark.parametrize("size, factors", CASES)
 def test_packed_sequences_are_legal_at_each_step(size, factors, device):
     layout = Layout(size, factors).to(device)
@@ -151,7 +116,7 @@ def test_packed_sequences_are_legal_at_each_step(size, factors, device):
     for b in range(len(pos)):
         for t in range(layout.max_len):
             prefix = pos[b, :t].tolist()
-            expected = naive_legal(layout, prefix)
+            expected = naive.legal(layout, prefix)
             assert set(mask[b, t].nonzero().flatten().tolist()) == expected
             known = layout.grains(pos[b:b + 1, :t]) if t else torch.full((1, layout.n_regions), -1, device=device)
             step = layout.legal(prev[b:b + 1, t], known)                     # as in sampling: grains so far

@@ -4,7 +4,7 @@
     label_number                  test_sampling_with_every_option; unknown ones: test_common.py
     caption                       test_a_name_that_the_font_cannot_draw_becomes_its_number
     read_grain_map                test_a_grain_map_is_read_bright_for_fine and one more
-    given_tiling, given_coarse    test_transformer.py
+    given_tiling, given_coarse    test_sampling.py
     save_gif                      test_moving_pictures
     main                          test_out_is_a_folder_or_a_pictures_name, test_sampling_with_every_option
 """

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import dq
+import naive
 import train_transformer
 import train_vae
 from dq import DQVAE, VAEConfig, one_hot
@@ -68,32 +69,27 @@ def test_mix_equals_a_loop():
     cost = torch.randn(2, 32, 8, 8)
     mixed = model.mix(maps, gate)
     (mixed * cost).sum().backward()
-    wanted, gradient = torch.zeros(2, 32, 8, 8), torch.zeros(2, 3, 2, 2)
-    for b, k, y, x in itertools.product(range(2), range(3), range(8), range(8)):
-        side = (4, 2, 1)[k]                                                  # of what one vector of this map fills
-        vector = maps[k][b, :, y // side, x // side]
-        wanted[b, :, y, x] += gate.detach()[b, k, y // 4, x // 4] * vector
-        gradient[b, k, y // 4, x // 4] += cost[b, :, y, x] @ vector
-    torch.testing.assert_close(mixed.detach(), wanted)
-    torch.testing.assert_close(gate.grad, gradient, atol=1e-4, rtol=1e-4)
+    for b in range(2):
+        gates = gate[b].detach().clone().requires_grad_()
+        wanted = naive.mix([each[b] for each in maps], gates)
+        (wanted * cost[b]).sum().backward()
+        torch.testing.assert_close(mixed[b].detach(), wanted.detach())
+        torch.testing.assert_close(gate.grad[b], gates.grad, atol=1e-4, rtol=1e-4)
 
 
 def test_cell_weight_equals_a_loop():
     model, grains = DQVAE(small(factors=TRIPLE[0], ratios=TRIPLE[1])), torch.randint(0, 3, (2, 2, 2))
     weight = model.cell_weight(one_hot(grains, 3).requires_grad_())
     assert weight.shape == (2, 8, 8) and not weight.requires_grad
-    for b, y, x in itertools.product(range(2), range(8), range(8)):
-        assert weight[b, y, x] == 1 / (16, 4, 1)[grains[b, y // 4, x // 4]]  # one code for so many cells
+    assert torch.equal(weight, torch.stack([naive.cell_weight(each, TRIPLE[0]) for each in grains]))
 
 
 def test_the_decoder_adds_the_position_of_each_cell():
     """Sines of a linear map of (x, y), plus a vector for the row and one for the column."""
     decoder, z = DQVAE(small()).decoder, torch.randn(2, 32, 4, 4)
-    embedding, wanted = decoder.position, torch.zeros(2, 32, 4, 4)
-    matrix, bias = embedding.fourier.weight[:, :, 0, 0], embedding.fourier.bias
-    for b, y, x in itertools.product(range(2), range(4), range(4)):
-        at = torch.tensor([2 * x / 3 - 1, 2 * y / 3 - 1])                    # corners at -1 and 1
-        wanted[b, :, y, x] = z[b, :, y, x] + torch.sin(matrix @ at + bias) + embedding.rows[y] + embedding.columns[x]
+    embedding, wanted = decoder.position, z.clone()
+    for y, x in itertools.product(range(4), range(4)):
+        wanted[:, :, y, x] += naive.position(embedding, y, x)
     torch.testing.assert_close(embedding(z), wanted)
     out = decoder(z)
     decoder.position = torch.nn.Identity()

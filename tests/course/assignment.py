@@ -30,9 +30,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 ROUTERS, CODEBOOK, VAE = "test_routers.py", "test_codebook.py", "test_vae.py"
-LAYOUT, TRANSFORMER = "test_layout.py", "test_transformer.py"
+LAYOUT, TRANSFORMER, SAMPLING = "test_layout.py", "test_transformer.py", "test_sampling.py"
 SOURCES = ["dq.py", "common.py", "sample.py", "train_vae.py", "train_transformer.py", "pyproject.toml"]
-TESTS = ["conftest.py", ROUTERS, CODEBOOK, VAE, LAYOUT, TRANSFORMER]
+TESTS = ["conftest.py", "naive.py", ROUTERS, CODEBOOK, VAE, LAYOUT, TRANSFORMER, SAMPLING]
 
 Exercise = namedtuple("Exercise", "function name points minutes learned file tests")
 EXERCISES = [
@@ -67,11 +67,11 @@ EXERCISES = [
              "test_a_pair_is_the_sum_of_three_rows"),
     Exercise("DQTransformer.logits", "where, then what", 10, 90, "shifting by one; two factors a step", TRANSFORMER,
              "test_logits_equal_a_loop_over_prefixes"),
-    Exercise("filter_logits", "top-k and top-p", 4, 30, "sorting, and the entry that crosses p", TRANSFORMER,
+    Exercise("filter_logits", "top-k and top-p", 4, 30, "sorting, and the entry that crosses p", SAMPLING,
              "test_top_k_and_top_p_equal_a_loop"),
-    Exercise("draw", "a draw", 4, 20, "the inverse of a distribution function, and its ends", TRANSFORMER,
+    Exercise("draw", "a draw", 4, 20, "the inverse of a distribution function, and its ends", SAMPLING,
              "test_draws_follow_the_distribution"),
-    Exercise("decode_one", "bonus: the sampler's step", 20, 240, "caches, guidance, refilled slots", TRANSFORMER,
+    Exercise("decode_one", "bonus: the sampler's step", 20, 240, "caches, guidance, refilled slots", SAMPLING,
              "test_the_step_draws_what_the_naive_loop_draws"),
 ]
 

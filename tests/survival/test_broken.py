@@ -90,7 +90,8 @@ def spoil(path, how, tmp_path):
     if how == "truncated":
         data = data[:len(data) * 2 // 3]
     elif how == "bits flipped":
-        data[len(data) // 2] ^= 0xFF
+        middle = slice(len(data) // 2, len(data) // 2 + 100)                 # more than a gap between two tensors
+        data[middle] = bytes(byte ^ 0xFF for byte in data[middle])
     elif how == "empty":
         data = b""
     broken.write_bytes(data)

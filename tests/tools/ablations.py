@@ -43,7 +43,7 @@ import dq  # noqa: E402
 import quality  # noqa: E402
 import train_transformer  # noqa: E402
 import train_vae  # noqa: E402
-from figures import flags_to_end, refuse  # noqa: E402
+from runs import flags_to_end, refuse, split_flags  # noqa: E402
 
 
 # ------------------------------------------------------------------------------------------------
@@ -344,8 +344,7 @@ def table(runs, contents, seeds):
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else [str(word) for word in argv]
-    own, flags = (argv[:argv.index("--")], argv[argv.index("--") + 1:]) if "--" in argv else (argv, [])
+    argv, flags = split_flags(argv)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", metavar="OUT", type=Path, help="folder of all runs")
     parser.add_argument("--codes", metavar="FILE", type=Path, default=Path("out/codes.pt"),
@@ -353,7 +352,7 @@ def main(argv=None):
     parser.add_argument("--seeds", metavar="SEED", type=common.natural, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", metavar="NAME", nargs="+", help="these variants instead of all")
     parser.add_argument("--samples", metavar="N", type=quality.several, help="images a set; None: no samples")
-    args = parser.parse_args(own)
+    args = parser.parse_args(argv)
     refuse(flags, "--out", "--codes", "--seed", "--resume")
     known = variants(flags)
     names = args.only or list(known)

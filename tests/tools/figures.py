@@ -30,34 +30,11 @@ import dq  # noqa: E402
 import sample  # noqa: E402
 import train_vae  # noqa: E402
 from common import natural, positive, read_log  # noqa: E402
+from runs import flags_to_end, refuse, split_flags  # noqa: E402
 
 BUDGETS = (0.1, 0.3, 0.5, 0.7, 0.9)
 ROUTERS = ("learned", "entropy", "random")
 COLOURS = {"learned": "#c01530", "entropy": "#3a6ea5", "random": "#777777", "fixed": "#000000"}
-
-
-# ------------------------------------------------------------------------------------------------
-# Runs: what all commands share that train many models
-
-
-def refuse(flags, *names):
-    """Flags for a trainer can't be those that the command sets itself. UserError if one is, or abbreviates one."""
-    for flag in (flag.split("=")[0] for flag in flags if len(flag) > 2):
-        taken = [name for name in names if name.startswith(flag)]            # argparse takes abbreviations
-        dq.require(not taken, f"{flag} can't stand behind --: {', '.join(taken)} is set for each run")
-
-
-def flags_to_end(path, steps):
-    """For a trainer whose checkpoint is `path`: [] if there is none, ["--resume"], or None if its run is finished.
-
-    UserError if that is a run of another length: the learning rate of its last steps is another, too.
-    """
-    if not path.exists():
-        return []
-    held = dq.load_checkpoint(path, f"dq-{path.stem}")
-    then = held.get("settings", {}).get("steps")
-    dq.require(then == steps, f"{path} is of a run of {then} steps, not {steps}; name another folder")
-    return None if held["step"] == steps else ["--resume"]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -682,7 +659,7 @@ def shrink(path, out):
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else [str(arg) for arg in argv]
+    argv, flags = split_flags(argv)                                          # flags: of train_vae.py
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -721,8 +698,7 @@ def main(argv=None):
     add("checkpoint", type=Path, help="what train_transformer.py wrote")
     add("out", metavar="FILE.pt", type=Path)
 
-    cut = argv.index("--") if "--" in argv else len(argv)                    # behind it: flags of train_vae.py
-    args, flags = parser.parse_args(argv[:cut]), argv[cut + 1:]
+    args = parser.parse_args(argv)
     if flags and args.command != "rd":
         parser.error(f"{args.command} takes nothing after --")
     if args.command == "rd":

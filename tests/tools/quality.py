@@ -38,7 +38,7 @@ import train_transformer  # noqa: E402
 import train_vae  # noqa: E402
 from benchmark import hardware  # noqa: E402
 from common import natural, number, positive  # noqa: E402
-from figures import flags_to_end  # noqa: E402
+from runs import flags_to_end  # noqa: E402
 from train_vae import ToyShapes  # noqa: E402
 
 TRAIN, TEST, REAL, OTHER = range(2_000_003, 2_000_007)                       # seeds of toy images, plus --seed

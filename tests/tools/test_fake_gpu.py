@@ -12,7 +12,8 @@ import train_transformer
 import train_vae
 from benchmark import count_step
 from fake_gpu import META, rehearsal
-from test_transformer import FakeCuda, tiny
+from test_sampling import FakeCuda
+from test_transformer import tiny
 
 FACTORS = [(8,), (8, 4), (8, 4, 2)]
 

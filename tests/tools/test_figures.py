@@ -12,10 +12,10 @@ import common
 import conftest
 import dq
 import figures
+import naive
 import symptoms
 import train_vae
 from conftest import script
-from test_layout import naive_legal, naive_pack
 
 SHAPES = [(16, (8,)), (16, (8, 4)), (16, (8, 4, 2))]
 NAMES = {1: ["fixed"], 2: ["coarse", "fine"], 3: ["coarse", "medium", "fine"]}
@@ -51,7 +51,7 @@ def untrained(path, size, factors, router="entropy", classes=()):
 def pairs_of(model, vae, x):
     """-> the pairs of an image, by loops."""
     codes, grains = vae.encode(x[None])
-    return naive_pack(model.layout, codes[0], grains[0])
+    return naive.pack(model.layout, codes[0], grains[0])
 
 
 def printed_nats(text):
@@ -147,7 +147,7 @@ def test_probabilities_at_the_moments(size, factors, tmp_path, capsys):
         assert times == sorted({0, eos[0] // 2, *(t + 1 for t in eos[:-1])})
     for t, when, n_legal, P, lines in blocks:
         t, places = int(t), re.findall(r"p ([\d.]+)  id (\d+) +(.*)", lines)
-        legal = naive_legal(layout, [position for position, _ in pairs[:t]])
+        legal = naive.legal(layout, [position for position, _ in pairs[:t]])
         assert int(n_legal) == len(legal) and int(P) == layout.n_positions
         pos, code = (torch.tensor(each)[None] for each in zip(*pairs[:t + 1]))
         place, content = model.logits(pos, code)
@@ -179,7 +179,7 @@ def test_probabilities_sum_to_one_over_the_legal_places(size, factors, tmp_path)
     positions = walk.pos.tolist()
     assert positions[-1] == model.layout.end and positions.count(model.layout.end) == 1
     for t in range(len(positions)):
-        legal, p = naive_legal(model.layout, positions[:t]), walk.place[t].double().exp()
+        legal, p = naive.legal(model.layout, positions[:t]), walk.place[t].double().exp()
         assert p[sorted(legal)].sum().item() == pytest.approx(1, abs=1e-5)
         assert set(p.nonzero()[:, 0].tolist()) <= legal
     assert torch.allclose(walk.content.exp().sum(-1), torch.ones(len(positions)))
@@ -358,16 +358,6 @@ def test_a_row_that_is_missing_is_trained(tmp_path, monkeypatch, capsys):
     assert call("rd", tmp_path, "--rows", "fixed-fine") == (
         f"error: {tmp_path / 'fixed-fine/seed-0/vae.pt'} is of a run of 30 steps, not 1000; name another folder")
     assert call("rd", tmp_path, "--", "--steps", 30) == f"error: {path} does not end with an evaluation"
-
-
-def test_a_run_begins_goes_on_or_is_finished(tmp_path):
-    path = tmp_path / "transformer.pt"
-    assert figures.flags_to_end(path, 30) == []
-    for step, flags in ((10, ["--resume"]), (30, None)):
-        torch.save(dict(kind="dq-transformer", layout=dq.Layout.name, step=step, settings=dict(steps=30)), path)
-        assert figures.flags_to_end(path, 30) == flags
-    with pytest.raises(dq.UserError, match="is of a run of 30 steps, not 20; name another folder"):
-        figures.flags_to_end(path, 20)
 
 
 @pytest.mark.parametrize("flag, name, flags", [("--seed", "--seed", ["--seed", 1]), ("--see", "--seed", ["--see=1"]),

@@ -1,0 +1,313 @@
+"""The method once more, by loops: what dq.py computes for whole batches at once, here for one image, code by code.
+
+A second tutorial, and what the tests hold dq.py against. Nothing here calls what it checks: these functions read
+weights and sizes of dq's models, and call nothing of them but torch's own layers. They read in the order of dq.py:
+    stage 1      entropy, shares, nearest, averages, mix, cell_weight, position    an image becomes codes
+    sequences    granularities, where, place; pack, then legal                     codes become pairs
+    stage 2      embed, rotate, block; next_place, next_content; logits            what may come next, and how likely
+    sampling     draw, filter_logits; generate                                     pairs that are drawn one by one
+Begin with `pack` (and, for the ids, `granularities`), go on with `legal` and `next_place`, end with `generate`: that is
+variable-length generation in a hundred lines. All else can be looked up where it is called.
+
+Symbols are those of dq.py. A pair is (position id, codebook id), and the codebook id of an EOS is -1.
+"""
+import math
+
+import numpy as np
+import torch
+
+
+# ------------------------------------------------------------------------------------------------
+# Stage 1: routers, codebook, DQVAE
+
+
+def entropy(patch):
+    """Of the grey levels of one region (3, F, F) in [-1, 1], in nats: a histogram of 32 soft bins."""
+    red, green, blue = patch.double().flatten(1).tolist()
+    grey = [0.2989 * r + 0.587 * g + 0.114 * b for r, g, b in zip(red, green, blue)]
+    histogram = [sum(math.exp(-0.5 * ((g - centre) / 0.01) ** 2) for g in grey) for centre in np.linspace(-1, 1, 32)]
+    p = [count / sum(histogram) for count in histogram]
+    return -sum(q * math.log(q) for q in p if q > 0)
+
+
+def shares(gate):
+    """How many of all regions have granularity k, for each. gate: (B, K, h, w), one-hot"""
+    B, K, h, w = gate.shape
+    return [sum(gate[b, k, y, x].item() for b in range(B) for y in range(h) for x in range(w)) / (B * h * w)
+            for k in range(K)]
+
+
+def nearest(codes, vector):
+    """The codebook id of the code (of V, D) that is nearest to a vector (D,)."""
+    return min(range(len(codes)), key=lambda v: float((codes[v] - vector).square().sum()))
+
+
+def averages(codes, uses, sums, z, weight, decay):
+    """One batch of k-means online: how often each code was used, and the sum of what used it, as moving averages.
+
+    codes (V, D); uses (V,); sums (V, D); z: (B, D, H, W), weight (B, H, W): what each cell counts -> uses, sums
+    """
+    new_uses, new_sums = torch.zeros_like(uses), torch.zeros_like(sums)
+    for b in range(len(z)):
+        for y in range(z.shape[2]):
+            for x in range(z.shape[3]):
+                v = nearest(codes, z[b, :, y, x])
+                new_uses[v] += weight[b, y, x]
+                new_sums[v] += weight[b, y, x] * z[b, :, y, x]
+    return decay * uses + (1 - decay) * new_uses, decay * sums + (1 - decay) * new_sums
+
+
+def mix(maps, gate):
+    """One image: its maps, K x (Z, H_k, W_k), and its gate (K, h, w), of any numbers -> (Z, H, W)"""
+    H, mixed = maps[-1].shape[-1], torch.zeros_like(maps[-1])
+    for y in range(H):
+        for x in range(H):
+            for k, each in enumerate(maps):
+                m, n = H // each.shape[-1], H // gate.shape[-1]              # cells in the side of a code, of a region
+                mixed[:, y, x] += gate[k, y // n, x // n] * each[:, y // m, x // m]
+    return mixed
+
+
+def cell_weight(grains, factors):
+    """One image (h, w) -> (H, W): a code that fills n cells gives each of them 1 / n."""
+    m = factors[0] // factors[-1]                                            # cells in the side of a region
+    H = len(grains) * m
+    return torch.tensor([[1 / (factors[grains[y // m, x // m]] // factors[-1]) ** 2 for x in range(H)]
+                         for y in range(H)])
+
+
+def position(embedding, y, x):
+    """What the decoder adds to a cell: sines of a linear map of where it is, a vector of its row, one of its column."""
+    H = len(embedding.rows)
+    at = torch.tensor([2 * x / (H - 1) - 1, 2 * y / (H - 1) - 1])            # corners at -1 and 1
+    waves = torch.sin(embedding.fourier.weight[:, :, 0, 0] @ at + embedding.fourier.bias)
+    return waves + embedding.rows[y] + embedding.columns[x]                  # Z
+
+
+# ------------------------------------------------------------------------------------------------
+# Sequences
+
+
+def granularities(layout):
+    """What can be said of each granularity, coarse to fine: its first id, codes in a row, EOS id."""
+    first = 0
+    for side in layout.sides:
+        yield first, side, first + side * side                               # ids row by row, then one for the EOS
+        first += side * side + 1
+
+
+def where(layout, p):
+    """A position id -> granularity, row, column; the row and column of an EOS are None."""
+    for k, (first, side, eos) in enumerate(granularities(layout)):
+        if p == eos:
+            return k, None, None
+        if p < eos:
+            return k, (p - first) // side, (p - first) % side
+
+
+def place(layout, p):
+    """The middle of the code with this id, in cells of the finest grid; 0, 0 for an EOS and the start, -1."""
+    k, row, column = where(layout, p) if p >= 0 else (0, None, None)
+    if row is None:
+        return 0.0, 0.0
+    width = layout.sides[-1] / layout.sides[k]
+    return (row + 0.5) * width, (column + 0.5) * width
+
+
+def pack(layout, codes, grains):
+    """One image (H, W), (h, w) -> its pairs: coarse codes first, each granularity row by row, and then its EOS."""
+    pairs = []
+    for k, (first, side, eos) in enumerate(granularities(layout)):
+        c, m = side // layout.sides[0], layout.sides[-1] // side             # c x c codes a region, m x m cells a code
+        for y in range(side):
+            for x in range(side):
+                if grains[y // c, x // c] == k:
+                    pairs.append((first + y * side + x, int(codes[y * m, x * m])))
+        pairs.append((eos, -1))
+    return pairs
+
+
+def legal(layout, prefix):
+    """The ids that may follow a list of ids, as the rules have it.
+
+    A granularity is written row by row. Its first cell in a region opens it, and then the others have to follow. A
+    region that is not opened is left to a finer granularity, but the finest one must leave none.
+    """
+    k, covered, last = 0, {}, -1                                             # what is written, by which granularity; id
+    for p in prefix:
+        last = p
+        at, row, column = where(layout, p)
+        if row is None:
+            k = at + 1
+        else:
+            c = layout.sides[at] // layout.sides[0]                          # c x c codes a region
+            covered[row // c, column // c] = at
+    all_of_them = list(granularities(layout))
+    if k == len(all_of_them):
+        return {all_of_them[-1][2]}                                          # the last EOS goes on for ever
+    first, side, eos = all_of_them[k]
+    c, may = side // layout.sides[0], set()
+    for p in range(max(first, last + 1), eos):                               # ahead, until something can't be left out
+        y, x = (p - first) // side, (p - first) % side
+        region = y // c, x // c
+        is_due = covered.get(region) == k
+        opens = region not in covered and y % c == x % c == 0
+        if is_due or opens:
+            may.add(p)
+        if is_due or opens and k == len(all_of_them) - 1:
+            return may
+    return may | {eos}
+
+
+# ------------------------------------------------------------------------------------------------
+# Stage 2: what comes next
+
+
+def embed(model, p, c):
+    """A pair: a row for the content, one for the position, one for the granularity. -> (C,)"""
+    content = model.content.weight[c if c >= 0 else model.config.codebook_size]
+    return content + position_row(model, p) + model.granularity.weight[where(model.layout, p)[0]]
+
+
+def position_row(model, p):
+    return model.position.weight[p]                                          # each id has its own
+
+
+def rotate(x, places):
+    """x (L, heads, d), places of L entries: channels i and i + d/2 are a complex number, turned by an angle.
+
+    It is the row times a frequency for the first half of these numbers, and the column for the second.
+    """
+    n = x.shape[-1] // 4
+    frequency = [10.0 ** -(i / n) for i in range(n)]
+    angle = torch.tensor([[row * f for f in frequency] + [column * f for f in frequency] for row, column in places])
+    z = torch.complex(*x.chunk(2, dim=-1)) * torch.polar(torch.ones_like(angle), angle)[:, None].to(x.device)
+    return torch.cat([z.real, z.imag], dim=-1)
+
+
+def block(weights, h, queries, keys):
+    """A transformer block on entries (L, C): each attends to itself and those before it, one after the other.
+
+    queries, keys: a place for each entry, by which its query or key is turned; or None for no rotation.
+    """
+    L, C = h.shape
+    q, k, v = (weights.norm1(h) @ weights.qkv.weight.t()).view(L, 3, weights.heads, -1).unbind(1)  # L, heads, d
+    if queries is not None:
+        q, k = rotate(q, queries), rotate(k, keys)
+    y = torch.empty_like(v)
+    for t in range(L):
+        scores = (k[:t + 1] * q[t]).sum(-1) / math.sqrt(q.shape[-1])         # t + 1, heads
+        y[t] = (scores.softmax(0)[..., None] * v[:t + 1]).sum(0)
+    h = h + y.view(L, C) @ weights.proj.weight.t()
+    return h + torch.nn.functional.gelu(weights.norm2(h) @ weights.up.weight.t()) @ weights.down.weight.t()
+
+
+def next_place(model, pairs, label):
+    """Where the pair behind these may go. -> the position stack's entries (L, C), {id that is legal: its logit}
+
+    The entries, L = len(pairs) + 1: the label (-1: none), and all pairs so far.
+    """
+    ids = [p for p, _ in pairs]
+    first = model.condition.weight[label if label >= 0 else len(model.config.classes)]
+    h = torch.stack([first, *(embed(model, p, c) for p, c in pairs)]) + model.order.weight[:len(pairs) + 1]
+    past = [place(model.layout, p) for p in [-1, *ids]] if model.config.rotary else None
+    for weights in model.position_stack:
+        h = block(weights, h, past, past)
+    logits = model.position_norm(h[-1]) @ model.position_head.weight.t()
+    return h, {p: logits[p].item() for p in legal(model.layout, ids)}
+
+
+def next_content(model, h, pairs, p):
+    """What stands there, if the next pair goes to p. h: what next_place has returned -> logits (V,)
+
+    Each entry is told the place of the pair that follows it, and looks from there at where those before it are.
+    """
+    ids = [each for each, _ in pairs]
+    h = h + torch.stack([position_row(model, each) for each in [*ids, p]])
+    past, there = None, None
+    if model.config.rotary:
+        past, there = ([place(model.layout, each) for each in of] for of in ([-1, *ids], [*ids, p]))
+    for weights in model.content_stack:
+        h = block(weights, h, there, past)
+    return model.content_norm(h[-1]) @ model.content_head.weight.t()
+
+
+def logits(model, pairs, label):
+    """Of each pair, from those before it alone, computed anew -> position (L, P), -inf where not legal; content (L, V).
+
+    What training needs; dq.py has all of it from one pass over the sequence.
+    """
+    positions = torch.full((len(pairs), model.layout.n_positions), -math.inf)
+    contents = []
+    for t, (p, _) in enumerate(pairs):
+        h, may = next_place(model, pairs[:t], label)
+        for each, logit in may.items():
+            positions[t, each] = logit
+        contents.append(next_content(model, h, pairs[:t], p))
+    return positions.to(contents[0].device), torch.stack(contents)
+
+
+# ------------------------------------------------------------------------------------------------
+# Sampling
+
+
+def draw(logits, u):
+    """The entry at which the sum of all probabilities so far reaches u. logits: {entry: logit} -> entry"""
+    weights = {i: math.exp(logit - max(logits.values())) for i, logit in sorted(logits.items())}
+    reached = 0.0
+    for i, weight in weights.items():
+        reached += weight / sum(weights.values())
+        if reached >= u:
+            return i
+    return i                                                                 # u = 1, and rounding
+
+
+def filter_logits(row, top_k, top_p):
+    """The k likeliest entries of a list of logits, of these the likeliest that reach p together. -> set of entries"""
+    order = sorted(range(len(row)), key=lambda i: -row[i])
+    if top_k:
+        order = order[:top_k]
+    weights = [math.exp(row[i]) for i in order]
+    kept, mass = set(), 0.0
+    for i, weight in zip(order, weights):
+        if kept and mass >= top_p:
+            break
+        kept.add(i)
+        mass += weight / sum(weights)
+    return kept
+
+
+@torch.no_grad()
+def generate(model, labels, options, seed, first=0, given=None):
+    """One image after the other, and every step computes the whole sequence so far. -> for each image its pairs
+
+    labels: a list, -1 for none. given: None, or for each image and step a position and a content, -1 if it is drawn.
+    """
+    return [image(model, label, options, np.random.default_rng([seed, first + i]), given and [x[i] for x in given])
+            for i, label in enumerate(labels)]
+
+
+def image(model, label, options, rng, given):
+    uniform, pairs = 1 - rng.random((model.layout.max_len, 2), np.float32), []  # in (0, 1]
+    guided = options.cfg != 1 and len(model.config.classes) > 0
+
+    def mixture(labelled, unlabelled):
+        return (unlabelled + options.cfg * (labelled - unlabelled)) / options.temperature
+
+    while not pairs or pairs[-1][0] != model.layout.end:
+        t = len(pairs)
+        h, may = next_place(model, pairs, label)
+        h_without, may_without = next_place(model, pairs, -1) if guided else (h, may)
+        p = draw({each: mixture(may[each], may_without[each]) for each in may}, uniform[t, 0])
+        if given and given[0][t] >= 0:
+            p = int(given[0][t])
+
+        content = next_content(model, h, pairs, p)
+        content_without = next_content(model, h_without, pairs, p) if guided else content
+        row = mixture(content, content_without).tolist()
+        c = draw({v: row[v] for v in filter_logits(row, options.top_k, options.top_p)}, uniform[t, 1])
+        if given and given[1][t] >= 0:
+            c = int(given[1][t])
+        is_eos = where(model.layout, p)[1] is None
+        pairs.append((p, -1 if is_eos else c))
+    return pairs

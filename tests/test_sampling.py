@@ -1,0 +1,264 @@
+"""Sampling, section 7 of dq.py: images come out as the naive loop draws them, at the speed of a cache.
+
+    SampleOptions.check    test_options_out_of_range_are_refused
+    filter_logits          test_top_k_and_top_p_equal_a_loop
+    draw                   test_draws_follow_the_distribution
+    start                  test_an_image_depends_on_its_number_alone, test_any_seed_has_images_of_its_own
+    decode_one             test_the_step_draws_what_the_naive_loop_draws,
+                           test_sampled_frequencies_match_exact_probabilities,
+                           test_given_tilings_and_given_codes_are_kept;
+                           nothing waits for a GPU: tools/test_fake_gpu.py
+    generate               test_the_fused_loop_draws_what_the_naive_loop_draws,
+                           test_refilled_slots_cost_the_mean_length
+      its graphs           test_the_captured_path_draws_the_same, test_a_small_job_captures_no_more_than_it_needs
+      compile, dtype       test_the_step_is_one_graph_for_the_compiler, test_bfloat16_matrices_draw_nearly_the_same
+"""
+import contextlib
+import math
+
+import pytest
+import torch
+
+import dq
+import naive
+from dq import SampleOptions, generate
+from sample import given_coarse, given_tiling
+from test_transformer import all_images, tiny
+
+
+def sample_of(model, B, seed=3, **kwargs):
+    label = torch.arange(B, device=model.content.weight.device) % max(1, len(model.config.classes))
+    return generate(model, label if model.config.classes else torch.full_like(label, -1), seed=seed, **kwargs), label
+
+
+def test_options_out_of_range_are_refused():
+    for bad in (dict(temperature=0.0), dict(top_p=0.0), dict(top_p=1.1), dict(top_k=-1), dict(cfg=-1.0)):
+        with pytest.raises(ValueError):
+            SampleOptions(**bad).check()
+
+
+@pytest.mark.parametrize("top_k, top_p", [(0, 1.0), (3, 1.0), (0, 0.6), (5, 0.5), (1, 1.0), (99, 1e-6)])
+def test_top_k_and_top_p_equal_a_loop(top_k, top_p):
+    logits = torch.randn(20, 11) * 2
+    kept = dq.filter_logits(logits, top_k, top_p) > -math.inf
+    for row, mask in zip(logits.tolist(), kept):
+        assert set(mask.nonzero().flatten().tolist()) == naive.filter_logits(row, top_k, top_p)
+
+
+def test_draws_follow_the_distribution():
+    """u over a fine grid: each entry gets its probability. Ends of the range; what has none is never drawn."""
+    logits = torch.tensor([-math.inf, 0.3, -math.inf, 1.2, -0.5, -math.inf])
+    n = 100_000
+    drawn = dq.draw(logits.expand(n, -1), (torch.arange(n) + 0.5) / n)
+    torch.testing.assert_close(torch.bincount(drawn, minlength=6) / n, logits.softmax(0), atol=2e-5, rtol=0)
+    assert (drawn.diff() >= 0).all()
+    for logits in torch.randn(50, 40).masked_fill(torch.rand(50, 40) < 0.7, -math.inf):
+        logits[17] = 0.1
+        ends = dq.draw(logits.expand(3, -1), torch.tensor([2.0 ** -24, 0.5, 1.0]))
+        possible = logits.isfinite().nonzero().flatten()
+        assert ends[0] == possible[0] and ends[2] == possible[-1]
+        u = 1 - torch.rand(1)
+        assert dq.draw(logits[None], u) == naive.draw({i: float(logits[i]) for i in possible.tolist()}, float(u))
+
+
+# in one batch or in few slots that are refilled, over many windows of the cache or a single one
+HOW = [dict(), dict(slots=2, bucket=2), dict(slots=3, bucket=8, look_every=4), dict(slots=2, bucket=64, look_every=32)]
+
+
+@pytest.mark.parametrize("cfg", [1.0, 2.5])
+@pytest.mark.parametrize("size, factors", [(8, (4,)), (8, (4, 2)), (8, (4, 2, 1))])
+@torch.no_grad()
+def test_the_fused_loop_draws_what_the_naive_loop_draws(size, factors, cfg, device):
+    model = tiny(size, factors, V=5, classes=("a", "b"), device=device)
+    draws_as_the_naive_loop(model, cfg, *HOW)
+
+
+@torch.no_grad()
+def test_the_step_draws_what_the_naive_loop_draws(device):
+    """With guidance, in slots that are refilled, and with some of the images given whole."""
+    model = tiny(8, (4, 2), V=5, classes=("a", "b"), device=device)
+    draws_as_the_naive_loop(model, 1.0, dict(slots=5))
+    label = torch.tensor([0, 1, 1, -1, 0], device=device)
+    other = generate(model, label, seed=1)
+    given = [torch.where((label == 1)[:, None], each, -1) for each in other]
+    drawn = draws_as_the_naive_loop(model, 2.5, dict(slots=2), given=given)
+    for i in (1, 2):
+        assert [p for p, _ in drawn[i]] == other[0][i, :len(drawn[i])].tolist()
+
+
+def draws_as_the_naive_loop(model, cfg, *ways, labels=(0, 1, 1, -1, 0), given=None):
+    """Pair by pair, in each of some ways to call `generate`."""
+    options, device = SampleOptions(temperature=2.0, top_k=4, top_p=0.95, cfg=cfg), model.order.weight.device
+    images = naive.generate(model, labels, options, seed=7, first=10, given=given)
+    if model.layout.n_grains > 1:
+        assert len({len(pairs) for pairs in images}) > 1                     # they end at different steps
+    for how in ways:
+        pos, code = generate(model, torch.tensor(labels, device=device), options, seed=7, first=10, given=given, **how)
+        for i, pairs in enumerate(images):
+            n = len(pairs)
+            assert list(zip(pos[i, :n].tolist(), code[i, :n].tolist())) == pairs, how
+            assert (pos[i, n:] == model.layout.end).all() and (code[i, n:] == -1).all(), how
+    return images
+
+
+@torch.no_grad()
+def test_sampled_frequencies_match_exact_probabilities(device):
+    model = tiny(size=2, factors=(2, 1), layers=1, device=device)            # one region: 2 + 16 images
+    codes, grains = all_images(model.layout, 2)
+    pos, code = model.layout.pack(codes.to(device), grains.to(device))
+    losses = model(pos, code)
+    p = (-(losses["position"] + losses["content"])).double().exp()
+    n = 20_000
+    (spos, scode), _ = sample_of(model, n)
+    same = ((spos[:, None] == pos) & (scode[:, None] == code)).all(-1)       # n, 18
+    assert (same.sum(1) == 1).all()
+    chi2 = ((same.sum(0) - n * p).square() / (n * p)).sum().item()
+    assert chi2 < 40.8                                                       # 99.9 % quantile for 17 degrees of freedom
+
+
+@torch.no_grad()
+def test_low_temperature_leaves_nothing_to_chance(device):
+    model = tiny(8, (4, 2), V=5, classes=("a", "b"), device=device)
+    (pos, code), _ = sample_of(model, 8, options=SampleOptions(temperature=1e-4))
+    (pos2, code2), _ = sample_of(model, 8, seed=99, options=SampleOptions(temperature=1e-4))
+    assert torch.equal(pos, pos2) and torch.equal(code, code2)               # the same whatever the noise
+
+
+def test_a_seed_fixes_the_images_and_another_changes_them(device):
+    model = tiny(8, (4, 2), V=5, device=device)
+    (a, ca), _ = sample_of(model, 8)
+    (b, cb), _ = sample_of(model, 8)
+    (_, cc), _ = sample_of(model, 8, seed=4)
+    assert torch.equal(a, b) and torch.equal(ca, cb) and not torch.equal(ca, cc)
+
+
+@pytest.mark.parametrize("seed", [1, 2 ** 62, 2 ** 64 - 1])
+def test_any_seed_has_images_of_its_own(seed, device):
+    model = tiny(8, (4, 2), V=5, device=device)
+    (_, zero), _ = sample_of(model, 8, seed=0)
+    (_, other), _ = sample_of(model, 8, seed=seed)
+    assert not torch.equal(zero, other)
+
+
+def test_an_image_depends_on_its_number_alone(device):
+    model = tiny(8, (4, 2), V=5, classes=("a", "b"), device=device)
+    label = torch.arange(20, device=device) % 2
+    pos, code = generate(model, label, seed=5)
+    for slots in (1, 7, 64):
+        again = generate(model, label, seed=5, slots=slots)
+        assert torch.equal(again[0], pos) and torch.equal(again[1], code)
+    tail = generate(model, label[15:], seed=5, first=15)
+    assert torch.equal(tail[0], pos[15:]) and torch.equal(tail[1], code[15:])
+
+
+def test_refilled_slots_cost_the_mean_length(device, monkeypatch):
+    """Steps of a large job: within 15 % of (sum of lengths) / slots, though lengths vary from 9 to 18 pairs."""
+    model = tiny(8, (4, 2), V=5, device=device)
+    calls, real = [], dq.decode_one
+    monkeypatch.setattr(dq, "decode_one", lambda *args: (calls.append(1), real(*args))[1])
+    pos, code = generate(model, torch.full((256,), -1, device=device), SampleOptions(temperature=3.0), slots=16)
+    length = model.layout.lengths(pos)
+    if device.type == "cpu":
+        assert length.min() <= 9 and length.max() >= 17
+        assert len(calls) <= 1.15 * int(length.sum()) / 16
+
+
+def test_given_tilings_and_given_codes_are_kept(device):
+    model = tiny(8, (4, 2, 1), V=5, device=device)
+    layout = model.layout
+    wanted = torch.randint(0, 3, (6, 2, 2), device=device)
+    (pos, code), _ = sample_of(model, 6, given=given_tiling(layout, wanted))
+    codes, grains = layout.unpack(pos, code)
+    assert torch.equal(grains, wanted) and (codes >= 0).all()
+    for keep in range(4):
+        (pos2, code2), _ = sample_of(model, 6, seed=8, given=given_coarse(layout, codes, grains, keep))
+        codes2, grains2 = layout.unpack(pos2, code2)
+        kept = grains < keep
+        assert torch.equal(grains2[kept], grains[kept]) and (grains2[~kept] >= keep).all()
+        cells = dq.upsample(kept[:, None].float(), layout.fine_side)[:, 0] > 0
+        assert torch.equal(codes2[cells], codes[cells])
+
+
+@pytest.mark.parametrize("cfg", [1.0, 2.5])
+def test_bfloat16_matrices_draw_nearly_the_same(cfg, device):
+    """Most images come out whole as in float32; by chance none would."""
+    model, options = tiny(8, (4, 2), V=5, classes=("a", "b"), device=device), SampleOptions(cfg=cfg)
+    label = torch.arange(64, device=device) % 2
+    a, b = (torch.cat(generate(model, label, options, seed=1, slots=8, dtype=dtype), dim=1)
+            for dtype in (None, torch.bfloat16))
+    same = (a == b).all(dim=1).float().mean()
+    assert 0.7 < same < 1                                                    # 1: nothing was computed in bfloat16
+
+
+class FakeCuda:
+    """What `generate` asks of torch.cuda to capture steps and replay them, with the device's queue played by the CPU.
+
+    As on a GPU, a step that is being captured does nothing but be recorded, with the tensors that it was given.
+    """
+
+    def __init__(self, monkeypatch):
+        self.capturing, self.counts, real = None, dict(captured=0, replayed=0, direct=0), dq.decode_one
+
+        def decode_one(*args):
+            if self.capturing is None:
+                self.counts["direct"] += 1
+                return real(*args)
+            self.capturing.step = lambda: real(*args)
+
+        class Graph:
+            def replay(graph):
+                self.counts["replayed"] += 1
+                graph.step()
+
+        @contextlib.contextmanager
+        def capture(graph, pool, stream):
+            assert pool == "pool" and stream == "stream"                     # one for all
+            self.capturing = graph
+            yield
+            self.capturing = None
+            self.counts["captured"] += 1
+        monkeypatch.setattr(dq, "decode_one", decode_one)
+        fakes = dict(CUDAGraph=Graph, graph=capture, Stream=lambda device: "stream", graph_pool_handle=lambda: "pool")
+        for name, fake in fakes.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+
+
+@pytest.mark.parametrize("cfg", [1.0, 2.5])
+@torch.no_grad()
+def test_the_captured_path_draws_the_same(cfg, monkeypatch):
+    """Each size of the cache is captured when it is first needed; all other steps are replays."""
+    model = tiny(8, (4, 2, 1), V=5, classes=("a", "b"))
+    label, options = torch.arange(9) % 2, SampleOptions(temperature=2.0, cfg=cfg)
+    given = [torch.where(torch.rand(len(label), 1) < 0.5, t, -1)             # some images whole
+             for t in generate(model, label, options, seed=1)]
+    for extra in (dict(), dict(given=given)):
+        pos, code = generate(model, label, options, seed=7, slots=2, **extra)
+        with monkeypatch.context() as patch:
+            cuda = FakeCuda(patch)
+            again = generate(model, label, options, seed=7, slots=2, graphs=True, bucket=16, look_every=4, **extra)
+        assert torch.equal(again[0], pos) and torch.equal(again[1], code)
+        length = model.layout.lengths(pos)
+        assert cuda.counts["captured"] == cuda.counts["direct"] == -(-int(length.max()) // 16)
+        steps = cuda.counts["replayed"] + cuda.counts["direct"]
+        assert int(length.sum()) / 2 <= steps <= (int(length.sum()) + int(length.max())) / 2 + 4 + 1
+
+
+def test_a_small_job_captures_no_more_than_it_needs(monkeypatch):
+    model = tiny(8, (4, 2, 1), V=5)
+    coarse = torch.zeros(3, 2, 2, dtype=torch.long)                          # 4 codes and 3 EOS ids
+    cuda = FakeCuda(monkeypatch)
+    generate(model, torch.full((3,), -1), given=given_tiling(model.layout, coarse), graphs=True, bucket=8, look_every=1)
+    assert cuda.counts == dict(captured=1, direct=1, replayed=6)
+
+
+@pytest.mark.parametrize("cfg", [1.0, 2.5])
+def test_the_step_is_one_graph_for_the_compiler(cfg, monkeypatch):
+    """torch.compile finds no break in a step, and draws the same (without a compiler: the capture could go wrong)."""
+    torch._dynamo.reset()
+    model = tiny(8, (4, 2), V=5, classes=("a", "b"), layers=1)
+    options = SampleOptions(temperature=2.0, top_k=4, top_p=0.9, cfg=cfg)
+    label, real = torch.arange(5) % 2, torch.compile
+    wanted = generate(model, label, options, seed=7, slots=2, bucket=64)
+    monkeypatch.setattr(torch, "compile", lambda step: real(step, fullgraph=True, backend="eager"))
+    compiled = generate(model, label, options, seed=7, slots=2, bucket=64, compile=True)
+    assert torch.equal(compiled[0], wanted[0]) and torch.equal(compiled[1], wanted[1])
