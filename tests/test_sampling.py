@@ -3,8 +3,8 @@
     SampleOptions.check    test_options_out_of_range_are_refused
     filter_logits          test_top_k_and_top_p_equal_a_loop
     draw                   test_draws_follow_the_distribution
-    start                  test_an_image_depends_on_its_number_alone, test_any_seed_has_images_of_its_own
-    decode_one             test_the_step_draws_what_the_naive_loop_draws,
+    make_job, first_state  test_an_image_depends_on_its_number_alone, test_any_seed_has_images_of_its_own
+    decode_one, write      test_the_step_draws_what_the_naive_loop_draws,
                            test_sampled_frequencies_match_exact_probabilities,
                            test_given_tilings_and_given_codes_are_kept;
                            nothing waits for a GPU: tools/test_fake_gpu.py
