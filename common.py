@@ -1,7 +1,6 @@
 """What the three scripts share, none of which is needed to understand the method; that is dq.py.
 
-Pictures, in and out; a program, its device and its end; flags, and the schedule that they override; a training run:
-processes, order of the data, losses, checkpoints, signals, and what is due after a step.
+Pictures, in and out; a program, its device and its end; a training run: flags, order of the data, losses, checkpoints.
 """
 import argparse
 import contextlib
@@ -14,7 +13,7 @@ import random
 import signal
 import sys
 import warnings
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -69,10 +68,8 @@ def to_rgb(image, packing=""):
     packing: Pillow's name for the layout of the pixels in the file, as "RGB;16B"."""
     key = image.info.get("transparency")                                     # a colour that stands for transparent
     if image.mode.startswith("I") or image.mode == "F":
-        opaque = np.asarray(image) != key
-        image = Image.fromarray(grey_8_bits(image))
-        if key is not None:
-            image.putalpha(Image.fromarray(np.uint8(255) * opaque))
+        opaque = np.uint8(255) * (np.asarray(image) != key)
+        image = Image.fromarray(np.dstack([grey_8_bits(image), opaque]))     # grey and alpha
     elif key is not None and packing in ("L;2", "L;4"):                      # Pillow scales the pixels, not the key
         image.info["transparency"] = key * {"L;2": 85, "L;4": 17}[packing]
     elif key is not None and packing == "RGB;16B":
@@ -128,8 +125,8 @@ def draw_grains(x, grains, factors):
     picture = Image.blend(picture, Image.new("RGB", picture.size, "white"), 0.35)
     pen = ImageDraw.Draw(picture)
     for k, factor in enumerate(factors):                                     # finer boxes lie on top
-        cells, side = factors[0] // factor, factor * picture.width / x.shape[-1]
-        here = (grains == k).repeat_interleave(cells, 0).repeat_interleave(cells, 1)  # S/factor, S/factor
+        side = factor * picture.width / x.shape[-1]
+        here = dq.upsample(grains == k, x.shape[-1] // factor)               # S/factor, S/factor
         for row, column in here.nonzero().tolist():
             box = [column * side, row * side, (column + 1) * side, (row + 1) * side]
             pen.rectangle(box, outline=GRAIN_COLOURS[k % 3])
@@ -175,12 +172,10 @@ def pick_device(name, dtype):
     return device, lambda: torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
+GONE = "another process of this job is gone, or its network; --resume goes on from the last checkpoint"
 NO_MEMORY = "not enough memory; a smaller --batch-size or a larger --accumulate takes less"
-HINTS = {"DataLoader worker": "a process that loads images died; with fewer --workers it may have more memory, and "
-                              "--resume goes on",
-         "gloo": "another process of this job is gone; --resume goes on from the last checkpoint",
-         "NCCL": "another process of this job is gone, or its network; --resume goes on from the last checkpoint",
-         "out of memory": NO_MEMORY, "allocate memory": NO_MEMORY}
+HINTS = {"DataLoader worker": "a process that loads images died; --resume goes on, with fewer --workers in less memory",
+         "gloo": GONE, "NCCL": GONE, "out of memory": NO_MEMORY, "allocate memory": NO_MEMORY}
 
 
 def run(main):
@@ -229,18 +224,23 @@ def number(kind, low, below=math.inf):
 positive, natural, weight = number(int, 1), number(int, 0), number(float, 0)
 
 
+def flag(default=MISSING, **how):
+    """A field that can be set on the command line. how: as in argparse's `add_argument`"""
+    return field(default=default, metadata=how)
+
+
 @dataclass
 class Schedule:
     """How a stage is trained: Adam(W), linear warm-up, then cosine to zero."""
-    steps: int
-    batch_size: int                      # images a step, of all processes together
-    lr: float
+    steps: int = flag(type=positive, help="optimiser steps")
+    batch_size: int = flag(type=positive, help="images a step, of all processes together")
+    lr: float = flag(type=number(float, 1e-12), help="highest learning rate")
     betas: tuple = (0.9, 0.99)
     weight_decay: float = 0.0            # of matrices; stage 2
     warmup: int = 100                    # steps
-    eval_every: int = 250                # steps
-    accumulate: int = 1                  # parts in which a batch is worked on; in stage 2 each is as wide as it needs
-    clip: float = 1.0                    # largest norm of the gradient; 0: no limit
+    eval_every: int = flag(250, type=positive, help="steps between evaluations")
+    accumulate: int = flag(1, metavar="N", type=positive, help="work on a batch in N parts, which takes less memory")
+    clip: float = flag(1.0, type=weight, help="largest norm of the gradient; 0: no limit")
 
     def learning_rate(self, step):
         if step < self.warmup:
@@ -259,18 +259,14 @@ def trainer_flags(description, presets, argv, preset="toy"):
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--out", metavar="DIR", type=Path, default=Path("out"), help="folder that the run writes")
-    add("--steps", type=positive, default=schedule.steps, help="optimiser steps")
-    add("--batch-size", type=positive, default=schedule.batch_size, help="images a step, of all processes together")
-    add("--accumulate", metavar="N", type=positive, default=schedule.accumulate,
-        help="work on a batch in N parts, which takes less memory")
-    add("--lr", type=number(float, 1e-12), default=schedule.lr, help="highest learning rate")
-    add("--clip", type=weight, default=schedule.clip, help="largest norm of the gradient; 0: no limit")
+    for each in fields(schedule):
+        if each.metadata:
+            add(f"--{each.name.replace('_', '-')}", default=getattr(schedule, each.name), **each.metadata)
     add("--seed", type=number(int, 0, below=2 ** 63), default=0, help="of weights, data order and noise")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 where the hardware has it")
     add("--compile", action="store_true", help="torch.compile the model")
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
-    add("--eval-every", type=positive, default=schedule.eval_every, help="steps between evaluations")
     add("--save-every", type=positive, default=schedule.eval_every, help="steps between checkpoints")
     return parser, config, schedule
 
@@ -314,11 +310,8 @@ def say(line):
 
 
 def deal(n, batch_size, seed, start=0):
-    """Endless lists of batch_size numbers, in a fresh random order every epoch, from batch number `start` on.
-
-    In epoch e the numbers are e n to e n + n - 1. Batch number b is a function of the arguments and b alone, so a
-    resumed run sees what it would have seen.
-    """
+    """Endless lists of batch_size numbers, from batch number `start` on; in epoch e they are e n to e n + n - 1, in an
+    order of its own. All depends on the arguments alone, so a resumed run sees what it would have seen."""
     epoch, skip = divmod(start * batch_size, n)
     orders = (e * n + np.random.default_rng([seed, e]).permutation(n) for e in itertools.count(epoch))
     numbers = itertools.islice(itertools.chain.from_iterable(orders), skip, None)
@@ -326,28 +319,25 @@ def deal(n, batch_size, seed, start=0):
         yield [int(i) for i in itertools.islice(numbers, batch_size)]
 
 
-class Losses:
-    """Loss terms of the last steps, on the device until `read`: to ask a GPU for a value is to wait for it."""
-
-    def __init__(self):
-        self.steps = {}
+class Losses(dict):
+    """{step: {name: scalar}} since the last `read`, on the device until then: to ask a GPU for a value is to wait."""
 
     def add(self, done, terms, scale=1.0):
         """Step `done` has these terms, {name: scalar}, times `scale`: added up over the parts of its batch."""
-        sums = self.steps.setdefault(done, {})
+        sums = self.setdefault(done, {})
         for name, term in terms.items():
             sums[name] = sums.get(name, 0.0) + scale * term.detach().float()
 
     def read(self, last_good):
         """Newest terms, mean over the processes. UserError if one since the last `read` is not finite."""
         terms = {}
-        for done, sums in self.steps.items():
+        for done, sums in self.items():
             means = dq.total(torch.stack(list(sums.values()))) / dq.processes()[1]
             terms = dict(zip(sums, means.tolist()))
             bad = ", ".join(name for name, value in terms.items() if not math.isfinite(value))
             dq.require(not bad, f"step {done}: not finite in the loss: {bad}; {last_good}; "
                                 f"a new run may need a lower --lr")
-        self.steps = {}
+        self.clear()
         return terms
 
 
@@ -396,20 +386,18 @@ class Record:
     def resume(self):
         """Load the newest checkpoint, if it is of this command's run; say which settings have changed."""
         held = dq.load_checkpoint(self.path, f"dq-{self.path.stem}")
+        then, now = held.get("config", {}) | held.get("settings", {}), asdict(self.config) | self.settings
+        for name in [name for name in now if name in then and then[name] != now[name]]:  # older ones have none
+            title = f"--{name.replace('_', '-')}" if hasattr(self.args, name) else name
+            dq.require(name in self.may_change, f"{self.path} was trained with {title} {then[name]}, not "
+                       f"{now[name]}; give the same to go on, or leave --resume out to start anew")
+            if held["step"] < now["steps"]:
+                say(f"note: {title} was {then[name]} and is {now[name]} from step {held['step']} on")
         try:
-            then, now = held["config"] | held.get("settings", {}), asdict(self.config) | self.settings
-            for name in [name for name in now if name in then and then[name] != now[name]]:  # older ones have none
-                title = f"--{name.replace('_', '-')}" if hasattr(self.args, name) else name
-                dq.require(name in self.may_change, f"{self.path} was trained with {title} {then[name]}, not "
-                           f"{now[name]}; give the same to go on, or leave --resume out to start anew")
-                if held["step"] < now["steps"]:
-                    say(f"note: {title} was {then[name]} and is {now[name]} from step {held['step']} on")
             for name, part in dict(weights=self.model, **self.parts).items():
                 part.load_state_dict(held[name])
             restore_random_states(held["rng"], self.device)
             self.step, self.best = held["step"], held["best"]
-        except dq.UserError:
-            raise
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise dq.UserError(f"{self.path} was written by another command or version, or is damaged; "
                                f"leave --resume out ({str(error).splitlines()[0]})") from None
@@ -425,8 +413,7 @@ class Record:
         return self.bar
 
     def after(self, done, losses, stop):
-        """Log the losses of every tenth step. -> what is due after `done` steps: to evaluate (process 0), to save, and to
-        stop (the number of the signal)"""
+        """Log the losses of every tenth step. -> what is due: to evaluate (process 0), to save, to stop (the signal)"""
         last, asked = done == self.settings["steps"], stop.asked(done)
         evaluates = last or done % self.settings["eval_every"] == 0
         saves = last or asked or done % self.args.save_every == 0
@@ -448,7 +435,7 @@ class Record:
                 file.write(json.dumps(line) + "\n")
         except OSError as error:
             raise dq.UserError(f"could not write {self.log} ({error.strerror})") from None
-        shown = readable(values)
+        shown = {name: f"{value:.3f}" if isinstance(value, float) else value for name, value in values.items()}
         self.bar.set_postfix(shown, refresh=False)
         if stays:
             tqdm.write(f"step {done}: " + ", ".join(f"{name} {value}" for name, value in shown.items()))
@@ -461,8 +448,8 @@ class Record:
             self.write(self.path.with_suffix(".best.pt"), done)
 
     def save(self, done):
-        finite = [x.isfinite().all() for x in self.model.state_dict().values() if x.is_floating_point()]
-        dq.require(torch.stack(finite).all(), f"step {done}: a weight is not finite; {self.last_good()}")
+        finite = all(x.isfinite().all() for x in self.model.state_dict().values())
+        dq.require(finite, f"step {done}: a weight is not finite; {self.last_good()}")
         states = {name: part.state_dict() for name, part in self.parts.items()}
         self.write(self.path, done, settings=self.settings, rng=random_states(self.device), **states)
         self.step = done
@@ -477,10 +464,6 @@ class Record:
             "there is no checkpoint yet")
 
 
-def readable(values):
-    return {name: f"{value:.3f}" if isinstance(value, float) else f"{value}" for name, value in values.items()}
-
-
 def read_log(path):
     """The lines of a log as dicts; what a crash or an editor left between them is skipped."""
     lines = []
@@ -493,8 +476,8 @@ def read_log(path):
 
 
 def set_aside(path, *also, hint=" (--resume would have gone on with it)"):
-    """A run that starts anew moves what a former one left in the folder of `path` (all of that stem, and files of the
-    names `also`) into a folder of its own."""
+    """A run that starts anew moves what a former one left beside `path`, all of its stem and of the names `also`, into
+    a folder of its own."""
     def left_in(folder):
         return [file for pattern in (f"{path.stem}.*", *also) for file in folder.glob(pattern)]
     if dq.processes()[0] > 0 or not any(path.with_name(name).exists() for name in (path.name, *also)):

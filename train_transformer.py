@@ -1,11 +1,11 @@
 """Stage 2: codes.pt -> DQ-Transformer checkpoint.    python train_transformer.py
 
-Reads what train_vae.py leaves at its end: every image as codes, as it is and mirrored, the held-out ones apart, and the
-frozen DQ-VAE. It never sees a pixel. Writes into --out: transformer.pt (checkpoint, with the DQ-VAE inside, all that
-sample.py needs), transformer.best.pt (that of the lowest held-out loss), transformer.jsonl (log), transformer.png
-(samples, and where their codes are).
+Reads what train_vae.py leaves at its end: every image as codes, and the frozen DQ-VAE; it never sees a pixel. Writes
+into --out: transformer.pt (checkpoint, all that sample.py needs), transformer.best.pt (that of the lowest held-out
+loss), transformer.jsonl (log), transformer.png (samples, and where their codes are).
 """
 import argparse
+import contextlib
 import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -61,11 +61,13 @@ def parse(argv=None):
     first.add_argument("--codes", type=Path)
     first.add_argument("--out", type=Path, default=Path("out"))
     known = first.parse_known_args(argv)[0]
-    preset = preset_of(known.codes or known.out / "codes.pt")
-    parser, config, schedule = trainer_flags("Train a DQ-Transformer on the codes of a DQ-VAE.", PRESETS, argv, preset)
+    path, preset = known.codes or known.out / "codes.pt", "toy"
+    with contextlib.suppress(Exception):                                     # whatever it is, `read_codes` will say it
+        preset = torch.load(path, mmap=True, weights_only=True)["preset"]
+    parser, config, schedule = trainer_flags("Train a DQ-Transformer on the codes of a DQ-VAE.", PRESETS, argv,
+                                             preset if preset in PRESETS else "toy")
     add, share = parser.add_argument, number(float, 0, below=1)
-    add("--codes", metavar="FILE", type=Path,
-        help="what train_vae.py wrote, the preset's name included; None: codes.pt in --out")
+    add("--codes", metavar="FILE", type=Path, default=path, help="what train_vae.py wrote, the preset's name included")
     add("--position-layers", type=positive, default=config.position_layers, help="layers of the position stack")
     add("--content-layers", type=positive, default=config.content_layers, help="layers of the content stack")
     add("--width", type=positive, default=config.width, help="channels")
@@ -77,15 +79,6 @@ def parse(argv=None):
     add("--uncond", action="store_true", help="ignore the labels")
     args = parser.parse_args(argv)
     return args, config, override(schedule, args)
-
-
-def preset_of(path):
-    """The preset of the stage 1 that wrote these codes. Whatever is wrong with the file, `read_codes` will say it."""
-    try:
-        preset = torch.load(path, mmap=True, weights_only=True)["preset"]
-    except Exception:
-        return "toy"
-    return preset if preset in PRESETS else "toy"
 
 
 def read_codes(path):
@@ -111,32 +104,23 @@ def views(part, factors, uncond):
     """A part of codes.pt (codes (M, views, H, W), grains, label (M,)) -> Images, the views of one after the other."""
     codes, grains = part["codes"].flatten(0, 1), part["grains"].flatten(0, 1)
     label = part["label"].repeat_interleave(part["codes"].shape[1])
-    length = torch.cat([lengths(each, factors) for each in grains.split(65_536)])
+    cells = torch.tensor([(factors[0] // f) ** 2 for f in factors])          # K: codes of a region
+    length = torch.cat([cells[each.long()].sum(dim=(1, 2)) for each in grains.split(65_536)]) + len(factors)
     return Images(codes, grains, torch.full_like(label, -1, dtype=torch.int8) if uncond else label, length)
 
 
-def lengths(grains, factors):
-    """Pairs up to and with the last EOS. (M, h, w) -> (M,)"""
-    cells = torch.tensor([(factors[0] // f) ** 2 for f in factors])          # K: codes of a region
-    return cells[grains.long()].sum(dim=(1, 2)) + len(factors)
-
-
 def batches(length, batch_size, seed, start=0):
-    """Endless batches of image numbers (batch_size,), in the order of `deal`.
-
-    Inside a batch they are sorted by length (M,), so that parts of it need little padding. (Whole batches of like
-    length would need less, but learned less: 168 nats against 164 after 600 steps on the toy data.)
-    """
+    """Endless batches of image numbers (batch_size,), in the order of `deal`; inside a batch they are sorted by length
+    (M,), so that parts of it need little padding. (Whole batches of like length would need less, but learned less: 168
+    nats against 164 after 600 steps on the toy data.)"""
     for batch in deal(len(length), batch_size, seed, start):
         index = np.array(batch) % len(length)
         yield torch.from_numpy(index[np.argsort(length[index], kind="stable")])
 
 
 def sequences(images, index, layout, device):
-    """The images of these numbers (B,) as pos, code (B, L), label (B,) on the device, L just as long as they need.
-
-    Rounded up: GPUs compute in eights, and few different shapes mean few compilations.
-    """
+    """The images of these numbers (B,) as pos, code (B, L), label (B,) on the device, L just as long as they need,
+    rounded up: GPUs compute in eights, and few different shapes mean few compilations."""
     batch = [x[index] for x in (images.codes, images.grains, images.label)]
     if device.type == "cuda":
         batch = [x.pin_memory() for x in batch]                              # else the copy would wait for the device
@@ -177,10 +161,8 @@ def draw_samples(path, model, vae, seed, autocast, n=16):
     with autocast(), torch.no_grad():
         images = vae.decode(codes)
     model.train()
-    tiles = []
-    for x, g in zip(images, grains):
-        tiles += [to_picture(x), draw_grains(x, g, vae.config.factors)]
-    save_grid(path, tiles, columns=8)
+    pairs = [(to_picture(x), draw_grains(x, g, vae.config.factors)) for x, g in zip(images, grains)]
+    save_grid(path, sum(pairs, ()), columns=8)
 
 
 def seed_of(*numbers):
@@ -211,12 +193,11 @@ def main(argv=None):
     args, config, schedule = parse(argv)
     device, autocast = prepare(args)
     rank, world = dq.processes()
-    path = args.codes or args.out / "codes.pt"
-    stored = read_codes(path)
+    stored = read_codes(args.codes)
     vae = dq.rebuild(dq.DQVAE, dq.VAEConfig, stored["config"], stored["weights"], device)
     factors, classes = vae.config.factors, stored["classes"]
     train, held_out = (views(stored[part], factors, args.uncond) for part in ("train", "held_out"))
-    say(f"codes: {path}, {stored['name']}, {len(train.label)} to train on, with their mirror images, "
+    say(f"codes: {args.codes}, {stored['name']}, {len(train.label)} to train on, with their mirror images, "
         f"{len(held_out.label)} held out; {len(classes)} classes; preset {args.preset}")
     config = override(config, args, size=vae.config.size, factors=factors, codebook_size=vae.config.codebook_size,
                       classes=() if args.uncond else classes)
@@ -224,10 +205,9 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     model = dq.DQTransformer(config).to(device)
     optimizers = make_optimizers(model, schedule)
-    record = Record(
-        args, args.out / "transformer.pt", config, dict(codes=stored["name"], seed=args.seed) | asdict(schedule), model,
-        parts=optimizers, extra=dict(vae_config=asdict(vae.config), vae_weights=vae.state_dict()),
-        device=device)
+    settings = dict(codes=stored["name"], seed=args.seed) | asdict(schedule)
+    extra = dict(vae_config=asdict(vae.config), vae_weights=vae.state_dict())
+    record = Record(args, args.out / "transformer.pt", config, settings, model, optimizers, extra, device)
     if args.resume:
         record.resume()
         if record.step >= schedule.steps:
@@ -237,7 +217,6 @@ def main(argv=None):
     forward = distribute(torch.compile(model) if args.compile else model)
     order = batches(train.length.numpy(), schedule.batch_size, args.seed, record.step)
     codes_per_image = (train.length - len(factors)).float().mean().item()
-    gpus = [device] if device.type == "cuda" else []                         # whose random state fork_rng keeps
     losses = Losses()
 
     model.train()
@@ -267,7 +246,7 @@ def main(argv=None):
 
             evaluates, saves, stops = record.after(done, losses, stop)
             if evaluates:
-                with torch.random.fork_rng(gpus):                            # how often it is done changes nothing
+                with torch.random.fork_rng([device] if device.type == "cuda" else []):  # how often changes nothing
                     figures = evaluate(model, held_out, device, autocast)
                     draw_samples(args.out / "transformer.png", model, vae, args.seed, autocast)
                 record.evaluated(done, figures, figures["nats_per_image"])

@@ -1,8 +1,7 @@
 """Stage 1: images -> DQ-VAE checkpoint, and the images as its codes.    python train_vae.py [--data DIR]
 
 Writes into --out: vae.pt (checkpoint), vae.best.pt (that of the lowest held-out loss), vae.jsonl (log), vae.png
-(original | reconstruction | grains) and, at the end, codes.pt (all that stage 2 needs). The file: presets; data;
-losses that only training needs (LPIPS, discriminator); evaluation; codes.pt; the training loop.
+(original | reconstruction | grains) and, at the end, codes.pt (all that stage 2 needs).
 """
 import contextlib
 import math
@@ -24,8 +23,9 @@ from torch.distributed.nn.functional import all_reduce
 from tqdm import tqdm
 
 import dq
-from common import (Losses, Record, Schedule, Stop, deal, distribute, draw_grains, load_image, natural, open_image,
-                    override, positive, prepare, run, save_grid, say, set_aside, to_picture, trainer_flags, weight)
+from common import (Losses, Record, Schedule, Stop, deal, distribute, draw_grains, flag, load_image, natural,
+                    open_image, override, positive, prepare, run, save_grid, say, set_aside, to_picture, trainer_flags,
+                    weight)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -35,11 +35,12 @@ from common import (Losses, Record, Schedule, Stop, deal, distribute, draw_grain
 @dataclass
 class VAESchedule(Schedule):
     """How stage 1 is trained; losses beside the absolute error and the commitment, whose weights are 1."""
-    budget_weight: float = 1.0
     l2_weight: float = 1.0
-    perceptual_weight: float = 0.0       # LPIPS
-    gan_weight: float = 0.0              # adversarial loss, times its adaptive weight
-    gan_start: int = 0                   # step from which the discriminator takes part
+    budget_weight: float = flag(1.0, type=weight, help="weight of the budget loss")
+    perceptual_weight: float = flag(0.0, type=weight, help="weight of LPIPS; 0: without")
+    gan_weight: float = flag(
+        0.0, type=weight, help="weight of the adversarial loss, times the adaptive weight; 0: without")
+    gan_start: int = flag(0, metavar="STEP", type=natural, help="step from which the discriminator takes part")
 
 
 # The paper's (section 4 and the released settings); the learning rate is 4.5e-6 per image of a batch of 120.
@@ -90,8 +91,7 @@ SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", 
 def open_data(folder, size, augment=False, seed=0, skip=None):
     """The images of a folder, or the toy data where folder is None -> data to train on, held-out data.
 
-    If there are two or more sub-folders, the first level of them are classes. One file in 20, chosen by a hash of its
-    name, is held out, but every class keeps one to train on.
+    If there are two or more sub-folders, the first level of them are classes.
     augment: random crops and flips of what is trained on; skip: a folder that is no data (--out).
     """
     if not folder:
@@ -109,30 +109,28 @@ def open_data(folder, size, augment=False, seed=0, skip=None):
 
 def find_images(root, skip=None):
     """Files below a folder that Pillow may read, as "cat/1.png", sorted, and a Counter of the rest by reason.
-    Links to folders are followed, after what is no link, and no folder is entered twice, so loops end."""
+    Links to folders are followed, in each folder after what is no link; none is entered twice, so loops end."""
     endings = {ending for ending, kind in Image.registered_extensions().items()
                if kind in Image.OPEN and kind not in NO_PICTURES} | {".mpo"}
     names, left_out, unreadable = [], Counter(), []
-    tops, seen = [str(root)], {os.path.realpath(skip or root)} - {os.path.realpath(root)}
-    for top in tops:                                                         # there are more when links are found
-        for path, folders, files in os.walk(top, onerror=unreadable.append):
-            real, ours = os.path.realpath(path), path != tops[0] and not WRITTEN.isdisjoint(files)
-            if ours or real in seen:
-                left_out[OWN] += real not in seen
-                folders.clear()
-                continue
-            seen.add(real)
-            hidden = {name for name in folders + files if name.startswith(".") or name in NO_DATA}
-            left_out[OWN] += len(hidden)
-            folders[:] = sorted(set(folders) - hidden)
-            tops += filter(os.path.islink, (os.path.join(path, folder) for folder in folders))
-            below = os.path.relpath(path, root).replace(os.sep, "/") + "/" if path != tops[0] else ""
-            for name in set(files) - hidden:
-                ending = os.path.splitext(name)[1].lower()
-                if ending in endings:
-                    names.append(below + name)
-                else:
-                    left_out[ending or "without an ending"] += 1
+    seen = {os.path.realpath(skip or root)} - {os.path.realpath(root)}
+    for path, folders, files in os.walk(root, onerror=unreadable.append, followlinks=True):
+        real, top = os.path.realpath(path), path == os.fspath(root)
+        if real in seen or not (top or WRITTEN.isdisjoint(files)):
+            left_out[OWN] += real not in seen
+            folders.clear()
+            continue
+        seen.add(real)
+        hidden = {name for name in folders + files if name.startswith(".") or name in NO_DATA}
+        left_out[OWN] += len(hidden)
+        folders[:] = sorted(set(folders) - hidden, key=lambda name: (os.path.islink(os.path.join(path, name)), name))
+        below = "" if top else os.path.relpath(path, root).replace(os.sep, "/") + "/"
+        for name in set(files) - hidden:
+            ending = os.path.splitext(name)[1].lower()
+            if ending in endings:
+                names.append(below + name)
+            else:
+                left_out[ending or "without an ending"] += 1
     warn([f"can't read the folder {error.filename}: {error.strerror}" for error in unreadable])
     left_out["folders that can't be read"] += len(unreadable)
     dq.require(names, f"no images below {root}; other files: {reasons(left_out) or 'none'}")
@@ -166,15 +164,15 @@ def warn(lines):
 
 
 def split(files):
-    """(name, label) pairs -> those to train on, those held out."""
+    """(name, label) pairs -> those to train on; held out: one in 20, by a hash of its name, but of no class all."""
     hashed = {file for file in files if zlib.crc32(file[0].encode(errors="surrogateescape")) % 20 == 0}
-    kept = {label for _, label in set(files) - hashed}                       # other classes would be held out whole
-    val = [file for file in files if file in hashed and file[1] in kept]
-    if not val:                                                              # so few files that chance left none
+    kept = {label for _, label in set(files) - hashed}
+    held = {file for file in hashed if file[1] in kept}
+    if not held:                                                             # so few files that chance left none
         size = Counter(label for _, label in files)
-        val = [file for file in files if size[file[1]] > 1][:1]
-    held = set(val)
-    return [file for file in files if file not in held], val or files[:1]    # no class can spare one: it is in both
+        held = set([file for file in files if size[file[1]] > 1][:1])
+    val = [file for file in files if file in held] or files[:1]              # no class can spare one: it is in both
+    return [file for file in files if file not in held], val
 
 
 class ImageFolder(torch.utils.data.Dataset):
@@ -213,17 +211,16 @@ class ImageFolder(torch.utils.data.Dataset):
         except dq.UserError as error:
             self.broken[k] = True
             count = int(self.broken.sum())
-            if count <= NAMED:
-                print(f"warning: left out {error}", file=sys.stderr)
-            elif count & (count - 1) == 0:                                   # 16, 32, 64, ...
-                print(f"warning: left out {count} images by now", file=sys.stderr)
+            if count <= NAMED or count & (count - 1) == 0:                   # then 16, 32, 64, ...
+                told = error if count <= NAMED else f"{count} images by now"
+                print(f"warning: left out {told}", file=sys.stderr)
 
 
 class ToyShapes(torch.utils.data.Dataset):
     """Textured shapes (much information) on smooth gradients (little), any size, made on the fly.
 
-    self[i] -> image (3, S, S) in [-1, 1], label (the kind of shape, i % 4). Image i depends on
-    (seed, i mod n) alone. detail_mask(i) tells where the information is, texture(i) which of `textures` it has.
+    self[i] -> image (3, S, S) in [-1, 1], label (the kind of shape, i % 4); both depend on (seed, i mod n) alone.
+    detail_mask(i) tells where the information is, texture(i) which of `textures` it has.
     """
     classes = ("circle", "square", "triangle", "cross")
     textures = ("stripes", "checks", "dots")
@@ -246,17 +243,10 @@ class ToyShapes(torch.utils.data.Dataset):
         rng = np.random.default_rng([self.seed, i % self.n])
         r = rng.choice([0.6, 0.675, 0.75])
         x, y = self.x - rng.integers(-2, 3) / 8, self.y - rng.integers(-2, 3) / 8  # on a grid: few codes say much
-        kind = self.classes[i % self.n % 4]
-        if kind == "circle":
-            d = np.hypot(x, y) - r
-        elif kind == "square":
-            d = np.maximum(abs(x), abs(y)) - 0.85 * r
-        elif kind == "triangle":
-            d = np.maximum(0.866 * abs(x) - 0.5 * y - 0.55 * r, y - 0.7 * r)
-        else:
-            a, b = np.maximum(abs(x), abs(y)), np.minimum(abs(x), abs(y))
-            d = np.maximum(a - r, b - 0.36 * r)
-        return d, x, y, rng
+        a, b = np.maximum(abs(x), abs(y)), np.minimum(abs(x), abs(y))
+        distances = dict(circle=np.hypot(x, y) - r, square=a - 0.85 * r, cross=np.maximum(a - r, b - 0.36 * r),
+                         triangle=np.maximum(0.866 * abs(x) - 0.5 * y - 0.55 * r, y - 0.7 * r))
+        return distances[self.classes[i % self.n % 4]], x, y, rng
 
     def detail_mask(self, i):
         """Pixels of the textured shape: (S, S), bool."""
@@ -359,9 +349,9 @@ def identity(data):
 class Perceptual(nn.Module):
     """LPIPS on VGG16, frozen: forward(x, y (B, 3, S, S) in [-1, 1]) -> (B,), 0 for equal images.
 
-    Zhang et al., "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric", 2018,
-    version 0.1: features behind five ReLUs, each vector normalised over its channels, squared
-    difference, weighted per channel, averaged over the places, summed over the five.
+    Zhang et al., "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric", 2018, version 0.1: features
+    behind five ReLUs, each vector normalised over its channels, squared difference, weighted per channel, averaged over
+    the places, summed over the five.
     """
     urls = ("https://download.pytorch.org/models/vgg16-397923af.pth",
             "https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/vgg.pth")
@@ -467,11 +457,9 @@ def hinge_loss(real, fake):
 
 
 def adaptive_weight(y, last, pull, push, cap=0.75):
-    """Weight of the adversarial loss that lets it move the decoder's last layer as much as the reconstruction loss.
-
-    (Esser et al., "Taming Transformers", 2021, equation 7.) y: reconstruction; last: weight of the
-    last convolution; pull, push: the gradients of the two losses at y. At most `cap`.
-    """
+    """Weight of the adversarial loss that lets it move the decoder's last layer as much as the reconstruction loss, at
+    most `cap` (Esser et al., "Taming Transformers", 2021, equation 7). y: reconstruction; last: weight of the last
+    convolution; pull, push: the gradients of the two losses at y."""
     norms = []
     for gradient in (pull, push):
         at_last, = torch.autograd.grad(y, last, gradient, retain_graph=True)  # as `last`, of this process's images
@@ -482,11 +470,9 @@ def adaptive_weight(y, last, pull, push, cap=0.75):
 def backward(y, last, loss, adversarial, other, gan_weight=1.0, scale=1.0):
     """Accumulate the gradients of scale * (loss + weight * adversarial + other); -> the weight, or None.
 
-    y: reconstruction (B, 3, S, S). loss, adversarial (or None): scalars that depend on the model
-    through y alone. other: a scalar of what the model computed before y (commitment, budget).
-    Both gradients are added at y, so that VGG and the discriminator are walked back once each, though
-    the adaptive weight needs them apart; nothing that hangs on y, such as the discriminator's weights,
-    gets a gradient.
+    y: reconstruction (B, 3, S, S). loss, adversarial (or None): scalars that depend on the model through y alone.
+    other: a scalar of what the model computed before y (commitment, budget). Both gradients are added at y: VGG and the
+    discriminator are walked back once each, though the adaptive weight needs them apart, and their weights get none.
     """
     at_y, weight = torch.autograd.grad(loss, y)[0], None                     # B, 3, S, S
     if adversarial is not None:
@@ -498,10 +484,8 @@ def backward(y, last, loss, adversarial, other, gan_weight=1.0, scale=1.0):
 
 
 def compiled(model, **how):
-    """A DQVAE through torch.compile, all but its last convolution.
-
-    `adaptive_weight` walks back to there twice, and what is compiled can be walked back once only and as a whole.
-    """
+    """A DQVAE through torch.compile, all but its last convolution: `adaptive_weight` walks back to there twice, and
+    what is compiled can be walked back once only and as a whole."""
     last = model.decoder.out[-1]
     last.forward = torch.compiler.disable(last.forward)
     return torch.compile(model, **how)
@@ -518,9 +502,7 @@ def gumbel_scale(step, steps):
 
 def auc(score, truth):
     """Area under the ROC curve: how often a detailed region scores above a smooth one. Ties count half.
-
-    score: any shape; truth: the same shape, bool, with both values in it.
-    """
+    score: any shape; truth: the same shape, bool, with both values in it."""
     values, inverse, counts = score.flatten().unique(return_inverse=True, return_counts=True)
     rank = (counts.cumsum(0) - (counts - 1) / 2)[inverse]                    # mean rank of each value, from 1
     truth = truth.flatten()
@@ -554,9 +536,7 @@ def ssim(x, y):
 @torch.no_grad()
 def evaluate(model, images, detailed, autocast, perceptual=None, batch_size=64):
     """Held-out images (M, 3, S, S) -> figures, reconstructions (M, 3, S, S), grains (M, h, w).
-
-    detailed: (M, h, w), bool, where detail is, or None.
-    """
+    detailed: (M, h, w), bool, where detail is, or None."""
     model.eval()
     parts = []
     for x in images.split(batch_size):
@@ -685,14 +665,8 @@ def parse(argv=None):
     add("--router", choices=["learned", "entropy", "random"], default=config.router, help="what picks granularities")
     add("--codebook-size", type=positive, default=config.codebook_size, help="number of codes")
     add("--code-dim", type=positive, default=config.code_dim, help="dimension of a code")
-    add("--budget-weight", type=weight, default=schedule.budget_weight, help="weight of the budget loss")
-    add("--perceptual-weight", type=weight, default=schedule.perceptual_weight, help="weight of LPIPS; 0: without")
     add("--perceptual-weights", metavar="FILE", nargs="+", default=[],
         help="files with the weights of VGG16 and LPIPS; none: torch's cache, or download")
-    add("--gan-weight", type=weight, default=schedule.gan_weight,
-        help="weight of the adversarial loss, times the adaptive weight; 0: without")
-    add("--gan-start", metavar="STEP", type=natural, default=schedule.gan_start,
-        help="step from which the discriminator takes part")
     add("--encode", metavar="CHECKPOINT", type=Path,
         help="instead of training, write codes.pt: the images of --data as codes of this DQ-VAE")
     args = parser.parse_args(argv)
@@ -792,20 +766,17 @@ def main(argv=None):
             for x in batch.chunk(schedule.accumulate):
                 with autocast():
                     out = forward(x, gumbel_scale(step, schedule.steps))
-                y = out.reconstruction.float()                               # B / parts, 3, S, S
+                    y = out.reconstruction.float()                           # B / parts, 3, S, S
+                    lpips = perceptual(x, y).mean() if perceptual else None
+                    gan = -critic(y).mean() if adversarial_on else None
                 l1, l2 = (y - x).abs().mean(), (y - x).square().mean()
                 budget = dq.budget_loss(out.gate, config.ratios)
                 of_y = l1 + schedule.l2_weight * l2                          # the losses that depend on y alone
                 of_codes = out.commitment + schedule.budget_weight * budget
-                terms, gan = dict(l1=l1, budget=budget, commitment=out.commitment), None
+                terms, scale = dict(l1=l1, budget=budget, commitment=out.commitment), 1 / schedule.accumulate
                 if perceptual:
-                    with autocast():
-                        terms["lpips"] = perceptual(x, y).mean()
-                    of_y = of_y + schedule.perceptual_weight * terms["lpips"]
-                if adversarial_on:
-                    with autocast():
-                        gan = -critic(y).mean()
-                scale = 1 / schedule.accumulate
+                    of_y = of_y + schedule.perceptual_weight * lpips
+                    terms["lpips"] = lpips
                 gan_weight = backward(y, last_weight, of_y, gan, of_codes, schedule.gan_weight, scale)
                 if adversarial_on:                                           # the same y, seen from the other side
                     with autocast():

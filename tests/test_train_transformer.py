@@ -1,8 +1,8 @@
 """train_transformer.py: codes.pt in, batches, evaluation, the script.
 
-    parse, preset_of             test_the_preset_comes_with_the_codes
+    parse                        test_the_preset_comes_with_the_codes
     read_codes                   test_codes_that_are_none_end_in_a_line_that_helps
-    views, lengths, sequences    test_train_vae.py: test_encoding_keeps_every_image_and_its_mirror_image
+    views, sequences             test_train_vae.py: test_encoding_keeps_every_image_and_its_mirror_image
     batches                      test_batches_of_stage_2
     evaluate                     test_evaluation_of_a_transformer, test_evaluation_is_no_wider_than_needed
     seed_of                      test_seeds_of_processes_have_nothing_in_common

@@ -17,7 +17,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import dq  # noqa: E402
 import train_vae  # noqa: E402
-from common import pick_device, readable, run  # noqa: E402
+from common import pick_device, run  # noqa: E402
 
 
 # A name of ours becomes the authors' by these, one after the other. <k> stands for their name of granularity k. What a
@@ -169,7 +169,7 @@ def main(argv=None):
         _, held_out = train_vae.open_data(args.data, config.size, skip=args.out)
         images, detailed = train_vae.held_out_images(held_out, config, device)
         figures, y, grains = train_vae.evaluate(model, images, detailed, autocast, batch_size=8)
-        told = ", ".join(f"{name} {value}" for name, value in readable(figures).items())
+        told = ", ".join(f"{name} {x:.3f}" if isinstance(x, float) else f"{name} {x}" for name, x in figures.items())
         print(f"{len(images)} held-out images: {told}")
         train_vae.show(path.with_suffix(".png"), images, y, grains, config.factors)
         print(f"wrote {path.with_suffix('.png')}")
