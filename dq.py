@@ -14,8 +14,7 @@ Vector Quantization", CVPR 2023 (arXiv 2305.11718). The file reads in the order 
 Symbols, the same everywhere:
     B batch   K granularities, k = 0 the coarsest   N regions = cells of the coarsest grid, h x w
     s_k codes that a region of granularity k has (1, 4, 16)   H x W the finest grid   S image side
-    Z encoder channels   D code dimension   V codebook size
-    P position ids   L sequence length   C transformer width
+    Z encoder channels   D code dimension   V codebook size   P position ids   L sequence length   C transformer width
     grains (B, h, w): the granularity of every region
     codes  (B, H, W): codebook ids on the finest grid, a coarse code repeated over its region
 """
@@ -69,8 +68,7 @@ class VAEConfig:
     attention_from: int = 4              # attention in the trunk at this factor and above; heads always have it
 
     def __post_init__(self):
-        for name in ("factors", "ratios", "multipliers"):
-            setattr(self, name, tuple(getattr(self, name)))
+        self.factors, self.ratios, self.multipliers = tuple(self.factors), tuple(self.ratios), tuple(self.multipliers)
         check_factors(self.size, self.factors)
         K = len(self.factors)
         require(len(self.ratios) == K, f"{K} factors need {K} ratios, coarse to fine, not {self.ratios}")
@@ -107,10 +105,8 @@ class TransformerConfig:
         quarters = not self.rotary or self.width // self.heads % 4 == 0
         require(quarters, f"rotary needs heads of a multiple of 4 channels, not {self.width} / {self.heads}")
 
-# Under torchrun each process works on its part of a batch:
-
 def processes():
-    """-> number of this process, how many there are: 0, 1 without torchrun."""
+    """-> number of this process, how many share a batch under torchrun: 0, 1 without it."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
 def total(x):
@@ -151,8 +147,7 @@ class GrainRouter(nn.Module):
 
     def logits(self, maps):
         """maps: K tensors (B, Z, H_k, W_k), coarse to fine -> (B, K, h, w)."""
-        regions = maps[0].shape[-2:]
-        pooled = [F.adaptive_avg_pool2d(normalise(m), regions) for normalise, m in zip(self.norms, maps)]
+        pooled = [F.adaptive_avg_pool2d(layer(m), maps[0].shape[-2:]) for layer, m in zip(self.norms, maps)]
         x = torch.cat(pooled, dim=1).permute(0, 2, 3, 1)                     # B, h, w, K Z
         return self.mlp(x).permute(0, 3, 1, 2).float()                       # B, K, h, w
 
@@ -163,16 +158,14 @@ class GrainRouter(nn.Module):
     def forward(self, x, maps, noise=1.0):
         """In training a sample (hard Gumbel-softmax, its noise scaled by `noise`), else the argmax.
 
-        What the gate needs in order to learn. Its output multiplies the maps (DQVAE.mix), so c_k = d loss / d gate_k
-        says how the reconstruction would change if the region moved towards granularity k. Forward is one-hot, but
-        backward sees p, the softmax of the logits with their noise (straight-through):
-            d loss / d logit_k = p_k (c_k - sum_j p_j c_j):
-        what is better than the average of its rivals becomes likelier. For this to teach anything,
+        The output multiplies the maps (DQVAE.mix), so c_k = d loss / d gate_k says how the reconstruction would change
+        if the region moved towards granularity k. Forward is one-hot, but backward sees p, the softmax of the noisy
+        logits (straight-through): d loss / d logit_k = p_k (c_k - sum_j p_j c_j). So what is better than the average of
+        its rivals becomes likelier. For this to teach anything,
         * all choices must be tried: the argmax of logits plus -log(Exponential) noise is a draw from their softmax;
-        * the budget loss, which pulls on all regions alike, must not drown that signal: too high a weight leaves
-          a gate at the right ratio that chooses by chance;
-        * the noise must fade before training ends: with full noise the *sampled* ratio can meet the budget while the
-          *argmax*, the one that evaluation uses, is far from it.
+        * the budget loss, which pulls on all regions alike, must not drown it: a gate at the right ratio can be blind;
+        * the noise must fade before training ends: else the *sampled* ratio can meet the budget while that of the
+          *argmax*, which evaluation uses, is far from it.
         """
         logits = self.logits(maps)                                           # B, K, h, w
         if not self.training:
@@ -229,11 +222,9 @@ ROUTERS = {
 }
 
 def budget_loss(gate, ratios):
-    """Sum over k of (share of granularity k in this batch - the wanted share)^2. -> scalar
-
-    gate: (B, K, h, w), one-hot; ratios: K wanted shares. The mean runs over the batch: images may differ, but not the
-    data set from its budget. For K = 2, ten times this is the authors' 2 gamma (r - r*)^2 with gamma = 10.
-    """
+    """Sum over k of (share of granularity k in the batch - ratio k)^2: images may differ, but not the data set from its
+    budget. For K = 2, ten times this is the authors' 2 gamma (r - r*)^2 with gamma = 10.
+    gate: (B, K, h, w), one-hot; ratios: K wanted shares -> scalar"""
     share = gate.mean(dim=(0, 2, 3))                                         # K
     # of all processes in forward; the mean of their gradients is then that of the global batch
     share = share + (total(share) / processes()[1] - share).detach()
@@ -261,8 +252,7 @@ class Codebook(nn.Module):
     """Vector quantization with one codebook for all granularities, learned by moving averages.
 
     forward(z (B, D, H, W), weight (B, H, W)) -> quantised z (B, D, H, W), ids (B, H, W), loss. `weight` makes every
-    *code* count once: a coarse code that is repeated over 4 cells gives each of them 1/4, in the commitment loss and
-    in the averages. A code is dead when its average use is below dead_below times the batch's weight / V.
+    *code* count once, in loss and averages: a coarse code repeated over 4 cells gives each of them 1/4.
     """
 
     def __init__(self, size, dim, decay=0.99, commitment=0.25, dead_below=0.1):
@@ -274,8 +264,7 @@ class Codebook(nn.Module):
         self.register_buffer("age", torch.tensor(0.0))                       # batches seen
 
     def assign(self, z):
-        """z: (M, D) -> ids of the nearest codes (M,)."""
-        # |z - e|^2 without the |z|^2 that is the same for every code
+        """z: (M, D) -> ids of the nearest codes (M,), by |z - e|^2 without |z|^2, the same for every code."""
         return (self.codes.square().sum(1) - 2 * z @ self.codes.t()).argmin(dim=1)
 
     def forward(self, z, weight):
@@ -297,9 +286,9 @@ class Codebook(nn.Module):
     def update(self, z, weight, ids):
         """Each code moves to the average of the vectors that chose it: online k-means. z: (M, D); weight, ids: (M,)
 
-        k-means puts a code at sums / uses over all data. Here both are moving averages over batches, so that the codes
-        follow an encoder that moves; short ones at first (decay n / (9 + n) in batch n = 1, 2, ..., so 0.1, 0.18, ...,
-        up to self.decay): otherwise they lag behind an encoder that has just begun to learn, and few codes are in use.
+        k-means puts a code at sums / uses over all data. Here both are moving averages over batches, as the encoder
+        moves; short ones at first (decay n / (9 + n) in batch n, so 0.1, 0.18, ..., up to self.decay): otherwise they
+        lag behind an encoder that has just begun to learn, and few codes are in use.
         """
         self.age += 1
         decay = (self.age / (9 + self.age)).clamp(max=self.decay)
@@ -311,9 +300,9 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def restart(self, z, weight):
-        """Dead codes start anew at vectors of the batch (drawn by weight, plus noise of 1 % of their deviation in each
-        dimension), and count as used as often as the mean, the batch's weight / V. At first all are dead.
-        z: (M, D); weight: (M,)"""
+        """Dead codes, used less than dead_below times the mean (the batch's weight / V), start anew at vectors of the
+        batch, drawn by weight, plus noise of 1 % of their deviation in each dimension. They count as used as often as
+        the mean. At first all are dead. z: (M, D); weight: (M,)"""
         mean_uses = total(weight.sum()) / len(self.uses)
         dead = self.uses < self.dead_below * mean_uses                       # V
         fresh = sample_vectors(z, weight, len(self.uses))                    # V, D
@@ -321,10 +310,6 @@ class Codebook(nn.Module):
         self.codes.copy_(torch.where(dead[:, None], fresh, self.codes))
         self.uses.copy_(torch.where(dead, mean_uses, self.uses))
         self.sums.copy_(torch.where(dead[:, None], fresh * mean_uses, self.sums))
-
-    def lookup(self, ids):
-        """(B, H, W) -> (B, D, H, W)."""
-        return self.codes[ids].permute(0, 3, 1, 2).contiguous()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -366,11 +351,6 @@ def make_level(config, level, c_in, n_blocks):
         c_in = c
     return nn.Sequential(*layers)
 
-def make_head(c, channels):
-    """What turns the trunk at a granularity's resolution into its map."""
-    return nn.Sequential(ResBlock(c, c), AttnBlock(c), ResBlock(c, c), norm(c), nn.SiLU(),
-                         nn.Conv2d(c, channels, 3, padding=1))
-
 class Encoder(nn.Module):
     """Image (B, 3, S, S) -> K maps (B, Z, S/F_k, S/F_k), coarse to fine."""
 
@@ -382,7 +362,10 @@ class Encoder(nn.Module):
         self.levels = nn.ModuleList(make_level(config, i, c_in, config.encoder_blocks)
                                     for i, c_in in enumerate([config.width, *widths[:-1]]))
         self.downs = nn.ModuleList(nn.Conv2d(c, c, 3, stride=2) for c in widths[:-1])
-        self.heads = nn.ModuleList(make_head(widths[i], config.channels) for i in self.levels_of)
+        self.heads = nn.ModuleList()                                         # from the trunk to a granularity's map
+        for c in [widths[i] for i in self.levels_of]:
+            self.heads.append(nn.Sequential(ResBlock(c, c), AttnBlock(c), ResBlock(c, c), norm(c), nn.SiLU(),
+                                            nn.Conv2d(c, config.channels, 3, padding=1)))
 
     def forward(self, x):
         h = self.stem(x)                                                     # B, width, S, S
@@ -392,8 +375,7 @@ class Encoder(nn.Module):
             if i in self.levels_of:
                 maps[i] = self.heads[self.levels_of.index(i)](h)             # B, Z, S/2^i, S/2^i
             if i < len(self.downs):
-                h = F.pad(h, (0, 1, 0, 1))                                   # right and below only, as in VQGAN
-                h = self.downs[i](h)                                         # B, c_i, S/2^(i+1), S/2^(i+1)
+                h = self.downs[i](F.pad(h, (0, 1, 0, 1)))                    # B, c_i, S/2^(i+1), ...; pads as VQGAN does
         return [maps[i] for i in self.levels_of]
 
 class PositionEmbedding(nn.Module):
@@ -452,10 +434,9 @@ class VAEOutput(NamedTuple):
     maps: list                           # the encoder's, K x (B, Z, H_k, W_k)
 
 class DQVAE(nn.Module):
-    """Images to variable-length codes and back (the paper's stage 1).
+    """Images (B, 3, S, S) in [-1, 1] to variable-length codes and back (the paper's stage 1).
 
-    encode(x) -> codes, grains;  decode(codes) -> x.  Images are (B, 3, S, S) in [-1, 1].
-    K = 1 is the fixed-length VQGAN tokenizer.
+    encode(x) -> codes, grains;  decode(codes) -> x.  K = 1 is the fixed-length VQGAN tokenizer.
     """
 
     def __init__(self, config):
@@ -487,7 +468,6 @@ class DQVAE(nn.Module):
         return q, codes, gate, commitment, maps
 
     def forward(self, x, noise=1.0):
-        """noise: scale of the router's Gumbel noise in training."""
         q, codes, gate, commitment, maps = self.quantize(x, noise)
         reconstruction = self.decoder(self.post_quant(q))                    # B, 3, S, S
         return VAEOutput(reconstruction, codes, gate.argmax(dim=1), gate, commitment, maps)
@@ -497,7 +477,8 @@ class DQVAE(nn.Module):
         return codes, gate.argmax(dim=1)                                     # B, H, W; B, h, w
 
     def decode(self, codes):
-        return self.decoder(self.post_quant(self.codebook.lookup(codes)))    # B, 3, S, S
+        q = self.codebook.codes[codes].permute(0, 3, 1, 2).contiguous()      # B, D, H, W
+        return self.decoder(self.post_quant(q))                              # B, 3, S, S
 
 
 # ------------------------------------------------------------------------------------------------
@@ -530,10 +511,9 @@ class Layout(nn.Module):
         self.cells = [(side // self.side) ** 2 for side in self.sides]       # s_k
         self.n_grains = K = len(factors)
         self.max_len = N * self.cells[-1] + K                                # all fine, and the EOS ids
-        blocks = [side ** 2 + 1 for side in self.sides]                      # ids of each granularity, its EOS last
-        self.offsets = [sum(blocks[:k]) for k in range(K)]
-        self.eos = [sum(blocks[:k + 1]) - 1 for k in range(K)]
-        self.n_positions = P = sum(blocks)
+        ends = list(itertools.accumulate(side ** 2 + 1 for side in self.sides))  # of the ids of each granularity
+        self.offsets, self.eos = [0, *ends[:-1]], [end - 1 for end in ends]
+        self.n_positions = P = ends[-1]
         self.end = P - 1                                                     # the last EOS
 
         grain = torch.zeros(P, dtype=torch.long)                             # granularity of an id
@@ -548,35 +528,29 @@ class Layout(nn.Module):
             region[first:self.eos[k]] = row // c * self.side + column // c
             opener[first:self.eos[k]] = first + row // c * c * side + column // c * c
             place[first:self.eos[k]] = (torch.stack([row, column], dim=1) + 0.5) * (self.fine_side / side)
-        ids = torch.arange(P)
-        tables = dict(ids=ids, grain=grain, region=region, opener=opener, place=place,
-                      is_eos=region == N, opens=opener == ids, finest=grain == K - 1)
+        tables = dict(ids=torch.arange(P), grain=grain, region=region, opener=opener, place=place,
+                      is_eos=region == N, opens=opener == torch.arange(P), finest=grain == K - 1)
         for name, table in tables.items():
             self.register_buffer(name, table, persistent=False)
 
     def pack(self, codes, grains):
         """codes (B, H, W), grains (B, h, w) -> pos, code, each (B, max_len)."""
-        ids, keys, contents = torch.arange(self.n_positions, device=codes.device).expand(len(codes), -1), [], []
-        for k, side in enumerate(self.sides):
-            step = self.fine_side // side                                    # one code fills step x step cells
-            here = (upsample(grains, side) == k).flatten(1)                    # B, side^2
-            own, eos = ids[:, self.offsets[k]:self.eos[k]], ids[:, self.eos[k], None]
-            keys += [torch.where(here, own, self.end), eos]                  # what is not there sorts last
-            contents += [torch.where(here, codes[:, ::step, ::step].flatten(1), -1), torch.full_like(eos, -1)]
-        pos, order = torch.cat(keys, 1).sort(dim=1)                          # B, P
-        code = torch.cat(contents, 1).gather(1, order)
+        covers = F.pad(grains.flatten(1), (0, 1))[:, self.region]            # B, P: granularity where an id lies
+        there = self.is_eos | (covers == self.grain)                         # B, P
+        pos, order = torch.where(there, self.ids, self.end).sort(dim=1)      # B, P: what is not there sorts last
+        steps = [self.fine_side // side for side in self.sides]              # one code fills step x step cells
+        code = torch.cat([F.pad(codes[:, ::step, ::step].flatten(1), (0, 1), value=-1) for step in steps], 1)  # B, P
+        code = code.masked_fill(~there, -1).gather(1, order)
         return pos[:, :self.max_len], code[:, :self.max_len]
 
     def unpack(self, pos, code):
         """pos, code (B, L) -> codes (B, H, W), grains (B, h, w); -1 in what is not there (yet)."""
-        canvas = torch.full((len(pos), self.n_positions), -1, device=pos.device)
-        canvas = canvas.scatter(1, pos, code)                                # B, P: a content per id
+        canvas = pos.new_full((len(pos), self.n_positions), -1).scatter(1, pos, code)  # B, P: a content per id
         grains = self.grains(pos).view(-1, self.side, self.side)             # B, h, w
-        here, codes = upsample(grains, self.fine_side), -1                     # B, H, W
-        for k, side in enumerate(self.sides):
-            block = canvas[:, self.offsets[k]:self.eos[k]].view(-1, side, side)
-            codes = torch.where(here == k, upsample(block, self.fine_side), codes)  # B, H, W
-        return codes, grains
+        blocks = [canvas[:, o:o + side ** 2].view(-1, side, side) for o, side in zip(self.offsets, self.sides)]
+        codes = torch.stack([upsample(block, self.fine_side) for block in blocks], dim=1)  # B, K, H, W
+        here = upsample(grains, self.fine_side).clamp(min=0)[:, None]        # B, 1, H, W; nothing there: all are -1
+        return codes.gather(1, here)[:, 0], grains
 
     def grains(self, pos):
         """Granularity of the regions that the ids pos (B, L) cover, -1 elsewhere. -> (B, N)"""
@@ -592,10 +566,10 @@ class Layout(nn.Module):
         so far, -1 elsewhere -> mask (B, P) or (B, L, P).
 
         All that may come lies ahead, in the granularity that is being written. There a region is open from its first
-        cell on, and its other cells then are *due*. So may come: the first cell that is due, or EOS if none is; and
-        before that, whatever *opens* a region that nothing covers yet. In the finest granularity, which must leave no
-        hole, the first of those can't be passed over either. In the class's example 0 may be followed by 1, 2, 3
-        (openers) or 4 (EOS); 7 by 8 alone, which is due; and 8, since region 1 goes on in the next row, by 11 alone.
+        cell on, and its other cells then are *due*. So may come: the first cell that is due, or EOS if none is; before
+        that, whatever *opens* a region that nothing covers yet; but in the finest granularity, which must leave no
+        hole, nothing past the first of those. In the class's example 0 may be followed by 1, 2, 3 (openers), 4 (EOS);
+        7 by 8 alone, which is due; and 8, since region 1 goes on in the next row, by 11 alone.
 
         A training sequence can be masked with its *final* grains: of what covers a region that is not open, coarser
         codes were there before prev, and what is as fine or finer counts as free.
@@ -636,12 +610,9 @@ def attention(q, k, v, mask=None, dropout=0.0):
     return F.dropout(weights, dropout) @ v                                   # B, heads, L, d
 
 def rotations(place, d):
-    """Angles of a rotary embedding by place: places (n, 2) -> (n, 2, d), for `rotate`.
-
-    Each of the d / 2 planes turns by row or column times a frequency: 1, ..., 1 / 10, as grids of codes are small. So
-    a product of query and key depends on how far apart in the picture they are, and place 0, 0 is not turned.
-    (Su et al., "RoFormer", 2021, in two dimensions.)
-    """
+    """Angles of a rotary embedding by place, for `rotate`: places (n, 2) -> (n, 2, d). (Su et al., "RoFormer", 2021)
+    Each of the d / 2 planes turns by row or column times a frequency, 1 to 1 / 10, as grids of codes are small: so a
+    product of query and key depends on how far apart in the picture they are, and place 0, 0 is not turned."""
     frequency = 10.0 ** -(torch.arange(d // 4) / (d // 4))                   # d/4
     angle = (place[:, :, None] * frequency).flatten(1)                       # n, d/2: by the row, by the column
     return torch.stack([angle.cos().repeat(1, 2), torch.cat([-angle.sin(), angle.sin()], dim=1)], dim=1)
@@ -664,10 +635,8 @@ class Block(nn.Module):
 
     def forward(self, x, turns=None, cache=None, at=None, mask=None):
         """x: (B, L, C) -> (B, L, C). turns: (B, L, 3, 1, 2, d), by which queries, keys, values are rotated, or None.
-
         In sampling L = 1. cache (2, B, heads, M, d): the keys and values of the pairs so far; it takes those of x too,
-        at the rows and places `at`, (B,) and (B,). mask (B, heads, 1, M): -inf where attention is not to look.
-        """
+        at the rows and places `at`, (B,) and (B,). mask (B, heads, 1, M): -inf where attention is not to look."""
         B, L, C = x.shape
         qkv = self.qkv(self.norm1(x)).view(B, L, 3, self.heads, C // self.heads)
         if turns is not None:
@@ -687,9 +656,6 @@ class DQTransformer(nn.Module):
 
     Each factor sums to 1 over what may come at its step, and every legal walk ends in a complete tiling, so the
     product sums to 1 over all images. Position comes first: a content needs to know its place and size.
-
-    The content embedding is shared between granularities; the position embeddings are not (every id has its own row),
-    and a granularity embedding tells them apart.
     """
 
     def __init__(self, config):
@@ -718,7 +684,8 @@ class DQTransformer(nn.Module):
                 nn.init.normal_(linear.weight, std=0.02 / math.sqrt(2 * depth))
 
     def embed(self, pos, code):
-        """A pair as a vector: content + position + granularity. pos, code (...) -> (..., C)"""
+        """A pair as a vector: content, shared by the granularities, + position, a row per id, + granularity.
+        pos, code (...) -> (..., C)"""
         content = self.content(code % (self.config.codebook_size + 1))       # that of an EOS, -1, is the last row
         return content + self.position(pos) + self.granularity(self.layout.grain[pos])
 
@@ -735,9 +702,7 @@ class DQTransformer(nn.Module):
 
     def logits(self, pos, code, label=None):
         """pos, code (B, L) -> position logits (B, L, P), -inf where not legal, and content logits (B, L, V).
-        Entry t of both is computed from the condition and the pairs before t; the content logits also from pos[:, t],
-        whose position embedding alone is added between the stacks. In training labels are hidden (label_dropout).
-        """
+        Entry t of both depends on the condition and the pairs before t, that of the content also on pos[:, t]."""
         B, L = pos.shape
         label = self.labels(label, B)
         if self.training and len(self.config.classes):
@@ -832,22 +797,15 @@ def first_state(model, n, slots, rows, device):
     """In front of the first step; the caches have no length yet."""
     config, layout = model.config, model.layout
     cache = model.order.weight.new_zeros(2, rows, config.heads, 0, config.width // config.heads)
-
-    def full(shape, value):
-        return torch.full(shape, value, device=device)
-    return State([cache] * (config.position_layers + config.content_layers),
-                 image=torch.arange(slots, device=device), newest=full((), slots - 1), t=full((slots,), 0),
-                 last=full((slots,), -1), last_code=full((slots,), -1), grains=full((slots, layout.n_regions + 1), -1),
-                 pos=full((n + 1, layout.max_len), layout.end), code=full((n + 1, layout.max_len), -1))
+    with device:
+        return State([cache] * (config.position_layers + config.content_layers), image=torch.arange(slots),
+                     newest=torch.full((), slots - 1), t=torch.full((slots,), 0), last=torch.full((slots,), -1),
+                     last_code=torch.full((slots,), -1), grains=torch.full((slots, layout.n_regions + 1), -1),
+                     pos=torch.full((n + 1, layout.max_len), layout.end), code=torch.full((n + 1, layout.max_len), -1))
 
 def with_room_for(state, end):
     """The state with caches for `end` pairs and without gaps, which CPUs read up to three times faster than slices."""
-    caches = []
-    for old in state.cache:
-        new, both = old.new_zeros(*old.shape[:3], end, old.shape[4]), min(end, old.shape[3])
-        new[..., :both, :] = old[..., :both, :]
-        caches.append(new)
-    return state._replace(cache=caches)
+    return state._replace(cache=[F.pad(old, (0, 0, 0, end - old.shape[3])) for old in state.cache])  # below 0: cropped
 
 def guided(logits, options, B):
     """Logits (R, 1, n) of labelled and, with guidance, unlabelled rows -> (B, n), divided by the temperature."""
@@ -858,11 +816,8 @@ def guided(logits, options, B):
     return logits / options.temperature                                      # B, n
 
 def decode_one(model, job, state, end):
-    """Write one more pair of the image in every slot.
-
-    Attention sees the first `end` places of the cache: more than any t. Reads nothing but its arguments, changes
-    nothing but `state`, in place, and never asks the device for a value, so it can be captured as a graph.
-    """
+    """Write one more pair of the image in every slot. Attention sees `end` places of the cache, more than any t.
+    Changes nothing but `state`, in place, and never asks the device for a value, so it can be captured as a graph."""
     options, image, t = job.options, state.image, state.t
     B, R = len(t), state.cache[0].shape[1]
 
@@ -952,9 +907,9 @@ def generate(model, label, options=SampleOptions(), seed=0, given=None, slots=No
     slots: how many images are written at a time (None: all); a slot whose image is complete takes the next, so the
     cost follows the mean length. Image i depends on its label, the seed and first + i alone.
 
-    What makes it fast. dtype: of weights and cache (None: the model's). bucket: attention looks at a part of the cache
-    that grows by so many places. graphs (None: on GPUs): for each such size a step is captured as a CUDA graph when it
-    is first needed, and then replayed. compile: torch.compile the step. look_every: steps between the host's looks.
+    For speed. dtype: of weights and cache (None: the model's). bucket: attention sees a part of the cache that grows by
+    so many places. graphs (None: on GPUs): for each such size a step is captured as a CUDA graph when first needed,
+    then replayed. compile: torch.compile the step. look_every: steps between the host's looks.
     """
     options.check()
     n, L, device = len(label), model.layout.max_len, label.device

@@ -77,21 +77,22 @@ WRONG = {
     ],
     "Layout.pack": [
         ("raster order, whatever the granularity",
-         "pos, order = torch.cat(keys, 1).sort(dim=1)",
-         "pos = torch.cat(keys, 1); order = self.region[pos].sort(dim=1, stable=True)[1]; pos = pos.gather(1, order)"),
+         "pos, order = torch.where(there, self.ids, self.end).sort(dim=1)",
+         "pos = torch.where(there, self.ids, self.end); order = self.region[pos].sort(dim=1, stable=True)[1]; "
+         "pos = pos.gather(1, order)"),
         ("column by column",
          "codes[:, ::step, ::step]", "codes[:, ::step, ::step].mT"),
         ("no EOS between the granularities",
-         "ids[:, self.eos[k], None]", "ids[:, self.end, None]"),
+         "self.is_eos | (covers == self.grain)", "covers == self.grain"),
     ],
     "Layout.unpack": [
         ("column by column",
          "view(-1, side, side)", "view(-1, side, side).mT"),
         ("a coarse code fills one cell of its region",
-         "torch.where(here == k, upsample(block, self.fine_side), codes)",
-         "torch.where(here == k, F.pad(block, (0, self.fine_side - side) * 2, value=-1), codes)"),
+         "upsample(block, self.fine_side) for",
+         "F.pad(block, (0, self.fine_side - block.shape[-1]) * 2, value=-1) for"),
         ("regions that are not there have code 0",
-         "upsample(grains, self.fine_side), -1", "upsample(grains, self.fine_side), 0"),
+         "self.n_positions), -1", "self.n_positions), 0"),
     ],
     "Layout.legal": [
         ("EOS may come before a hole is filled",
