@@ -465,7 +465,7 @@ def test_gradients_added_at_the_image_are_those_of_the_whole_loss():
 
 def test_a_compiled_model_gets_the_same_gradients():
     """torch.compile with the adversarial loss, without a compiler: the capture of the graphs is what could go wrong."""
-    config = dq.VAEConfig(size=16, codebook_size=16)
+    config = dq.VAEConfig(size=16, factors=(4, 2), codebook_size=16, channels=32, multipliers=(1,))
     model, x, gradients = dq.DQVAE(config), torch.rand(2, 3, 16, 16) * 2 - 1, []
     model(x)                                                                 # the codebook starts from its first batch
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -656,6 +656,7 @@ def test_encoding_anew_keeps_former_codes(vae_run, images, tmp_path):
 
 def test_the_toy_data_needs_no_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ToyShapes.__init__, "__defaults__", (32, 512, 0))    # there are 8192, and all are encoded
     assert call(train_vae.main, *VAE, "--steps", 2, "--router", "entropy") is None
     figures = json.loads((tmp_path / "out/vae.jsonl").read_text().splitlines()[-1])
     assert 0 <= figures["auc"] <= 1 and abs(figures["share"][1] - 0.5) < 0.1
@@ -671,7 +672,8 @@ def test_terms_of_weight_zero_cost_nothing(images, tmp_path, monkeypatch):
     assert "critic" not in dq.load_checkpoint(tmp_path / "vae.pt", "dq-vae")
 
 
-def test_the_discriminator_stays_out_until_its_step(images, tmp_path):
+def test_the_discriminator_stays_out_until_its_step(images, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_vae, "Discriminator", lambda: Discriminator(width=8))
     train_vae.main(["--data", str(images), "--out", str(tmp_path), "--steps", "21", *VAE, "--size", "24",
                     "--gan-weight", "1", "--gan-start", "15"])
     log = [json.loads(line) for line in (tmp_path / "vae.jsonl").read_text().splitlines()]

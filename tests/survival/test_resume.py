@@ -1,4 +1,5 @@
 """Runs that go on: as if they had never stopped, or not at all."""
+import functools
 import random
 
 import numpy as np
@@ -18,6 +19,7 @@ from helpers import STAGES, Killed, load, same
 def test_ten_steps_killed_and_ten_more_are_twenty_steps(stage, vae_run, images, tmp_path, monkeypatch):
     module, flags = STAGES[stage]
     stem = stage.split()[0]
+    monkeypatch.setattr(train_vae, "Discriminator", functools.partial(train_vae.Discriminator, width=8))
     data = ["--data", str(images)]
     if stem == "transformer":
         data = ["--codes", str(vae_run / "codes.pt"), "--dropout", "0.1"]
