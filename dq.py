@@ -375,7 +375,8 @@ class Encoder(nn.Module):
             if i in self.levels_of:
                 maps[i] = self.heads[self.levels_of.index(i)](h)             # B, Z, S/2^i, S/2^i
             if i < len(self.downs):
-                h = self.downs[i](F.pad(h, (0, 1, 0, 1)))                    # B, c_i, S/2^(i+1), ...; pads as VQGAN does
+                h = F.pad(h, (0, 1, 0, 1))                                   # right and below only, as in VQGAN
+                h = self.downs[i](h)                                         # B, c_i, S/2^(i+1), S/2^(i+1)
         return [maps[i] for i in self.levels_of]
 
 class PositionEmbedding(nn.Module):
