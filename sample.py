@@ -132,7 +132,7 @@ def given_pairs(args, layout, vae, device, autocast):
 
 def save_gif(path, layout, vae, pos, code, autocast, frames=80):
     """One image (1, L) as it is written: after each code what is there so far, the rest grey."""
-    length = int((pos != layout.end).sum())
+    length = int(layout.lengths(pos)) - 1
     steps = sorted({round(t) for t in np.linspace(1, length, min(length, frames))})
     order = torch.arange(pos.shape[1], device=pos.device)                    # L
     so_far = torch.cat([torch.where(order < t, pos, layout.end) for t in steps])  # frames, L

@@ -177,9 +177,9 @@ def seed_of(*numbers):
 def make_optimizers(model, schedule):
     """-> {name: optimiser}. Muon (Jordan et al., 2024) moves a matrix by its momentum with all singular values made
     alike, scaled here to the size of AdamW's steps, so that one learning rate does for both."""
-    inside = [p for name, p in model.named_parameters()
-              if "_stack" in name and p.dim() == 2 and schedule.optimizer == "muon"]
-    outside = [p for p in model.parameters() if not any(p is each for each in inside)]
+    stacks = [*model.position_stack.parameters(), *model.content_stack.parameters()]
+    inside = [p for p in stacks if p.dim() == 2] if schedule.optimizer == "muon" else []
+    outside = [p for p in model.parameters() if p not in {*inside}]
     groups = [dict(params=[p for p in outside if p.dim() > 1], weight_decay=schedule.weight_decay),
               dict(params=[p for p in outside if p.dim() <= 1], weight_decay=0.0)]
     optimizers = dict(optimizer=torch.optim.AdamW(groups, lr=schedule.lr, betas=schedule.betas, fused=True))

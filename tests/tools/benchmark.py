@@ -136,7 +136,7 @@ def sampling(args):
         seconds = statistics.median(compare(device, args.rounds, fused=fused)["fused"]) / args.images  # for B images
         peak = f"  {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB at most" if device.type == "cuda" else ""
         pos, code = (t[:B] for t in fused())
-        length = int((pos[0] != layout.end).sum()) + 1
+        length = int(layout.lengths(pos)[0])
         u = dq.make_job(model, label[:B], dq.SampleOptions(), 1, None, 0).uniform[:B]  # B, L, 2: decides the draws
         with torch.inference_mode():
             naive = 0.0
