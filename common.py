@@ -293,9 +293,15 @@ def prepare(args, trains=True):
     if world > 1:                                                            # the job's barrier then knows its device
         dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
     args.out.mkdir(parents=True, exist_ok=True)
-    random.seed(args.seed)                                                   # nothing here draws from these two;
-    np.random.seed(args.seed % 2 ** 32)                                      # what students add may
     return device, autocast
+
+
+def seed_all(*numbers):
+    """Seed all generators, also those that only students use; what other numbers give, however near, is unlike it.
+    Done at every step, it makes a run that goes on draw as if it had never stopped, however often it is evaluated."""
+    random.seed(str(numbers))                                                # takes a hash of it
+    np.random.seed(random.getrandbits(32))
+    torch.manual_seed(random.getrandbits(64))                                # on all devices
 
 
 def distribute(model):
@@ -378,7 +384,6 @@ class Record:
     model: torch.nn.Module
     parts: dict                          # {name: what else has a state_dict}: optimisers, discriminator
     extra: dict                          # what else the files shall hold
-    device: torch.device                 # whose random state counts, beside the CPU's
     step: int = 0                        # of the newest checkpoint; 0: there is none
     best: float = math.inf               # lowest held-out loss
     may_change = ("steps", "eval_every", "accumulate")                       # of the settings, in a run that goes on
@@ -396,7 +401,6 @@ class Record:
         try:
             for name, part in dict(weights=self.model, **self.parts).items():
                 part.load_state_dict(held[name])
-            restore_random_states(held["rng"], self.device)
             self.step, self.best = held["step"], held["best"]
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise dq.UserError(f"{self.path} was written by another command or version, or is damaged; "
@@ -451,7 +455,7 @@ class Record:
         finite = all(x.isfinite().all() for x in self.model.state_dict().values())
         dq.require(finite, f"step {done}: a weight is not finite; {self.last_good()}")
         states = {name: part.state_dict() for name, part in self.parts.items()}
-        self.write(self.path, done, settings=self.settings, rng=random_states(self.device), **states)
+        self.write(self.path, done, settings=self.settings, **states)
         self.step = done
 
     def write(self, path, done, **more):
@@ -488,19 +492,3 @@ def set_aside(path, *also, hint=" (--resume would have gone on with it)"):
     for file in left_in(path.parent):
         os.replace(file, former / file.name)
     print(f"{path} and what belongs to it, of a former run, are now in {former}{hint}")
-
-
-def random_states(device):
-    name, keys, *rest = np.random.get_state()
-    return dict(python=random.getstate(), numpy=(name, keys.tolist(), *rest), torch=torch.get_rng_state(),
-                cuda=torch.cuda.get_rng_state(device) if device.type == "cuda" else None)
-
-
-def restore_random_states(states, device):
-    """Every process takes up those of process 0, on its own device: all draw the same, for the global batch."""
-    random.setstate(states["python"])
-    np.random.set_state(states["numpy"])
-    torch.set_rng_state(states["torch"])
-    cuda = [states["cuda"]] if torch.is_tensor(states["cuda"]) else states["cuda"]  # older ones: of all GPUs, from 0 on
-    if device.type == "cuda" and cuda:
-        torch.cuda.set_rng_state(cuda[0], device)

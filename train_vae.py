@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 import dq
 from common import (Losses, Record, Schedule, Stop, deal, distribute, draw_grains, flag, load_image, natural,
-                    open_image, override, positive, prepare, run, save_grid, say, set_aside, to_picture, trainer_flags,
-                    weight)
+                    open_image, override, positive, prepare, run, save_grid, say, seed_all, set_aside, to_picture,
+                    trainer_flags, weight)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -627,7 +627,7 @@ def smallest(x):
 def write_codes(path, vae, train, held_out, preset, args, device, autocast, stop):
     """Encode all images and write what stage 2 needs: these, the DQ-VAE, the classes, the name of the preset."""
     vae.eval()
-    torch.manual_seed(args.seed)                                             # the random router draws
+    seed_all(args.seed)                                                      # the random router draws
     train_codes, held_out_codes = (encode(vae, data, device, autocast, args.workers, data is train, stop)
                                    for data in (train, held_out))
     weights, checksum = {name: x.cpu() for name, x in vae.state_dict().items()}, 0
@@ -722,7 +722,7 @@ def main(argv=None):
     images, detailed = held_out_images(held_out, config, device)
     perceptual = Perceptual.load(args.perceptual_weights).to(device) if schedule.perceptual_weight else None
 
-    torch.manual_seed(args.seed)
+    seed_all(args.seed)
     # GPUs convolve faster with channels last; on CPUs group norm is many times slower that way
     on_gpu = device.type == "cuda"
     memory_format = torch.channels_last if on_gpu else torch.contiguous_format
@@ -740,7 +740,7 @@ def main(argv=None):
         optimizers.append(critic_optimizer)
         judge = distribute(critic)
     settings = dict(data=identity(train), seed=args.seed) | asdict(schedule)
-    record = Record(args, args.out / "vae.pt", config, settings, model, parts, dict(preset=args.preset), device)
+    record = Record(args, args.out / "vae.pt", config, settings, model, parts, dict(preset=args.preset))
     codes = args.out / "codes.pt"
     if args.resume:
         record.resume()
@@ -757,6 +757,7 @@ def main(argv=None):
     with Stop(device) as stop:
         for step in record.start("DQ-VAE"):
             done = step + 1
+            seed_all(args.seed, step)                                        # all processes draw the same
             batch = next(batches)[0].to(device, memory_format=memory_format, non_blocking=True)  # B, 3, S, S
             adversarial_on = schedule.gan_weight > 0 and step >= schedule.gan_start
             for each in optimizers:
@@ -792,8 +793,7 @@ def main(argv=None):
 
             evaluates, saves, stops = record.after(done, losses, stop)
             if evaluates:
-                with torch.random.fork_rng([device] if on_gpu else []):      # how often it is done changes nothing
-                    figures, y, grains = evaluate(model, images, detailed, autocast, perceptual)
+                figures, y, grains = evaluate(model, images, detailed, autocast, perceptual)
                 figures["loss"] = (figures["l1"] + schedule.l2_weight * figures["l2"]
                                    + schedule.perceptual_weight * figures.get("lpips", 0.0))
                 show(args.out / "vae.png", images, y, grains, config.factors)
