@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 import dq
-from common import (Losses, Record, Schedule, Stop, deal, distribute, draw_grains, number, override, positive, prepare,
+from common import (Record, Schedule, Stop, deal, distribute, draw_grains, number, override, positive, prepare,
                     run, save_grid, say, seed_all, set_aside, to_picture, trainer_flags)
 
 
@@ -212,7 +212,6 @@ def main(argv=None):
     forward = distribute(torch.compile(model) if args.compile else model)
     order = batches(train.length.numpy(), schedule.batch_size, args.seed, record.step)
     codes_per_image = (train.length - len(factors)).float().mean().item()
-    losses = Losses()
 
     model.train()
     with Stop(device) as stop:
@@ -232,13 +231,13 @@ def main(argv=None):
                 # nats per code; by the mean number of codes, so that every image counts for what it costs
                 loss = (position + content) / codes_per_image
                 loss.backward()
-                losses.add(done, dict(bits_per_code=loss / math.log(2), position_nats=position, content_nats=content))
+                record.add(done, dict(bits_per_code=loss / math.log(2), position_nats=position, content_nats=content))
             if schedule.clip:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), schedule.clip)
             for optimizer in optimizers.values():
                 optimizer.step()
 
-            evaluates, saves, stops = record.after(done, losses, stop)
+            evaluates, saves, stops = record.after(done, stop)
             if evaluates:
                 figures = evaluate(model, held_out, device, autocast)
                 draw_samples(args.out / "transformer.png", model, vae, args.seed, autocast)
