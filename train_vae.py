@@ -358,7 +358,8 @@ class Perceptual(nn.Module):
         return lpips
 
     def forward(self, x, y):
-        x, y, distance = (x - self.shift) / self.scale, (y - self.shift) / self.scale, 0.0
+        x, y = (x - self.shift) / self.scale, (y - self.shift) / self.scale
+        distance = 0.0
         for i, layer in enumerate(self.features):
             with torch.no_grad():
                 x = layer(x)                                                 # B, c, S/2^k, S/2^k
