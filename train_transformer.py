@@ -138,16 +138,17 @@ def sequences(images, index, layout, device):
 
 @torch.no_grad()
 def evaluate(model, held_out, device, autocast, batch_size=64):
-    """Held-out likelihood per image, code and pixel."""
+    """Held-out likelihood per image, code and pixel; each process takes its part of the images."""
     model.eval()
-    parts = []
-    for index in held_out.length.argsort().split(batch_size):                # like lengths, so little padding
+    rank, world = dq.processes()
+    sums = torch.zeros(2, device=device)
+    for index in held_out.length.argsort().split(batch_size)[rank::world]:   # like lengths, so little padding
         pos, code, label = sequences(held_out, index, model.layout, device)  # B, L; B, L; B
         with autocast():
             nll = model(pos, code, label)
-        parts.append(torch.stack([nll["position"], nll["content"]]))         # 2, B
+        sums += torch.stack([nll["position"].sum(), nll["content"].sum()])
     model.train()
-    position, content = torch.cat(parts, dim=1).mean(dim=1).tolist()
+    position, content = (dq.total(sums) / len(held_out.label)).tolist()
     codes = (held_out.length - len(model.config.factors)).float().mean().item()
     bits = (position + content) / math.log(2)
     return dict(nats_per_image=position + content, position_nats=position, content_nats=content,
@@ -241,7 +242,8 @@ def main(argv=None):
             evaluates, saves, stops = record.after(done, stop)
             if evaluates:
                 figures = evaluate(model, held_out, device, autocast)
-                draw_samples(args.out / "transformer.png", model, vae, args.seed, autocast)
+                if rank == 0:
+                    draw_samples(args.out / "transformer.png", model, vae, args.seed, autocast)
                 record.evaluated(done, figures, figures["nats_per_image"])
             if saves:
                 record.save(done)

@@ -560,7 +560,7 @@ def encode(vae, data, device, autocast, workers, mirrored, stop):
             of_all = torch.zeros(world, *part.shape, dtype=torch.int, device=device)
             of_all[rank] = part
             rows[name].append(smallest(dq.total(of_all).transpose(0, 1).flatten(0, 1).cpu()))  # n world, ...
-        if number := stop.asked(done):
+        if number := stop.asked():
             bar.close()
             stop.leave(number, "while the images were encoded")
     rows = {name: torch.cat(parts)[:len(data)] for name, parts in rows.items()}
