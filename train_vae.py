@@ -62,6 +62,9 @@ PRESETS = {
     "emoji64": (dq.VAEConfig(size=64, factors=(16, 8), codebook_size=1024, channels=128, multipliers=(1, 2, 4, 4),
                              attention_from=8),
                 VAESchedule(steps=5000, batch_size=16, lr=1e-3, clip=0.0)),
+    # natural pictures, calm water beside jagged coasts (tests/tools/earth.py), in some 110 codes each
+    "earth64": (dq.VAEConfig(size=64, ratios=(0.75, 0.25), codebook_size=1024),
+                VAESchedule(steps=4000, batch_size=16, lr=2e-3, clip=0.0)),
     # a few thousand pictures with smooth surfaces and small features, 640 codes each, with all of the paper's losses
     "emoji128": (dq.VAEConfig(size=128, codebook_size=512, attention_from=8),
                  VAESchedule(steps=4000, batch_size=8, lr=1e-3, clip=0.0,
