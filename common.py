@@ -231,13 +231,14 @@ def flag(default=MISSING, **how):
 
 @dataclass
 class Schedule:
-    """How a stage is trained: Adam(W), linear warm-up, then cosine to zero."""
+    """How a stage is trained."""
     steps: int = flag(type=positive, help="optimiser steps")
     batch_size: int = flag(type=positive, help="images a step, of all processes together")
     lr: float = flag(type=number(float, 1e-12), help="highest learning rate")
     betas: tuple = (0.9, 0.99)
     weight_decay: float = 0.0            # of matrices; stage 2
     warmup: int = 100                    # steps
+    decay: str = "cosine"                # how the learning rate then falls to zero; or "linear"
     eval_every: int = flag(250, type=positive, help="steps between evaluations")
     accumulate: int = flag(1, metavar="N", type=positive, help="work on a batch in N parts, which takes less memory")
     clip: float = flag(1.0, type=weight, help="largest norm of the gradient; 0: no limit")
@@ -246,7 +247,7 @@ class Schedule:
         if step < self.warmup:
             return self.lr * (step + 1) / self.warmup
         done = (step - self.warmup) / max(1, self.steps - self.warmup)
-        return self.lr * 0.5 * (1 + math.cos(math.pi * done))
+        return self.lr * (1 - done if self.decay == "linear" else 0.5 * (1 + math.cos(math.pi * done)))
 
 
 def trainer_flags(description, presets, argv, preset="toy"):
@@ -363,8 +364,8 @@ class Stop(contextlib.ExitStack):
         noted = torch.full((), float(self.number), device=self.device)       # filled there: no copy to wait for
         return signal.SIGTERM if dq.total(noted) > 0 else 0
 
-    def leave(self, number, when):
-        say(f"stopped by {signal.Signals(number).name} {when}; the same command with --resume goes on")
+    def leave(self, number, when, then="; the same command with --resume goes on"):
+        say(f"stopped by {signal.Signals(number).name} {when}{then}")
         sys.exit(128 + number)
 
 

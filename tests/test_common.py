@@ -355,6 +355,8 @@ def test_the_best_checkpoint_is_that_of_the_lowest_loss(tmp_path):
 def test_schedules():
     assert [round(train_vae.gumbel_scale(s, 100), 3) for s in (0, 50, 70, 90, 99)] == [1, 1, 0.5, 0, 0]
 
+    linear = common.Schedule(steps=110, batch_size=1, lr=2.0, warmup=10, decay="linear")
+    assert [linear.learning_rate(step) for step in (4, 9, 10, 35, 85, 110)] == pytest.approx([1, 2, 2, 1.5, 0.5, 0])
     schedule = common.Schedule(steps=110, batch_size=1, lr=2.0, warmup=10)
     rates = [schedule.learning_rate(step) for step in range(110)]
     assert rates[0] == 0.2 and rates[9] == max(rates) == 2.0 and rates[60] == pytest.approx(1.0) and rates[-1] < 0.01

@@ -110,3 +110,17 @@ def test_budget_loss_equals_a_loop_and_pulls_on_all_regions_alike(K):
     for k, ratio in enumerate(ratios):
         torch.testing.assert_close(gate.grad[:, k], torch.full((3, 2, 2), 2 * (share[k] - ratio) / 12))
     assert float(loss.detach()) == pytest.approx(sum((share[k] - ratio) ** 2 for k, ratio in enumerate(ratios)))
+
+
+@torch.no_grad()
+def test_random_routes_depend_on_seed_and_image_alone():
+    """In evaluation: so codes don't depend on how images were dealt to processes."""
+    router, maps = RandomRouter((0.5, 0.5)).eval(), [torch.zeros(6, 1, 8, 8)]
+    x = torch.rand(6, 3, 16, 16)
+    torch.manual_seed(3)
+    gate = router(x, maps)
+    alone = torch.cat([router(x[i:i + 1], [maps[0][:1]]) for i in (5, 0, 3)])
+    assert torch.equal(alone, gate[[5, 0, 3]])
+    assert not torch.equal(gate[0], gate[1]) and 0.4 < gate[:, 1].mean() < 0.6
+    torch.manual_seed(4)
+    assert not torch.equal(router(x, maps), gate)
