@@ -12,6 +12,7 @@ import os
 import random
 import signal
 import sys
+import time
 import warnings
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -42,18 +43,15 @@ def load_image(path, size, rng=None):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
 
 
-def open_image(path, header_only=False):
-    """One file -> Pillow image, RGB and upright, or with header_only a look at its first bytes -> None.
-    UserError when its pixels can't be read, whatever the reason. What is written around them may be wrong in any way.
-    """
+def open_image(path):
+    """One file -> Pillow image, RGB and upright. UserError when its pixels can't be read, whatever the reason; what is
+    written around them may be wrong in any way."""
     dq.require(os.path.isfile(path), f"{path}: no such file")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)   # more pixels than Pillow thinks sane
             with Image.open(path) as image:
-                if header_only:
-                    return None
                 packing = image.tile[0][3] if image.tile else ""             # load() forgets it
                 image.load()
                 with contextlib.suppress(Exception):
@@ -92,10 +90,9 @@ def grey_8_bits(image):
     if image.mode != "F" and kind == 1:
         x = x % 2.0 ** bits                                                  # Pillow takes 32 bits as signed
     else:
-        bright = x[np.isfinite(x) & (x > 0)]
-        bright = np.quantile(bright, 0.9) if bright.size else 0.0
-        white = min(white, next((scale for scale in (1, 255, 65535) if bright <= 2 * scale), white))
-    x = np.nan_to_num(x / white, nan=0.0, posinf=1.0, neginf=0.0).clip(0, 1)
+        bright = np.quantile(np.append(x[np.isfinite(x) & (x > 0)], 0), 0.9)
+        white = min([white] + [scale for scale in (1, 255, 65535) if bright <= 2 * scale])
+    x = np.nan_to_num(x / white).clip(0, 1)                                  # what is no number is black
     if tags.get(262) == 0:                                                   # white is zero; Pillow turns 8 bits itself
         x = 1 - x
     return (x * 255).round().astype(np.uint8)
@@ -112,8 +109,7 @@ def to_picture(x, side=128):
     """(3, S, S) in [-1, 1] -> Pillow image, enlarged by whole pixels to about `side`. Never rescaled in brightness."""
     pixels = ((x.detach().float().cpu() + 1) * 127.5).round().clamp(0, 255).byte()
     picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
-    times = max(1, side // picture.width)
-    return picture.resize((picture.width * times, picture.height * times), Image.Resampling.NEAREST)
+    return ImageOps.scale(picture, max(1, side // picture.width), Image.Resampling.NEAREST)
 
 
 GRAIN_COLOURS = ("#3a6ea5", "#e07b00", "#c01530")                            # blue, orange, red: coarse to fine
@@ -155,7 +151,10 @@ def pick_device(name, dtype):
     """--device and --dtype -> the device, from now on the current one, and a function that opens an autocast context.
     auto: the GPU if there is one; bfloat16 where the hardware computes in it, else float32."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        if name == "mps" and not decodes_like_the_cpu(torch.device(name)):
+            say("note: this Apple GPU computes other numbers than the CPU, which is taken instead")
+            name = "cpu"
     try:
         device = torch.device(name)
         torch.ones(1, device=device).item()
@@ -165,6 +164,8 @@ def pick_device(name, dtype):
         device = torch.device("cuda", device.index or 0)
         torch.cuda.set_device(device)                                        # streams and graphs are made on that
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "mps":
+        fast = False
     else:
         cpu = getattr(torch.cpu, "get_capabilities", dict)()                 # torch has it from 2.11 on
         fast = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
@@ -172,15 +173,31 @@ def pick_device(name, dtype):
     return device, lambda: torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
+def decodes_like_the_cpu(device):
+    """Apple's GPUs have been known to compute other numbers without a word: does a small decoder give the same?"""
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        vae, codes = dq.DQVAE(dq.VAEConfig(channels=32)).eval(), torch.randint(256, (1, 8, 8))
+        vae.codebook.codes.normal_()
+        wanted = vae.decode(codes)                                           # 1, 3, 32, 32
+        return torch.allclose(vae.to(device).decode(codes.to(device)).cpu(), wanted, atol=1e-3)
+
+
 GONE = "another process of this job is gone, or its network; --resume goes on from the last checkpoint"
 NO_MEMORY = "not enough memory; a smaller --batch-size or a larger --accumulate takes less"
 HINTS = {"DataLoader worker": "a process that loads images died; --resume goes on, with fewer --workers in less memory",
-         "gloo": GONE, "NCCL": GONE, "out of memory": NO_MEMORY, "allocate memory": NO_MEMORY}
+         "gloo": GONE, "NCCL": GONE, "out of memory": NO_MEMORY, "allocate memory": NO_MEMORY,
+         "compiler": "--compile needs a C++ compiler; leave it out, or install one"}
 
 
 def run(main):
     """Call a script's main, and exit. What the user can mend ends in one line and exit status 1, not in a traceback."""
     status = 0
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:                                       # closed, as some services do
+            setattr(sys, name, open(os.devnull, "w"))
+        with contextlib.suppress(AttributeError):                            # each line at once, also into a file
+            getattr(sys, name).reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         main()
     except SystemExit as end:                                                # of argparse, or after a signal
@@ -188,7 +205,7 @@ def run(main):
     except KeyboardInterrupt:
         status = 130
     except (dq.UserError, OSError) as error:
-        status = f"error: {str(error).strip().splitlines()[-1]}"             # a loader process adds lines before ours
+        status = printable(f"error: {str(error).strip().splitlines()[-1]}")  # a loader process adds lines before ours
     except RuntimeError as error:
         hint = next((hint for sign, hint in HINTS.items() if sign in str(error)), None)
         if hint is None:
@@ -279,8 +296,11 @@ def override(preset, args, **more):
 
 
 def prepare(args, trains=True):
-    """Join the other processes of a torchrun job, seed, make the output folder. -> device, autocast"""
-    world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))  # torchrun sets them
+    """Join the other processes of a torchrun job, make the output folder. -> device, autocast"""
+    world, local = (int(os.environ.get(name) or default) for name, default in (("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    dq.require(world == 1 or not missing, f"WORLD_SIZE is {world}, but there is no {', '.join(missing)}: torchrun sets "
+               "all of them; for a single process unset WORLD_SIZE")
     parts = args.accumulate * world
     dq.require(args.batch_size % parts == 0 or not trains, f"--batch-size {args.batch_size} is not a multiple of "
                f"{parts}, which is --accumulate times the number of processes")
@@ -294,75 +314,95 @@ def prepare(args, trains=True):
     if world > 1:                                                            # the job's barrier then knows its device
         dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
     args.out.mkdir(parents=True, exist_ok=True)
-    random.seed(args.seed)                                                   # nothing here draws from these two;
-    np.random.seed(args.seed % 2 ** 32)                                      # what students add may
+    if dq.processes()[0] == 0:
+        lock(args.out)
     return device, autocast
+
+
+LOCKS = {}                               # {folder: open file}
+
+
+def lock(folder):
+    """UserError while another run writes into this folder. The system drops the lock when this process ends, however
+    it does."""
+    if (name := os.path.realpath(folder)) in LOCKS:
+        return
+    file = open(os.path.join(folder, ".lock"), "a")
+    try:
+        import fcntl                                                         # not on every system
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise dq.UserError(f"another run is writing into {folder}; wait for its end, or name another --out") from None
+    except (ImportError, OSError) as error:
+        say(f"note: can't tell whether another run writes into {folder} ({error})")
+    LOCKS[name] = file
+
+
+def seed_all(*numbers):
+    """Seed all generators, also those that only students use; what other numbers give, however near, is unlike it.
+    Done at every step, it makes a run that goes on draw as if it had never stopped, however often it is evaluated."""
+    random.seed(str(numbers))                                                # takes a hash of it
+    np.random.seed(random.getrandbits(32))
+    torch.manual_seed(random.getrandbits(64))                                # on all devices
 
 
 def distribute(model):
     """For the forward pass in training: with it, backward averages the gradients over the processes."""
+    if dq.processes()[1] == 1:
+        return model
     # the buffers (codebook, batch norm) are alike by themselves; where parts are accumulated, each is averaged
-    return DistributedDataParallel(model, broadcast_buffers=False) if dq.processes()[1] > 1 else model
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)                       # the argument's new name is too new
+        return DistributedDataParallel(model, broadcast_buffers=False)
 
 
 def say(line):
     if dq.processes()[0] == 0:
-        print(line, flush=True)
+        print(printable(line), flush=True)
+
+
+def printable(text):
+    """Names of files can be any bytes: what is no character, or steers a terminal, becomes its escape sequence."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 def deal(n, batch_size, seed, start=0):
     """Endless lists of batch_size numbers, from batch number `start` on; in epoch e they are e n to e n + n - 1, in an
     order of its own. All depends on the arguments alone, so a resumed run sees what it would have seen."""
-    epoch, skip = divmod(start * batch_size, n)
-    orders = (e * n + np.random.default_rng([seed, e]).permutation(n) for e in itertools.count(epoch))
-    numbers = itertools.islice(itertools.chain.from_iterable(orders), skip, None)
+    epochs = itertools.count(start * batch_size // n)
+    numbers = (e * n + int(i) for e in epochs for i in dq.random_numbers(seed, e).permutation(n))
+    numbers = itertools.islice(numbers, start * batch_size % n, None)
     while True:
-        yield [int(i) for i in itertools.islice(numbers, batch_size)]
-
-
-class Losses(dict):
-    """{step: {name: scalar}} since the last `read`, on the device until then: to ask a GPU for a value is to wait."""
-
-    def add(self, done, terms, scale=1.0):
-        """Step `done` has these terms, {name: scalar}, times `scale`: added up over the parts of its batch."""
-        sums = self.setdefault(done, {})
-        for name, term in terms.items():
-            sums[name] = sums.get(name, 0.0) + scale * term.detach().float()
-
-    def read(self, last_good):
-        """Newest terms, mean over the processes. UserError if one since the last `read` is not finite."""
-        terms = {}
-        for done, sums in self.items():
-            means = dq.total(torch.stack(list(sums.values()))) / dq.processes()[1]
-            terms = dict(zip(sums, means.tolist()))
-            bad = ", ".join(name for name, value in terms.items() if not math.isfinite(value))
-            dq.require(not bad, f"step {done}: not finite in the loss: {bad}; {last_good}; "
-                                f"a new run may need a lower --lr")
-        self.clear()
-        return terms
+        yield list(itertools.islice(numbers, batch_size))
 
 
 class Stop(contextlib.ExitStack):
-    """with Stop(device): Ctrl-C and SIGTERM are noted, for after the step; the second one takes effect at once."""
+    """with Stop(device): Ctrl-C, SIGTERM and what else batch systems send are noted, for after the step; the second one
+    takes effect at once."""
 
     def __init__(self, device):
         super().__init__()
         self.device, self.number = device, 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self.callback(signal.signal, number, signal.signal(number, self.note))
+        self.calls, self.next, self.since = 0, 1, time.monotonic()
+        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
+            number = getattr(signal, name, None)                             # not on every system
+            if number and (name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN):  # as nohup has it
+                self.callback(signal.signal, number, signal.signal(number, self.note))
 
     def note(self, number, frame):
         self.number = number
         self.close()                                                         # puts the former handlers back
 
-    def asked(self, done):
-        """-> number of the signal that came, or 0. All processes leave together, or the rest would wait for ever."""
-        if dq.processes()[1] == 1:
-            return self.number
-        if done % 10:                                                        # the answer is a wait for the device
-            return 0
-        noted = torch.full((), float(self.number), device=self.device)       # filled there: no copy to wait for
-        return signal.SIGTERM if dq.total(noted) > 0 else 0
+    def asked(self):
+        """After each step -> number of the signal that came, or 0. All processes leave together, or the rest would wait
+        for ever. To agree they wait for the device, so not at every step; but in 30 s torchrun would kill them."""
+        world, self.calls = dq.processes()[1], self.calls + 1
+        if world == 1 or self.calls < self.next:
+            return self.number if world == 1 else 0
+        seconds = (time.monotonic() - self.since) / self.calls               # a step; for 3 s or 10 steps all go on
+        noted, seconds = dq.total(torch.tensor([float(self.number), seconds], device=self.device)).tolist()
+        self.next = self.calls + min(10, max(1, int(3 * world / seconds)))
+        return signal.SIGTERM if noted else 0
 
     def leave(self, number, when, then="; the same command with --resume goes on"):
         say(f"stopped by {signal.Signals(number).name} {when}{then}")
@@ -371,7 +411,7 @@ class Stop(contextlib.ExitStack):
 
 @dataclass
 class Record:
-    """What a run writes: a log, and checkpoints, to go on as if it had never stopped."""
+    """What a run writes: a log of its losses, and checkpoints, to go on as if it had never stopped."""
     args: argparse.Namespace
     path: Path                           # vae.pt or transformer.pt
     config: object                       # of the model
@@ -379,9 +419,9 @@ class Record:
     model: torch.nn.Module
     parts: dict                          # {name: what else has a state_dict}: optimisers, discriminator
     extra: dict                          # what else the files shall hold
-    device: torch.device                 # whose random state counts, beside the CPU's
     step: int = 0                        # of the newest checkpoint; 0: there is none
     best: float = math.inf               # lowest held-out loss
+    losses: dict = field(default_factory=dict)                               # {step: {name: scalar}} not yet looked at
     may_change = ("steps", "eval_every", "accumulate")                       # of the settings, in a run that goes on
 
     def resume(self):
@@ -397,7 +437,6 @@ class Record:
         try:
             for name, part in dict(weights=self.model, **self.parts).items():
                 part.load_state_dict(held[name])
-            restore_random_states(held["rng"], self.device)
             self.step, self.best = held["step"], held["best"]
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise dq.UserError(f"{self.path} was written by another command or version, or is damaged; "
@@ -413,18 +452,36 @@ class Record:
             dq.write_file(self.log, lambda file: file.write("".join(lines).encode()))
         return self.bar
 
-    def after(self, done, losses, stop):
-        """Log the losses of every tenth step. -> what is due: to evaluate (process 0), to save, to stop (the signal)"""
-        last, asked = done == self.settings["steps"], stop.asked(done)
+    def add(self, done, terms, scale=1.0):
+        """Step `done` has these losses, {name: scalar}, times `scale`: added up over the parts of its batch. They stay
+        on the device until they are logged: to ask a GPU for a value is to wait."""
+        sums = self.losses.setdefault(done, {})
+        for name, term in terms.items():
+            sums[name] = sums.get(name, 0.0) + scale * term.detach().float()
+
+    def newest_losses(self):
+        """Their means over the processes. UserError if one since the last call is not finite."""
+        for done, sums in self.losses.items():
+            means = dq.total(torch.stack(list(sums.values()))) / dq.processes()[1]
+            newest = dict(zip(sums, means.tolist()))
+            bad = ", ".join(name for name, value in newest.items() if not math.isfinite(value))
+            dq.require(not bad, f"step {done}: not finite in the loss: {bad}; {self.last_good()}; "
+                                f"a new run may need a lower --lr")
+        self.losses.clear()
+        return newest
+
+    def after(self, done, stop):
+        """Log the losses of every tenth step. -> what is due: to evaluate, to save, to stop (the signal)"""
+        last, asked = done == self.settings["steps"], stop.asked()
         evaluates = last or done % self.settings["eval_every"] == 0
         saves = last or asked or done % self.args.save_every == 0
         if done % 10 == 0 or evaluates or saves:                             # no figure and no file of a broken state
-            newest = losses.read(self.last_good())
+            newest = self.newest_losses()
             if done % 10 == 0:
                 self.write_log(done, newest)
         if asked:
             self.bar.close()
-        return evaluates and dq.processes()[0] == 0, saves, asked if not last else 0
+        return evaluates, saves, asked if not last else 0
 
     def write_log(self, done, values, stays=False):
         """One JSON object a line. stays: on the terminal, on a line of its own"""
@@ -452,7 +509,7 @@ class Record:
         finite = all(x.isfinite().all() for x in self.model.state_dict().values())
         dq.require(finite, f"step {done}: a weight is not finite; {self.last_good()}")
         states = {name: part.state_dict() for name, part in self.parts.items()}
-        self.write(self.path, done, settings=self.settings, rng=random_states(self.device), **states)
+        self.write(self.path, done, settings=self.settings, **states)
         self.step = done
 
     def write(self, path, done, **more):
@@ -479,29 +536,12 @@ def read_log(path):
 def set_aside(path, *also, hint=" (--resume would have gone on with it)"):
     """A run that starts anew moves what a former one left beside `path`, all of its stem and of the names `also`, into
     a folder of its own."""
-    def left_in(folder):
-        return [file for pattern in (f"{path.stem}.*", *also) for file in folder.glob(pattern)]
-    if dq.processes()[0] > 0 or not any(path.with_name(name).exists() for name in (path.name, *also)):
+    left = [file for pattern in (f"{path.stem}.*", *also) for file in path.parent.glob(pattern)]
+    if dq.processes()[0] > 0 or not {path.name, *also} & {file.name for file in left}:
         return
     folders = (path.with_name(f"former-{n}") for n in itertools.count(1))
-    former = next(folder for folder in folders if not left_in(folder))
+    former = next(folder for folder in folders if not any((folder / file.name).exists() for file in left))
     former.mkdir(exist_ok=True)
-    for file in left_in(path.parent):
+    for file in left:
         os.replace(file, former / file.name)
     print(f"{path} and what belongs to it, of a former run, are now in {former}{hint}")
-
-
-def random_states(device):
-    name, keys, *rest = np.random.get_state()
-    return dict(python=random.getstate(), numpy=(name, keys.tolist(), *rest), torch=torch.get_rng_state(),
-                cuda=torch.cuda.get_rng_state(device) if device.type == "cuda" else None)
-
-
-def restore_random_states(states, device):
-    """Every process takes up those of process 0, on its own device: all draw the same, for the global batch."""
-    random.setstate(states["python"])
-    np.random.set_state(states["numpy"])
-    torch.set_rng_state(states["torch"])
-    cuda = [states["cuda"]] if torch.is_tensor(states["cuda"]) else states["cuda"]  # older ones: of all GPUs, from 0 on
-    if device.type == "cuda" and cuda:
-        torch.cuda.set_rng_state(cuda[0], device)

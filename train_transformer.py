@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 import dq
-from common import (Losses, Record, Schedule, Stop, deal, distribute, draw_grains, number, override, positive, prepare,
-                    run, save_grid, say, set_aside, to_picture, trainer_flags)
+from common import (Record, Schedule, Stop, deal, distribute, draw_grains, number, override, positive, prepare,
+                    run, save_grid, say, seed_all, set_aside, to_picture, trainer_flags)
 
 
 @dataclass
@@ -138,16 +138,17 @@ def sequences(images, index, layout, device):
 
 @torch.no_grad()
 def evaluate(model, held_out, device, autocast, batch_size=64):
-    """Held-out likelihood per image, code and pixel."""
+    """Held-out likelihood per image, code and pixel; each process takes its part of the images."""
     model.eval()
-    parts = []
-    for index in held_out.length.argsort().split(batch_size):                # like lengths, so little padding
+    rank, world = dq.processes()
+    sums = torch.zeros(2, device=device)
+    for index in held_out.length.argsort().split(batch_size)[rank::world]:   # like lengths, so little padding
         pos, code, label = sequences(held_out, index, model.layout, device)  # B, L; B, L; B
         with autocast():
             nll = model(pos, code, label)
-        parts.append(torch.stack([nll["position"], nll["content"]]))         # 2, B
+        sums += torch.stack([nll["position"].sum(), nll["content"].sum()])
     model.train()
-    position, content = torch.cat(parts, dim=1).mean(dim=1).tolist()
+    position, content = (dq.total(sums) / len(held_out.label)).tolist()
     codes = (held_out.length - len(model.config.factors)).float().mean().item()
     bits = (position + content) / math.log(2)
     return dict(nats_per_image=position + content, position_nats=position, content_nats=content,
@@ -164,11 +165,6 @@ def draw_samples(path, model, vae, seed, autocast, n=16):
     model.train()
     pairs = [(to_picture(x), draw_grains(x, g, vae.config.factors)) for x, g in zip(images, grains)]
     save_grid(path, sum(pairs, ()), columns=8)
-
-
-def seed_of(*numbers):
-    """One seed for torch from several numbers; it has nothing to do with that of other numbers, however near."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -203,12 +199,12 @@ def main(argv=None):
     config = override(config, args, size=vae.config.size, factors=factors, codebook_size=vae.config.codebook_size,
                       classes=() if args.uncond else classes)
 
-    torch.manual_seed(args.seed)
+    seed_all(args.seed)
     model = dq.DQTransformer(config).to(device)
     optimizers = make_optimizers(model, schedule)
     settings = dict(codes=stored["name"], seed=args.seed) | asdict(schedule)
     extra = dict(vae_config=asdict(vae.config), vae_weights=vae.state_dict())
-    record = Record(args, args.out / "transformer.pt", config, settings, model, optimizers, extra, device)
+    record = Record(args, args.out / "transformer.pt", config, settings, model, optimizers, extra)
     if args.resume:
         record.resume()
         if record.step >= schedule.steps:
@@ -218,14 +214,12 @@ def main(argv=None):
     forward = distribute(torch.compile(model) if args.compile else model)
     order = batches(train.length.numpy(), schedule.batch_size, args.seed, record.step)
     codes_per_image = (train.length - len(factors)).float().mean().item()
-    losses = Losses()
 
     model.train()
     with Stop(device) as stop:
         for step in record.start("DQ-Transformer"):
             done = step + 1
-            if world > 1:
-                torch.manual_seed(seed_of(args.seed, step, rank))            # every process drops other units
+            seed_all(args.seed, step, rank)                                  # every process drops other units
             for optimizer in optimizers.values():
                 optimizer.zero_grad(set_to_none=True)
                 for group in optimizer.param_groups:
@@ -239,16 +233,16 @@ def main(argv=None):
                 # nats per code; by the mean number of codes, so that every image counts for what it costs
                 loss = (position + content) / codes_per_image
                 loss.backward()
-                losses.add(done, dict(bits_per_code=loss / math.log(2), position_nats=position, content_nats=content))
+                record.add(done, dict(bits_per_code=loss / math.log(2), position_nats=position, content_nats=content))
             if schedule.clip:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), schedule.clip)
             for optimizer in optimizers.values():
                 optimizer.step()
 
-            evaluates, saves, stops = record.after(done, losses, stop)
+            evaluates, saves, stops = record.after(done, stop)
             if evaluates:
-                with torch.random.fork_rng([device] if device.type == "cuda" else []):  # how often changes nothing
-                    figures = evaluate(model, held_out, device, autocast)
+                figures = evaluate(model, held_out, device, autocast)
+                if rank == 0:
                     draw_samples(args.out / "transformer.png", model, vae, args.seed, autocast)
                 record.evaluated(done, figures, figures["nats_per_image"])
             if saves:

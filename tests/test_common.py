@@ -3,15 +3,18 @@
     load_image, open_image, to_rgb, grey_8_bits   test_images_of_every_mode and what follows
     to_picture, draw_grains, save_grid            test_a_picture_is_its_pixels and two more
     pick_device                                   test_the_gpu_that_is_asked_for_becomes_the_current_one and two more
-    run                                           test_how_a_script_ends, test_wrong_input_ends_in_one_line,
-                                                  test_an_error_reaches_the_shell
+    decodes_like_the_cpu                          test_an_apple_gpu_is_taken_when_it_computes_the_same
+    run, say, printable                           test_how_a_script_ends, test_wrong_input_ends_in_one_line,
+                                                  test_an_error_reaches_the_shell,
+                                                  test_every_line_survives_the_terminal and two more
+    prepare, lock                                 test_a_folder_is_one_runs_at_a_time and three more
     number                                        test_numbers_of_flags, test_wrong_input_ends_in_one_line
     trainer_flags, override                       test_wiring.py
     Schedule                                      test_schedules
+    seed_all                                      test_seeds_have_nothing_in_common, survival/test_resume.py
     Record                                        test_training_writes_logs_pictures_and_checkpoints,
                                                   test_the_best_checkpoint_is_that_of_the_lowest_loss,
-                                                  survival/test_resume.py, test_wiring.py
-    Losses                                        survival/test_broken.py
+                                                  test_wiring.py, survival/test_resume.py and test_broken.py
     Stop                                          test_a_signal_is_noted_and_a_second_one_acts, survival/test_kill.py
     deal                                          test_train_vae.py and test_train_transformer.py
     save_picture                                  test_sample.py
@@ -19,9 +22,12 @@
 import argparse
 import ast
 import importlib
+import io
+import itertools
 import json
 import math
 import os
+import random
 import shutil
 import signal
 import struct
@@ -34,11 +40,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, PngImagePlugin
+from tqdm import tqdm
 
 import common
 import dq
 import train_vae
-from conftest import DEVICE, ROOT, TRANSFORMER, script
+from conftest import DEVICE, ROOT, TRANSFORMER, VAE, call, script
 
 
 # ------------------------------------------------------------------------------------------------
@@ -328,9 +335,9 @@ def test_a_signal_is_noted_and_a_second_one_acts(capsys):
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with common.Stop(torch.device("cpu")) as stop:
-            assert stop.asked(1) == 0
+            assert stop.asked() == 0
             os.kill(os.getpid(), signal.SIGINT)
-            assert stop.asked(2) == stop.asked(3) == signal.SIGINT
+            assert stop.asked() == stop.asked() == signal.SIGINT
             with pytest.raises(KeyboardInterrupt):                           # the former handler, at once
                 os.kill(os.getpid(), signal.SIGINT)
             with pytest.raises(SystemExit) as end:
@@ -344,7 +351,7 @@ def test_a_signal_is_noted_and_a_second_one_acts(capsys):
 def test_the_best_checkpoint_is_that_of_the_lowest_loss(tmp_path):
     config = dq.VAEConfig(size=16, codebook_size=16)
     args, model = argparse.Namespace(save_every=1), dq.DQVAE(config)
-    record = common.Record(args, tmp_path / "vae.pt", config, dict(steps=9), model, {}, {}, torch.device("cpu"))
+    record = common.Record(args, tmp_path / "vae.pt", config, dict(steps=9), model, {}, {})
     record.start("")
     for done, loss, best in ((1, 3.0, 1), (2, 2.0, 2), (3, 5.0, 2), (4, math.nan, 2), (5, 1.5, 5)):
         record.evaluated(done, dict(loss=loss), loss)
@@ -362,9 +369,18 @@ def test_schedules():
     assert rates[0] == 0.2 and rates[9] == max(rates) == 2.0 and rates[60] == pytest.approx(1.0) and rates[-1] < 0.01
 
 
+def test_seeds_have_nothing_in_common():
+    def drawn(*numbers):
+        common.seed_all(*numbers)
+        return random.random(), np.random.rand(), torch.rand(1, dtype=torch.double).item()
+    near = [drawn(*numbers) for numbers in itertools.product(range(3), range(50), range(4))]  # seed, step, process
+    near += [drawn(*numbers) for numbers in itertools.product(range(3), range(1, 50))]
+    assert len(set(sum(near, ()))) == 3 * len(near)
+    assert drawn(1, 2, 3) == drawn(1, 2, 3) != drawn(2 ** 63 - 1, 2, 3)      # the largest --seed
+
+
 @pytest.mark.parametrize("stage, fixture, figures", [
-    ("vae", "vae_run", {"psnr", "ssim", "l1", "share", "fine_min", "fine_mean", "fine_max", "bits_per_pixel",
-                        "codebook_used", "perplexity"}),
+    ("vae", "vae_run", {"psnr", "ssim", "l1", "share", "bits_per_pixel", "codebook_used", "perplexity"}),
     ("transformer", "run", {"nats_per_image", "bits_per_code", "bits_per_pixel"})])
 def test_training_writes_logs_pictures_and_checkpoints(stage, fixture, figures, request):
     folder = request.getfixturevalue(fixture)
@@ -436,3 +452,94 @@ def test_wrong_input_ends_in_one_line(name, args, says, request, tmp_path, monke
 def test_an_error_reaches_the_shell():
     done = script("sample.py", "nowhere.pt")
     assert done.returncode == 1 and done.stderr == "error: no such file: nowhere.pt (train_transformer.py writes it)\n"
+
+
+# ------------------------------------------------------------------------------------------------
+# Terminals, batch systems, other runs
+
+
+def output_to_a_file(monkeypatch):
+    """In an old encoding. -> what is written so far"""
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="cp1252"))
+    return raw
+
+
+def test_every_line_survives_the_terminal(monkeypatch):
+    """Names of files can be anything; control characters would steer it."""
+    output = output_to_a_file(monkeypatch)
+    common.run(lambda: common.say("wrote 絵/caf\udce9/é\x1b[2J\rx\nnote: done"))
+    wanted = "wrote \\u7d75/caf\\udce9/é\\x1b[2J\\rx\nnote: done\n"
+    assert output.getvalue().decode("cp1252").replace(os.linesep, "\n") == wanted
+
+
+def test_a_line_is_in_the_file_at_once(monkeypatch):
+    """Not when the program ends: nohup, batch systems."""
+    output, seen = output_to_a_file(monkeypatch), []
+
+    def main():
+        for line in ("data", "step 250"):
+            tqdm.write(line)
+            seen.append(output.getvalue().decode().split())
+    common.run(main)
+    assert seen == [["data"], ["data", "step", "250"]]
+
+
+def test_a_closed_output_is_no_error(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    common.run(lambda: (common.say("x"), tqdm.write("y"), print("z", file=sys.stderr)))
+
+
+def test_a_folder_is_one_runs_at_a_time(tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    with open(tmp_path / ".lock", "a") as other:                             # as of another process
+        fcntl.flock(other, fcntl.LOCK_EX)
+        line = f"error: another run is writing into {tmp_path}; wait for its end, or name another --out"
+        assert call(train_vae.main, "--out", tmp_path, *VAE) == line
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+    common.lock(tmp_path)                                                    # the other is gone, its file is not
+    common.lock(tmp_path)                                                    # the same process, again
+    common.LOCKS.pop(os.path.realpath(tmp_path)).close()
+
+
+def test_a_folder_that_can_not_be_locked_is_used_with_a_note(tmp_path, monkeypatch, capsys):
+    fcntl = pytest.importorskip("fcntl")
+
+    def flock(file, how):
+        raise OSError(37, "No locks available")
+    monkeypatch.setattr(fcntl, "flock", flock)
+    common.lock(tmp_path)
+    assert "note: can't tell whether another run writes into" in capsys.readouterr().out
+
+
+def test_half_a_batch_system_is_refused_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    line = call(train_vae.main, "--out", tmp_path, *VAE)
+    assert line.startswith("error: WORLD_SIZE is 2, but there is no RANK, MASTER_ADDR, MASTER_PORT")
+    monkeypatch.setenv("WORLD_SIZE", "")                                     # as good as none
+    monkeypatch.setattr(train_vae, "open_data", lambda *args, **kwargs: dq.require(False, "reached"))
+    assert call(train_vae.main, "--out", tmp_path, *VAE) == "error: reached"
+
+
+@pytest.mark.parametrize("error", [0.0, 1e-5, 0.1])
+def test_an_apple_gpu_is_taken_when_it_computes_the_same(error, monkeypatch, capsys):
+    """There is none here: the CPU plays it, and is wrong by `error` in the second of two decodings."""
+    calls, real = [], dq.DQVAE.decode
+
+    def decode(vae, codes):
+        calls.append(1)
+        return real(vae, codes) + error * (len(calls) == 2)
+    monkeypatch.setattr(dq.DQVAE, "decode", decode)
+    right = common.decodes_like_the_cpu(torch.device("cpu"))
+    assert right == (error < 0.01) and len(calls) == 2
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(common, "decodes_like_the_cpu", lambda device: right)
+    if right:                                                                # it is asked for, and is not here
+        with pytest.raises(dq.UserError, match="no such device here: mps"):
+            common.pick_device("auto", "fp32")
+    else:
+        assert common.pick_device("auto", "fp32")[0].type == "cpu" and "Apple" in capsys.readouterr().out

@@ -5,10 +5,10 @@
     views, sequences             test_uncond_hides_the_labels, and in test_train_vae.py
                                  test_encoding_keeps_every_image_and_its_mirror_image
     batches                      test_batches_of_stage_2
-    evaluate                     test_evaluation_of_a_transformer, test_evaluation_is_no_wider_than_needed
+    evaluate                     test_evaluation_of_a_transformer, test_evaluation_is_no_wider_than_needed,
+                                 test_processes_share_an_evaluation
     draw_samples                 test_samples_of_a_run
     make_optimizers              test_which_weights_decay
-    seed_of                      test_seeds_of_processes_have_nothing_in_common
     main                         test_codes_in_another_folder_need_no_image and what follows, test_wiring.py
 """
 import itertools
@@ -87,6 +87,17 @@ def test_evaluation_is_no_wider_than_needed(monkeypatch):
     assert widths == [(3, 6), (2, 18)]
 
 
+def test_processes_share_an_evaluation(monkeypatch):
+    model, grains = tiny(8, (4, 2), V=5), torch.randint(0, 2, (7, 2, 2))
+    images = images_of(random_image(model.layout, grains, 5), grains)
+
+    def nats(rank, world):
+        monkeypatch.setattr(dq, "processes", lambda: (rank, world))
+        monkeypatch.setattr(dq, "total", lambda x: x)                        # so each tells what it has added up
+        return train_transformer.evaluate(model, images, torch.device("cpu"), plain, batch_size=2)["nats_per_image"]
+    assert nats(0, 2) + nats(1, 2) == pytest.approx(nats(0, 1), rel=1e-4) and nats(0, 2) < nats(0, 1)
+
+
 def test_samples_of_a_run(tmp_path, monkeypatch):
     """Of each class, drawn in evaluation mode, by the seed of the run."""
     model, asked, real = tiny(16, (8, 4), V=16, classes=("a", "b", "c"), dropout=0.5), [], dq.generate
@@ -129,14 +140,6 @@ def test_which_weights_decay():
     muon.param_groups[0]["weight_decay"] = 0.0
     muon.step()
     assert (p.detach() - before).square().mean().sqrt().item() == pytest.approx(0.2 * 0.02, rel=0.3)
-
-
-def test_seeds_of_processes_have_nothing_in_common():
-    numbers = itertools.product(range(3), range(50), range(4))               # seed, step, process
-    seeds = {train_transformer.seed_of(*three) for three in numbers}
-    assert len(seeds) == 600
-    assert train_transformer.seed_of(1, 2, 3) == train_transformer.seed_of(1, 2, 3)
-    torch.manual_seed(max(seeds))                                            # torch takes them
 
 
 def test_batches_of_stage_2():
@@ -184,7 +187,7 @@ def test_codes_that_are_none_end_in_a_line_that_helps(how, vae_run, tmp_path):
         torch.save([1], path)
     line = call(train_transformer.main, "--out", tmp_path, *TRANSFORMER, "--steps", 1)
     assert line.startswith("error: ") and "\n" not in line
-    assert [each.name for each in tmp_path.iterdir()] == ["codes.pt"]
+    assert {each.name for each in tmp_path.iterdir()} == {".lock", "codes.pt"}
     assert f"python train_vae.py --encode {tmp_path / 'vae.pt'} --out {tmp_path}" in line
 
 
@@ -199,7 +202,8 @@ def test_codes_in_another_folder_need_no_image(vae_run, tmp_path, monkeypatch):
     assert call(train_transformer.main, *TRANSFORMER, "--steps", 2) is None
     assert call(sample.main, "--n", 2, "--device", DEVICE) is None
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "codes.pt", "transformer.pt", "transformer.best.pt", "transformer.jsonl", "transformer.png", "samples.png"}
+        ".lock", "codes.pt", "transformer.pt", "transformer.best.pt", "transformer.jsonl", "transformer.png",
+        "samples.png"}
     assert (tmp_path / "out/codes.pt").read_bytes() == before
 
 

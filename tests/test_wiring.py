@@ -8,7 +8,7 @@
       the loss                test_the_gradient_of_stage_2
     sample.main               test_what_sampling_asks_for and what follows
     parse, override           test_every_flag_arrives, test_factors_without_ratios_have_equal_shares
-    Record.after, Losses      test_what_is_logged_is_what_was_trained, test_the_end_is_saved
+    Record                    test_what_is_logged_is_what_was_trained, test_the_end_is_saved
 
 One short run of each stage is enough for most of it. Every weight of a loss is one that no other has, and is not 1.
 """
@@ -63,7 +63,7 @@ def norm_of(gradients):
 def stage_1(images, tmp_path_factory):
     """A run with all losses, each batch in two parts. -> what passed between the functions"""
     out = tmp_path_factory.mktemp("stage_1")
-    names = ("forward", "noise", "backward", "hinge", "steps", "critics", "models", "read")
+    names = ("forward", "noise", "backward", "hinge", "steps", "critics", "models", "read", "seeds")
     seen = SimpleNamespace(out=out, **{name: [] for name in names})
     config = dq.VAEConfig(size=24, codebook_size=16, channels=32, multipliers=(1,), ratios=RATIOS)
     schedule = train_vae.VAESchedule(steps=STEPS, batch_size=4, lr=1e-3, betas=BETAS, l2_weight=L2, accumulate=2)
@@ -106,16 +106,20 @@ def stage_1(images, tmp_path_factory):
 
     def step(self, real=torch.optim.Adam.step):
         weights = weights_of(self)
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in weights]
-        missing = [p for p in weights if p.grad is None]
+        gradients = [p.grad.clone() for p in weights if p.grad is not None]
         old = [p.detach().clone() for p in weights]
         real(self)
-        seen.steps.append(SimpleNamespace(optimizer=self, gradients=gradients, missing=missing, after=len(seen.forward),
-                                          moved=[not torch.equal(a, b) for a, b in zip(old, weights)],
-                                          rates={group["lr"] for group in self.param_groups}))
+        moved = [not torch.equal(a, b) for a, b in zip(old, weights)]
+        if gradients or any(moved):                                          # else it is as if it had not been called
+            seen.steps.append(SimpleNamespace(optimizer=self, gradients=gradients, after=len(seen.forward), moved=moved,
+                                              rates={group["lr"] for group in self.param_groups}))
 
-    def read(self, *args, real=common.Losses.read):
-        seen.read.append(real(self, *args))
+    def seed_all(*numbers, real=common.seed_all):
+        seen.seeds.append((numbers, len(seen.forward) // 2))
+        real(*numbers)
+
+    def read(self, real=common.Record.newest_losses):
+        seen.read.append(real(self))
         return seen.read[-1]
 
     with pytest.MonkeyPatch.context() as patch:
@@ -124,7 +128,7 @@ def stage_1(images, tmp_path_factory):
         for owner, name, spy in ((train_vae, "Discriminator", critic), (dq.DQVAE, "forward", forward),
                                  (dq.GrainRouter, "forward", gate), (train_vae, "backward", backward),
                                  (train_vae, "hinge_loss", hinge_loss), (torch.optim.Adam, "step", step),
-                                 (common.Losses, "read", read)):
+                                 (common.Record, "newest_losses", read), (train_vae, "seed_all", seed_all)):
             patch.setattr(owner, name, spy)
         assert call(train_vae.main, *flags) is None
     seen.model, seen.critic = seen.models[0], seen.critics[0]
@@ -141,6 +145,12 @@ def test_images_are_dealt_by_the_seed(stage_1, images):
 
 def test_stage_1_trains_in_training_mode(stage_1):
     assert all(each.training for each in stage_1.forward)
+
+
+def test_each_step_draws_anew(stage_1, stage_2):
+    """What is random in a step depends on the seed and its number, in stage 2 on the process too: nothing else."""
+    assert [seed for seed in stage_1.seeds if len(seed[0]) == 2] == [((3, step), step) for step in range(STEPS)]
+    assert [seed for seed in stage_2.seeds if len(seed[0]) > 1] == [((3, step, 0), step) for step in range(4)]
 
 
 def test_the_noise_of_the_gate_fades(stage_1):
@@ -163,7 +173,7 @@ def test_the_loss_of_the_codes(stage_1):
         shares = naive.shares(passed.out.gate.detach())
         budget = sum((share - ratio) ** 2 for share, ratio in zip(shares, RATIOS))
         assert each.other == pytest.approx(passed.out.commitment.item() + BUDGET * budget, rel=1e-4)
-        assert passed.out.commitment > 1e-3                                  # large enough to be missed
+        assert passed.out.commitment > 2e-4                                  # large enough to be missed
 
 
 def test_the_adversarial_loss(stage_1):
@@ -185,8 +195,9 @@ def test_the_lesson_of_the_critic(stage_1):
 
 def test_parts_are_averaged(stage_1):
     assert all(each.scale == 0.5 for each in stage_1.backward)
-    critic_steps = [each for each in stage_1.steps if len(weights_of(each.optimizer)) == len(stage_1.hinge[0].own)]
-    for step, first, second in zip(critic_steps, stage_1.hinge[::2], stage_1.hinge[1::2]):
+    steps = [each for each in stage_1.steps if weights_of(each.optimizer) == list(stage_1.critic.parameters())]
+    assert len(steps) == STEPS - GAN_START
+    for step, first, second in zip(steps, stage_1.hinge[::2], stage_1.hinge[1::2]):
         for gradient, a, b in zip(step.gradients, first.own, second.own):
             torch.testing.assert_close(gradient, (a + b) / 2, atol=1e-6, rtol=1e-4)
 
@@ -204,7 +215,8 @@ def test_the_optimisers_of_stage_1(stage_1):
     assert [each.after // 2 for each in of_model] == list(range(1, STEPS + 1))
     assert [each.after // 2 for each in of_critic] == list(range(GAN_START + 1, STEPS + 1))
     for each in of_model + of_critic:
-        assert each.rates == {schedule.learning_rate(each.after // 2 - 1)} and not each.missing
+        assert each.rates == {schedule.learning_rate(each.after // 2 - 1)}
+        assert len(each.gradients) == len(each.moved)                        # no weight is without one
         assert all(group["betas"] == BETAS for group in each.optimizer.param_groups)
         assert sum(each.moved) > 0.9 * len(each.moved)
 
@@ -256,7 +268,7 @@ def test_no_clip(images, tmp_path, monkeypatch):
 def stage_2(stage_1, tmp_path_factory):
     """A run of four steps on those codes, each batch in two parts. -> what passed between the functions"""
     out = tmp_path_factory.mktemp("stage_2")
-    seen = SimpleNamespace(out=out, forward=[], evaluated=[], steps=[], added=[])
+    seen = SimpleNamespace(out=out, forward=[], evaluated=[], steps=[], added=[], seeds=[])
     config = dq.TransformerConfig(width=32, heads=2, position_layers=1, content_layers=1, label_dropout=0.0)
     schedule = train_transformer.TransformerSchedule(steps=4, batch_size=6, lr=1e-3, accumulate=2, eval_every=2)
     flags = ["--codes", stage_1.out / "codes.pt", "--out", out, "--clip", 0.05, "--seed", 3, *CPU]
@@ -282,13 +294,18 @@ def stage_2(stage_1, tmp_path_factory):
                                               moved=[not torch.equal(a, b) for a, b in zip(old, weights)]))
         return step
 
-    def add(self, done, terms, *scale, real=common.Losses.add):
+    def seed_all(*numbers, real=common.seed_all):
+        seen.seeds.append((numbers, len(seen.forward) // 2))
+        real(*numbers)
+
+    def add(self, done, terms, *scale, real=common.Record.add):
         seen.added.append({name: term.item() for name, term in terms.items()})
         return real(self, done, terms, *scale)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(train_transformer.PRESETS, "toy", (config, schedule))
-        for owner, name, spied in ((dq.DQTransformer, "forward", forward), (common.Losses, "add", add),
+        for owner, name, spied in ((dq.DQTransformer, "forward", forward), (common.Record, "add", add),
+                                   (train_transformer, "seed_all", seed_all),
                                    (torch.optim.AdamW, "step", spy(torch.optim.AdamW)),
                                    (torch.optim.Muon, "step", spy(torch.optim.Muon))):
             patch.setattr(owner, name, spied)
