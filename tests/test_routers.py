@@ -78,10 +78,15 @@ def test_entropy_equals_a_loop_over_pixels():
             assert abs(ours[0, y, x] - naive.entropy(patch)) < 1e-3
 
 
+@pytest.fixture(scope="module")
+def shapes():
+    toy = ToyShapes(64)
+    return torch.stack([toy[i][0] for i in range(128)])
+
+
 @pytest.mark.parametrize("ratios", [(0.5, 0.5), (0.7, 0.3), (0.4, 0.3, 0.3), (1.0,)])
-def test_entropy_thresholds_and_random_routing_give_the_asked_ratios(ratios):
-    x = torch.stack([ToyShapes(64)[i][0] for i in range(128)])
-    entropy = EntropyRouter(ratios, 8)
+def test_entropy_thresholds_and_random_routing_give_the_asked_ratios(ratios, shapes):
+    x, entropy = shapes, EntropyRouter(ratios, 8)
     train_vae.calibrate(entropy, ratios, x.split(32))
     for router in (entropy, RandomRouter(ratios)):
         share = router(x, [torch.zeros(1, 1, 8, 8)]).mean(dim=(0, 2, 3))

@@ -712,14 +712,14 @@ STAGE_1_MAIN = of(
     ("half of the batch", "for x in batch.chunk(schedule.accumulate):",
      "for x in batch.chunk(schedule.accumulate)[:1]:", "test_images_are_dealt_by_the_seed"),
     ("noise that depends on what was done before", "seed_all(args.seed, step)   ", "pass   ",
-     "survival/test_resume.py::test_evaluating_more_often_changes_nothing"),
+     "test_each_step_draws_anew"),
     ("codes of random crops", "train.augment = False", "pass",
      "test_train_vae.py::test_codes_hold_all_that_stage_2_needs"),
     ("the best by the absolute error alone", 'figures["loss"] = (figures["l1"] + schedule.l2_weight * figures["l2"]',
      'figures["loss"] = (figures["l1"]', "test_what_is_logged_is_what_was_trained"),
     ("the best without LPIPS", '+ schedule.perceptual_weight * figures.get("lpips", 0.0))', ")",
      "test_what_is_logged_is_what_was_trained"),
-    ("the model stays in evaluation mode", "    model.train()\n    with Stop", "    with Stop",
+    ("the model stays in evaluation mode", "    model.train()\n    with Stop", "    model.eval()\n    with Stop",
      "test_stage_1_trains_in_training_mode"),
 )
 
