@@ -4,6 +4,8 @@ Pictures, in and out; a program, its device and its end; a training run: flags, 
 """
 import argparse
 import contextlib
+import errno
+import functools
 import io
 import itertools
 import json
@@ -20,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
+from PIL import Image, ImageCms, ImageDraw, ImageOps, PngImagePlugin
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -34,11 +36,12 @@ import dq
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2 ** 28
 
 
-def load_image(path, size, rng=None):
-    """One file -> (3, S, S) in [-1, 1]: its centre square or, with rng, a random one, every other time mirrored."""
+def load_image(path, size, rng=None, flip=True):
+    """One file -> (3, S, S) in [-1, 1]: its centre square or, with rng, a random one, with flip every other time
+    mirrored."""
     where = (0.5, 0.5) if rng is None else tuple(rng.random(2))
     image = ImageOps.fit(open_image(path), (size, size), Image.Resampling.BICUBIC, centering=where)  # antialiased
-    if rng is not None and rng.random() < 0.5:
+    if rng is not None and flip and rng.random() < 0.5:
         image = ImageOps.mirror(image)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
 
@@ -46,12 +49,12 @@ def load_image(path, size, rng=None):
 def open_image(path):
     """One file -> Pillow image, RGB and upright. UserError when its pixels can't be read, whatever the reason; what is
     written around them may be wrong in any way."""
-    dq.require(os.path.isfile(path), f"{path}: no such file")
+    data = patiently(lambda path: Path(path).read_bytes(), path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)   # more pixels than Pillow thinks sane
-            with Image.open(path) as image:
+            with Image.open(io.BytesIO(data)) as image:
                 packing = image.tile[0][3] if image.tile else ""             # load() forgets it
                 image.load()
                 with contextlib.suppress(Exception):
@@ -59,6 +62,37 @@ def open_image(path):
                 return to_rgb(image, packing)
     except Exception as error:                                               # decoders raise nearly everything
         raise dq.UserError(f"{path}: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from None
+
+
+# what says something of a file; all other errors are of the system: a file server that is away, no memory
+OF_A_FILE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG,
+             errno.EINVAL}
+
+
+def patiently(read, path):
+    """read(path). UserError when there is no file that may be read; what is the system's fault is tried again after a
+    moment, then OSError: it is no verdict on the file."""
+    for seconds in (1, 5, 0):
+        try:
+            return read(path)
+        except (OSError, MemoryError) as error:
+            reason = getattr(error, "strerror", None) or type(error).__name__
+            dq.require(getattr(error, "errno", None) not in OF_A_FILE, f"{path}: {reason}")
+            time.sleep(seconds)
+    raise OSError(f"can't read {path}: {reason}; when that is mended, --resume goes on")
+
+
+@functools.lru_cache(16)
+def to_srgb(profile, mode):
+    """-> a function of images of this mode that takes their colours from an ICC profile (bytes) to sRGB; or None, where
+    there is nothing to do, or the profile is of no use."""
+    with contextlib.suppress(Exception):
+        described = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        name = ImageCms.getProfileDescription(described).lower()
+        if not name.startswith("srgb") or "linear" in name:
+            out = "RGBA" if mode == "RGBA" else "RGB"
+            transform = ImageCms.buildTransform(described, ImageCms.createProfile("sRGB"), mode, out)
+            return lambda image: ImageCms.applyTransform(image, transform)
 
 
 def to_rgb(image, packing=""):
@@ -74,6 +108,10 @@ def to_rgb(image, packing=""):
         image.info["transparency"] = tuple(value >> 8 for value in key)
     elif image.mode == "La":
         image = image.convert("LA")
+    if image.mode in ("P", "PA"):
+        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    if convert := to_srgb(image.info.get("icc_profile"), image.mode):
+        image = convert(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -211,6 +249,8 @@ def run(main):
         if hint is None:
             raise
         status = f"error: {hint} ({str(error).strip().splitlines()[0]})"
+    while LOCKS:
+        LOCKS.popitem()[1].close()
     if dq.processes()[1] > 1 and not status:                                 # none leaves while another is at work
         dist.barrier()
         dist.destroy_process_group()
@@ -323,8 +363,7 @@ LOCKS = {}                               # {folder: open file}
 
 
 def lock(folder):
-    """UserError while another run writes into this folder. The system drops the lock when this process ends, however
-    it does."""
+    """UserError while another run writes into this folder. `run` drops the lock, or the system if this process dies."""
     if (name := os.path.realpath(folder)) in LOCKS:
         return
     file = open(os.path.join(folder, ".lock"), "a")

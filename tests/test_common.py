@@ -179,6 +179,39 @@ MODES = {
 }
 
 
+def colour_profile(description, gamma, *primaries):
+    """The least of an ICC profile: three primaries (X, Y, Z, each for white of D50) and a power."""
+    def fixed(*numbers):
+        return b"".join(struct.pack(">i", round(x * 65536)) for x in numbers)
+    name, curve = description.encode() + b"\0", struct.pack(">IH2x", 1, round(gamma * 256))
+    tags = {b"desc": b"desc\0\0\0\0" + struct.pack(">I", len(name)) + name + bytes(78 + -len(name) % 4),
+            b"wtpt": b"XYZ \0\0\0\0" + fixed(0.9642, 1.0, 0.8249)}
+    for letter, primary in zip((b"r", b"g", b"b"), primaries):
+        tags |= {letter + b"XYZ": b"XYZ \0\0\0\0" + fixed(*primary), letter + b"TRC": b"curv\0\0\0\0" + curve}
+    start, index = 132 + 12 * len(tags), struct.pack(">I", len(tags))
+    for tag, data in tags.items():
+        index += tag + struct.pack(">II", start, len(data))
+        start += len(data)
+    head = struct.pack(">I4xI", start, 0x02400000) + b"mntrRGB XYZ " + bytes(12) + b"acsp" + bytes(28)
+    return head + fixed(0.9642, 1.0, 0.8249) + bytes(48) + index + b"".join(tags.values())
+
+
+P3 = [(0.5151, 0.2412, -0.0011), (0.2920, 0.6922, 0.0419), (0.1571, 0.0666, 0.7841)]
+SRGB = [(0.4360, 0.2225, 0.0139), (0.3851, 0.7169, 0.0971), (0.1431, 0.0606, 0.7139)]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
+@pytest.mark.parametrize("profile, colour, wanted", [
+    (colour_profile("wide", 2.2, *P3), (230, 100, 60), (249, 89, 39)),
+    (colour_profile("linear sRGB", 1.0, *SRGB), (55, 55, 55), (128, 128, 128)),
+    (colour_profile("sRGB", 1.0, *SRGB), (55, 55, 55), (55, 55, 55)),        # as it says: nothing to do
+    (b"no profile", (230, 100, 60), (230, 100, 60))], ids=["wide", "linear", "sRGB", "unusable"])
+def test_colours_are_those_that_the_profile_means(profile, colour, wanted, mode, tmp_path):
+    picture = Image.new("RGB", (8, 8), colour).convert(mode, palette=Image.Palette.ADAPTIVE)
+    picture.save(tmp_path / "x.png", icc_profile=profile)
+    assert max(abs(a - b) for a, b in zip(common.open_image(tmp_path / "x.png").getpixel((3, 3)), wanted)) <= 1
+
+
 @pytest.mark.parametrize("kind", MODES)
 def test_images_of_every_mode(tmp_path, kind):
     image, name, expected = MODES[kind]
@@ -500,7 +533,9 @@ def test_a_folder_is_one_runs_at_a_time(tmp_path):
         assert [path.name for path in tmp_path.iterdir()] == [".lock"]
     common.lock(tmp_path)                                                    # the other is gone, its file is not
     common.lock(tmp_path)                                                    # the same process, again
-    common.LOCKS.pop(os.path.realpath(tmp_path)).close()
+    assert list(common.LOCKS) == [os.path.realpath(tmp_path)]
+    common.run(lambda: None)                                                 # at its end a program holds none
+    assert not common.LOCKS
 
 
 def test_a_folder_that_can_not_be_locked_is_used_with_a_note(tmp_path, monkeypatch, capsys):

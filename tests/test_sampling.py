@@ -190,7 +190,7 @@ def test_refilled_slots_cost_the_mean_length(device, monkeypatch):
     length = model.layout.lengths(pos)
     if device.type == "cpu":
         assert length.min() <= 9 and length.max() >= 17
-        assert len(calls) <= 1.15 * int(length.sum()) / 16
+        assert 1.0 <= len(calls) / (int(length.sum()) / 16) <= 1.15
 
 
 def test_guidance_costs_nothing_where_there_are_no_classes(monkeypatch):

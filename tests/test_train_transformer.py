@@ -52,6 +52,7 @@ def test_evaluation_of_a_transformer():
     codes = random_image(model.layout, grains, 5)
     pos, code = model.layout.pack(codes, grains)
     images = images_of(codes, grains, label)
+    model.train()
     figures = train_transformer.evaluate(model, images, torch.device("cpu"), plain, batch_size=4)
     assert model.training
     model.eval()
@@ -115,7 +116,7 @@ def test_samples_of_a_run(tmp_path, monkeypatch):
 
 def test_which_weights_decay():
     """Matrices do; Muon has those of the blocks, AdamW all else; vectors don't. Each weight is in one optimiser."""
-    model, sets = tiny(8, (4, 2), V=5, classes=("a", "b")), {}
+    model, sets = tiny(8, (4, 2), V=5, classes=("a", "b"), width=128), {}
     blocks = [p for stack in (model.position_stack, model.content_stack) for p in stack.parameters()]
     matrices, vectors = ([p for p in model.parameters() if (p.dim() > 1) == many] for many in (True, False))
     for name in ("muon", "adamw"):

@@ -437,16 +437,21 @@ TRANSFORMER_FLAGS = {"--position-layers": 3, "--content-layers": 5, "--width": 4
 def test_every_flag_arrives(stage, stage_1, images, tmp_path, monkeypatch):
     """In the configuration, the schedule or the record; without flags all have the values of the preset."""
     monkeypatch.setattr(train_vae.Perceptual, "load", lambda files: Distance())
+    opened, real = [], train_vae.open_data
+    monkeypatch.setattr(train_vae, "open_data", lambda *args, **how: (opened.append(how), real(*args, **how))[1])
     module, flags = (train_vae, VAE_FLAGS) if stage == "vae" else (train_transformer, TRANSFORMER_FLAGS)
     both = ["--data", images] if stage == "vae" else ["--codes", stage_1.out / "codes.pt"]
     both += ["--out", tmp_path, *CPU]
-    more = ["--factors", 4, 2, "--ratios", 0.25, 0.75] if stage == "vae" else ["--uncond"]
+    more = ["--uncond"]
+    if stage == "vae":
+        more = ["--factors", 4, 2, "--ratios", 0.25, 0.75, "--no-flip", "--held-out", images]
     record = record_of(module.main, monkeypatch, *both, *itertools.chain(*flags.items()), *more)
     found = asdict(record.config) | record.settings | dict(save_every=record.args.save_every)
     for flag, value in flags.items():
         assert found[flag[2:].replace("-", "_")] == value, flag
     if stage == "vae":
         assert (record.config.factors, record.config.ratios) == ((4, 2), (0.25, 0.75))
+        assert opened[-1] == dict(augment=True, seed=9, skip=tmp_path, flip=False, held_out=str(images))
     else:
         assert record.config.classes == ()
     for preset in ("toy", "emoji64"):
@@ -458,6 +463,17 @@ def test_every_flag_arrives(stage, stage_1, images, tmp_path, monkeypatch):
         else:
             assert record.config.classes == ("circle", "cross", "square", "triangle")
             assert (record.config.width, record.config.size, record.config.codebook_size) == (config.width, 24, 16)
+
+
+def test_no_flip(images, tmp_path, monkeypatch):
+    """Of what is trained on, codes.pt has mirror images only without it, of what is held out never."""
+    for flags, mirrored in (([], [True, False]), (["--no-flip"], [False, False])):
+        asked = []
+        monkeypatch.setattr(train_vae, "encode", lambda vae, data, device, autocast, workers, mirrored, stop: (
+            asked.append(mirrored), dict(label=torch.zeros(len(data))))[1])
+        flags = ["--size", 16, "--batch-size", 2, "--steps", 1, "--data", images, "--out", tmp_path, *flags, *CPU]
+        assert call(train_vae.main, *flags) is None
+        assert asked == mirrored
 
 
 def test_factors_without_ratios_have_equal_shares():
