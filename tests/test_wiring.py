@@ -392,6 +392,20 @@ def test_what_stage_2_logs(stage_2):
     assert terms["bits_per_code"] == pytest.approx(bits, rel=1e-4)
 
 
+@pytest.mark.parametrize("stage", ["vae", "transformer"])
+def test_no_process_but_the_first_writes(stage, stage_1, images, tmp_path, monkeypatch):
+    """Two that write a picture under the same name lose it, and with it the run."""
+    module, flags = train_vae, ["--data", images, "--size", 16]
+    if stage == "transformer":
+        module, flags = train_transformer, ["--codes", stage_1.out / "codes.pt", "--width", 32, "--heads", 2]
+    monkeypatch.setattr(dq, "processes", lambda: (1, 2))
+    monkeypatch.setattr(dq, "total", lambda x: x)
+    monkeypatch.setattr(module, "distribute", lambda model: model)
+    flags += ["--batch-size", 4, "--steps", 2, "--eval-every", 1, "--save-every", 1, "--out", tmp_path, *CPU]
+    module.main([str(flag) for flag in flags])
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_evaluating_stage_2_more_often_changes_nothing(stage_1, tmp_path):
     flags = ["--codes", stage_1.out / "codes.pt", "--width", 32, "--heads", 2, "--position-layers", 1,
              "--content-layers", 1, "--dropout", 0.2, "--batch-size", 4, "--steps", 2, *CPU]
