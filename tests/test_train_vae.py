@@ -843,6 +843,14 @@ def test_codes_hold_all_that_stage_2_needs(vae_run, images):
             assert torch.equal(found["codes"][:, v], codes.cpu()) and torch.equal(found["grains"][:, v], grains.cpu())
 
 
+def test_codes_of_other_weights_are_told_apart(vae_run, tmp_path):
+    vae = dq.load_vae(vae_run / "vae.pt", "cpu")
+    assert train_vae.holds_codes_of(vae_run / "codes.pt", vae)
+    vae.post_quant.bias[0] += 1e-3
+    assert not train_vae.holds_codes_of(vae_run / "codes.pt", vae)
+    assert not train_vae.holds_codes_of(tmp_path / "codes.pt", vae)
+
+
 @pytest.mark.parametrize("low, high, kind", [(0, 255, torch.uint8), (-1, 127, torch.int8), (-1, 128, torch.int16),
                                              (0, 256, torch.int16), (0, 2 ** 15, torch.int32)])
 def test_the_smallest_integers(low, high, kind):

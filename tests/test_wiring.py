@@ -451,20 +451,22 @@ TRANSFORMER_FLAGS = {"--position-layers": 3, "--content-layers": 5, "--width": 4
 def test_every_flag_arrives(stage, stage_1, images, tmp_path, monkeypatch):
     """In the configuration, the schedule or the record; without flags all have the values of the preset."""
     monkeypatch.setattr(train_vae.Perceptual, "load", lambda files: Distance())
-    opened, real = [], train_vae.open_data
+    opened, streams, real = [], [], train_vae.open_data
     monkeypatch.setattr(train_vae, "open_data", lambda *args, **how: (opened.append(how), real(*args, **how))[1])
+    monkeypatch.setattr(train_vae, "stream", lambda data, *how: streams.append(how))
     module, flags = (train_vae, VAE_FLAGS) if stage == "vae" else (train_transformer, TRANSFORMER_FLAGS)
     both = ["--data", images] if stage == "vae" else ["--codes", stage_1.out / "codes.pt"]
     both += ["--out", tmp_path, *CPU]
     more = ["--uncond"]
     if stage == "vae":
-        more = ["--factors", 4, 2, "--ratios", 0.25, 0.75, "--no-flip", "--held-out", images]
+        more = ["--factors", 4, 2, "--ratios", 0.25, 0.75, "--no-flip", "--held-out", images, "--workers", 1]
     record = record_of(module.main, monkeypatch, *both, *itertools.chain(*flags.items()), *more)
     found = asdict(record.config) | record.settings | dict(save_every=record.args.save_every)
     for flag, value in flags.items():
         assert found[flag[2:].replace("-", "_")] == value, flag
     if stage == "vae":
         assert (record.config.factors, record.config.ratios) == ((4, 2), (0.25, 0.75))
+        assert streams[-1] == (6, 9, 0, 1, 2)                                # batch, seed, first step, workers, parts
         assert opened[-1] == dict(augment=True, seed=9, skip=tmp_path, flip=False, held_out=str(images))
     else:
         assert record.config.classes == ()
