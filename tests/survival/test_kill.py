@@ -109,7 +109,7 @@ def test_kill_9_at_random_moments(images, tmp_path):
         while True:
             resume = ["--resume"] if (out / "vae.pt").exists() else []
             before, process = time.time(), start("vae", images, out, steps, *flags, *resume)
-            wait_for((out / "vae.jsonl").exists, process)                    # of the first run, when it has imported all
+            wait_for((out / "vae.jsonl").exists, process)                    # at first: when it has imported all
             imports = imports or time.time() - before
             death = before + imports + chance.uniform(0, 1) * whole
             try:
