@@ -16,6 +16,8 @@ import math
 import numpy as np
 import torch
 
+__tracebackhide__ = True                                                     # pytest does not print these functions
+
 
 # ------------------------------------------------------------------------------------------------
 # Stage 1: routers, codebook, DQVAE
