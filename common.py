@@ -42,18 +42,15 @@ def load_image(path, size, rng=None):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
 
 
-def open_image(path, header_only=False):
-    """One file -> Pillow image, RGB and upright, or with header_only a look at its first bytes -> None.
-    UserError when its pixels can't be read, whatever the reason. What is written around them may be wrong in any way.
-    """
+def open_image(path):
+    """One file -> Pillow image, RGB and upright. UserError when its pixels can't be read, whatever the reason; what is
+    written around them may be wrong in any way."""
     dq.require(os.path.isfile(path), f"{path}: no such file")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)   # more pixels than Pillow thinks sane
             with Image.open(path) as image:
-                if header_only:
-                    return None
                 packing = image.tile[0][3] if image.tile else ""             # load() forgets it
                 image.load()
                 with contextlib.suppress(Exception):
@@ -92,10 +89,9 @@ def grey_8_bits(image):
     if image.mode != "F" and kind == 1:
         x = x % 2.0 ** bits                                                  # Pillow takes 32 bits as signed
     else:
-        bright = x[np.isfinite(x) & (x > 0)]
-        bright = np.quantile(bright, 0.9) if bright.size else 0.0
-        white = min(white, next((scale for scale in (1, 255, 65535) if bright <= 2 * scale), white))
-    x = np.nan_to_num(x / white, nan=0.0, posinf=1.0, neginf=0.0).clip(0, 1)
+        bright = np.quantile(np.append(x[np.isfinite(x) & (x > 0)], 0), 0.9)
+        white = min([white] + [scale for scale in (1, 255, 65535) if bright <= 2 * scale])
+    x = np.nan_to_num(x / white).clip(0, 1)                                  # what is no number is black
     if tags.get(262) == 0:                                                   # white is zero; Pillow turns 8 bits itself
         x = 1 - x
     return (x * 255).round().astype(np.uint8)
@@ -112,8 +108,7 @@ def to_picture(x, side=128):
     """(3, S, S) in [-1, 1] -> Pillow image, enlarged by whole pixels to about `side`. Never rescaled in brightness."""
     pixels = ((x.detach().float().cpu() + 1) * 127.5).round().clamp(0, 255).byte()
     picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
-    times = max(1, side // picture.width)
-    return picture.resize((picture.width * times, picture.height * times), Image.Resampling.NEAREST)
+    return ImageOps.scale(picture, max(1, side // picture.width), Image.Resampling.NEAREST)
 
 
 GRAIN_COLOURS = ("#3a6ea5", "#e07b00", "#c01530")                            # blue, orange, red: coarse to fine
@@ -231,13 +226,14 @@ def flag(default=MISSING, **how):
 
 @dataclass
 class Schedule:
-    """How a stage is trained: Adam(W), linear warm-up, then cosine to zero."""
+    """How a stage is trained."""
     steps: int = flag(type=positive, help="optimiser steps")
     batch_size: int = flag(type=positive, help="images a step, of all processes together")
     lr: float = flag(type=number(float, 1e-12), help="highest learning rate")
     betas: tuple = (0.9, 0.99)
     weight_decay: float = 0.0            # of matrices; stage 2
     warmup: int = 100                    # steps
+    decay: str = "cosine"                # how the learning rate then falls to zero; or "linear"
     eval_every: int = flag(250, type=positive, help="steps between evaluations")
     accumulate: int = flag(1, metavar="N", type=positive, help="work on a batch in N parts, which takes less memory")
     clip: float = flag(1.0, type=weight, help="largest norm of the gradient; 0: no limit")
@@ -246,7 +242,7 @@ class Schedule:
         if step < self.warmup:
             return self.lr * (step + 1) / self.warmup
         done = (step - self.warmup) / max(1, self.steps - self.warmup)
-        return self.lr * 0.5 * (1 + math.cos(math.pi * done))
+        return self.lr * (1 - done if self.decay == "linear" else 0.5 * (1 + math.cos(math.pi * done)))
 
 
 def trainer_flags(description, presets, argv, preset="toy"):
@@ -278,7 +274,7 @@ def override(preset, args, **more):
 
 
 def prepare(args, trains=True):
-    """Join the other processes of a torchrun job, seed, make the output folder. -> device, autocast"""
+    """Join the other processes of a torchrun job, make the output folder. -> device, autocast"""
     world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))  # torchrun sets them
     parts = args.accumulate * world
     dq.require(args.batch_size % parts == 0 or not trains, f"--batch-size {args.batch_size} is not a multiple of "
@@ -293,9 +289,15 @@ def prepare(args, trains=True):
     if world > 1:                                                            # the job's barrier then knows its device
         dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
     args.out.mkdir(parents=True, exist_ok=True)
-    random.seed(args.seed)                                                   # nothing here draws from these two;
-    np.random.seed(args.seed % 2 ** 32)                                      # what students add may
     return device, autocast
+
+
+def seed_all(*numbers):
+    """Seed all generators, also those that only students use; what other numbers give, however near, is unlike it.
+    Done at every step, it makes a run that goes on draw as if it had never stopped, however often it is evaluated."""
+    random.seed(str(numbers))                                                # takes a hash of it
+    np.random.seed(random.getrandbits(32))
+    torch.manual_seed(random.getrandbits(64))                                # on all devices
 
 
 def distribute(model):
@@ -312,33 +314,11 @@ def say(line):
 def deal(n, batch_size, seed, start=0):
     """Endless lists of batch_size numbers, from batch number `start` on; in epoch e they are e n to e n + n - 1, in an
     order of its own. All depends on the arguments alone, so a resumed run sees what it would have seen."""
-    epoch, skip = divmod(start * batch_size, n)
-    orders = (e * n + np.random.default_rng([seed, e]).permutation(n) for e in itertools.count(epoch))
-    numbers = itertools.islice(itertools.chain.from_iterable(orders), skip, None)
+    epochs = itertools.count(start * batch_size // n)
+    numbers = (e * n + int(i) for e in epochs for i in np.random.default_rng([seed, e]).permutation(n))
+    numbers = itertools.islice(numbers, start * batch_size % n, None)
     while True:
-        yield [int(i) for i in itertools.islice(numbers, batch_size)]
-
-
-class Losses(dict):
-    """{step: {name: scalar}} since the last `read`, on the device until then: to ask a GPU for a value is to wait."""
-
-    def add(self, done, terms, scale=1.0):
-        """Step `done` has these terms, {name: scalar}, times `scale`: added up over the parts of its batch."""
-        sums = self.setdefault(done, {})
-        for name, term in terms.items():
-            sums[name] = sums.get(name, 0.0) + scale * term.detach().float()
-
-    def read(self, last_good):
-        """Newest terms, mean over the processes. UserError if one since the last `read` is not finite."""
-        terms = {}
-        for done, sums in self.items():
-            means = dq.total(torch.stack(list(sums.values()))) / dq.processes()[1]
-            terms = dict(zip(sums, means.tolist()))
-            bad = ", ".join(name for name, value in terms.items() if not math.isfinite(value))
-            dq.require(not bad, f"step {done}: not finite in the loss: {bad}; {last_good}; "
-                                f"a new run may need a lower --lr")
-        self.clear()
-        return terms
+        yield list(itertools.islice(numbers, batch_size))
 
 
 class Stop(contextlib.ExitStack):
@@ -363,14 +343,14 @@ class Stop(contextlib.ExitStack):
         noted = torch.full((), float(self.number), device=self.device)       # filled there: no copy to wait for
         return signal.SIGTERM if dq.total(noted) > 0 else 0
 
-    def leave(self, number, when):
-        say(f"stopped by {signal.Signals(number).name} {when}; the same command with --resume goes on")
+    def leave(self, number, when, then="; the same command with --resume goes on"):
+        say(f"stopped by {signal.Signals(number).name} {when}{then}")
         sys.exit(128 + number)
 
 
 @dataclass
 class Record:
-    """What a run writes: a log, and checkpoints, to go on as if it had never stopped."""
+    """What a run writes: a log of its losses, and checkpoints, to go on as if it had never stopped."""
     args: argparse.Namespace
     path: Path                           # vae.pt or transformer.pt
     config: object                       # of the model
@@ -378,9 +358,9 @@ class Record:
     model: torch.nn.Module
     parts: dict                          # {name: what else has a state_dict}: optimisers, discriminator
     extra: dict                          # what else the files shall hold
-    device: torch.device                 # whose random state counts, beside the CPU's
     step: int = 0                        # of the newest checkpoint; 0: there is none
     best: float = math.inf               # lowest held-out loss
+    losses: dict = field(default_factory=dict)                               # {step: {name: scalar}} not yet looked at
     may_change = ("steps", "eval_every", "accumulate")                       # of the settings, in a run that goes on
 
     def resume(self):
@@ -396,7 +376,6 @@ class Record:
         try:
             for name, part in dict(weights=self.model, **self.parts).items():
                 part.load_state_dict(held[name])
-            restore_random_states(held["rng"], self.device)
             self.step, self.best = held["step"], held["best"]
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise dq.UserError(f"{self.path} was written by another command or version, or is damaged; "
@@ -412,13 +391,31 @@ class Record:
             dq.write_file(self.log, lambda file: file.write("".join(lines).encode()))
         return self.bar
 
-    def after(self, done, losses, stop):
+    def add(self, done, terms, scale=1.0):
+        """Step `done` has these losses, {name: scalar}, times `scale`: added up over the parts of its batch. They stay
+        on the device until they are logged: to ask a GPU for a value is to wait."""
+        sums = self.losses.setdefault(done, {})
+        for name, term in terms.items():
+            sums[name] = sums.get(name, 0.0) + scale * term.detach().float()
+
+    def newest_losses(self):
+        """Their means over the processes. UserError if one since the last call is not finite."""
+        for done, sums in self.losses.items():
+            means = dq.total(torch.stack(list(sums.values()))) / dq.processes()[1]
+            newest = dict(zip(sums, means.tolist()))
+            bad = ", ".join(name for name, value in newest.items() if not math.isfinite(value))
+            dq.require(not bad, f"step {done}: not finite in the loss: {bad}; {self.last_good()}; "
+                                f"a new run may need a lower --lr")
+        self.losses.clear()
+        return newest
+
+    def after(self, done, stop):
         """Log the losses of every tenth step. -> what is due: to evaluate (process 0), to save, to stop (the signal)"""
         last, asked = done == self.settings["steps"], stop.asked(done)
         evaluates = last or done % self.settings["eval_every"] == 0
         saves = last or asked or done % self.args.save_every == 0
         if done % 10 == 0 or evaluates or saves:                             # no figure and no file of a broken state
-            newest = losses.read(self.last_good())
+            newest = self.newest_losses()
             if done % 10 == 0:
                 self.write_log(done, newest)
         if asked:
@@ -451,7 +448,7 @@ class Record:
         finite = all(x.isfinite().all() for x in self.model.state_dict().values())
         dq.require(finite, f"step {done}: a weight is not finite; {self.last_good()}")
         states = {name: part.state_dict() for name, part in self.parts.items()}
-        self.write(self.path, done, settings=self.settings, rng=random_states(self.device), **states)
+        self.write(self.path, done, settings=self.settings, **states)
         self.step = done
 
     def write(self, path, done, **more):
@@ -478,29 +475,12 @@ def read_log(path):
 def set_aside(path, *also, hint=" (--resume would have gone on with it)"):
     """A run that starts anew moves what a former one left beside `path`, all of its stem and of the names `also`, into
     a folder of its own."""
-    def left_in(folder):
-        return [file for pattern in (f"{path.stem}.*", *also) for file in folder.glob(pattern)]
-    if dq.processes()[0] > 0 or not any(path.with_name(name).exists() for name in (path.name, *also)):
+    left = [file for pattern in (f"{path.stem}.*", *also) for file in path.parent.glob(pattern)]
+    if dq.processes()[0] > 0 or not {path.name, *also} & {file.name for file in left}:
         return
     folders = (path.with_name(f"former-{n}") for n in itertools.count(1))
-    former = next(folder for folder in folders if not left_in(folder))
+    former = next(folder for folder in folders if not any((folder / file.name).exists() for file in left))
     former.mkdir(exist_ok=True)
-    for file in left_in(path.parent):
+    for file in left:
         os.replace(file, former / file.name)
     print(f"{path} and what belongs to it, of a former run, are now in {former}{hint}")
-
-
-def random_states(device):
-    name, keys, *rest = np.random.get_state()
-    return dict(python=random.getstate(), numpy=(name, keys.tolist(), *rest), torch=torch.get_rng_state(),
-                cuda=torch.cuda.get_rng_state(device) if device.type == "cuda" else None)
-
-
-def restore_random_states(states, device):
-    """Every process takes up those of process 0, on its own device: all draw the same, for the global batch."""
-    random.setstate(states["python"])
-    np.random.set_state(states["numpy"])
-    torch.set_rng_state(states["torch"])
-    cuda = [states["cuda"]] if torch.is_tensor(states["cuda"]) else states["cuda"]  # older ones: of all GPUs, from 0 on
-    if device.type == "cuda" and cuda:
-        torch.cuda.set_rng_state(cuda[0], device)

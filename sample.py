@@ -14,7 +14,8 @@ from PIL import Image
 from tqdm import tqdm
 
 import dq
-from common import draw_grains, load_image, open_image, pick_device, run, save_grid, save_picture, to_picture
+from common import (Stop, draw_grains, load_image, number, open_image, pick_device, positive, run, save_grid,
+                    save_picture, to_picture)
 
 ROUND = 16    # batches in a call of dq.generate; slots stand idle at the end of a call only, pictures are written then
 
@@ -24,14 +25,14 @@ def parse(argv=None):
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("checkpoint", nargs="?", type=Path, default=Path("out/transformer.pt"), help="what train_transformer.py wrote")
-    add("--n", type=int, default=32, help="number of images")
-    add("--batch-size", type=int, default=64, help="images at a time")
+    add("--n", type=positive, default=32, help="number of images")
+    add("--batch-size", type=positive, default=64, help="images at a time")
     add("--label", help="class, by name or number; None: all in turn")
     add("--temperature", type=float, default=0.7, help="of positions and contents; 1: the model as it is")
     add("--top-k", type=int, default=0, help="draw contents from the k likeliest; 0: all")
     add("--top-p", type=float, default=1.0, help="draw contents from the likeliest that make up p")
     add("--cfg", type=float, default=2.0, help="classifier-free guidance; 1: off")
-    add("--seed", type=int, default=0, help="of the draws")
+    add("--seed", type=number(int, 0, below=2 ** 64), default=0, help="of the draws")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 where the hardware has it")
     add("--compile", action="store_true", help="torch.compile the step (GPUs: then captured)")
@@ -48,8 +49,6 @@ def parse(argv=None):
 
 def check(args):
     """Refuse, before any work, what would fail or do harm at its end. -> where the grid goes"""
-    dq.require(args.n >= 1 and args.batch_size >= 1, "--n and --batch-size must be at least 1")
-    dq.require(0 <= args.seed < 2 ** 64, f"--seed must be at least 0 and below 2**64, not {args.seed}")
     dq.require(not (args.input and args.grain_map), "--input and --grain-map exclude each other")
     dq.require(args.input or args.keep is None, "--keep needs --input")
 
@@ -63,11 +62,10 @@ def check(args):
         check_ending("--gif", args.gif)
         dq.require(args.gif != out, f"--out and --gif are the same file, {out}")
     if args.save_dir and args.save_dir.is_dir():
-        numbers = sorted(int(path.stem) for path in args.save_dir.glob("[0-9]*.png") if path.stem.isdecimal())
-        more = [i for i in numbers if i >= args.n]                           # the others are replaced
-        if more:
-            raise dq.UserError(f"--save-dir {args.save_dir} holds {more[0]:06d}.png of a larger job, which --n {args.n}"
-                               " would leave among its own images; empty it, or name another folder")
+        numbers = [int(path.stem) for path in args.save_dir.glob("[0-9]*.png") if path.stem.isdecimal()]
+        last = max(numbers, default=0)
+        dq.require(last < args.n, f"--save-dir {args.save_dir} holds {last:06d}.png of a larger job, which --n {args.n} "
+                                  "would leave among its own images; empty it, or name another folder")
     return out
 
 
@@ -87,6 +85,8 @@ def label_number(label, classes):
     names = ", ".join(classes[:20]) + (", ..." if len(classes) > 20 else "")
     dq.require(label.isdecimal() and int(label) < len(classes),
                f"no class {label!r}; there are 0 to {len(classes) - 1}: {names}")
+    if any(name.isdecimal() for name in classes):
+        print(f"note: no class is named {label}; class number {label} is drawn, which is named {classes[int(label)]}")
     return int(label)
 
 
@@ -153,25 +153,28 @@ def main(argv=None):
     device, autocast = pick_device(args.device, args.dtype)
     model, vae = dq.load_transformer(args.checkpoint, device)
     layout, classes = model.layout, model.config.classes
+    label = torch.arange(args.n) % max(1, len(classes))
     if args.label is not None:
-        label = torch.full((args.n,), label_number(args.label, classes))
-    else:
-        label = torch.arange(args.n) % len(classes) if classes else torch.full((args.n,), -1)
+        label.fill_(label_number(args.label, classes))
     given = given_pairs(args, layout, vae, device, autocast)
     for folder in (out.parent, args.save_dir, args.gif and args.gif.parent):
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
     with autocast():                                                         # on CPUs it is no faster for few rows
         bf16 = torch.is_autocast_enabled(device.type) and (device.type == "cuda" or args.dtype == "bf16")
-    dtype = torch.bfloat16 if bf16 else torch.float32
+    model.to(torch.bfloat16 if bf16 else torch.float32)
 
+    if args.save_dir:                                                        # by this mark they are no training data
+        told = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+        told["labels"] = {f"{i:06d}.png": classes[k] for i, k in enumerate(label.tolist())} if classes else {}
+        dq.write_file(args.save_dir / "samples.json", lambda file: file.write(json.dumps(told, indent=1).encode()))
     tiles, captions = [], []
-    with tqdm(total=args.n, desc="sampling", unit="image", disable=None) as bar:
+    with Stop(device) as stop, tqdm(total=args.n, desc="sampling", unit="image", disable=None) as bar:
         for first in range(0, args.n, ROUND * args.batch_size):
             y = label[first:first + ROUND * args.batch_size].to(device)
             open_pairs = None if given is None else tuple(each.expand(len(y), -1) for each in given)
             pos, code = dq.generate(model, y, options, args.seed, open_pairs, slots=args.batch_size, first=first,
-                                    dtype=dtype, compile=args.compile)       # each n, L
+                                    compile=args.compile)                    # each n, L
             codes, grains = layout.unpack(pos, code)                         # n, H, W and n, h, w
             with autocast(), torch.inference_mode():
                 images = torch.cat([vae.decode(part).float() for part in codes.split(64)])  # n, 3, S, S
@@ -185,11 +188,12 @@ def main(argv=None):
             if args.gif and first == 0:
                 save_gif(args.gif, layout, vae, pos[:1], code[:1], autocast)
             bar.update(len(y))
+            if stop.number:
+                break
     save_grid(out, tiles, columns=8, captions=captions)
-    if args.save_dir:                                                        # by this mark they are no training data
-        told = json.dumps({name: str(value) for name, value in vars(args).items()}, indent=1)
-        dq.write_file(args.save_dir / "samples.json", lambda file: file.write(told.encode()))
     print("wrote " + ", ".join(str(path) for path in (out, args.save_dir, args.gif) if path))
+    if stop.number:
+        stop.leave(stop.number, f"when {first + len(y)} of {args.n} images were drawn", "")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ Writes into --out: vae.pt (checkpoint), vae.best.pt (that of the lowest held-out
 (original | reconstruction | grains) and, at the end, codes.pt (all that stage 2 needs).
 """
 import contextlib
+import functools
 import math
 import os
 import re
@@ -23,9 +24,8 @@ from torch.distributed.nn.functional import all_reduce
 from tqdm import tqdm
 
 import dq
-from common import (Losses, Record, Schedule, Stop, deal, distribute, draw_grains, flag, load_image, natural,
-                    open_image, override, positive, prepare, run, save_grid, say, set_aside, to_picture, trainer_flags,
-                    weight)
+from common import (Record, Schedule, Stop, deal, distribute, draw_grains, flag, load_image, natural, override,
+                    positive, prepare, run, save_grid, say, seed_all, set_aside, to_picture, trainer_flags, weight)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -75,7 +75,7 @@ PRESETS = {
 # ------------------------------------------------------------------------------------------------
 # Data: a folder of images, or the toy shapes
 
-LOOKED_AT, DECODED = 5000, 5e6           # files, bytes: how large a folder is looked through at the start
+FILES, BYTES = 5000, 5e7                 # up to here a folder is looked through at the start, which takes seconds
 NAMED = 10                               # of broken files; more are counted
 BROKEN = -2                              # in place of a label
 NO_PICTURES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}                 # Pillow needs other programs for these
@@ -98,11 +98,10 @@ def open_data(folder, size, augment=False, seed=0, skip=None):
         return ToyShapes(size, seed=seed), ToyShapes(size, n=512, seed=seed + 1_000_003)
     dq.require(os.path.isdir(folder), f"no such folder: {folder}")
     names, left_out = find_images(folder, skip)
-    names = without_broken(folder, names, left_out)
-    top = [name.split("/")[0] if "/" in name else None for name in names]
-    classes = sorted(set(top) - {None})
+    names = without_broken(folder, names, left_out, size)
+    classes = sorted({name.split("/")[0] for name in names if "/" in name})
     label = {name: i for i, name in enumerate(classes)} if len(classes) > 1 else {}
-    train, val = split([(name, label.get(first, -1)) for name, first in zip(names, top)])
+    train, val = split([(name, label.get(name.split("/")[0], -1)) for name in names])
     return (ImageFolder(folder, train, label, size, augment, seed, left_out),
             ImageFolder(folder, val, label, size, left_out=left_out))
 
@@ -131,55 +130,39 @@ def find_images(root, skip=None):
                 names.append(below + name)
             else:
                 left_out[ending or "without an ending"] += 1
-    warn([f"can't read the folder {error.filename}: {error.strerror}" for error in unreadable])
-    left_out["folders that can't be read"] += len(unreadable)
+    left_out.update(f"folder that can't be read ({error.filename})" for error in unreadable)
     dq.require(names, f"no images below {root}; other files: {reasons(left_out) or 'none'}")
     return sorted(names, key=lambda name: name.split("/")), left_out
 
 
-def without_broken(root, names, left_out):
-    """The files without those that are seen to be broken before anything starts. Up to LOOKED_AT files are opened, and
-    decoded if they have up to DECODED bytes in all: seconds at most. Of more files none is read; what is broken is then
-    found on the way, as in ImageFolder."""
-    if len(names) > LOOKED_AT:
+def without_broken(root, names, left_out, size):
+    """The files of a small folder without those that can't be decoded. Of a large one none is read at the start; what
+    is broken is then found on the way, as in ImageFolder."""
+    paths = [os.path.join(root, name) for name in names]
+    if len(paths) > FILES or sum(os.path.getsize(path) for path in paths if os.path.isfile(path)) > BYTES:
         return names
-    paths, broken = {name: os.path.join(root, name) for name in names}, {}
-    header_only = sum(os.path.getsize(path) for path in paths.values() if os.path.isfile(path)) > DECODED
-    for name, path in paths.items():
-        try:
-            open_image(path, header_only)
-        except dq.UserError as error:
-            broken[name] = f"left out {error}"
-    warn(list(broken.values()))
-    left_out["broken"] += len(broken)
-    dq.require(len(broken) < len(names), f"none of the {len(names)} images below {root} can be decoded")
-    return [name for name in names if name not in broken]
-
-
-def warn(lines):
-    """Some lines and the number of the rest, on standard error, from one process."""
-    rest = [f"... and {len(lines) - NAMED} more, {len(lines)} in all"] if len(lines) > NAMED else []
-    for line in (lines[:NAMED] + rest) * (dq.processes()[0] == 0):
-        print(f"warning: {line}", file=sys.stderr)
+    data, quiet = ImageFolder(root, [(name, -1) for name in names], (), size), dq.processes()[0] > 0
+    sound = [name for i, name in enumerate(names) if data.read(i, quiet)]
+    left_out["broken"] = len(names) - len(sound)
+    dq.require(sound, f"none of the {len(names)} images below {root} can be decoded")
+    return sound
 
 
 def split(files):
-    """(name, label) pairs -> those to train on; held out: one in 20, by a hash of its name, but of no class all."""
-    hashed = {file for file in files if zlib.crc32(file[0].encode(errors="surrogateescape")) % 20 == 0}
-    kept = {label for _, label in set(files) - hashed}
-    held = {file for file in hashed if file[1] in kept}
-    if not held:                                                             # so few files that chance left none
-        size = Counter(label for _, label in files)
-        held = set([file for file in files if size[file[1]] > 1][:1])
-    val = [file for file in files if file in held] or files[:1]              # no class can spare one: it is in both
-    return [file for file in files if file not in held], val
+    """(name, label) pairs -> those to train on; held out: one in 20, by a hash of its name."""
+    first = {label: name for name, label in reversed(files)}                 # to train on, so that no class is lost
+    others = [(name, label) for name, label in files if name != first[label]]
+    held = [pair for pair in others if zlib.crc32(pair[0].encode(errors="surrogateescape")) % 20 == 0]
+    held = set(held or others[:1])                                           # so few files that chance left none
+    return [pair for pair in files if pair not in held], [pair for pair in files if pair in held] or files[:1]
 
 
 class ImageFolder(torch.utils.data.Dataset):
     """Images of a folder. files: pairs (name below root, label), the label -1 without a class.
 
-    self[i] -> image (3, S, S) in [-1, 1], label. i may run past the length: i // len(self) is then the epoch, which
-    with the seed fixes the random crop and flip. In place of a file that can't be decoded comes another of the epoch,
+    self[i] -> image (3, S, S) in [-1, 1], label. A file that can't be decoded is black, and its label BROKEN.
+    augment, to train on them: crops and flips at random. i may run past the length: i // len(self) is then the epoch,
+    which with the seed fixes the crop and flip. In place of a file that can't be decoded comes another of the epoch,
     drawn by (seed, i): none is favoured, and a resumed run sees the same.
     """
 
@@ -192,28 +175,27 @@ class ImageFolder(torch.utils.data.Dataset):
         return len(self.files)
 
     def __getitem__(self, i):
-        pair, n = self.read(i, self.augment), len(self)
-        if pair is None:
+        pair, n = self.read(i), len(self)
+        if pair is None and self.augment:
             others = np.random.default_rng([self.seed, i, 1]).permutation(n).tolist()
-            pair = next(filter(None, (self.read(i - i % n + k, self.augment) for k in others)), None)
+            pair = next(filter(None, (self.read(i - i % n + k) for k in others)), None)
             dq.require(pair, f"none of these {n} images below {self.root} can be decoded")
-        return pair
+        return pair or (torch.zeros(3, self.size, self.size), BROKEN)
 
-    def read(self, i, augment=False):
+    def read(self, i, quiet=False):
         """Image i and its label, or None if it can't be decoded, which is said once."""
         k = i % len(self)
         if self.broken[k]:
             return None
         name, label = self.files[k]
         try:
-            rng = np.random.default_rng([self.seed, i]) if augment else None
+            rng = np.random.default_rng([self.seed, i]) if self.augment else None
             return load_image(os.path.join(self.root, name), self.size, rng), label
         except dq.UserError as error:
             self.broken[k] = True
             count = int(self.broken.sum())
-            if count <= NAMED or count & (count - 1) == 0:                   # then 16, 32, 64, ...
-                told = error if count <= NAMED else f"{count} images by now"
-                print(f"warning: left out {told}", file=sys.stderr)
+            if not quiet and (count <= NAMED or count & (count - 1) == 0):   # then 16, 32, 64, ...
+                print(f"warning: left out {error if count <= NAMED else f'{count} by now'}", file=sys.stderr)
 
 
 class ToyShapes(torch.utils.data.Dataset):
@@ -238,31 +220,28 @@ class ToyShapes(torch.utils.data.Dataset):
     def __len__(self):
         return self.n
 
-    def _shape(self, i):
-        """Signed distance to the shape's edge (S, S), negative inside, and the generator for all the rest."""
+    def _draw(self, i):
+        """All that is random in image i: signed distance to the shape's edge (S, S), negative inside; places from its
+        middle, x and y; two colours behind it, from where to where; turn and kind of its texture, inks."""
         rng = np.random.default_rng([self.seed, i % self.n])
         r = rng.choice([0.6, 0.675, 0.75])
         x, y = self.x - rng.integers(-2, 3) / 8, self.y - rng.integers(-2, 3) / 8  # on a grid: few codes say much
         a, b = np.maximum(abs(x), abs(y)), np.minimum(abs(x), abs(y))
         distances = dict(circle=np.hypot(x, y) - r, square=a - 0.85 * r, cross=np.maximum(a - r, b - 0.36 * r),
                          triangle=np.maximum(0.866 * abs(x) - 0.5 * y - 0.55 * r, y - 0.7 * r))
-        return distances[self.classes[i % self.n % 4]], x, y, rng
+        return (distances[self.classes[i % self.n % 4]], x, y,
+                rng.choice(len(self.backgrounds), 2, replace=False), rng.uniform(0, 2 * np.pi),
+                rng.integers(4), rng.integers(len(self.textures)), rng.integers(len(self.inks)))
 
     def detail_mask(self, i):
         """Pixels of the textured shape: (S, S), bool."""
-        return torch.from_numpy(self._shape(i)[0] < 0)
-
-    def _paint(self, rng):
-        """What is drawn after the shape: two colours behind it, from where to where, turn and kind of texture, inks."""
-        return (rng.choice(len(self.backgrounds), 2, replace=False), rng.uniform(0, 2 * np.pi),
-                rng.integers(4), rng.integers(len(self.textures)), rng.integers(len(self.inks)))
+        return torch.from_numpy(self._draw(i)[0] < 0)
 
     def texture(self, i):
-        return int(self._paint(self._shape(i)[3])[3])
+        return int(self._draw(i)[6])
 
     def __getitem__(self, i):
-        d, x, y, rng = self._shape(i)
-        behind, angle, turn, kind, inks = self._paint(rng)
+        d, x, y, behind, angle, turn, kind, inks = self._draw(i)
         c0, c1 = self.backgrounds[behind]
         t = 0.5 + (np.cos(angle) * self.x + np.sin(angle) * self.y) / 2.83   # S, S in [0, 1]
         image = c0 + (c1 - c0) * t[..., None]                                # S, S, 3
@@ -279,31 +258,18 @@ class ToyShapes(torch.utils.data.Dataset):
         return torch.from_numpy(image.transpose(2, 0, 1) * 2 - 1).float(), i % self.n % 4
 
 
-class Once(torch.utils.data.Dataset):
-    """Each image once, as it is: no random crop, none in place of another. Broken ones are black, labelled BROKEN."""
-
-    def __init__(self, data):
-        self.data, self.read = data, getattr(data, "read", data.__getitem__)
-
-    def __len__(self):
-        return len(self.data)
-
-    def __getitem__(self, i):
-        return self.read(i % len(self)) or (torch.zeros(3, self.data.size, self.data.size), BROKEN)
-
-
 def loader(data, workers, **how):
     return torch.utils.data.DataLoader(data, num_workers=workers, worker_init_fn=leave_signals_to_the_parent,
-                                       generator=torch.Generator(), pin_memory=torch.cuda.is_available(), **how)
+                                       pin_memory=torch.cuda.is_available(), **how)
 
 
 def leave_signals_to_the_parent(worker):
     signal.signal(signal.SIGINT, signal.SIG_IGN)                             # Ctrl-C reaches them too
 
 
-def stream(data, batch_size, seed, start=0, workers=0, part=None):
-    """Endless batches in the order of `deal`, of each this process's part, or a part (number, how many)."""
-    rank, world = part or dq.processes()
+def stream(data, batch_size, seed, start=0, workers=0):
+    """Endless batches in the order of `deal`, of each this process's part."""
+    rank, world = dq.processes()
     own = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
     return iter(loader(data, workers, batch_sampler=(batch[own] for batch in deal(len(data), batch_size, seed, start))))
 
@@ -325,8 +291,8 @@ def describe(train, val):
     if isinstance(train, ToyShapes):
         return f"data: the built-in toy shapes, {text}"
     text = f"data: {train.root}, {text}; left out: {reasons(train.left_out) or 'nothing'}"
-    if len(train) + len(val) > LOOKED_AT:
-        text += "; so many files that broken ones are left out as they are met"
+    if "broken" not in train.left_out:
+        text += "; so much that broken files are left out as they are met"
     top = sorted({name.split("/")[0] for name, _ in train.files + val.files if "/" in name})
     if top and {name.lower() for name in top} <= SPLITS:
         first = next((name for name in top if name.lower().startswith("train")), top[0])
@@ -391,21 +357,18 @@ class Perceptual(nn.Module):
                                "--perceptual-weight 0") from None
         return lpips
 
-    def maps(self, x):
-        """(B, 3, S, S) -> one after the other, the features at the five taps."""
-        x = (x - self.shift) / self.scale
-        for i, layer in enumerate(self.features):
-            x = layer(x)                                                     # B, c, S/2^k, S/2^k
-            if i in self.taps:
-                # a vector that is zero keeps a gradient that is finite, which x / |x| would not
-                yield F.normalize(x.float(), dim=1, eps=1e-10)               # B, c, S/2^k, S/2^k
-
     def forward(self, x, y):
-        with torch.no_grad():
-            maps_of_x = list(self.maps(x))
+        x, y = (x - self.shift) / self.scale, (y - self.shift) / self.scale
         distance = 0.0
-        for importance, a, b in zip(self.weights, maps_of_x, self.maps(y)):
-            distance = distance + (importance * (a - b).square()).sum(1).mean(dim=(1, 2))  # B
+        for i, layer in enumerate(self.features):
+            with torch.no_grad():
+                x = layer(x)                                                 # B, c, S/2^k, S/2^k
+            y = layer(y)
+            if i in self.taps:
+                # a vector that is zero keeps a gradient that is finite, which y / |y| would not
+                a, b = (F.normalize(maps.float(), dim=1, eps=1e-10) for maps in (x, y))
+                importance = self.weights[self.taps.index(i)]                # 1, c, 1, 1
+                distance = distance + (importance * (a - b).square()).sum(1).mean(dim=(1, 2))  # B
         return distance
 
 
@@ -432,12 +395,10 @@ class BatchNorm(nn.BatchNorm2d):
 class Discriminator(nn.Module):
     """PatchGAN (Isola et al. 2017): (B, 3, S, S) -> a logit for each overlapping patch, high for real."""
 
-    def __init__(self, layers=3, width=64):
+    def __init__(self, width=64):
         super().__init__()
-        blocks = [nn.Conv2d(3, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
-        c = width
-        for i in range(1, layers + 1):
-            c_out, stride = width * min(2 ** i, 8), 2 if i < layers else 1
+        blocks, c = [nn.Conv2d(3, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)], width
+        for c_out, stride in ((2 * width, 2), (4 * width, 2), (8 * width, 1)):
             blocks += [nn.Conv2d(c, c_out, 4, stride, padding=1, bias=False), BatchNorm(c_out), nn.LeakyReLU(0.2)]
             c = c_out
         self.blocks = nn.Sequential(*blocks, nn.Conv2d(c, 1, 4, padding=1))
@@ -448,7 +409,7 @@ class Discriminator(nn.Module):
                 nn.init.normal_(module.weight, 1, 0.02)
 
     def forward(self, x):
-        return self.blocks(x).float()                                        # B, 1, S/8 - 2, S/8 - 2 (three layers)
+        return self.blocks(x).float()                                        # B, 1, S/8 - 2, S/8 - 2
 
 
 def hinge_loss(real, fake):
@@ -460,11 +421,9 @@ def adaptive_weight(y, last, pull, push, cap=0.75):
     """Weight of the adversarial loss that lets it move the decoder's last layer as much as the reconstruction loss, at
     most `cap` (Esser et al., "Taming Transformers", 2021, equation 7). y: reconstruction; last: weight of the last
     convolution; pull, push: the gradients of the two losses at y."""
-    norms = []
-    for gradient in (pull, push):
-        at_last, = torch.autograd.grad(y, last, gradient, retain_graph=True)  # as `last`, of this process's images
-        norms.append(dq.total(at_last).norm() / dq.processes()[1])
-    return (norms[0] / (norms[1] + 1e-4)).clamp(max=cap)
+    at_last = [torch.autograd.grad(y, last, gradient, retain_graph=True)[0] for gradient in (pull, push)]
+    pull, push = (dq.total(each).norm() / dq.processes()[1] for each in at_last)  # at_last: of this process's images
+    return (pull / (push + 1e-4)).clamp(max=cap)
 
 
 def backward(y, last, loss, adversarial, other, gan_weight=1.0, scale=1.0):
@@ -520,16 +479,11 @@ def ssim(x, y):
     side = min(11, x.shape[-1] - 1 + x.shape[-1] % 2)                        # smaller images: the largest odd window
     line = torch.exp(-0.5 * ((torch.arange(side, device=x.device) - side // 2) / 1.5) ** 2)
     window = (line[:, None] * line).div(line.sum() ** 2).expand(3, 1, side, side)
-
-    def blur(z):
-        return F.conv2d(z, window, groups=3)                                 # B, 3, S - 10, S - 10
-
     x, y = (x + 1) / 2, (y + 1) / 2                                          # black must be 0: means are divided
-    mx, my = blur(x), blur(y)
-    vx, vy, covariance = blur(x * x) - mx ** 2, blur(y * y) - my ** 2, blur(x * y) - mx * my
+    mx, my, xx, yy, xy = (F.conv2d(z, window, groups=3) for z in (x, y, x * x, y * y, x * y))  # B, 3, S - 10, S - 10
     c1, c2 = 0.01 ** 2, 0.03 ** 2
     means = (2 * mx * my + c1) / (mx ** 2 + my ** 2 + c1)                    # B, 3, S - 10, S - 10
-    structure = (2 * covariance + c2) / (vx + vy + c2)                       # B, 3, S - 10, S - 10
+    structure = (2 * (xy - mx * my) + c2) / (xx - mx ** 2 + yy - my ** 2 + c2)  # B, 3, S - 10, S - 10
     return (means * structure).mean(dim=(1, 2, 3))
 
 
@@ -551,7 +505,6 @@ def evaluate(model, images, detailed, autocast, perceptual=None, batch_size=64):
 
     config, K = model.config, len(model.config.factors)
     cells = torch.tensor([(config.factors[0] // f) ** 2 for f in config.factors], device=grains.device)  # K
-    fine = (grains == K - 1).float().mean(dim=(1, 2))                        # M
     n_codes = cells[grains].sum(dim=(1, 2)).float().mean().item()
     # what sending an image takes: its codes, and for each region which granularity it has
     bits = n_codes * math.log2(config.codebook_size) + grains[0].numel() * math.log2(K)
@@ -565,7 +518,6 @@ def evaluate(model, images, detailed, autocast, perceptual=None, batch_size=64):
         ssim=similarity.mean().item(), l1=error.abs().mean().item(), l2=error.square().mean().item(),
         codes_per_image=n_codes, bits_per_pixel=bits / config.size ** 2,
         share=[round((grains == k).float().mean().item(), 4) for k in range(K)],
-        fine_min=fine.min().item(), fine_mean=fine.mean().item(), fine_max=fine.max().item(),
         perplexity=torch.exp(-(p * (p + 1e-12).log()).sum()).item(), codebook_used=(use > 0).float().mean().item())
     if detailed is not None and K > 1 and 0 < detailed.sum() < detailed.numel():
         figures |= dict(auc=auc(score, detailed), auc_argmax=auc(grains, detailed))
@@ -597,7 +549,7 @@ def encode(vae, data, device, autocast, workers, mirrored, stop):
     # numbers past the end are those of the first images again: all processes must have as many
     own = range(rank, -(-len(data) // world) * world, world)
     rows = dict(codes=[], grains=[], label=[])
-    bar = tqdm(loader(Once(data), workers, batch_size=64, sampler=own), "encoding", leave=False,
+    bar = tqdm(loader(data, workers, batch_size=64, sampler=own), "encoding", leave=False,
                disable=True if rank else None)
     for done, (x, label) in enumerate(bar, 1):
         x = x.to(device)                                                     # n, 3, S, S
@@ -627,7 +579,7 @@ def smallest(x):
 def write_codes(path, vae, train, held_out, preset, args, device, autocast, stop):
     """Encode all images and write what stage 2 needs: these, the DQ-VAE, the classes, the name of the preset."""
     vae.eval()
-    torch.manual_seed(args.seed)                                             # the random router draws
+    seed_all(args.seed)                                                      # the random router draws
     train_codes, held_out_codes = (encode(vae, data, device, autocast, args.workers, data is train, stop)
                                    for data in (train, held_out))
     weights, checksum = {name: x.cpu() for name, x in vae.state_dict().items()}, 0
@@ -673,13 +625,16 @@ def parse(argv=None):
     if args.ratios is None:
         K = len(args.factors)
         args.ratios = config.ratios if K == len(config.factors) else [1 / K] * K
+    for name, weighs, side in (("gan", args.gan_weight, 24), ("perceptual", args.perceptual_weight, 16)):
+        dq.require(not weighs or args.size >= side, f"the {name} loss needs images of at least {side} x {side} pixels, "
+                                                    f"not {args.size}; --{name}-weight 0 trains without")
     return args, override(config, args), override(schedule, args)
 
 
 def held_out_images(data, config, device):
     """Up to 512 held-out images (M, 3, S, S) and, of the toy data only, where detail is: (M, h, w), bool."""
     shown = range(min(len(data), 512))
-    images = [x for x, label in map(Once(data).__getitem__, shown) if label != BROKEN]
+    images = [x for x, label in map(data.__getitem__, shown) if label != BROKEN]
     dq.require(images, f"none of {len(shown)} held-out images can be decoded")
     images = torch.stack(images).to(device)                                  # M, 3, S, S
     if not isinstance(data, ToyShapes):
@@ -713,34 +668,27 @@ def main(argv=None):
     device, autocast = prepare(args, trains=not args.encode)
     if args.encode:
         return encode_only(args, device, autocast)
-    dq.require(schedule.gan_weight == 0 or config.size >= 24,
-               f"the discriminator needs at least 24 x 24 pixels, not {config.size}; --gan-weight 0 trains without")
-    dq.require(schedule.perceptual_weight == 0 or config.size >= 16,
-               f"LPIPS needs at least 16 x 16 pixels, not {config.size}; --perceptual-weight 0 trains without")
     train, held_out = open_data(args.data, config.size, augment=True, seed=args.seed, skip=args.out)
     say(describe(train, held_out))
     images, detailed = held_out_images(held_out, config, device)
     perceptual = Perceptual.load(args.perceptual_weights).to(device) if schedule.perceptual_weight else None
 
-    torch.manual_seed(args.seed)
+    seed_all(args.seed)
     # GPUs convolve faster with channels last; on CPUs group norm is many times slower that way
-    on_gpu = device.type == "cuda"
-    memory_format = torch.channels_last if on_gpu else torch.contiguous_format
+    memory_format = torch.channels_last if device.type == "cuda" else torch.contiguous_format
     model = dq.DQVAE(config).to(device, memory_format=memory_format)
     if config.router == "entropy":
-        sample = stream(train, schedule.batch_size, args.seed, part=(0, 1))
-        n = max(1, 2048 // schedule.batch_size)
-        calibrate(model.router, config.ratios, (next(sample)[0].to(device) for _ in range(n)))
-    optimizer = torch.optim.Adam(model.parameters(), lr=schedule.lr, betas=schedule.betas, fused=on_gpu)
-    parts, optimizers = dict(optimizer=optimizer), [optimizer]
+        sample = loader(train, args.workers, batch_size=64, sampler=next(deal(len(train), 2048, args.seed)))
+        calibrate(model.router, config.ratios, (x.to(device) for x, _ in sample))
+    adam = functools.partial(torch.optim.Adam, lr=schedule.lr, betas=schedule.betas, fused=device.type == "cuda")
+    optimizers = parts = dict(optimizer=adam(model.parameters()))
     if schedule.gan_weight:
         critic = Discriminator().to(device, memory_format=memory_format)
-        critic_optimizer = torch.optim.Adam(critic.parameters(), lr=schedule.lr, betas=schedule.betas, fused=on_gpu)
-        parts |= dict(critic=critic, critic_optimizer=critic_optimizer)
-        optimizers.append(critic_optimizer)
         judge = distribute(critic)
+        optimizers["critic_optimizer"] = adam(critic.parameters())
+        parts = dict(critic=critic, **optimizers)
     settings = dict(data=identity(train), seed=args.seed) | asdict(schedule)
-    record = Record(args, args.out / "vae.pt", config, settings, model, parts, dict(preset=args.preset), device)
+    record = Record(args, args.out / "vae.pt", config, settings, model, parts, dict(preset=args.preset))
     codes = args.out / "codes.pt"
     if args.resume:
         record.resume()
@@ -751,17 +699,17 @@ def main(argv=None):
     batches = stream(train, schedule.batch_size, args.seed, record.step, args.workers)
     forward = distribute(compiled(model) if args.compile else model)
     last_weight = model.decoder.out[-1].weight
-    losses = Losses()
 
     model.train()
     with Stop(device) as stop:
         for step in record.start("DQ-VAE"):
             done = step + 1
+            seed_all(args.seed, step)                                        # all processes draw the same
             batch = next(batches)[0].to(device, memory_format=memory_format, non_blocking=True)  # B, 3, S, S
             adversarial_on = schedule.gan_weight > 0 and step >= schedule.gan_start
-            for each in optimizers:
-                each.zero_grad(set_to_none=True)
-                for group in each.param_groups:
+            for optimizer in optimizers.values():
+                optimizer.zero_grad(set_to_none=True)
+                for group in optimizer.param_groups:
                     group["lr"] = schedule.learning_rate(step)
             for x in batch.chunk(schedule.accumulate):
                 with autocast():
@@ -783,17 +731,15 @@ def main(argv=None):
                         critic_loss = hinge_loss(judge(x), judge(y.detach()))
                     (scale * critic_loss).backward()
                     terms |= dict(gan=gan, gan_weight=gan_weight, critic=critic_loss)
-                losses.add(done, dict(loss=of_y + of_codes) | terms, scale)
+                record.add(done, dict(loss=of_y + of_codes) | terms, scale)
             if schedule.clip:
                 nn.utils.clip_grad_norm_(model.parameters(), schedule.clip)
-            optimizer.step()
-            if adversarial_on:
-                critic_optimizer.step()
+            for optimizer in optimizers.values():
+                optimizer.step()                                             # nothing without gradients
 
-            evaluates, saves, stops = record.after(done, losses, stop)
+            evaluates, saves, stops = record.after(done, stop)
             if evaluates:
-                with torch.random.fork_rng([device] if on_gpu else []):      # how often it is done changes nothing
-                    figures, y, grains = evaluate(model, images, detailed, autocast, perceptual)
+                figures, y, grains = evaluate(model, images, detailed, autocast, perceptual)
                 figures["loss"] = (figures["l1"] + schedule.l2_weight * figures["l2"]
                                    + schedule.perceptual_weight * figures.get("lpips", 0.0))
                 show(args.out / "vae.png", images, y, grains, config.factors)
@@ -802,6 +748,7 @@ def main(argv=None):
                 record.save(done)
             if stops:
                 stop.leave(stops, f"after step {done}, saved in {record.path}")
+        train.augment = False                                                # each image is encoded once, as it is
         write_codes(codes, model, train, held_out, args.preset, args, device, autocast, stop)
     say(f"done: {record.path}, {codes}, {args.out / 'vae.png'} and {record.log}")
 

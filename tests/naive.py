@@ -12,6 +12,7 @@ variable-length generation in a hundred lines. All else can be looked up where i
 Symbols are those of dq.py. A pair is (position id, codebook id), and the codebook id of an EOS is -1.
 """
 import math
+import struct
 
 import numpy as np
 import torch
@@ -285,8 +286,14 @@ def generate(model, labels, options, seed, first=0, given=None):
 
     labels: a list, -1 for none. given: None, or for each image and step a position and a content, -1 if it is drawn.
     """
-    return [image(model, label, options, np.random.default_rng([seed, first + i]), given and [x[i] for x in given])
+    return [image(model, label, options, generator(seed, first + i), given and [x[i] for x in given])
             for i, label in enumerate(labels)]
+
+
+def generator(seed, number):
+    """That of one image: made of the words of both, the low ones first."""
+    low, high = zip(*(struct.unpack("<II", struct.pack("<Q", x)) for x in (seed, number)))
+    return np.random.default_rng([*low, *high])
 
 
 def image(model, label, options, rng, given):

@@ -1,10 +1,10 @@
 """The codebook, section 3 of dq.py.
 
     straight_through    test_straight_through_has_the_value_of_q_and_the_gradient_of_z
-    Codebook.assign     test_nearest_code_equals_a_loop
+    Codebook.assign     test_nearest_code_equals_a_loop, test_the_nearest_code_is_found_far_from_the_origin
     Codebook.forward    test_commitment_counts_every_code_once_and_pulls_only_the_encoder
     Codebook.update     test_ema_update_equals_a_loop_over_codes
-    Codebook.restart    test_restart_revives_dead_codes_and_leaves_the_others and two more
+    Codebook.restart    test_restart_revives_dead_codes_and_leaves_the_others and three more
     sample_vectors      test_restart_draws_by_weight; over several processes: survival/test_processes.py
 """
 import itertools
@@ -24,6 +24,13 @@ def test_nearest_code_equals_a_loop():
     assert len(ids.unique()) > 3, "50 vectors get three of 7 codes at most, though their nearest are more"
     for vector, i in zip(z, ids.tolist()):
         assert i == naive.nearest(book.codes, vector), "a vector gets a code that is not its nearest"
+
+
+def test_the_nearest_code_is_found_far_from_the_origin():
+    book, z = Codebook(64, 4), torch.randn(1000, 4) + 1000
+    book.codes.copy_(torch.randn(64, 4) + 1000)
+    nearest = torch.cdist(z.double(), book.codes.double()).argmin(1)
+    assert (book.assign(z) == nearest).float().mean() > 0.995                # the rest: ties, but for rounding
 
 
 def test_straight_through_has_the_value_of_q_and_the_gradient_of_z():
@@ -100,6 +107,17 @@ def test_restart_draws_by_weight():
     z[32:] += 100
     book.restart(z, (torch.arange(64) < 32).float())
     assert (book.codes < 50).all(), "a vector of weight 0 has become a code"
+
+
+def test_no_vector_restarts_two_codes_while_there_are_enough():
+    """More codes than vectors, of which few are dead: each gets a vector of its own."""
+    book, z = Codebook(64, 2), torch.arange(20.0)[:, None].expand(20, 2) * 100
+    book.uses.fill_(20 / 64)
+    dead = torch.randperm(64)[:15]
+    book.uses[dead] = 0.0
+    book.restart(z, torch.ones(20))
+    started = (book.codes[dead, 0] / 100).round()
+    assert len(started.unique()) == 15
 
 
 def test_a_batch_of_few_different_vectors_gives_codes_that_differ():

@@ -22,7 +22,7 @@ def test_straight_through_gradient_of_the_gate():
     router.logits = lambda _: logits
     gate = router(None, maps, noise=0.0)
     chosen = torch.nn.functional.one_hot(logits.argmax(1), 3).permute(0, 3, 1, 2).float()
-    torch.testing.assert_close(gate.detach(), chosen, msg=lambda why: f"the gate is not one-hot: {why}")
+    torch.testing.assert_close(gate.detach(), chosen, msg=lambda why: f"gate not one-hot: {why}")
     assert torch.equal(gate.detach(), chosen), (
         "the gate is one-hot but for rounding: (a + b) - b need not be a, so mind in which order three terms are summed")
     cost = torch.randn(2, 3, 2, 2)
@@ -90,3 +90,17 @@ def test_budget_loss_equals_a_loop_and_pulls_on_all_regions_alike(K):
             msg=lambda why: f"the loss does not pull on all regions alike, or not as hard as its formula says: {why}")
     wanted = sum((share[k] - ratio) ** 2 for k, ratio in enumerate(ratios))
     assert float(loss.detach()) == pytest.approx(wanted), "the loss is not what its formula gives for these shares"
+
+
+@torch.no_grad()
+def test_random_routes_depend_on_seed_and_image_alone():
+    """In evaluation: so codes don't depend on how images were dealt to processes."""
+    router, maps = RandomRouter((0.5, 0.5)).eval(), [torch.zeros(6, 1, 8, 8)]
+    x = torch.rand(6, 3, 16, 16)
+    torch.manual_seed(3)
+    gate = router(x, maps)
+    alone = torch.cat([router(x[i:i + 1], [maps[0][:1]]) for i in (5, 0, 3)])
+    assert torch.equal(alone, gate[[5, 0, 3]])
+    assert not torch.equal(gate[0], gate[1]) and 0.4 < gate[:, 1].mean() < 0.6
+    torch.manual_seed(4)
+    assert not torch.equal(router(x, maps), gate)

@@ -1,13 +1,18 @@
 """sample.py: what it refuses, before any work, where it writes, and what.
 
     parse, check, check_ending    test_what_could_not_be_written_is_refused_in_one_line and two more
-    label_number                  test_sampling_with_every_option; unknown ones: test_common.py
+    label_number                  test_a_label_is_a_name_before_it_is_a_number; unknown ones: test_common.py
     caption                       test_a_name_that_the_font_cannot_draw_becomes_its_number
     read_grain_map                test_a_grain_map_is_read_bright_for_fine and one more
     given_tiling, given_coarse    test_sampling.py
     save_gif                      test_moving_pictures
-    main                          test_out_is_a_folder_or_a_pictures_name, test_sampling_with_every_option
+    main                          test_out_is_a_folder_or_a_pictures_name, test_sampling_with_every_option,
+                                  test_a_stopped_job_keeps_what_is_drawn, test_samples_json_says_how_and_what
 """
+import json
+import os
+import signal
+
 import pytest
 import torch
 from PIL import Image, ImageFont
@@ -34,8 +39,7 @@ def draw(run, *args):
     (["--gif", "g.jpg"], "--gif g.jpg: pictures that move end in .gif, .webp or .png"),
     (["--gif", "g"], "--gif g: pictures that move end in .gif, .webp or .png"),
     (["--gif", "a.png", "--out", "a.png"], "--out and --gif are the same file, a.png"),
-    (["--seed", 2 ** 64], "--seed must be at least 0 and below 2**64, not 18446744073709551616"),
-    (["--seed", -1], "--seed must be at least 0 and below 2**64, not -1"),
+    (["--cfg", "inf"], "cfg must be at least 0 and finite, not inf"),
 ])
 def test_what_could_not_be_written_is_refused_in_one_line(args, line, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -64,7 +68,7 @@ def test_images_of_a_larger_job_are_not_mixed_with_new_ones(run, tmp_path):
     (folder / "notes.png").touch()                                           # no image of a job
     before = {path: path.read_bytes() for path in folder.iterdir()}
     assert draw(run, "--n", 3, "--seed", 1, "--save-dir", folder) == (
-        f"error: --save-dir {folder} holds 000003.png of a larger job, which --n 3 would leave among its own images; "
+        f"error: --save-dir {folder} holds 000004.png of a larger job, which --n 3 would leave among its own images; "
         "empty it, or name another folder")
     assert before == {path: path.read_bytes() for path in folder.iterdir()} and len(before) == 7
 
@@ -90,8 +94,40 @@ def test_moving_pictures(ending, run, tmp_path):
     assert draw(run, "--n", 1, "--out", tmp_path, "--gif", path) is None
     assert Image.open(path).n_frames > 4
 
+
+def test_a_stopped_job_keeps_what_is_drawn(run, tmp_path, monkeypatch, capsys):
+    """After the batches of a round the grid is written; the mark of our own pictures was there before the first."""
+    marked, real = [], dq.generate
+
+    def generate(*args, **kwargs):
+        marked.append((tmp_path / "all/samples.json").exists())
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args, **kwargs)
+    monkeypatch.setattr(dq, "generate", generate)
+    monkeypatch.setattr(sample, "ROUND", 1)
+    assert draw(run, "--n", 9, "--out", tmp_path, "--save-dir", tmp_path / "all") == 143
+    assert capsys.readouterr().out.endswith("stopped by SIGTERM when 4 of 9 images were drawn\n")
+    assert marked == [True] and len(list((tmp_path / "all").glob("*.png"))) == 4
+    assert Image.open(tmp_path / "samples.png").width > 200
+
+
 # ------------------------------------------------------------------------------------------------
 # What it draws
+
+
+def test_samples_json_says_how_and_what(run, tmp_path):
+    assert draw(run, "--n", 3, "--temperature", 0.9, "--out", tmp_path, "--save-dir", tmp_path / "all") is None
+    told = json.loads((tmp_path / "all/samples.json").read_text())
+    assert (told["n"], told["temperature"], told["compile"], told["label"]) == (3, 0.9, False, None)
+    assert told["checkpoint"] == str(run / "transformer.pt")
+    names = dq.load_transformer(run / "transformer.pt", "cpu")[0].config.classes
+    assert told["labels"] == {f"00000{i}.png": names[i] for i in range(3)}
+
+
+@pytest.mark.parametrize("label, number, notes", [("2", 0, False), ("10", 2, False), ("1", 1, True), ("x", 3, False)])
+def test_a_label_is_a_name_before_it_is_a_number(label, number, notes, capsys):
+    assert sample.label_number(label, ("2", "7", "10", "x")) == number
+    assert ("note: no class is named 1" in capsys.readouterr().out) == notes
 
 
 def test_sampling_with_every_option(run, images, tmp_path):

@@ -150,6 +150,33 @@ def test_any_seed_has_images_of_its_own(seed, device):
     assert not torch.equal(zero, other)
 
 
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_no_other_seed_has_the_same_draws(number):
+    """Seeds and numbers of images are words of 32 bits; none may slip into the place of another."""
+    uniform = {seed: dq.random_numbers(seed, number).random(4).tolist() for seed in (0, number << 32, number)}
+    others = [dq.random_numbers(number << 32, 0), dq.random_numbers(0, number << 32), dq.random_numbers(number, 0)]
+    draws = [*uniform.values(), *(each.random(4).tolist() for each in others)]
+    assert len({tuple(each) for each in draws}) == len(draws)
+
+
+def test_no_image_is_drawn_for_no_label(device):
+    pos, code = generate(tiny(8, (4, 2), V=5, device=device), torch.zeros(0, dtype=torch.long, device=device))
+    assert pos.shape == code.shape == (0, 18)
+
+
+def test_what_can_not_be_drawn_is_refused(device):
+    model = tiny(8, (4, 2), V=5, classes=("a", "b"), device=device)
+    with pytest.raises(dq.UserError, match="below 2"):
+        generate(model, torch.tensor([0, 2], device=device))
+    pos, code = (each.clone() for each in generate(model, torch.tensor([0, 1], device=device)))
+    pos[1, 2] = -1                                                           # drawn, in front of what is given
+    with pytest.raises(dq.UserError, match="in front"):
+        generate(model, torch.tensor([0, 1], device=device), given=(pos, code))
+    for bad in (dict(cfg=float("inf")), dict(cfg=float("nan")), dict(temperature=float("inf")), dict(top_p=0.0)):
+        with pytest.raises(dq.UserError):
+            generate(model, torch.tensor([0], device=device), SampleOptions(**bad))
+
+
 def test_an_image_depends_on_its_number_alone(device):
     model = tiny(8, (4, 2), V=5, classes=("a", "b"), device=device)
     label = torch.arange(20, device=device) % 2
@@ -194,8 +221,8 @@ def test_bfloat16_matrices_draw_nearly_the_same(cfg, device):
     """Most images come out whole as in float32; by chance none would."""
     model, options = tiny(8, (4, 2), V=5, classes=("a", "b"), device=device), SampleOptions(cfg=cfg)
     label = torch.arange(64, device=device) % 2
-    a, b = (torch.cat(generate(model, label, options, seed=1, slots=8, dtype=dtype), dim=1)
-            for dtype in (None, torch.bfloat16))
+    a, b = (torch.cat(generate(model.to(dtype), label, options, seed=1, slots=8), dim=1)
+            for dtype in (torch.float32, torch.bfloat16))
     same = (a == b).all(dim=1).float().mean()
     assert 0.7 < same < 1                                                    # 1: nothing was computed in bfloat16
 

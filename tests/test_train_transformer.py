@@ -5,7 +5,6 @@
     views, sequences             test_train_vae.py: test_encoding_keeps_every_image_and_its_mirror_image
     batches                      test_batches_of_stage_2
     evaluate                     test_evaluation_of_a_transformer, test_evaluation_is_no_wider_than_needed
-    seed_of                      test_seeds_of_processes_have_nothing_in_common
     main                         test_codes_in_another_folder_need_no_image and what follows
 """
 import itertools
@@ -70,14 +69,6 @@ def test_evaluation_is_no_wider_than_needed(monkeypatch):
     monkeypatch.setattr(train_transformer, "sequences", sequences)
     train_transformer.evaluate(model, images, torch.device("cpu"), plain, batch_size=3)
     assert widths == [(3, 6), (2, 18)]
-
-
-def test_seeds_of_processes_have_nothing_in_common():
-    numbers = itertools.product(range(3), range(50), range(4))               # seed, step, process
-    seeds = {train_transformer.seed_of(*three) for three in numbers}
-    assert len(seeds) == 600
-    assert train_transformer.seed_of(1, 2, 3) == train_transformer.seed_of(1, 2, 3)
-    torch.manual_seed(max(seeds))                                            # torch takes them
 
 
 def test_batches_of_stage_2():

@@ -1,11 +1,10 @@
 """DQTransformer, section 6 of dq.py: a proper distribution over tilings.
 
-    Linear                         test_linear_equals_sums
+    add_linear                     test_a_sum_with_a_product_equals_both
     rotations, rotate              test_rotation_is_a_product_of_complex_numbers,
                                    test_products_depend_on_how_far_apart_places_are
     attention, Block, turns_of     test_logits_equal_a_loop_over_prefixes
     DQTransformer.embed            test_a_pair_is_the_sum_of_three_rows
-    DQTransformer.labels           test_label_dropout_hides_labels_in_training_only
     DQTransformer.logits           test_logits_equal_a_loop_over_prefixes, test_an_image_does_not_see_its_batch_mates
     DQTransformer.forward          test_probabilities_of_all_images_sum_to_one,
                                    test_forced_positions_and_padding_cost_nothing
@@ -159,16 +158,8 @@ def test_label_dropout_hides_labels_in_training_only(device):
     assert (is_labelled ^ is_unlabelled).all() and 4 < is_labelled.sum() < 28
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)], ids=str)
-@pytest.mark.parametrize("shape", [(1,), (2, 1), (3, 3), (200,)], ids=str)
-@pytest.mark.parametrize("n_out", [6, 7])                                    # 7 can't be cut in two
-def test_linear_equals_sums(n_out, shape, dtype, tolerance, device):
-    """With few rows and many, with and without a sum to add to, with and without a gradient."""
-    linear = dq.Linear(24, n_out).to(device, dtype)
-    x, residual = (torch.randn(*shape, n, device=device, dtype=dtype) for n in (24, n_out))
-    sums = (x.double()[..., None, :] * linear.weight.double()).sum(-1)
-    for gradient in (False, True):
-        with torch.set_grad_enabled(gradient):
-            for got, wanted in ((linear(x), sums), (linear(x, residual), sums + residual.double())):
-                assert got.shape == (*shape, n_out)
-                torch.testing.assert_close(got.double(), wanted, atol=tolerance, rtol=tolerance)
+def test_a_sum_with_a_product_equals_both(device):
+    layer = torch.nn.Linear(24, 7, bias=False).to(device)
+    x, y = torch.randn(3, 1, 7, device=device), torch.randn(3, 1, 24, device=device)
+    wanted = x.double() + (y.double()[..., None, :] * layer.weight.double()).sum(-1)
+    torch.testing.assert_close(dq.add_linear(x, layer, y).double(), wanted, atol=1e-5, rtol=1e-5)

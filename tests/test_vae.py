@@ -136,6 +136,6 @@ def test_both_stages_have_the_same_presets():
 
 def test_bad_configurations_are_refused():
     for bad in (dict(size=20), dict(factors=(4, 8)), dict(factors=(6, 3)), dict(ratios=(0.5, 0.4)),
-                dict(ratios=(1.0,)), dict(width=48)):
+                dict(ratios=(1.0,)), dict(width=48), dict(size=8, factors=(8, 4), channels=32)):
         with pytest.raises(ValueError):
             small(**bad)

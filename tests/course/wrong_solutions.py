@@ -37,11 +37,11 @@ WRONG = {
     ],
     "Codebook.assign": [
         ("the largest product: long codes win",
-         "(self.codes.square().sum(1) - 2 * z @ self.codes.t()).argmin", "(z @ self.codes.t()).argmax"),
+         "(codes.square().sum(1) - 2 * (z - centre) @ codes.t()).argmin", "(z @ self.codes.t()).argmax"),
         ("the largest cosine",
-         "(self.codes.square().sum(1) - 2 * z @ self.codes.t()).argmin", "(z @ F.normalize(self.codes).t()).argmax"),
+         "(codes.square().sum(1) - 2 * (z - centre) @ codes.t()).argmin", "(z @ F.normalize(self.codes).t()).argmax"),
         ("the 2 of the binomial is missing",
-         "2 * z", "z"),
+         "2 * (z - centre)", "(z - centre)"),
     ],
     "Codebook.update": [
         ("a coarse code counts four times",
@@ -116,7 +116,7 @@ WRONG = {
         ("the content does not know its place",
          "h = h + self.position(pos)", "pass"),
         ("labels are hidden in evaluation too",
-         "if self.training and len(self.config.classes)", "if len(self.config.classes)"),
+         "if self.training:", "if True:"),
     ],
     "filter_logits": [
         ("the entry that crosses p is dropped",
@@ -136,10 +136,10 @@ WRONG = {
     ],
     "decode_one": [
         ("guidance towards the label, away from the label",
-         "torch.full_like(t, len(model.config.classes))", "condition"),
+         "job.condition[image].t()", "job.condition[image, :1].expand(-1, R // B).t()"),
         ("the content does not know its place",
          "h = h + model.position(twice(pos))[:, None]", "pass"),
         ("what is given is drawn all the same",
-         "code = unless_given(code, 1)", "code = code"),
+         "code = unless_given(code, given[1])", "code = code"),
     ],
 }

@@ -114,11 +114,11 @@ def test_a_loader_process_that_dies_is_reported(images, tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not os.path.exists("/proc"), reason="needs /proc")
 def test_memory_stays_flat(images, tmp_path, monkeypatch):
-    used, real = {}, common.Losses.add
+    used, real = {}, common.Record.add
 
     def add(self, done, *args):
         real(self, done, *args)
         used[done] = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2 ** 20
-    monkeypatch.setattr(common.Losses, "add", add)
+    monkeypatch.setattr(common.Record, "add", add)
     train_vae.main(["--data", str(images), "--out", str(tmp_path), "--steps", "120", *VAE, "--eval-every", "30"])
     assert used[120] - used[60] < 5, used                                    # MiB

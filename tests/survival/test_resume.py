@@ -7,7 +7,6 @@ import pytest
 import torch
 from PIL import Image
 
-import common
 import dq
 import train_vae
 from common import read_log
@@ -53,23 +52,19 @@ def test_ten_steps_killed_and_ten_more_are_twenty_steps(stage, vae_run, images, 
     assert (tmp_path / "whole" / f"{stem}.jsonl").read_text() == (halves / f"{stem}.jsonl").read_text()
 
 
-def test_the_checkpoint_holds_all_random_states(vae_run):
-    rng = load(vae_run, "vae")["rng"]
-    assert rng.keys() == {"python", "numpy", "torch", "cuda"}
+def test_a_run_that_goes_on_draws_the_same_from_every_generator(images, tmp_path, monkeypatch):
+    """And other numbers at every step."""
+    drawn, real = [], dq.budget_loss
 
-
-def test_the_random_state_of_a_gpu_is_that_of_the_own_device(monkeypatch):
-    """Process 0 saves that of its GPU; each process gives it to its own."""
-    states = {torch.device("cuda", i): torch.tensor([i]) for i in range(3)}
-    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: states[device])
-    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: states.update({device: state}))
-    saved = common.random_states(torch.device("cuda", 1))
-    common.restore_random_states(saved, torch.device("cuda", 2))
-    assert [state.item() for state in states.values()] == [0, 1, 1]
-    older = saved | dict(cuda=[torch.tensor([7]), torch.tensor([8])])        # of all GPUs of process 0's machine
-    common.restore_random_states(older, torch.device("cuda", 2))
-    common.restore_random_states(saved | dict(cuda=None), torch.device("cuda", 0))  # saved on a CPU
-    assert [state.item() for state in states.values()] == [0, 1, 7]
+    def budget_loss(gate, ratios):
+        drawn.append((random.random(), np.random.rand(), torch.rand(()).item()))
+        return real(gate, ratios)
+    monkeypatch.setattr(dq, "budget_loss", budget_loss)
+    flags = ["--data", images, *VAE, "--save-every", 2]
+    for out, steps, *more in (("whole", 6), ("halves", 4), ("halves", 6, "--resume")):
+        assert call(train_vae.main, *flags, "--out", tmp_path / out, "--steps", steps, *more) is None
+    whole, halves = drawn[:6], drawn[6:]
+    assert halves == whole and len(set(sum(whole, ()))) == 18
 
 
 def test_resuming_with_other_settings(images, tmp_path, capsys):

@@ -17,6 +17,7 @@ stage2   steps of a preset's DQ-Transformer (for toy on tilings as its data has 
          and the model's FLOPs a second, as a share of what one large product reaches
 """
 import argparse
+import copy
 import itertools
 import os
 import platform
@@ -83,9 +84,10 @@ def count_step(batch_size, dtype, cfg, end=384):
         model = dq.DQTransformer(config).to(dtype).eval()
         label = torch.zeros(batch_size, dtype=torch.long)
     with torch.no_grad():
-        job = dq.make_job(model, label, dq.SampleOptions(cfg=cfg), 0, None, 0)
-        state = dq.first_state(model, batch_size, batch_size, (1 + (cfg != 1)) * batch_size, label.device)
-        state = dq.with_room_for(state, 1152)                                # as in dq.generate: it holds a whole image
+        copies = 1 + (cfg != 1)
+        job = dq.make_job(model, label, dq.SampleOptions(cfg=cfg), 0, None, 0, copies)
+        # as in dq.generate: the caches hold a whole image
+        state = dq.first_state(model, batch_size, batch_size, copies * batch_size, 1152, label.device)
         with fake_gpu.rehearsal(fused_attention=True) as seen:
             dq.decode_one(model, job, state, end)
     assert not seen.waits, seen.waits
@@ -114,7 +116,7 @@ def sampling(args):
     config = dq.TransformerConfig(size=8 * side, factors=(8, 4), codebook_size=args.codebook_size, width=args.width,
                                   heads=8, position_layers=args.position_layers, content_layers=args.content_layers)
     model = dq.DQTransformer(config).to(device).eval()
-    layout = model.layout
+    drawing, layout = copy.deepcopy(model).to(dtype), model.layout
     matrices = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)]
     read = sum(w.numel() for w in matrices) * dtype.itemsize                 # bytes a step
     print(f"Sampling {side} x {side} regions, half of them fine; {args.position_layers} + {args.content_layers} "
@@ -130,14 +132,14 @@ def sampling(args):
         label = torch.full((n,), -1, device=device)
 
         def fused():
-            return dq.generate(model, label, seed=1, given=given, slots=B, dtype=dtype)
+            return dq.generate(drawing, label, seed=1, given=given, slots=B)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         seconds = statistics.median(compare(device, args.rounds, fused=fused)["fused"]) / args.images  # for B images
         peak = f"  {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB at most" if device.type == "cuda" else ""
         pos, code = (t[:B] for t in fused())
         length = int(layout.lengths(pos)[0])
-        u = dq.make_job(model, label[:B], dq.SampleOptions(), 1, None, 0).uniform[:B]  # B, L, 2: decides the draws
+        u = dq.make_job(model, label[:B], dq.SampleOptions(), 1, None, 0, 1).uniform[:B]  # B, L, 2: decides the draws
         with torch.inference_mode():
             naive = 0.0
             for t in range(0, length, 16):

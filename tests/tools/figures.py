@@ -614,7 +614,7 @@ def neighbours(args):
     classes, size = model.config.classes, vae.config.size
     parts = []
     for data in train_vae.open_data(args.data, size, skip=args.checkpoint.parent):
-        pairs = map(train_vae.Once(data).__getitem__, range(len(data)))
+        pairs = map(data.__getitem__, range(len(data)))
         parts.append(torch.stack([x for x, label in pairs if label != train_vae.BROKEN]))
     train, held_out = parts                                                  # M, 3, S, S each
     label = torch.arange(args.n) % len(classes) if classes else torch.full((args.n,), -1)

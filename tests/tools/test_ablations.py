@@ -360,7 +360,8 @@ def test_samples_are_drawn_in_the_order_of_the_variant(tmp_path, monkeypatch, ca
     for name in ("ours", "raster"):
         model = tiny(name, size=16, factors=(8, 4), V=16, classes=train_vae.ToyShapes.classes)
         folder = tmp_path / f"{name}-0"
-        save(folder / "transformer.pt", model, vae, step=6, settings=dict(steps=6))
+        with KNOWN[name].classes():
+            save(folder / "transformer.pt", model, vae, step=6, settings=dict(steps=6))
         (folder / "transformer.jsonl").write_text('{"step": 6, "nats_per_image": 9.0, "position_nats": 1.0}\n')
         sets = [judge.of_samples(model, vae, options, plain) for options in (dq.SampleOptions(), quality.DEFAULTS)]
         expected[name] = [f"{each[key]:{form}}" for key, form in (("fd", ".2f"), ("agreement", ".3f")) for each in sets]

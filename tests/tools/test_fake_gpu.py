@@ -26,10 +26,10 @@ def test_a_sampling_step_never_waits(dtype, is_given, options):
     model = tiny(8, (4, 2, 1), V=5, classes=("a", "b")).to(META, dtype)
     pairs = torch.zeros(2, 4, model.layout.max_len, dtype=torch.long, device=META)
     label = torch.zeros(4, dtype=torch.long, device=META)
-    job = dq.make_job(model, label, options, 0, tuple(pairs) if is_given else None, 0)
-    state = dq.first_state(model, 4, 3, 6 if options.cfg != 1 else 3, label.device)
+    copies = 2 if options.cfg != 1 else 1
+    job = dq.make_job(model, label, options, 0, tuple(pairs) if is_given else None, 0, copies)
+    state = dq.first_state(model, 4, 3, 3 * copies, 16, label.device)
     with rehearsal() as seen:
-        state = dq.with_room_for(dq.with_room_for(state, 16), 8)             # wider, and narrower again
         before = [tensor._version for tensor in (*state.cache, *state[1:])]
         dq.decode_one(model, job, state, 8)
     assert seen.waits == [] and seen.kernels > 0
@@ -58,7 +58,7 @@ def test_a_step_of_stage_1_never_waits(factors, router):
     config = dq.VAEConfig(size=32, factors=factors, ratios=(1 / K,) * K, router=router, codebook_size=16)
     with META:
         model, critic, perceptual = dq.DQVAE(config), train_vae.Discriminator(), train_vae.Perceptual()
-    losses = common.Losses()
+    record = common.Record(*[None] * 7)
     for module in (model, critic):
         module.to(memory_format=format)
     with rehearsal() as seen:
@@ -70,7 +70,7 @@ def test_a_step_of_stage_1_never_waits(factors, router):
         gan_weight = train_vae.backward(y, model.decoder.out[-1].weight, of_y, -critic(y).mean(), of_codes, 0.5, 0.25)
         critic_loss = train_vae.hinge_loss(critic(x), critic(y.detach()))
         (0.25 * critic_loss).backward()
-        losses.add(1, dict(of_y=of_y, budget=budget, gan_weight=gan_weight, critic=critic_loss), 0.25)
+        record.add(1, dict(of_y=of_y, budget=budget, gan_weight=gan_weight, critic=critic_loss), 0.25)
     assert seen.waits == [] and x.device == META
     assert all(p.grad is not None and p.grad.device == META for p in (*model.parameters(), *critic.parameters()))
 
@@ -78,7 +78,8 @@ def test_a_step_of_stage_1_never_waits(factors, router):
 @pytest.mark.parametrize("classes", [(), ("a", "b")], ids=["without labels", "with labels"])
 def test_a_step_of_stage_2_never_waits(classes):
     """As in train_transformer.main."""
-    model, losses = tiny(8, (4, 2), V=5, classes=classes, dropout=0.1).to(META).train(), common.Losses()
+    model = tiny(8, (4, 2), V=5, classes=classes, dropout=0.1).to(META).train()
+    record = common.Record(*[None] * 7)
     stored = dict(codes=torch.zeros(4, 1, 4, 4), grains=torch.zeros(4, 1, 2, 2), label=torch.zeros(4))
     images = train_transformer.views({name: x.byte() for name, x in stored.items()}, (4, 2), uncond=False)
     with rehearsal() as seen:
@@ -86,7 +87,7 @@ def test_a_step_of_stage_2_never_waits(classes):
             batch = train_transformer.sequences(images, part, model.layout, torch.device("cuda"))
             position, content = (x.sum() for x in model(*batch).values())
             (position + content).backward()
-            losses.add(1, dict(position_nats=position, content_nats=content))
+            record.add(1, dict(position_nats=position, content_nats=content))
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     assert seen.waits == []
     assert all(p.grad is not None and p.grad.device == META for p in model.parameters())

@@ -1,0 +1,85 @@
+"""README.md and the tools' RESULTS.md: every command in them is one that its script understands.
+
+    the commands     test_every_command_is_understood, test_torchrun_can_share_the_batch
+    links            test_every_link_leads_to_a_file_or_a_heading
+"""
+import argparse
+import re
+import runpy
+import shlex
+import sys
+
+import pytest
+
+import train_transformer
+import train_vae
+from conftest import ROOT
+
+PAGES = [ROOT / "README.md", ROOT / "tests/tools/RESULTS.md", ROOT / "tests/course/README.md"]
+COMMAND = re.compile(r"\s*((?:\w+/)*\w+\.py)((?:\s.*)?)$")
+
+
+def commands():
+    """What stands in code, in blocks and lines, and names a script: (script, its words, processes)."""
+    found = {}
+    for page in PAGES:
+        text = page.read_text()
+        blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+        code = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+        code += re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+        for line in (part.strip() for line in code for part in line.split("#")[0].split("&&")):
+            match = COMMAND.match(re.sub(r"^torchrun( --\S+)*|^\S*python", "", line))
+            if match and (ROOT / match[1]).exists() and (match[2] or line.startswith(("python", "torchrun"))):
+                processes = re.search(r"--nproc_per_node=(\d+)", line)
+                found[line] = (match[1], shlex.split(match[2]), int(processes[1]) if processes else 1)
+    return found
+
+
+COMMANDS = commands()
+
+
+class Understood(Exception):
+    pass
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_every_command_is_understood(line, monkeypatch, tmp_path):
+    """Up to its parser, which would end in SystemExit: unknown flags, values out of range."""
+    name, words, _ = COMMANDS[line]
+    words = [re.sub(r"^(NAME|S|N)$", "0", word) for word in words if word not in ("[CHECKPOINT]", "...")]
+    real = argparse.ArgumentParser.parse_args
+
+    def parse_args(self, *args, **kwargs):
+        real(self, *args, **kwargs)
+        raise Understood
+    monkeypatch.setattr(sys, "argv", [name, *words])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+    with pytest.raises(Understood):
+        runpy.run_path(str(ROOT / name), run_name="__main__")
+
+
+@pytest.mark.parametrize("line", [line for line in COMMANDS if COMMANDS[line][2] > 1])
+def test_torchrun_can_share_the_batch(line, monkeypatch, tmp_path):
+    name, words, processes = COMMANDS[line]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [name, *words])
+    schedule = dict(zip(("train_vae.py", "train_transformer.py"), (train_vae, train_transformer)))[name].parse()[2]
+    assert schedule.batch_size % (schedule.accumulate * processes) == 0
+
+
+def heading(title):
+    """As GitHub makes a link of it."""
+    return re.sub(r"[^\w\- ]", "", title.strip().lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name)
+def test_every_link_leads_to_a_file_or_a_heading(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if target.startswith("http"):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path) if path else page
+        assert file.exists(), target
+        if anchor:
+            assert anchor in {heading(title) for title in re.findall(r"^#+ (.*)$", file.read_text(), re.M)}, target
