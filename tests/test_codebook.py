@@ -107,6 +107,7 @@ def test_restart_draws_by_weight():
     z[32:] += 100
     book.restart(z, (torch.arange(64) < 32).float())
     assert (book.codes < 50).all(), "a vector of weight 0 has become a code"
+    assert (book.codes != 0).any(), "no code starts anew, though at first all are dead"
 
 
 def test_no_vector_restarts_two_codes_while_there_are_enough():

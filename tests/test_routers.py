@@ -24,7 +24,7 @@ def test_straight_through_gradient_of_the_gate():
     chosen = torch.nn.functional.one_hot(logits.argmax(1), 3).permute(0, 3, 1, 2).float()
     torch.testing.assert_close(gate.detach(), chosen, msg=lambda why: f"gate not one-hot: {why}")
     assert torch.equal(gate.detach(), chosen), (
-        "the gate is one-hot but for rounding: (a + b) - b need not be a, so mind in which order three terms are summed")
+        "the gate is one-hot but for rounding: (a + b) - b need not be a, so mind the order of a sum of three")
     cost = torch.randn(2, 3, 2, 2)
     (gate * cost).sum().backward()
     p = logits.detach().softmax(1)
