@@ -4,6 +4,8 @@ Pictures, in and out; a program, its device and its end; a training run: flags, 
 """
 import argparse
 import contextlib
+import errno
+import functools
 import io
 import itertools
 import json
@@ -12,6 +14,7 @@ import os
 import random
 import signal
 import sys
+import time
 import warnings
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -19,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
+from PIL import Image, ImageCms, ImageDraw, ImageOps, PngImagePlugin
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -33,11 +36,12 @@ import dq
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2 ** 28
 
 
-def load_image(path, size, rng=None):
-    """One file -> (3, S, S) in [-1, 1]: its centre square or, with rng, a random one, every other time mirrored."""
+def load_image(path, size, rng=None, flip=True):
+    """One file -> (3, S, S) in [-1, 1]: its centre square or, with rng, a random one, with flip every other time
+    mirrored."""
     where = (0.5, 0.5) if rng is None else tuple(rng.random(2))
     image = ImageOps.fit(open_image(path), (size, size), Image.Resampling.BICUBIC, centering=where)  # antialiased
-    if rng is not None and rng.random() < 0.5:
+    if rng is not None and flip and rng.random() < 0.5:
         image = ImageOps.mirror(image)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
 
@@ -45,12 +49,12 @@ def load_image(path, size, rng=None):
 def open_image(path):
     """One file -> Pillow image, RGB and upright. UserError when its pixels can't be read, whatever the reason; what is
     written around them may be wrong in any way."""
-    dq.require(os.path.isfile(path), f"{path}: no such file")
+    data = patiently(lambda path: Path(path).read_bytes(), path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)   # more pixels than Pillow thinks sane
-            with Image.open(path) as image:
+            with Image.open(io.BytesIO(data)) as image:
                 packing = image.tile[0][3] if image.tile else ""             # load() forgets it
                 image.load()
                 with contextlib.suppress(Exception):
@@ -58,6 +62,37 @@ def open_image(path):
                 return to_rgb(image, packing)
     except Exception as error:                                               # decoders raise nearly everything
         raise dq.UserError(f"{path}: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from None
+
+
+# what says something of a file; all other errors are of the system: a file server that is away, no memory
+OF_A_FILE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG,
+             errno.EINVAL}
+
+
+def patiently(read, path):
+    """read(path). UserError when there is no file that may be read; what is the system's fault is tried again after a
+    moment, then OSError: it is no verdict on the file."""
+    for seconds in (1, 5, 0):
+        try:
+            return read(path)
+        except (OSError, MemoryError) as error:
+            reason = getattr(error, "strerror", None) or type(error).__name__
+            dq.require(getattr(error, "errno", None) not in OF_A_FILE, f"{path}: {reason}")
+            time.sleep(seconds)
+    raise OSError(f"can't read {path}: {reason}; when that is mended, --resume goes on")
+
+
+@functools.lru_cache(16)
+def to_srgb(profile, mode):
+    """-> a function of images of this mode that takes their colours from an ICC profile (bytes) to sRGB; or None, where
+    there is nothing to do, or the profile is of no use."""
+    with contextlib.suppress(Exception):
+        described = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        name = ImageCms.getProfileDescription(described).lower()
+        if not name.startswith("srgb") or "linear" in name:
+            out = "RGBA" if mode == "RGBA" else "RGB"
+            transform = ImageCms.buildTransform(described, ImageCms.createProfile("sRGB"), mode, out)
+            return lambda image: ImageCms.applyTransform(image, transform)
 
 
 def to_rgb(image, packing=""):
@@ -73,6 +108,10 @@ def to_rgb(image, packing=""):
         image.info["transparency"] = tuple(value >> 8 for value in key)
     elif image.mode == "La":
         image = image.convert("LA")
+    if image.mode in ("P", "PA"):
+        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    if convert := to_srgb(image.info.get("icc_profile"), image.mode):
+        image = convert(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -150,7 +189,10 @@ def pick_device(name, dtype):
     """--device and --dtype -> the device, from now on the current one, and a function that opens an autocast context.
     auto: the GPU if there is one; bfloat16 where the hardware computes in it, else float32."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        if name == "mps" and not decodes_like_the_cpu(torch.device(name)):
+            say("note: this Apple GPU computes other numbers than the CPU, which is taken instead")
+            name = "cpu"
     try:
         device = torch.device(name)
         torch.ones(1, device=device).item()
@@ -160,6 +202,8 @@ def pick_device(name, dtype):
         device = torch.device("cuda", device.index or 0)
         torch.cuda.set_device(device)                                        # streams and graphs are made on that
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "mps":
+        fast = False
     else:
         cpu = getattr(torch.cpu, "get_capabilities", dict)()                 # torch has it from 2.11 on
         fast = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
@@ -167,15 +211,31 @@ def pick_device(name, dtype):
     return device, lambda: torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
+def decodes_like_the_cpu(device):
+    """Apple's GPUs have been known to compute other numbers without a word: does a small decoder give the same?"""
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        vae, codes = dq.DQVAE(dq.VAEConfig(channels=32)).eval(), torch.randint(256, (1, 8, 8))
+        vae.codebook.codes.normal_()
+        wanted = vae.decode(codes)                                           # 1, 3, 32, 32
+        return torch.allclose(vae.to(device).decode(codes.to(device)).cpu(), wanted, atol=1e-3)
+
+
 GONE = "another process of this job is gone, or its network; --resume goes on from the last checkpoint"
 NO_MEMORY = "not enough memory; a smaller --batch-size or a larger --accumulate takes less"
 HINTS = {"DataLoader worker": "a process that loads images died; --resume goes on, with fewer --workers in less memory",
-         "gloo": GONE, "NCCL": GONE, "out of memory": NO_MEMORY, "allocate memory": NO_MEMORY}
+         "gloo": GONE, "NCCL": GONE, "out of memory": NO_MEMORY, "allocate memory": NO_MEMORY,
+         "compiler": "--compile needs a C++ compiler; leave it out, or install one"}
 
 
 def run(main):
     """Call a script's main, and exit. What the user can mend ends in one line and exit status 1, not in a traceback."""
     status = 0
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:                                       # closed, as some services do
+            setattr(sys, name, open(os.devnull, "w"))
+        with contextlib.suppress(AttributeError):                            # each line at once, also into a file
+            getattr(sys, name).reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         main()
     except SystemExit as end:                                                # of argparse, or after a signal
@@ -183,12 +243,14 @@ def run(main):
     except KeyboardInterrupt:
         status = 130
     except (dq.UserError, OSError) as error:
-        status = f"error: {str(error).strip().splitlines()[-1]}"             # a loader process adds lines before ours
+        status = printable(f"error: {str(error).strip().splitlines()[-1]}")  # a loader process adds lines before ours
     except RuntimeError as error:
         hint = next((hint for sign, hint in HINTS.items() if sign in str(error)), None)
         if hint is None:
             raise
         status = f"error: {hint} ({str(error).strip().splitlines()[0]})"
+    while LOCKS:
+        LOCKS.popitem()[1].close()
     if dq.processes()[1] > 1 and not status:                                 # none leaves while another is at work
         dist.barrier()
         dist.destroy_process_group()
@@ -275,7 +337,10 @@ def override(preset, args, **more):
 
 def prepare(args, trains=True):
     """Join the other processes of a torchrun job, make the output folder. -> device, autocast"""
-    world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))  # torchrun sets them
+    world, local = (int(os.environ.get(name) or default) for name, default in (("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    dq.require(world == 1 or not missing, f"WORLD_SIZE is {world}, but there is no {', '.join(missing)}: torchrun sets "
+               "all of them; for a single process unset WORLD_SIZE")
     parts = args.accumulate * world
     dq.require(args.batch_size % parts == 0 or not trains, f"--batch-size {args.batch_size} is not a multiple of "
                f"{parts}, which is --accumulate times the number of processes")
@@ -289,7 +354,27 @@ def prepare(args, trains=True):
     if world > 1:                                                            # the job's barrier then knows its device
         dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
     args.out.mkdir(parents=True, exist_ok=True)
+    if dq.processes()[0] == 0:
+        lock(args.out)
     return device, autocast
+
+
+LOCKS = {}                               # {folder: open file}
+
+
+def lock(folder):
+    """UserError while another run writes into this folder. `run` drops the lock, or the system if this process dies."""
+    if (name := os.path.realpath(folder)) in LOCKS:
+        return
+    file = open(os.path.join(folder, ".lock"), "a")
+    try:
+        import fcntl                                                         # not on every system
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise dq.UserError(f"another run is writing into {folder}; wait for its end, or name another --out") from None
+    except (ImportError, OSError) as error:
+        say(f"note: can't tell whether another run writes into {folder} ({error})")
+    LOCKS[name] = file
 
 
 def seed_all(*numbers):
@@ -302,46 +387,61 @@ def seed_all(*numbers):
 
 def distribute(model):
     """For the forward pass in training: with it, backward averages the gradients over the processes."""
+    if dq.processes()[1] == 1:
+        return model
     # the buffers (codebook, batch norm) are alike by themselves; where parts are accumulated, each is averaged
-    return DistributedDataParallel(model, broadcast_buffers=False) if dq.processes()[1] > 1 else model
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)                       # the argument's new name is too new
+        return DistributedDataParallel(model, broadcast_buffers=False)
 
 
 def say(line):
     if dq.processes()[0] == 0:
-        print(line, flush=True)
+        print(printable(line), flush=True)
+
+
+def printable(text):
+    """Names of files can be any bytes: what is no character, or steers a terminal, becomes its escape sequence."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 def deal(n, batch_size, seed, start=0):
     """Endless lists of batch_size numbers, from batch number `start` on; in epoch e they are e n to e n + n - 1, in an
     order of its own. All depends on the arguments alone, so a resumed run sees what it would have seen."""
     epochs = itertools.count(start * batch_size // n)
-    numbers = (e * n + int(i) for e in epochs for i in np.random.default_rng([seed, e]).permutation(n))
+    numbers = (e * n + int(i) for e in epochs for i in dq.random_numbers(seed, e).permutation(n))
     numbers = itertools.islice(numbers, start * batch_size % n, None)
     while True:
         yield list(itertools.islice(numbers, batch_size))
 
 
 class Stop(contextlib.ExitStack):
-    """with Stop(device): Ctrl-C and SIGTERM are noted, for after the step; the second one takes effect at once."""
+    """with Stop(device): Ctrl-C, SIGTERM and what else batch systems send are noted, for after the step; the second one
+    takes effect at once."""
 
     def __init__(self, device):
         super().__init__()
         self.device, self.number = device, 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self.callback(signal.signal, number, signal.signal(number, self.note))
+        self.calls, self.next, self.since = 0, 1, time.monotonic()
+        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
+            number = getattr(signal, name, None)                             # not on every system
+            if number and (name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN):  # as nohup has it
+                self.callback(signal.signal, number, signal.signal(number, self.note))
 
     def note(self, number, frame):
         self.number = number
         self.close()                                                         # puts the former handlers back
 
-    def asked(self, done):
-        """-> number of the signal that came, or 0. All processes leave together, or the rest would wait for ever."""
-        if dq.processes()[1] == 1:
-            return self.number
-        if done % 10:                                                        # the answer is a wait for the device
-            return 0
-        noted = torch.full((), float(self.number), device=self.device)       # filled there: no copy to wait for
-        return signal.SIGTERM if dq.total(noted) > 0 else 0
+    def asked(self):
+        """After each step -> number of the signal that came, or 0. All processes leave together, or the rest would wait
+        for ever. To agree they wait for the device, so not at every step; but in 30 s torchrun would kill them."""
+        world, self.calls = dq.processes()[1], self.calls + 1
+        if world == 1 or self.calls < self.next:
+            return self.number if world == 1 else 0
+        seconds = (time.monotonic() - self.since) / self.calls               # a step; for 3 s or 10 steps all go on
+        noted, seconds = dq.total(torch.tensor([float(self.number), seconds], device=self.device)).tolist()
+        self.next = self.calls + min(10, max(1, int(3 * world / seconds)))
+        return signal.SIGTERM if noted else 0
 
     def leave(self, number, when, then="; the same command with --resume goes on"):
         say(f"stopped by {signal.Signals(number).name} {when}{then}")
@@ -410,8 +510,8 @@ class Record:
         return newest
 
     def after(self, done, stop):
-        """Log the losses of every tenth step. -> what is due: to evaluate (process 0), to save, to stop (the signal)"""
-        last, asked = done == self.settings["steps"], stop.asked(done)
+        """Log the losses of every tenth step. -> what is due: to evaluate, to save, to stop (the signal)"""
+        last, asked = done == self.settings["steps"], stop.asked()
         evaluates = last or done % self.settings["eval_every"] == 0
         saves = last or asked or done % self.args.save_every == 0
         if done % 10 == 0 or evaluates or saves:                             # no figure and no file of a broken state
@@ -420,7 +520,7 @@ class Record:
                 self.write_log(done, newest)
         if asked:
             self.bar.close()
-        return evaluates and dq.processes()[0] == 0, saves, asked if not last else 0
+        return evaluates, saves, asked if not last else 0
 
     def write_log(self, done, values, stays=False):
         """One JSON object a line. stays: on the terminal, on a line of its own"""

@@ -130,7 +130,7 @@ def drawn_together(fill, shape, device):
 
 
 def random_numbers(*seeds):
-    """numpy's generator for whole numbers below 2^64, of two words each: so no other numbers, as many, make the same."""
+    """numpy's generator for whole numbers below 2^64, each as two words: so no others, as many, make the same one."""
     return np.random.default_rng([seed % 2 ** 32 for seed in seeds] + [seed >> 32 for seed in seeds])
 
 

@@ -64,8 +64,8 @@ def check(args):
     if args.save_dir and args.save_dir.is_dir():
         numbers = [int(path.stem) for path in args.save_dir.glob("[0-9]*.png") if path.stem.isdecimal()]
         last = max(numbers, default=0)
-        dq.require(last < args.n, f"--save-dir {args.save_dir} holds {last:06d}.png of a larger job, which --n {args.n} "
-                                  "would leave among its own images; empty it, or name another folder")
+        dq.require(last < args.n, f"--save-dir {args.save_dir} holds {last:06d}.png of a larger job, which --n "
+                                  f"{args.n} would leave among its own images; empty it, or name another folder")
     return out
 
 

@@ -42,6 +42,9 @@ PRESETS = {                                                                  # w
     "emoji64": (
         dq.TransformerConfig(width=160, heads=5, content_layers=6, dropout=0.1),
         TransformerSchedule(steps=5000, batch_size=64, lr=3e-3, weight_decay=0.1)),
+    "earth64": (
+        dq.TransformerConfig(dropout=0.1),
+        TransformerSchedule(steps=5000, batch_size=32, lr=5e-3, weight_decay=0.05, accumulate=2)),
     "emoji128": (
         dq.TransformerConfig(width=384, heads=6, position_layers=3, content_layers=9, dropout=0.1),
         TransformerSchedule(steps=20_000, batch_size=64, lr=2e-3, betas=(0.9, 0.95), weight_decay=0.05,
@@ -138,16 +141,17 @@ def sequences(images, index, layout, device):
 
 @torch.no_grad()
 def evaluate(model, held_out, device, autocast, batch_size=64):
-    """Held-out likelihood per image, code and pixel."""
+    """Held-out likelihood per image, code and pixel; each process takes its part of the images."""
     model.eval()
-    parts = []
-    for index in held_out.length.argsort().split(batch_size):                # like lengths, so little padding
+    rank, world = dq.processes()
+    sums = torch.zeros(2, device=device)
+    for index in held_out.length.argsort().split(batch_size)[rank::world]:   # like lengths, so little padding
         pos, code, label = sequences(held_out, index, model.layout, device)  # B, L; B, L; B
         with autocast():
             nll = model(pos, code, label)
-        parts.append(torch.stack([nll["position"], nll["content"]]))         # 2, B
+        sums += torch.stack([nll["position"].sum(), nll["content"].sum()])
     model.train()
-    position, content = torch.cat(parts, dim=1).mean(dim=1).tolist()
+    position, content = (dq.total(sums) / len(held_out.label)).tolist()
     codes = (held_out.length - len(model.config.factors)).float().mean().item()
     bits = (position + content) / math.log(2)
     return dict(nats_per_image=position + content, position_nats=position, content_nats=content,
@@ -241,7 +245,8 @@ def main(argv=None):
             evaluates, saves, stops = record.after(done, stop)
             if evaluates:
                 figures = evaluate(model, held_out, device, autocast)
-                draw_samples(args.out / "transformer.png", model, vae, args.seed, autocast)
+                if rank == 0:
+                    draw_samples(args.out / "transformer.png", model, vae, args.seed, autocast)
                 record.evaluated(done, figures, figures["nats_per_image"])
             if saves:
                 record.save(done)

@@ -25,7 +25,8 @@ from tqdm import tqdm
 
 import dq
 from common import (Record, Schedule, Stop, deal, distribute, draw_grains, flag, load_image, natural, override,
-                    positive, prepare, run, save_grid, say, seed_all, set_aside, to_picture, trainer_flags, weight)
+                    patiently, positive, prepare, printable, run, save_grid, say, seed_all, set_aside, to_picture,
+                    trainer_flags, weight)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -61,6 +62,9 @@ PRESETS = {
     "emoji64": (dq.VAEConfig(size=64, factors=(16, 8), codebook_size=1024, channels=128, multipliers=(1, 2, 4, 4),
                              attention_from=8),
                 VAESchedule(steps=5000, batch_size=16, lr=1e-3, clip=0.0)),
+    # natural pictures, calm water beside jagged coasts (tests/tools/earth.py), in some 110 codes each
+    "earth64": (dq.VAEConfig(size=64, ratios=(0.75, 0.25), codebook_size=1024),
+                VAESchedule(steps=4000, batch_size=16, lr=2e-3, clip=0.0)),
     # a few thousand pictures with smooth surfaces and small features, 640 codes each, with all of the paper's losses
     "emoji128": (dq.VAEConfig(size=128, codebook_size=512, attention_from=8),
                  VAESchedule(steps=4000, batch_size=8, lr=1e-3, clip=0.0,
@@ -88,32 +92,45 @@ OWN = "hidden, of the system or of this project"
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "dev", "eval"}
 
 
-def open_data(folder, size, augment=False, seed=0, skip=None):
+def open_data(folder, size, augment=False, seed=0, skip=None, flip=True, held_out=None):
     """The images of a folder, or the toy data where folder is None -> data to train on, held-out data.
 
-    If there are two or more sub-folders, the first level of them are classes.
-    augment: random crops and flips of what is trained on; skip: a folder that is no data (--out).
+    If there are two or more sub-folders, the first level of them are classes. augment: random crops of what is trained
+    on and, with flip, mirror images. skip: a folder that is no data (--out). held_out: a folder, None for a part.
     """
     if not folder:
         return ToyShapes(size, seed=seed), ToyShapes(size, n=512, seed=seed + 1_000_003)
-    dq.require(os.path.isdir(folder), f"no such folder: {folder}")
-    names, left_out = find_images(folder, skip)
-    names = without_broken(folder, names, left_out, size)
+    names, left_out = sound_images(folder, skip, size)
     classes = sorted({name.split("/")[0] for name in names if "/" in name})
     label = {name: i for i, name in enumerate(classes)} if len(classes) > 1 else {}
-    train, val = split([(name, label.get(name.split("/")[0], -1)) for name in names])
-    return (ImageFolder(folder, train, label, size, augment, seed, left_out),
-            ImageFolder(folder, val, label, size, left_out=left_out))
+
+    def labelled(names):
+        return [(name, label.get(name.split("/")[0], -1)) for name in names]
+    train, val = split(labelled(names))
+    if held_out:
+        train, val = labelled(names), labelled(sound_images(held_out, skip, size)[0])
+        strange = next((name for name, number in val if label and number < 0), None)
+        dq.require(not strange, f"{strange} below {held_out} is in no folder that is named like a class of {folder}")
+    return (ImageFolder(folder, train, label, size, augment, seed, left_out, flip),
+            ImageFolder(held_out or folder, val, label, size, left_out=left_out))
 
 
 def find_images(root, skip=None):
     """Files below a folder that Pillow may read, as "cat/1.png", sorted, and a Counter of the rest by reason.
-    Links to folders are followed, in each folder after what is no link; none is entered twice, so loops end."""
+    Links to folders are followed, in each folder after what is no link; none is entered twice, so loops end. A file of
+    several names counts once."""
+    dq.require(os.path.isdir(root), f"no such folder: {root}")
     endings = {ending for ending, kind in Image.registered_extensions().items()
                if kind in Image.OPEN and kind not in NO_PICTURES} | {".mpo"}
-    names, left_out, unreadable = [], Counter(), []
+    names, left_out, files_seen = [], Counter(), set()
     seen = {os.path.realpath(skip or root)} - {os.path.realpath(root)}
-    for path, folders, files in os.walk(root, onerror=unreadable.append, followlinks=True):
+
+
+    def unreadable(error):
+        if not isinstance(error, PermissionError):                           # the system's: no verdict on the folder
+            raise OSError(f"can't read {error.filename}: {error.strerror}")
+        left_out[f"folder that can't be read ({error.filename})"] += 1
+    for path, folders, files in os.walk(root, onerror=unreadable, followlinks=True):
         real, top = os.path.realpath(path), path == os.fspath(root)
         if real in seen or not (top or WRITTEN.isdisjoint(files)):
             left_out[OWN] += real not in seen
@@ -124,28 +141,39 @@ def find_images(root, skip=None):
         left_out[OWN] += len(hidden)
         folders[:] = sorted(set(folders) - hidden, key=lambda name: (os.path.islink(os.path.join(path, name)), name))
         below = "" if top else os.path.relpath(path, root).replace(os.sep, "/") + "/"
-        for name in set(files) - hidden:
-            ending = os.path.splitext(name)[1].lower()
-            if ending in endings:
-                names.append(below + name)
-            else:
+        for name in sorted(set(files) - hidden, key=lambda name: (os.path.islink(os.path.join(path, name)), name)):
+            ending, file = os.path.splitext(name)[1].lower(), file_number(os.path.join(path, name))
+            if ending not in endings:
                 left_out[ending or "without an ending"] += 1
-    left_out.update(f"folder that can't be read ({error.filename})" for error in unreadable)
+            elif file in files_seen:
+                left_out["other names of the same file"] += 1
+            else:
+                names.append(below + name)
+                files_seen.add(file)
     dq.require(names, f"no images below {root}; other files: {reasons(left_out) or 'none'}")
     return sorted(names, key=lambda name: name.split("/")), left_out
 
 
-def without_broken(root, names, left_out, size):
-    """The files of a small folder without those that can't be decoded. Of a large one none is read at the start; what
-    is broken is then found on the way, as in ImageFolder."""
+def file_number(path):
+    """What is the same for all names of a file."""
+    with contextlib.suppress(dq.UserError):
+        info = patiently(os.stat, path)
+        return (info.st_dev, info.st_ino) if info.st_ino else path           # not every system has numbers
+    return path
+
+
+def sound_images(root, skip, size):
+    """`find_images`; of a small folder without those that can't be decoded. Of a large one none is read at the start;
+    what is broken is then found on the way, as in ImageFolder."""
+    names, left_out = find_images(root, skip)
     paths = [os.path.join(root, name) for name in names]
     if len(paths) > FILES or sum(os.path.getsize(path) for path in paths if os.path.isfile(path)) > BYTES:
-        return names
+        return names, left_out
     data, quiet = ImageFolder(root, [(name, -1) for name in names], (), size), dq.processes()[0] > 0
     sound = [name for i, name in enumerate(names) if data.read(i, quiet)]
     left_out["broken"] = len(names) - len(sound)
     dq.require(sound, f"none of the {len(names)} images below {root} can be decoded")
-    return sound
+    return sound, left_out
 
 
 def split(files):
@@ -166,10 +194,10 @@ class ImageFolder(torch.utils.data.Dataset):
     drawn by (seed, i): none is favoured, and a resumed run sees the same.
     """
 
-    def __init__(self, root, files, classes, size, augment=False, seed=0, left_out=None):
+    def __init__(self, root, files, classes, size, augment=False, seed=0, left_out=None, flip=True):
         self.root, self.files, self.classes, self.left_out = root, files, tuple(classes), left_out or Counter()
-        self.size, self.augment, self.seed = size, augment, seed
-        self.broken = torch.zeros(len(files), dtype=torch.bool).share_memory_()  # by all processes that load images
+        self.size, self.augment, self.seed, self.flip = size, augment, seed, flip
+        self.broken = torch.zeros(len(files), dtype=torch.bool)
 
     def __len__(self):
         return len(self.files)
@@ -177,7 +205,7 @@ class ImageFolder(torch.utils.data.Dataset):
     def __getitem__(self, i):
         pair, n = self.read(i), len(self)
         if pair is None and self.augment:
-            others = np.random.default_rng([self.seed, i, 1]).permutation(n).tolist()
+            others = dq.random_numbers(self.seed, i, 1).permutation(n).tolist()
             pair = next(filter(None, (self.read(i - i % n + k) for k in others)), None)
             dq.require(pair, f"none of these {n} images below {self.root} can be decoded")
         return pair or (torch.zeros(3, self.size, self.size), BROKEN)
@@ -189,13 +217,14 @@ class ImageFolder(torch.utils.data.Dataset):
             return None
         name, label = self.files[k]
         try:
-            rng = np.random.default_rng([self.seed, i]) if self.augment else None
-            return load_image(os.path.join(self.root, name), self.size, rng), label
+            rng = dq.random_numbers(self.seed, i) if self.augment else None
+            return load_image(os.path.join(self.root, name), self.size, rng, self.flip), label
         except dq.UserError as error:
             self.broken[k] = True
             count = int(self.broken.sum())
             if not quiet and (count <= NAMED or count & (count - 1) == 0):   # then 16, 32, 64, ...
-                print(f"warning: left out {error if count <= NAMED else f'{count} by now'}", file=sys.stderr)
+                line = f"warning: left out {error if count <= NAMED else f'{count} by now'}"
+                print(printable(line), file=sys.stderr)
 
 
 class ToyShapes(torch.utils.data.Dataset):
@@ -223,7 +252,7 @@ class ToyShapes(torch.utils.data.Dataset):
     def _draw(self, i):
         """All that is random in image i: signed distance to the shape's edge (S, S), negative inside; places from its
         middle, x and y; two colours behind it, from where to where; turn and kind of its texture, inks."""
-        rng = np.random.default_rng([self.seed, i % self.n])
+        rng = dq.random_numbers(self.seed, i % self.n)
         r = rng.choice([0.6, 0.675, 0.75])
         x, y = self.x - rng.integers(-2, 3) / 8, self.y - rng.integers(-2, 3) / 8  # on a grid: few codes say much
         a, b = np.maximum(abs(x), abs(y)), np.minimum(abs(x), abs(y))
@@ -255,10 +284,13 @@ class ToyShapes(torch.utils.data.Dataset):
         texture = texture + (ink0 - texture) * edge
         cover = np.clip(0.5 - d * self.size / 2, 0, 1)[..., None]            # antialiased edge
         image = image + (texture - image) * cover
-        return torch.from_numpy(image.transpose(2, 0, 1) * 2 - 1).float(), i % self.n % 4
+        image = (image.transpose(2, 0, 1) * 2 - 1).astype(np.float32)        # 3, S, S
+        return torch.from_numpy(image), i % self.n % 4
 
 
 def loader(data, workers, **how):
+    if workers and isinstance(data, ImageFolder):
+        data.broken.share_memory_()                                          # each learns what another has met
     return torch.utils.data.DataLoader(data, num_workers=workers, worker_init_fn=leave_signals_to_the_parent,
                                        pin_memory=torch.cuda.is_available(), **how)
 
@@ -267,11 +299,12 @@ def leave_signals_to_the_parent(worker):
     signal.signal(signal.SIGINT, signal.SIG_IGN)                             # Ctrl-C reaches them too
 
 
-def stream(data, batch_size, seed, start=0, workers=0):
-    """Endless batches in the order of `deal`, of each this process's part."""
+def stream(data, batch_size, seed, start=0, workers=0, accumulate=1):
+    """Endless batches in the order of `deal`, of each this process's share of every part that is worked on at once."""
     rank, world = dq.processes()
-    own = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
-    return iter(loader(data, workers, batch_sampler=(batch[own] for batch in deal(len(data), batch_size, seed, start))))
+    own = np.arange(batch_size).reshape(accumulate, world, -1)[:, rank].flatten()
+    batches = ([batch[i] for i in own] for batch in deal(len(data), batch_size, seed, start))
+    return iter(loader(data, workers, batch_sampler=batches))
 
 
 def few(parts, n):
@@ -293,19 +326,26 @@ def describe(train, val):
     text = f"data: {train.root}, {text}; left out: {reasons(train.left_out) or 'nothing'}"
     if "broken" not in train.left_out:
         text += "; so much that broken files are left out as they are met"
-    top = sorted({name.split("/")[0] for name, _ in train.files + val.files if "/" in name})
-    if top and {name.lower() for name in top} <= SPLITS:
+    paths = [name.split("/") for name, _ in train.files]
+    top, inner = (sorted({path[depth] for path in paths if len(path) > depth + 1}) for depth in (0, 1))
+    if len(top) == 1 and len(inner) > 1 and all(len(path) > 2 for path in paths):
+        text += (f"\nnote: all images are in one sub-folder, so there are no classes; for the folders in it as classes "
+                 f"({few(inner, 6)}): --data {os.path.join(train.root, top[0])}")
+    elif top and {name.lower() for name in top} <= SPLITS:
         first = next((name for name in top if name.lower().startswith("train")), top[0])
         text += (f"\nnote: sub-folders are classes, and these are named like splits ({', '.join(top)}); "
                  f"for the images of one alone: --data {os.path.join(train.root, first)}")
-    encoding = sys.stdout.encoding or "utf-8"
-    return text.encode(encoding, "backslashreplace").decode(encoding)        # names of files can be any bytes
+    return text
 
 
 def identity(data):
     """What a checkpoint notes of a data set, so that no run goes on with another one."""
-    names = "\n".join(name for name, _ in getattr(data, "files", [])).encode(errors="surrogateescape")
-    return f"{len(data)} files (checksum of their names {zlib.crc32(names):08x})" if names else "the toy shapes"
+    if isinstance(data, ToyShapes):
+        return "the toy shapes"
+    paths = [os.path.join(data.root, name) for name, _ in data.files]
+    files = "\n".join(f"{name} {os.path.getsize(path) if os.path.isfile(path) else 0}"
+                      for (name, _), path in zip(data.files, paths)).encode(errors="surrogateescape")
+    return f"{len(data)} files (checksum of their names and sizes {zlib.crc32(files):08x})"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -463,11 +503,11 @@ def auc(score, truth):
     """Area under the ROC curve: how often a detailed region scores above a smooth one. Ties count half.
     score: any shape; truth: the same shape, bool, with both values in it."""
     values, inverse, counts = score.flatten().unique(return_inverse=True, return_counts=True)
-    rank = (counts.cumsum(0) - (counts - 1) / 2)[inverse]                    # mean rank of each value, from 1
+    ranks = (2 * counts.cumsum(0) - counts + 1)[inverse]                     # twice the mean rank of each value, from 1
     truth = truth.flatten()
     n_true, n_false = truth.sum(), (~truth).sum()
-    wins = rank[truth].double().sum() - n_true * (n_true + 1) / 2            # pairs that are in the right order
-    return (wins / (n_true * n_false)).item()
+    wins = ranks[truth].sum() - n_true * (n_true + 1)                        # twice the pairs in the right order
+    return (wins / (2 * n_true * n_false)).item()
 
 
 def ssim(x, y):
@@ -551,7 +591,7 @@ def encode(vae, data, device, autocast, workers, mirrored, stop):
     rows = dict(codes=[], grains=[], label=[])
     bar = tqdm(loader(data, workers, batch_size=64, sampler=own), "encoding", leave=False,
                disable=True if rank else None)
-    for done, (x, label) in enumerate(bar, 1):
+    for x, label in bar:
         x = x.to(device)                                                     # n, 3, S, S
         with autocast():
             views = [vae.encode(view) for view in ((x, x.flip(3)) if mirrored else (x,))]
@@ -560,7 +600,7 @@ def encode(vae, data, device, autocast, workers, mirrored, stop):
             of_all = torch.zeros(world, *part.shape, dtype=torch.int, device=device)
             of_all[rank] = part
             rows[name].append(smallest(dq.total(of_all).transpose(0, 1).flatten(0, 1).cpu()))  # n world, ...
-        if number := stop.asked(done):
+        if number := stop.asked():
             bar.close()
             stop.leave(number, "while the images were encoded")
     rows = {name: torch.cat(parts)[:len(data)] for name, parts in rows.items()}
@@ -580,8 +620,8 @@ def write_codes(path, vae, train, held_out, preset, args, device, autocast, stop
     """Encode all images and write what stage 2 needs: these, the DQ-VAE, the classes, the name of the preset."""
     vae.eval()
     seed_all(args.seed)                                                      # the random router draws
-    train_codes, held_out_codes = (encode(vae, data, device, autocast, args.workers, data is train, stop)
-                                   for data in (train, held_out))
+    train_codes, held_out_codes = (encode(vae, data, device, autocast, args.workers, mirrored, stop)
+                                   for data, mirrored in ((train, not args.no_flip), (held_out, False)))
     weights, checksum = {name: x.cpu() for name, x in vae.state_dict().items()}, 0
     for x in (*weights.values(), *train_codes.values(), *held_out_codes.values()):
         checksum = zlib.crc32(x.contiguous().flatten().view(torch.uint8).numpy(), checksum)
@@ -609,6 +649,8 @@ def parse(argv=None):
         "Train a DQ-VAE: images to variable-length codes and back.", PRESETS, argv)
     add = parser.add_argument
     add("--data", metavar="DIR", help="folder of images; None: the built-in toy shapes")
+    add("--held-out", metavar="DIR", help="folder of images to evaluate on; None: one in 20 of --data")
+    add("--no-flip", action="store_true", help="no mirror images: where left and right are not alike, as in letters")
     add("--workers", type=natural, default=0, help="processes that load images")
     add("--size", type=positive, default=config.size, help="side of the images, pixels")
     add("--factors", type=positive, nargs="+", default=config.factors,
@@ -632,8 +674,9 @@ def parse(argv=None):
 
 
 def held_out_images(data, config, device):
-    """Up to 512 held-out images (M, 3, S, S) and, of the toy data only, where detail is: (M, h, w), bool."""
-    shown = range(min(len(data), 512))
+    """Up to 512 held-out images (M, 3, S, S), always the same, and, of the toy data only, where detail is: (M, h, w),
+    bool."""
+    shown = dq.random_numbers(0).permutation(len(data))[:512].tolist()
     images = [x for x, label in map(data.__getitem__, shown) if label != BROKEN]
     dq.require(images, f"none of {len(shown)} held-out images can be decoded")
     images = torch.stack(images).to(device)                                  # M, 3, S, S
@@ -648,13 +691,15 @@ def calibrate(router, ratios, images):
     Where many regions tie (blank surroundings), the ties go to the coarser side."""
     scores = torch.cat([router.score(x).flatten() for x in images])
     cuts = np.cumsum(ratios)[:-1].clip(0, 1)                                 # K - 1
-    router.thresholds.copy_(torch.from_numpy(np.quantile(scores.cpu().double().numpy(), cuts)))
+    levels = np.quantile(scores.cpu().numpy().astype(float), cuts)
+    levels = np.where(cuts < 1e-6, -np.inf, np.where(cuts > 1 - 1e-6, np.inf, levels))  # none, or all, are coarser
+    router.thresholds.copy_(torch.from_numpy(levels.astype(np.float32)))
 
 
 def encode_only(args, device, autocast):
     """--encode: codes.pt of any DQ-VAE and any folder."""
     vae, path = dq.load_vae(args.encode, device), args.out / "codes.pt"
-    data = open_data(args.data, vae.config.size, seed=args.seed, skip=args.out)
+    data = open_data(args.data, vae.config.size, seed=args.seed, skip=args.out, held_out=args.held_out)
     say(describe(*data))
     set_aside(path, hint="")
     preset = dq.load_checkpoint(args.encode, "dq-vae").get("preset", args.preset)
@@ -668,7 +713,8 @@ def main(argv=None):
     device, autocast = prepare(args, trains=not args.encode)
     if args.encode:
         return encode_only(args, device, autocast)
-    train, held_out = open_data(args.data, config.size, augment=True, seed=args.seed, skip=args.out)
+    train, held_out = open_data(args.data, config.size, augment=True, seed=args.seed, skip=args.out,
+                                flip=not args.no_flip, held_out=args.held_out)
     say(describe(train, held_out))
     images, detailed = held_out_images(held_out, config, device)
     perceptual = Perceptual.load(args.perceptual_weights).to(device) if schedule.perceptual_weight else None
@@ -687,7 +733,7 @@ def main(argv=None):
         judge = distribute(critic)
         optimizers["critic_optimizer"] = adam(critic.parameters())
         parts = dict(critic=critic, **optimizers)
-    settings = dict(data=identity(train), seed=args.seed) | asdict(schedule)
+    settings = dict(data=identity(train), no_flip=args.no_flip, seed=args.seed) | asdict(schedule)
     record = Record(args, args.out / "vae.pt", config, settings, model, parts, dict(preset=args.preset))
     codes = args.out / "codes.pt"
     if args.resume:
@@ -696,7 +742,7 @@ def main(argv=None):
             return say(f"nothing left to do: {record.path} is at step {record.step}, and {codes} is there")
     else:
         set_aside(record.path, codes.name)
-    batches = stream(train, schedule.batch_size, args.seed, record.step, args.workers)
+    batches = stream(train, schedule.batch_size, args.seed, record.step, args.workers, schedule.accumulate)
     forward = distribute(compiled(model) if args.compile else model)
     last_weight = model.decoder.out[-1].weight
 
@@ -738,7 +784,7 @@ def main(argv=None):
                 optimizer.step()                                             # nothing without gradients
 
             evaluates, saves, stops = record.after(done, stop)
-            if evaluates:
+            if evaluates and dq.processes()[0] == 0:
                 figures, y, grains = evaluate(model, images, detailed, autocast, perceptual)
                 figures["loss"] = (figures["l1"] + schedule.l2_weight * figures["l2"]
                                    + schedule.perceptual_weight * figures.get("lpips", 0.0))

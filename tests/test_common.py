@@ -2,7 +2,10 @@
 
     load_image, open_image, to_rgb, grey_8_bits   test_images_of_every_mode and what follows
     pick_device                                   test_the_gpu_that_is_asked_for_becomes_the_current_one and one more
-    run                                           test_wrong_input_ends_in_one_line, test_an_error_reaches_the_shell
+    decodes_like_the_cpu                          test_an_apple_gpu_is_taken_when_it_computes_the_same
+    run, say, printable                           test_wrong_input_ends_in_one_line, test_an_error_reaches_the_shell,
+                                                  test_every_line_survives_the_terminal and two more
+    prepare, lock                                 test_a_folder_is_one_runs_at_a_time and three more
     trainer_flags, override, number               test_wrong_input_ends_in_one_line
     Schedule                                      test_schedules
     seed_all                                      test_seeds_have_nothing_in_common, survival/test_resume.py
@@ -14,8 +17,10 @@
 """
 import ast
 import importlib
+import io
 import itertools
 import json
+import os
 import random
 import shutil
 import struct
@@ -28,11 +33,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, PngImagePlugin
+from tqdm import tqdm
 
 import common
 import dq
 import train_vae
-from conftest import DEVICE, ROOT, TRANSFORMER, script
+from conftest import DEVICE, ROOT, TRANSFORMER, VAE, call, script
 
 
 # ------------------------------------------------------------------------------------------------
@@ -164,6 +170,39 @@ MODES = {
     "key, rgb 16 bit": (png(RGB16 * 4, 16, 2, (b"tRNS", RGB16)), "x.png", 255),
     "key, rgb 16 bit, another": (png(RGB16 * 4, 16, 2, (b"tRNS", bytes(6))), "x.png", (40, 80, 7)),
 }
+
+
+def colour_profile(description, gamma, *primaries):
+    """The least of an ICC profile: three primaries (X, Y, Z, each for white of D50) and a power."""
+    def fixed(*numbers):
+        return b"".join(struct.pack(">i", round(x * 65536)) for x in numbers)
+    name, curve = description.encode() + b"\0", struct.pack(">IH2x", 1, round(gamma * 256))
+    tags = {b"desc": b"desc\0\0\0\0" + struct.pack(">I", len(name)) + name + bytes(78 + -len(name) % 4),
+            b"wtpt": b"XYZ \0\0\0\0" + fixed(0.9642, 1.0, 0.8249)}
+    for letter, primary in zip((b"r", b"g", b"b"), primaries):
+        tags |= {letter + b"XYZ": b"XYZ \0\0\0\0" + fixed(*primary), letter + b"TRC": b"curv\0\0\0\0" + curve}
+    start, index = 132 + 12 * len(tags), struct.pack(">I", len(tags))
+    for tag, data in tags.items():
+        index += tag + struct.pack(">II", start, len(data))
+        start += len(data)
+    head = struct.pack(">I4xI", start, 0x02400000) + b"mntrRGB XYZ " + bytes(12) + b"acsp" + bytes(28)
+    return head + fixed(0.9642, 1.0, 0.8249) + bytes(48) + index + b"".join(tags.values())
+
+
+P3 = [(0.5151, 0.2412, -0.0011), (0.2920, 0.6922, 0.0419), (0.1571, 0.0666, 0.7841)]
+SRGB = [(0.4360, 0.2225, 0.0139), (0.3851, 0.7169, 0.0971), (0.1431, 0.0606, 0.7139)]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
+@pytest.mark.parametrize("profile, colour, wanted", [
+    (colour_profile("wide", 2.2, *P3), (230, 100, 60), (249, 89, 39)),
+    (colour_profile("linear sRGB", 1.0, *SRGB), (55, 55, 55), (128, 128, 128)),
+    (colour_profile("sRGB", 1.0, *SRGB), (55, 55, 55), (55, 55, 55)),        # as it says: nothing to do
+    (b"no profile", (230, 100, 60), (230, 100, 60))], ids=["wide", "linear", "sRGB", "unusable"])
+def test_colours_are_those_that_the_profile_means(profile, colour, wanted, mode, tmp_path):
+    picture = Image.new("RGB", (8, 8), colour).convert(mode, palette=Image.Palette.ADAPTIVE)
+    picture.save(tmp_path / "x.png", icc_profile=profile)
+    assert max(abs(a - b) for a, b in zip(common.open_image(tmp_path / "x.png").getpixel((3, 3)), wanted)) <= 1
 
 
 @pytest.mark.parametrize("kind", MODES)
@@ -332,3 +371,96 @@ def test_wrong_input_ends_in_one_line(name, args, says, request, tmp_path, monke
 def test_an_error_reaches_the_shell():
     done = script("sample.py", "nowhere.pt")
     assert done.returncode == 1 and done.stderr == "error: no such file: nowhere.pt (train_transformer.py writes it)\n"
+
+
+# ------------------------------------------------------------------------------------------------
+# Terminals, batch systems, other runs
+
+
+def output_to_a_file(monkeypatch):
+    """In an old encoding. -> what is written so far"""
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="cp1252"))
+    return raw
+
+
+def test_every_line_survives_the_terminal(monkeypatch):
+    """Names of files can be anything; control characters would steer it."""
+    output = output_to_a_file(monkeypatch)
+    common.run(lambda: common.say("wrote 絵/caf\udce9/é\x1b[2J\rx\nnote: done"))
+    wanted = "wrote \\u7d75/caf\\udce9/é\\x1b[2J\\rx\nnote: done\n"
+    assert output.getvalue().decode("cp1252").replace(os.linesep, "\n") == wanted
+
+
+def test_a_line_is_in_the_file_at_once(monkeypatch):
+    """Not when the program ends: nohup, batch systems."""
+    output, seen = output_to_a_file(monkeypatch), []
+
+    def main():
+        for line in ("data", "step 250"):
+            tqdm.write(line)
+            seen.append(output.getvalue().decode().split())
+    common.run(main)
+    assert seen == [["data"], ["data", "step", "250"]]
+
+
+def test_a_closed_output_is_no_error(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    common.run(lambda: (common.say("x"), tqdm.write("y"), print("z", file=sys.stderr)))
+
+
+def test_a_folder_is_one_runs_at_a_time(tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    with open(tmp_path / ".lock", "a") as other:                             # as of another process
+        fcntl.flock(other, fcntl.LOCK_EX)
+        line = f"error: another run is writing into {tmp_path}; wait for its end, or name another --out"
+        assert call(train_vae.main, "--out", tmp_path, *VAE) == line
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+    common.lock(tmp_path)                                                    # the other is gone, its file is not
+    common.lock(tmp_path)                                                    # the same process, again
+    assert list(common.LOCKS) == [os.path.realpath(tmp_path)]
+    common.run(lambda: None)                                                 # at its end a program holds none
+    assert not common.LOCKS
+
+
+def test_a_folder_that_can_not_be_locked_is_used_with_a_note(tmp_path, monkeypatch, capsys):
+    fcntl = pytest.importorskip("fcntl")
+
+    def flock(file, how):
+        raise OSError(37, "No locks available")
+    monkeypatch.setattr(fcntl, "flock", flock)
+    common.lock(tmp_path)
+    assert "note: can't tell whether another run writes into" in capsys.readouterr().out
+
+
+def test_half_a_batch_system_is_refused_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    line = call(train_vae.main, "--out", tmp_path, *VAE)
+    assert line.startswith("error: WORLD_SIZE is 2, but there is no RANK, MASTER_ADDR, MASTER_PORT")
+    monkeypatch.setenv("WORLD_SIZE", "")                                     # as good as none
+    monkeypatch.setattr(train_vae, "open_data", lambda *args, **kwargs: dq.require(False, "reached"))
+    assert call(train_vae.main, "--out", tmp_path, *VAE) == "error: reached"
+
+
+@pytest.mark.parametrize("error", [0.0, 1e-5, 0.1])
+def test_an_apple_gpu_is_taken_when_it_computes_the_same(error, monkeypatch, capsys):
+    """There is none here: the CPU plays it, and is wrong by `error` in the second of two decodings."""
+    calls, real = [], dq.DQVAE.decode
+
+    def decode(vae, codes):
+        calls.append(1)
+        return real(vae, codes) + error * (len(calls) == 2)
+    monkeypatch.setattr(dq.DQVAE, "decode", decode)
+    right = common.decodes_like_the_cpu(torch.device("cpu"))
+    assert right == (error < 0.01) and len(calls) == 2
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(common, "decodes_like_the_cpu", lambda device: right)
+    if right:                                                                # it is asked for, and is not here
+        with pytest.raises(dq.UserError, match="no such device here: mps"):
+            common.pick_device("auto", "fp32")
+    else:
+        assert common.pick_device("auto", "fp32")[0].type == "cpu" and "Apple" in capsys.readouterr().out

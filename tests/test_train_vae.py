@@ -1,9 +1,12 @@
 """train_vae.py: data, losses, evaluation, codes.pt, the script.
 
     open_data, find_images, split    test_what_a_folder_holds and what follows
+    identity                         test_other_pixels_under_the_same_names_are_other_data
+    held_out_images                  test_all_classes_are_evaluated
     ImageFolder                      test_a_broken_file_weighs_nothing, test_classes_splits_and_epochs
     describe                         test_what_is_understood_is_said_in_one_line
-    stream                           test_stream_is_a_function_of_seed_and_batch_number
+    stream                           test_stream_is_a_function_of_seed_and_batch_number,
+                                     test_processes_share_every_part_of_a_batch
     ToyShapes                        test_toy_shapes, test_the_texture_that_is_named_is_the_one_that_is_drawn
     Perceptual                       test_lpips_is_the_published_formula and what follows
     adaptive_weight, backward        test_adaptive_weight_is_the_ratio_of_gradients_at_the_last_layer and two more
@@ -13,11 +16,14 @@
     calibrate                        test_routers.py
     encode, smallest, write_codes    test_encoding_keeps_every_image_and_its_mirror_image and what follows
 """
+import errno
 import json
 import math
 import os
+import shutil
 import zlib
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -177,9 +183,18 @@ def test_what_is_understood_is_said_in_one_line(tmp_path, monkeypatch):
     os.rename(tmp_path / "b/a", os.fsencode(tmp_path) + b"/b/\xff")
     assert "\\udcff" not in said(tmp_path / "b", 8)                          # the seventh
     os.rename(tmp_path / "b/b", os.fsencode(tmp_path) + b"/b/a\xe9")
-    assert "a\\udce9" in said(tmp_path / "b", 8)
+    assert "a\udce9" in said(tmp_path / "b", 8)                             # `say` makes it fit for a terminal
     monkeypatch.setattr(train_vae, "FILES", 5)
     assert said(tmp_path / "a", 8).endswith("; so much that broken files are left out as they are met")
+
+
+def test_the_outer_folder_of_an_archive_is_noted(tmp_path):
+    put(tmp_path, *numbered(3, "PetImages/cat/"), *numbered(3, "PetImages/dog/"))
+    said = train_vae.describe(*open_data(tmp_path, 8))
+    assert "no classes" in said
+    assert said.endswith(f"for the folders in it as classes (cat, dog): --data {tmp_path / 'PetImages'}")
+    put(tmp_path, "PetImages/notes.png")                                     # images of its own: no such archive
+    assert "note" not in train_vae.describe(*open_data(tmp_path, 8))
 
 
 def test_a_large_folder_is_not_read_at_the_start(tmp_path, monkeypatch):
@@ -187,7 +202,7 @@ def test_a_large_folder_is_not_read_at_the_start(tmp_path, monkeypatch):
     monkeypatch.setattr(train_vae, "load_image", lambda path, *how: opened.append(path) or 1)
     put(tmp_path, "0.png")
     for i in range(1, 100):
-        os.link(tmp_path / "0.png", tmp_path / f"{i}.png")
+        shutil.copy(tmp_path / "0.png", tmp_path / f"{i}.png")
     for files, size, expected in ((100, 1e6, 100), (100, 100, 0), (99, 1e6, 0)):
         monkeypatch.setattr(train_vae, "FILES", files)
         monkeypatch.setattr(train_vae, "BYTES", size)
@@ -240,7 +255,7 @@ def test_a_broken_file_is_named_once_by_all_processes(tmp_path, monkeypatch, cap
     alone = [red(data[i][0]) for i in range(2 * len(data))]
     data.broken.zero_()
     capfd.readouterr()
-    loader = torch.utils.data.DataLoader(data, 1, num_workers=2, sampler=range(2 * len(data)))
+    loader = train_vae.loader(data, 2, batch_size=1, sampler=range(2 * len(data)))
     assert [red(x)[0] for x, _ in loader] == alone
     error = capfd.readouterr().err
     assert all(error.count(name) for name in broken)
@@ -309,6 +324,117 @@ def test_stream_is_a_function_of_seed_and_batch_number():
     flat_ = sum(whole, [])
     for epoch in range(4):                                                   # every epoch holds each image once
         assert sorted(flat_[10 * epoch:10 * epoch + 10]) == list(range(10 * epoch, 10 * epoch + 10))
+
+
+@pytest.mark.parametrize("world, accumulate", [(2, 1), (2, 2), (3, 4)])
+def test_processes_share_every_part_of_a_batch(world, accumulate, monkeypatch):
+    """A batch is cut into parts first, and each part among the processes: so a part holds the same images for any
+    number of them."""
+    class Numbers(torch.utils.data.Dataset):
+        def __len__(self):
+            return 50
+
+        def __getitem__(self, i):
+            return i
+    whole = next(train_vae.stream(Numbers(), 24, seed=1)).chunk(accumulate)
+    shares = []
+    for rank in range(world):
+        monkeypatch.setattr(dq, "processes", lambda: (rank, world))
+        shares.append(next(train_vae.stream(Numbers(), 24, seed=1, accumulate=accumulate)).chunk(accumulate))
+    for part, *of_each in zip(whole, *shares):
+        assert torch.equal(torch.cat(of_each), part)
+
+
+def test_a_file_of_two_names_is_one_image(tmp_path):
+    """A link in another folder: else what is held out by one name is trained on by the other."""
+    put(tmp_path / "images", *numbered(30, "cat/"), *numbered(3, "dog/"))
+    for i in range(20):
+        os.symlink(tmp_path / f"images/cat/{i}.png", tmp_path / f"images/dog/soft{i}.png")
+        os.link(tmp_path / f"images/cat/{i}.png", tmp_path / f"images/dog/hard{i}.png")
+    train, val = open_data(tmp_path / "images", 8)
+    assert names(train, val) == sorted(numbered(30, "cat/") + numbered(3, "dog/"))
+    assert "40 other names of the same file" in train_vae.describe(train, val)
+
+
+def test_other_pixels_under_the_same_names_are_other_data(tmp_path):
+    put(tmp_path, *numbered(30))
+    before = [train_vae.identity(open_data(tmp_path, 8)[0]) for _ in range(2)]
+    assert before[0] == before[1]
+    noise = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / open_data(tmp_path, 8)[0].files[3][0])
+    assert train_vae.identity(open_data(tmp_path, 8)[0]) != before[0]
+
+
+def test_a_folder_can_be_held_out(tmp_path):
+    put(tmp_path / "a", *numbered(40, "cat/"), *numbered(40, "dog/"))
+    put(tmp_path / "b", *numbered(3, "dog/"))
+    train, val = open_data(tmp_path / "a", 8, held_out=tmp_path / "b")
+    assert len(train) == 80 and names(val) == numbered(3, "dog/") and {val[i][1] for i in range(3)} == {1}
+    put(tmp_path / "b", "cow/1.png")
+    with pytest.raises(dq.UserError, match="cow/1.png below .* is in no folder that is named like a class"):
+        open_data(tmp_path / "a", 8, held_out=tmp_path / "b")
+
+
+def test_all_classes_are_evaluated(tmp_path):
+    """A fixed sample of 512, not the first in the order of names."""
+    val = ImageFolder(tmp_path, [(f"{i}.png", i // 16) for i in range(1600)], [str(i) for i in range(100)], 8)
+    val.read = lambda i: (torch.full((3, 8, 8), i / 1600), 0)
+    shown = [(train_vae.held_out_images(val, dq.VAEConfig(size=8, factors=(4,), ratios=(1.0,)), "cpu")[0][:, 0, 0, 0]
+              * 1600).round().int().tolist() for _ in range(2)]
+    assert shown[0] == shown[1] and len(set(shown[0])) == 512
+    assert len({i // 16 for i in shown[0]}) > 95
+
+
+def test_arrows_need_not_be_mirrored(tmp_path):
+    """Left and right are the same sequences else."""
+    for name, columns in (("left", slice(0, 4)), ("right", slice(4, 8))):
+        (tmp_path / name).mkdir()
+        pixels = np.zeros((8, 8, 3), np.uint8)
+        pixels[:, columns] = 255
+        for i in range(30):
+            Image.fromarray(pixels).save(tmp_path / name / f"{i}.png")
+    seen = {}
+    for flip in (True, False):
+        train, _ = open_data(tmp_path, 8, augment=True, flip=flip)
+        seen[flip] = {(label, bool(x[0, 0, 0] > 0)) for x, label in map(train.__getitem__, range(200))}
+    assert seen[True] == {(0, True), (0, False), (1, True), (1, False)}
+    assert seen[False] == {(0, True), (1, False)}
+
+
+@pytest.mark.parametrize("failures", [2, 3])
+def test_an_error_of_the_system_is_no_verdict_on_a_picture(failures, tmp_path, monkeypatch, capfd):
+    """A file server that is away for a moment, or for good: no image is left out for it."""
+    put(tmp_path, *numbered(20))
+    train, _ = open_data(tmp_path, 8, augment=True)
+    waits, left, real = [], [failures], Path.read_bytes
+
+    def read_bytes(path):
+        left[0] -= 1
+        if left[0] >= 0:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return real(path)
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    monkeypatch.setattr(common.time, "sleep", waits.append)
+    if failures < 3:
+        train[0]
+        assert waits == [1, 5]
+    else:
+        with pytest.raises(OSError, match="Stale file handle; when that is mended, --resume goes on"):
+            train[0]
+    assert not train.broken.any() and capfd.readouterr().err == ""
+
+
+def test_a_folder_that_the_system_can_not_read_ends_the_search(tmp_path, monkeypatch):
+    put(tmp_path, *numbered(20, "a/"), *numbered(20, "b/"))
+    real = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("b"):
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return real(path)
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert call(train_vae.main, "--data", tmp_path, "--out", tmp_path / "out") == (
+        f"error: can't read {tmp_path / 'b'}: Input/output error")
 
 
 @pytest.mark.parametrize("size", [16, 32, 64])

@@ -52,7 +52,7 @@ def nearly_full_disk(room=300):
 
 
 @pytest.mark.parametrize("option, name", [
-    ("--out", "s.png"), ("--out", "s.jpg"), ("--gif", "s.gif"), ("--save-dir", "000000.png")])
+    ("--out", "s.png"), ("--out", "s.jpg"), ("--gif", "s.gif"), ("--save-dir", "samples.json")])
 def test_a_full_disk_leaves_the_older_picture_whole(option, name, run, tmp_path):
     (tmp_path / name).write_bytes(b"an older one")
     target = tmp_path if option == "--save-dir" else tmp_path / name

@@ -60,17 +60,39 @@ def test_a_run_that_is_stopped_while_it_encodes_goes_on(tmp_path):
     same(*stored)
 
 
-def test_several_processes_ask_each_other_every_tenth_step_whether_to_stop(monkeypatch):
-    asked, before = [], signal.getsignal(signal.SIGINT)                      # ignored, in a shell's background
+@pytest.mark.parametrize("seconds, asks", [(0.01, [1, 11, 21]), (0.7, [1, 5, 9, 13, 17, 21]), (9, range(1, 22))])
+def test_several_processes_ask_each_other_by_steps_and_by_seconds_whether_to_stop(seconds, asks, monkeypatch):
+    """At the same steps on all, whatever each measures, or they would wait for each other for ever."""
+    clock, asked, before = [0.0], [], signal.getsignal(signal.SIGINT)        # ignored, in a shell's background
     monkeypatch.setattr(dq, "processes", lambda: (0, 2))
-    monkeypatch.setattr(dq, "total", lambda flag: (asked.append(flag.item()), flag)[1])
+    monkeypatch.setattr(dq, "total", lambda each: (asked.append(step), 2 * each)[1])  # the other says the same
+    monkeypatch.setattr(common.time, "monotonic", lambda: clock[0])
     with common.Stop(torch.device("cpu")) as stop:
-        for done in range(1, 31):
-            if done == 13:
+        for step in range(1, 22):
+            clock[0] += seconds
+            if step == 13:
                 os.kill(os.getpid(), signal.SIGINT)
-            assert bool(stop.asked(done)) == (done >= 20 and done % 10 == 0)
-    assert asked == [0, signal.SIGINT, signal.SIGINT]
+            assert bool(stop.asked()) == (step >= 13 and step in asks)
+    assert asked == list(asks)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGUSR1", "SIGTERM"])
+def test_signals_of_batch_systems_are_heard(name):
+    number = getattr(signal, name)
+    with common.Stop(torch.device("cpu")) as stop:
+        os.kill(os.getpid(), number)
+        assert stop.asked() == number
+
+
+def test_nohup_still_means_what_it_says():
+    former = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with common.Stop(torch.device("cpu")) as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.asked() == 0
+    finally:
+        signal.signal(signal.SIGHUP, former)
 
 
 KILLS = int(os.environ.get("DQ_KILLS", 1))

