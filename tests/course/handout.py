@@ -11,8 +11,8 @@ from exercises import BONUS, EXERCISES, RULES, find, paths
 README = """\
 # dq: two weeks from pixels to sequences of codes
 
-You have a project that works but for {n} functions. In the first week an image becomes codes, in the second codes become
-sequences, and a model writes them. No GPU is needed.
+You have a project that works but for {n} functions. In the first week an image becomes codes, in the second codes
+become sequences, and a model writes them. No GPU is needed.
 
 ## Begin
 
@@ -45,20 +45,20 @@ A script that comes to a hole says in one line which it is: `python train_vae.py
 
 ## The open part
 
-When all is written, you get a file `codes.pt`, the same for everyone. Put it into `out/` and make the best model of these
-codes that {minutes} minutes on two cores allow: `python train_transformer.py`, whose flags and whose model you may change.
-The rank is by held-out nats of an image, which are exact: the model's probabilities sum to 1 over all pictures. Training
-says them at every evaluation. Hand in a folder with `transformer.pt` and, if you changed them, `dq.py`, `common.py` and
-`train_transformer.py`; flags go into `flags.txt`. The class must still be called `DQTransformer` and have
-`logits(pos, code, label)`, and a step may not see its own answer: this is tested.
+When all is written, you get a file `codes.pt`, the same for everyone. Put it into `out/` and make the best model of
+these codes that {minutes} minutes on two cores allow: `python train_transformer.py`, whose flags and whose model you
+may change. The rank is by held-out nats of an image, which are exact: the model's probabilities sum to 1 over all
+pictures. Training says them at every evaluation. Hand in a folder with `transformer.pt` and, if you changed them,
+`dq.py`, `common.py` and `train_transformer.py`; flags go into `flags.txt`. The class must still be called
+`DQTransformer` and have `logits(pos, code, label)`, and a step may not see its own answer: this is tested.
 """
 
 MATHEMATICS = {
     "GrainRouter.forward": """\
 Let $l_k$ be the logits and $E_k$ independent draws of Exponential(1). $\\arg\\max_k (l_k - \\log E_k)$ has the
 probabilities $p = \\mathrm{softmax}(l)$. With noise scaled by $s$, the noisy logits are $m_k = l_k - s \\log E_k$.
-Forward, the gate is $g = \\mathrm{onehot}(\\arg\\max m)$. Backward, with $c_k = \\partial L / \\partial g_k$ and $p$ now
-the softmax of $m$: $\\partial L / \\partial l_k = p_k (c_k - \\sum_j p_j c_j)$.""",
+Forward, the gate is $g = \\mathrm{onehot}(\\arg\\max m)$. Backward, with $c_k = \\partial L / \\partial g_k$ and $p$
+now the softmax of $m$: $\\partial L / \\partial l_k = p_k (c_k - \\sum_j p_j c_j)$.""",
     "EntropyRouter.score": """\
 Grey levels $y$ of a region, bins $b_i$, $i = 1 ... 32$: $h_i = \\mathrm{mean}_y \\exp(-((y - b_i) / 0.01)^2 / 2)$,
 $p_i = h_i / \\sum_j h_j$, and the entropy is $-\\sum_i p_i \\log p_i$ in nats.""",
@@ -73,41 +73,44 @@ $|z - e|^2 = |z|^2 - 2 z \\cdot e + |e|^2$. The first term is the same for all c
 matrices for all vectors and codes at once.""",
     "Codebook.update": """\
 In batch $n$, with $d = \\min(n / (9 + n), \\mathrm{decay})$, weights $w_i$ and $A_v$ the vectors that chose code $v$:
-$u_v = d u_v + (1 - d) \\sum_{i \\in A_v} w_i$, $s_v = d s_v + (1 - d) \\sum_{i \\in A_v} w_i z_i$, $e_v = s_v / u_v$.""",
+$u_v = d u_v + (1 - d) \\sum_{i \\in A_v} w_i$, $s_v = d s_v + (1 - d) \\sum_{i \\in A_v} w_i z_i$, $e_v = s_v /
+u_v$.""",
     "Codebook.restart": """\
 With weights $w_i$ and $V$ codes, the mean use is $\\bar u = \\sum_i w_i / V$. Code $v$ is dead if
 $u_v < \\mathrm{dead\\_below} \\cdot \\bar u$. It starts anew at $e_v = z_i + 0.01 \\sigma \\epsilon$, $i$ drawn with
 probability proportional to $w_i$, with uses $u_v = \\bar u$ and sums $s_v = u_v e_v$.""",
     "DQVAE.mix": """\
 $M(y, x) = \\sum_k g_k(y, x) m_k(y, x)$, where gates and maps are repeated over the finest grid. So
-$\\partial L / \\partial g_k = \\sum \\partial L / \\partial M \\cdot m_k$: each gate learns what its map would have done.""",
+$\\partial L / \\partial g_k = \\sum \\partial L / \\partial M \\cdot m_k$: each gate learns what its map would have
+done.""",
     "DQVAE.cell_weight": """\
 A code of granularity $k$ fills $(F_k / F_K)^2$ cells of the finest grid, with $F_k$ the factors. Each of these cells
 counts $(F_K / F_k)^2$, so that a sum over cells is a sum over codes.""",
     "Layout.pack": """\
-An id names granularity, place and order. A sequence is the set of the ids that are there, sorted, with all EOS ids; what
-is not there can be sorted to the end. The loop in `tests/naive.py` says what is wanted; the test of speed wants it for
-whole batches.""",
+An id names granularity, place and order. A sequence is the set of the ids that are there, sorted, with all EOS ids;
+what is not there can be sorted to the end. The loop in `tests/naive.py` says what is wanted; the test of speed wants it
+for whole batches.""",
     "Layout.unpack": """\
 The inverse: write the contents to a row with a place for every id, cut that row into the granularities' grids, and let
 the granularity of each region choose among them. -1 stands where nothing is known.""",
     "Layout.legal": """\
-Let $p(\\mathrm{image}) = \\prod_t p(\\mathrm{pos}_t | ...) p(\\mathrm{code}_t | ...)$. It sums to 1 over all images if at
-each step something may follow, the factors sum to 1 over what may, and each walk ends in one complete image.""",
+Let $p(\\mathrm{image}) = \\prod_t p(\\mathrm{pos}_t | ...) p(\\mathrm{code}_t | ...)$. It sums to 1 over all images if
+at each step something may follow, the factors sum to 1 over what may, and each walk ends in one complete image.""",
     "DQTransformer.embed": """\
-$E(p, c) = \\mathrm{content}[c] + \\mathrm{position}[p] + \\mathrm{granularity}[k(p)]$, and an EOS has a content of its own.""",
+$E(p, c) = \\mathrm{content}[c] + \\mathrm{position}[p] + \\mathrm{granularity}[k(p)]$, and an EOS has a content of its
+own.""",
     "DQTransformer.logits": """\
 Input $t$ is pair $t - 1$, input 0 the label: so output $t$ is about pair $t$ and knows what is before. The position
 stack says where; then the place of pair $t$ is added, and the content stack says what.""",
     "filter_logits": """\
-Sort the probabilities, $q_1 \\ge q_2 \\ge ...$, after top-k renormalised. Entry $i$ stays if $q_1 + ... + q_{i-1} < p$: the
-one that crosses $p$ is the last.""",
+Sort the probabilities, $q_1 \\ge q_2 \\ge ...$, after top-k renormalised. Entry $i$ stays if $q_1 + ... + q_{i-1} < p$:
+the one that crosses $p$ is the last.""",
     "draw": """\
-With $F(i) = p_1 + ... + p_i$ and $u$ uniform in (0, 1], the first $i$ with $F(i) \\ge u$ has probability $p_i$. Rounding
-must neither draw an entry of probability 0 nor miss the last one.""",
+With $F(i) = p_1 + ... + p_i$ and $u$ uniform in (0, 1], the first $i$ with $F(i) \\ge u$ has probability $p_i$.
+Rounding must neither draw an entry of probability 0 nor miss the last one.""",
     "decode_one": """\
-One step of the loop in `tests/naive.py` for all slots at once, with keys and values of the past in a cache. Guidance mixes
-logits of labelled and unlabelled rows, $l_0 + \\mathrm{cfg} (l_1 - l_0)$, before the temperature.""",
+One step of the loop in `tests/naive.py` for all slots at once, with keys and values of the past in a cache. Guidance
+mixes logits of labelled and unlabelled rows, $l_0 + \\mathrm{cfg} (l_1 - l_0)$, before the temperature.""",
 }
 
 
@@ -179,8 +182,8 @@ def bars(x, y, values, height=100, width=24, names=None, colours=None, title="")
 
 
 def line(points, colour="#c0392b", dashed=False):
-    points = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-    return f'<polyline points="{points}" fill="none" stroke="{colour}"{" stroke-dasharray=" + chr(34) + "4" + chr(34) if dashed else ""}/>'
+    points, dashes = " ".join(f"{x:.1f},{y:.1f}" for x, y in points), 'stroke-dasharray="4"' if dashed else ""
+    return f'<polyline points="{points}" fill="none" stroke="{colour}" {dashes}/>'
 
 
 def gate(_):
@@ -203,14 +206,15 @@ def budget(_):
 
 def through(_):
     steps = [(40 + 20 * i + j, 160 - 20 * i) for i in range(6) for j in (0, 20)]
-    return picture(line(steps, "#1f4e8c"), line([(40, 170), (160, 50)], dashed=True), text(200, 80, "value: the nearest code"),
-                   text(200, 110, "gradient: as if it were the dashed line"))
+    return picture(line(steps, "#1f4e8c"), line([(40, 170), (160, 50)], dashed=True),
+                   text(200, 80, "value: the nearest code"), text(200, 110, "gradient: as if it were the dashed line"))
 
 
 def nearest(_):
     codes = [(60, 50), (160, 60), (100, 150), (250, 120)]
+    others = [line([(149, 95), each], GREY) for each in codes if each != (160, 60)]
     return picture(*(box(x - 6, y - 6, 12, 12, fill=BLUE) for x, y in codes), box(146, 92, 6, 6, fill=ORANGE),
-                   line([(149, 95), (160, 60)]), *(line([(149, 95), each], GREY) for each in codes if each != (160, 60)),
+                   line([(149, 95), (160, 60)]), *others,
                    text(300, 80, "blue: codes, orange: a vector"), text(300, 100, "its id is that of the nearest code"))
 
 
@@ -270,7 +274,8 @@ def back(space):
     _, _, pos, code = example(space)
     rows = [["a", "a", "b", "c"], ["a", "a", "d", "e"], ["f", "f", "g", "g"], ["f", "f", "g", "g"]]
     colours = [[ORANGE if i < 2 <= j else BLUE for j in range(4)] for i in range(4)]
-    return picture(grid(20, 40, [pos, code], 34, title="a sequence"), grid(400, 40, rows, colours=colours, title="codes"))
+    return picture(grid(20, 40, [pos, code], 34, title="a sequence"),
+                   grid(400, 40, rows, colours=colours, title="codes"))
 
 
 def mask(space):
@@ -288,8 +293,9 @@ def mask(space):
 
 
 def summed(_):
-    return picture(box(20, 40, 150, 30, "content[c]", BLUE), text(185, 60, "+"), box(205, 40, 150, 30, "position[p]", ORANGE),
-                   text(370, 60, "+"), box(390, 40, 150, 30, "granularity[k(p)]", GREY), text(20, 110, "three rows, one vector"))
+    return picture(box(20, 40, 150, 30, "content[c]", BLUE), text(185, 60, "+"),
+                   box(205, 40, 150, 30, "position[p]", ORANGE), text(370, 60, "+"),
+                   box(390, 40, 150, 30, "granularity[k(p)]", GREY), text(20, 110, "three rows, one vector"))
 
 
 def shifted(_):
@@ -311,8 +317,8 @@ def staircase(_):
         total += each
         points += [(40 + 60 * i, 160 - 120 * total), (100 + 60 * i, 160 - 120 * total)]
     return picture(line(points, "#1f4e8c"), line([(30, 100), (160, 100)], dashed=True), text(10, 104, "u"),
-                   *(text(70 + 60 * i, 178, i, "middle") for i in range(4)), text(300, 90, "the entry at which u is reached;"),
-                   text(300, 110, "entry 1 has no probability"))
+                   *(text(70 + 60 * i, 178, i, "middle") for i in range(4)),
+                   text(300, 90, "the entry at which u is reached;"), text(300, 110, "entry 1 has no probability"))
 
 
 def slots(_):

@@ -6,6 +6,7 @@
     messages               test_every_assert_of_a_graded_test_has_a_message
     variants               test_a_variant_is_solved_by_its_reference_alone, test_every_edit_is_found_once
     Gradescope             test_results_agree_with_gradescopes_specification
+    the open part          test_the_leaderboard_ranks_by_nats_and_finds_who_looks_ahead
 """
 import ast
 import contextlib
@@ -254,7 +255,7 @@ def test_every_edit_is_found_once():
         variants.edited(dict(texts, **{"dq.py": ""}), 0)
 
 
-@pytest.mark.parametrize("seed", [None, 0, 5])                               # both orders of cells, and the published one
+@pytest.mark.parametrize("seed", [None, 0, 5])                               # the published one, both other numberings
 def test_the_example_of_the_docstring_is_that_of_the_variant(seed):
     space = vars(executed(project(["dq.py"], seed)["dq.py"], "variant"))
     codes = [["abcdefg".index(c) for c in row] for row in ("aabc", "aade", "ffgg", "ffgg")]
@@ -323,3 +324,32 @@ def test_results_agree_with_gradescopes_specification(tmp_path):
         assert set(test) == {"number", "name", "score", "max_score", "status", "output", "output_format", "visibility"}
         assert test["status"] == ("passed" if test["score"] == test["max_score"] else "failed")
         assert test["visibility"] == ("after_due_date" if "hidden" in test["name"] else "visible")
+
+
+def test_the_leaderboard_ranks_by_nats_and_finds_who_looks_ahead(run, tmp_path):
+    """A checkpoint; two with a dq.py of their own; two whose logits know the answer; none; and one that is damaged."""
+    answers = {
+        "same": "return position.masked_fill(~legal, -math.inf), content",
+        "other": "return position.masked_fill(~legal, -math.inf), 3 * content - content.mean(-1, keepdim=True)",
+        "peeks": "return position, content + 9 * F.one_hot(code.clamp(min=0), content.shape[-1])",
+        "peeks-where": "return position + 9 * F.one_hot(pos, position.shape[-1]), content",
+        "far": "return position, content + pos[:, -1:, None].float() * content.flip(-1)"}
+    ends = "return position.masked_fill(~legal, -math.inf), content"
+    assert SOURCE.count(ends) == 1
+    for name in ("plain", "damaged", "none", *answers):
+        (tmp_path / name).mkdir()
+        if name != "none":
+            (tmp_path / name / "transformer.pt").write_bytes((run / "transformer.pt").read_bytes())
+        if name in answers:
+            (tmp_path / name / "dq.py").write_text(SOURCE.replace(ends, answers[name]), encoding="utf-8")
+    (tmp_path / "damaged" / "transformer.pt").write_bytes(b"rubbish")
+    done = kit("leaderboard", tmp_path, "--codes", run / "codes.pt")
+    assert done.returncode == 0, done.stderr
+    rows = {line.split()[1]: line for line in done.stdout.splitlines()[1:]}
+    assert rows.keys() == {"plain", "damaged", "none", *answers}
+    assert "depend on its content" in rows["peeks"] and "depend on its position" in rows["peeks-where"]
+    assert "later" in rows["far"] and "no such file" in rows["none"] and "not a checkpoint" in rows["damaged"]
+    nats = {name: float(rows[name].split()[2]) for name in ("plain", "same", "other")}
+    assert nats["plain"] == pytest.approx(nats["same"], abs=0.01) and nats["other"] != nats["plain"]
+    assert [line.split()[1] for line in done.stdout.splitlines()[1:4]] == sorted(nats, key=nats.get) or (
+        nats["plain"] == nats["same"])

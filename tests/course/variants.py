@@ -1,11 +1,13 @@
 r"""Other specifications of the same exercises, for a course that grades: what is published here fails them.
 
-A variation has two or more choices; a variant takes one of each, by its seed, and the published specification is none of
-them. A choice is a list of edits, (file, what stands there exactly once, what stands there then): of the solution, of its
-docstring, of the naive loops, the tests and the handout. So docstrings, examples, tests and solution change together.
+A variation has two or more choices; a variant takes one of each, by its seed, and the published specification is none
+of them. A choice is a list of edits, (file, what stands there exactly once, what stands there then): of the solution,
+of its docstring, of the naive loops, the tests and the handout. So docstrings, examples, tests and solution change
+together.
 
-HIDDEN are other sizes for the same tests; with them go other seeds. Whoever has this file can solve a variant, as whoever
-has dq.py can solve the exercises: a course that fears this adds variations of its own to a private copy of the table.
+HIDDEN are other sizes for the same tests; with them go other seeds. Whoever has this file can solve a variant, as
+whoever has dq.py can solve the exercises: a course that fears this adds variations of its own to a private copy of the
+table.
 """
 import random
 
@@ -90,11 +92,12 @@ def later_ties():
             "key=lambda v: (float((codes[v] - vector).square().sum()), -v)"),
         (CODEBOOK, "book, z = Codebook(7, 3), torch.randn(50, 3)",
                    "book, z = Codebook(7, 3), torch.randint(-2, 3, (50, 3)).float()"),
-        (CODEBOOK, "book.codes.copy_(torch.randn(7, 3) * torch.linspace(0.2, 3, 7)[:, None])  # short ones and long ones",
-                   "book.codes.copy_(torch.randint(-2, 3, (7, 3)))                           # many are as near"),
+        (CODEBOOK, "book.codes.copy_(torch.randn(7, 3) * torch.linspace(0.2, 3, 7)[:, None])",
+                   "book.codes.copy_(torch.randint(-2, 3, (7, 3)))"),
         (CODEBOOK, '"a vector gets a code that is not its nearest"',
                    '"a vector gets a code that is not its nearest, or not the highest id of those as near"'),
-        (H, "matrices for all vectors and codes at once.", "matrices for all at once. Of codes as near, the highest id wins."),
+        (H, "matrices for all vectors and codes at once.",
+            "matrices for all vectors and codes at once. Of codes as near, the highest id wins."),
     ]
 
 
@@ -115,7 +118,8 @@ def fresh_uses(f, words):
         (D, "They count as used as often as\n        the mean.", f"They count as used {words}\n        the mean."),
         (CODEBOOK, "assert (book.uses == 4).all()", f"assert (book.uses == 4 * {f}).all()"),
         (CODEBOOK, "assert book.uses[5] == 4,", f"assert book.uses[5] == 4 * {f},"),
-        (CODEBOOK, "assert_close(book.sums[5], 4 * book.codes[5]", f"assert_close(book.sums[5], 4 * {f} * book.codes[5]"),
+        (CODEBOOK, "assert_close(book.sums[5], 4 * book.codes[5]",
+                   f"assert_close(book.sums[5], 4 * {f} * book.codes[5]"),
         (H, r"with uses $u_v = \\bar u$", rf"with uses $u_v = {f} \\bar u$"),
     ]
 
@@ -130,7 +134,8 @@ def numbering(cells, opener, there, back, where, loops, first_cell, opens, words
         (D, ".view(-1, side, side) for o, side", f".view(-1, side, side){back} for o, side"),
         (D, "in raster order over the whole grid\n    (as the authors number them)",
             f"{words} over the whole grid\n    (the authors number them row by row)"),
-        (D, "coarse codes\n    first, each granularity row by row.", f"coarse codes\n    first, each granularity {words}."),
+        (D, "coarse codes\n    first, each granularity row by row.",
+            f"coarse codes\n    first, each granularity {words}."),
         (D, 'name = "coarse to fine, row by row"', f'name = "coarse to fine, {words}"'),
         (D, "5 to 8 (first row)", f"5 to 8 ({first})"),
         (D, "position  0  2  3  4   7  8 11 12  21", f"position  {position}"),
@@ -156,17 +161,20 @@ def column_by_column():
         "        for x in range(side):\n            for y in range(side):\n                if grains", "x * side + y",
         "y % c == x % c == 0", "column by column",
         ("first column", "0  1  3  4  13 14 17 18  21", "a  f  g  -1  b  d  c  e  -1"),
-        "0 may be followed by 1, 2, 3, 4; 13 by 14 alone;\n        14, since region 1 goes on in the next column, by 17 alone.")
+        "0 may be followed by 1, 2, 3, 4; 13 by 14 alone;\n"
+        "        14, since region 1 goes on in the next column, by 17 alone.")
 
 
 def from_the_last_row():
     return numbering(
-        "side - 1 - cells // side, cells % side", "(side - c - row // c * c) * side + column // c * c", ".flip(1)", ".flip(1)",
+        "side - 1 - cells // side, cells % side", "(side - c - row // c * c) * side + column // c * c",
+        ".flip(1)", ".flip(1)",
         "side - 1 - (p - first) // side, (p - first) % side",
         "        for y in reversed(range(side)):\n            for x in range(side):\n                if grains",
         "(side - 1 - y) * side + x", "(y + 1) % c == x % c == 0", "row by row from the last row up",
         ("last row", "0  1  2  4  15 16 19 20  21", "f  g  a  -1  d  e  b  c  -1"),
-        "0 may be followed by 1, 2, 3, 4; 15 by 16 alone;\n        16, since region 1 goes on in the row above, by 19 alone.")
+        "0 may be followed by 1, 2, 3, 4; 15 by 16 alone;\n"
+        "        16, since region 1 goes on in the row above, by 19 alone.")
 
 
 def double(what):
@@ -189,22 +197,26 @@ def capped(c):
     return [
         (D, "content = self.content_head(self.content_norm(h)).float()",
             f"content = {c} * (self.content_head(self.content_norm(h)).float() / {c}).tanh()"),
-        (D, "content logits (B, L, V). Entry t", f"content logits (B, L, V), the head's x as {c} tanh(x / {c}). Entry t"),
+        (D, "content logits (B, L, V). Entry t",
+            f"content logits (B, L, V), the head's x as {c} tanh(x / {c}). Entry t"),
         (D, "guided(model.content_head(model.content_norm(h)), options, B)",
             f"guided({c} * (model.content_head(model.content_norm(h)).float() / {c}).tanh(), options, B)"),
         (D, "Attention sees `end` places of the cache, more than any t.",
             f"Attention sees `end` places of the cache, more than any t.\n    Content logits x are {c} tanh(x / {c})."),
         (N, "return model.content_norm(h[-1]) @ model.content_head.weight.t()",
             f"return {c} * torch.tanh(model.content_norm(h[-1]) @ model.content_head.weight.t() / {c})"),
-        (H, "and the content stack says what.", f"and the content stack says what: its logits $x$ become ${c} \\\\tanh(x / {c})$."),
+        (H, "and the content stack says what.",
+            f"and the content stack says what: its logits $x$ become ${c} \\\\tanh(x / {c})$."),
     ]
 
 
 def of_all():
     return [
-        (D, "    if 0 < top_k < logits.shape[-1]:", "    every = logits.softmax(-1)\n    if 0 < top_k < logits.shape[-1]:"),
+        (D, "    if 0 < top_k < logits.shape[-1]:",
+            "    every = logits.softmax(-1)\n    if 0 < top_k < logits.shape[-1]:"),
         (D, "probs, order = logits.softmax(-1).sort(", "probs, order = every.sort("),
-        (D, "and of these, renormalised, the fewest that reach p.", "and of these the fewest that reach p of all V, or all."),
+        (D, "and of these, renormalised, the fewest that reach p.",
+            "and of these the fewest that reach p of all V, or all."),
         (N, "mass += weight / sum(weights)", "mass += weight / sum(math.exp(each) for each in row)"),
         (N, "of these the likeliest that reach p together.", "of these the likeliest that reach p of all."),
         (H, "after top-k renormalised.", "those of all $V$ entries, also where top-k drops some."),
@@ -215,10 +227,11 @@ def least_share():
     return [
         (D, "surplus = probs.cumsum(-1) - probs >= top_p                          # already reached without this one",
             "surplus = probs < top_p * probs[:, :1]                               # too far below the likeliest"),
-        (D, "and of these, renormalised, the fewest that reach p.", "and if p < 1 those with p times the largest share."),
+        (D, "and of these, renormalised, the fewest that reach p.",
+            "and if p < 1 those with p times the largest share."),
         (N, "if kept and mass >= top_p:", "if kept and top_p < 1 and weight < top_p * weights[0]:"),
         (N, "of these the likeliest that reach p together.", "of these those with p times the largest share."),
-        (H, "Entry $i$ stays if $q_1 + ... + q_{i-1} < p$: the\none that crosses $p$ is the last.",
+        (H, "Entry $i$ stays if $q_1 + ... + q_{i-1} < p$:\nthe one that crosses $p$ is the last.",
             "Entry $i$ stays if $q_i \\\\ge p q_1$."),
         (E, "sorting, and the entry that crosses p", "a threshold that depends on the row"),
     ]
@@ -226,7 +239,8 @@ def least_share():
 
 def from_the_end():
     return [
-        (D, "cdf = p.cumsum(-1).masked_fill(p == 0, 0.0)", "cdf = p.flip(-1).cumsum(-1).flip(-1).masked_fill(p == 0, 0.0)"),
+        (D, "cdf = p.cumsum(-1).masked_fill(p == 0, 0.0)",
+            "cdf = p.flip(-1).cumsum(-1).flip(-1).masked_fill(p == 0, 0.0)"),
         (D, "    return reached.int().argmax(-1)                                          # B: the first of those",
             "    return p.shape[-1] - 1 - reached.flip(-1).int().argmax(-1)               # B: the last of those"),
         (D, "The first entry whose cumulated probability reaches u times the sum.",
@@ -251,7 +265,8 @@ def from_the_end():
 # what varies, the exercises that the published solution then fails, the choices
 VARIATIONS = [
     ("temperature of the gate", ["GrainRouter.forward"], [temperature(2), temperature(0.5)]),
-    ("weights of grey", ["EntropyRouter.score"], [grey(0.2126, 0.7152, 0.0722), grey(0.25, 0.5, 0.25), grey(0.6, 0.3, 0.1)]),
+    ("weights of grey", ["EntropyRouter.score"], [
+        grey(0.2126, 0.7152, 0.0722), grey(0.25, 0.5, 0.25), grey(0.6, 0.3, 0.1)]),
     ("distance from the budget", ["budget_loss"], [
         budget("(share[k] - ratio).abs()", "|share of granularity k in the batch - ratio k|",
                "((share[k] > ratio) - (share[k] < ratio))", "abs(share[k] - ratio)", "|s_k - r_k|"),
@@ -269,7 +284,8 @@ VARIATIONS = [
     ("order of a draw", ["draw"], [from_the_end()]),
 ]
 HIDDEN = [
-    (ROUTERS, "logits = torch.randn(2, 3, 2, 2, requires_grad=True)", "logits = torch.randn(3, 3, 4, 4, requires_grad=True)"),
+    (ROUTERS, "logits = torch.randn(2, 3, 2, 2, requires_grad=True)",
+              "logits = torch.randn(3, 3, 4, 4, requires_grad=True)"),
     (ROUTERS, "cost = torch.randn(2, 3, 2, 2)", "cost = torch.randn(3, 3, 4, 4)"),
     (ROUTERS, "torch.tensor([1.0, 0.0, -1.0]).view", "torch.tensor([0.9, -0.7, 0.2]).view"),
     (ROUTERS, "image = torch.rand(1, 3, 8, 8) * 2 - 1", "image = torch.rand(2, 3, 16, 16) * 2 - 1"),
@@ -282,7 +298,8 @@ HIDDEN = [
     (VAE, "weight.shape == (2, 8, 8)", "weight.shape == (4, 8, 8)"),
     (LAYOUT, "CASES = [(8, (4,)), (8, (4, 2)), (16, (4, 2)), (16, (8, 4, 2)), (12, (4, 1)), (4, (4, 2, 1))]",
              "CASES = [(8, (2,)), (12, (4, 2)), (16, (8, 2)), (8, (4, 2, 1)), (8, (4, 1)), (8, (8, 4, 2, 1))]"),
-    (TRANSFORMER, "rows(device):\n    model = tiny(8, (4, 2, 1), V=5", "rows(device):\n    model = tiny(12, (4, 2), V=5"),
+    (TRANSFORMER, "rows(device):\n    model = tiny(8, (4, 2, 1), V=5",
+                  "rows(device):\n    model = tiny(12, (4, 2), V=5"),
     (TRANSFORMER, 'tiny(8, (4, 2), V=5, classes=("a", "b"), label_dropout=label_dropout',
                   'tiny(8, (4, 2), V=5, classes=("a", "b", "c"), label_dropout=label_dropout'),
     (SAMPLING, "[(0, 1.0), (3, 1.0), (0, 0.6), (5, 0.5), (1, 1.0), (99, 1e-6)]",
