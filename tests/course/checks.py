@@ -79,8 +79,10 @@ def connect():
 class Nursery:
     """Where workers come from: forks of a process that knows torch only; where there is no fork, new processes."""
 
+    forks = hasattr(os, "fork")
+
     def __init__(self):
-        if os.name == "posix":
+        if self.forks:
             self.control, theirs = socket.socketpair()
             environment = {name: value for name, value in os.environ.items() if not name.startswith("DQ_")}
             self.process = subprocess.Popen([sys.executable, str(HERE / "worker.py")], stdin=theirs, cwd="/",
@@ -90,7 +92,7 @@ class Nursery:
     def worker(self):
         """-> a connection to a new worker, a function that ends it"""
         ours, theirs = Pipe()
-        if os.name == "posix":
+        if self.forks:
             socket.send_fds(self.control, [b"."], [theirs.fileno()])
             theirs.close()
             if not ours.poll(60):

@@ -242,6 +242,8 @@ class Assembly:
                 self.note(prefix, node, known[0], names)
             elif names or self.new_member(node):
                 self.insert(at, node, indent)
+            elif isinstance(owner.get(attribute(node).partition(".")[0]), ast.ClassDef):
+                self.unused += {attribute(node)} - self.graded
             if known:
                 at = known[-1].end_lineno
 

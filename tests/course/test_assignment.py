@@ -2,7 +2,7 @@
 
     the exercises          test_every_exercise_is_complete, test_our_solution_passes_though_later_...
     wrong and right ones   test_wrong_solutions_and_the_stub_fail, test_many_submissions_in_one_command
-    the students' copy     test_the_students_copy, test_a_copy_grades_by_the_same_rule
+    the students' copy     test_the_students_copy, test_a_copy_grades_by_the_same_rule, test_what_comes_along
     messages               test_every_assert_of_a_graded_test_has_a_message
     variants               test_a_variant_is_solved_by_its_reference_alone, test_every_edit_is_found_once
     Gradescope             test_results_agree_with_gradescopes_specification
@@ -13,6 +13,7 @@ import contextlib
 import csv
 import inspect
 import json
+import math
 import os
 import subprocess
 import sys
@@ -178,6 +179,91 @@ def test_a_copy_grades_by_the_same_rule(copy, tmp_path):
         assert points(done) == {"budget_loss": 4, "straight_through": 4, "Codebook.assign": 0}
         assert "not used: one_hot" in done.stdout and "not written yet" in done.stdout
     assert "1 / 0" not in Assembly(SOURCE, text, ["budget_loss"]).text
+
+
+BASE = """\
+import os
+from math import pi
+
+
+def one():
+    return 1
+
+
+class Box:
+    side = 1
+
+    def area(self):
+        raise NotImplementedError
+
+    def side_of(self):
+        return self.side
+
+
+def solve(x):
+    raise NotImplementedError
+"""
+SUBMISSION = """\
+from __future__ import annotations
+import os, json as j
+import os.path
+import no_such_package
+from math import *
+from math import tau, e as pi
+try:
+    import numpy as fast
+except ImportError:
+    fast = None
+os.getcwd = None
+print(1 / 0)
+
+
+def one():
+    return 2
+
+
+class Box:
+    side = 2
+    corners: int = 4
+
+    def area(self) -> Missing:
+        return self.side * self.twice() * self.corners
+
+    def twice(self):
+        return 2 * one()
+
+
+class Other(Box):
+    pass
+
+
+def solve(x):
+    raise NotImplementedError
+
+
+def helper(x, tau=tau):
+    return floor(x) + tau
+
+
+Box.volume = lambda self: 8
+Box.side_of = lambda self: 9
+FACTOR = 3
+solve = lambda x: FACTOR * helper(x) * (fast is not None)
+"""
+
+
+def test_what_comes_along():
+    """What is new, wherever it stands; nothing that replaces what is there, and no other statement."""
+    assembly = Assembly(BASE, SUBMISSION, ["Box.area", "solve"])
+    space = dict(FAULTS=[], __name__="made")
+    exec(compile(assembly.text, "made", "exec"), space)
+    box = space["Box"]()
+    assert (box.side, box.corners, box.side_of(), box.volume(), space["one"]()) == (1, 4, 1, 8, 1)
+    assert box.area() == 8 and space["Other"]().area() == 8
+    assert space["pi"] == math.pi and space["solve"](1.5) == pytest.approx(3 * (1 + math.tau))
+    assert len(space["FAULTS"]) == 1 and "no_such_package" in space["FAULTS"][0] and os.getcwd is not None
+    assert assembly.unused == ["one", "Box.side", "Box.side_of"]
+    assert Assembly(BASE, BASE + "\n\nBox.area = lambda self: 7\n", ["Box.area"]).text.endswith("lambda self: 7\n")
 
 
 # ------------------------------------------------------------------------------------------------

@@ -19,9 +19,9 @@ def seconds(function, repeats):
 
 
 def test_pack_is_faster_than_the_loop():
-    """A loop over the cells takes about as long as naive.py's; a loop over granularities, or even images, far less."""
-    layout = Layout(16, (4, 2))
-    grains = torch.randint(0, 2, (48, 4, 4))
+    """A loop over the cells takes about as long as naive.py's; one over granularities, or even images, far less."""
+    layout = Layout(48, (4, 2))
+    grains = torch.randint(0, 2, (8, 12, 12))
     codes = random_image(layout, grains)
     pairs = [naive.pack(layout, c, g) for c, g in zip(codes, grains)]
     pos, code = layout.pack(codes, grains)
@@ -29,5 +29,5 @@ def test_pack_is_faster_than_the_loop():
                 for wanted, row in zip(pairs, zip(pos.tolist(), code.tolist())))
     assert right, "what pack returns is not what the loop returns, so its speed does not count"
     loop = seconds(lambda: [naive.pack(layout, c, g) for c, g in zip(codes, grains)], 2)
-    batch = seconds(lambda: layout.pack(codes, grains), 3)
-    assert batch < loop / 3, f"pack takes {batch / loop:.2f} times as long as a loop over all cells; 0.33 is allowed"
+    batch = seconds(lambda: layout.pack(codes, grains), 5)
+    assert batch < loop / 5, f"pack takes {batch / loop:.2f} times as long as a loop over all cells; 0.2 is allowed"

@@ -264,16 +264,18 @@ def guard(folder, memory, seconds):
 
     An audit hook can't be taken back by Python code. What extension modules do without asking Python is not stopped.
     """
-    with contextlib.suppress(ImportError, ValueError, OSError):
+    with contextlib.suppress(ImportError):                                   # Windows has no such limits
         import resource
-        with open("/proc/self/statm") as file:
-            now = int(file.read().split()[0]) * resource.getpagesize()
         signal.signal(signal.SIGXCPU, too_late)
         seconds = max(1, int(seconds))
-        for which, soft, hard in ((resource.RLIMIT_AS, now + memory, now + memory), (resource.RLIMIT_CORE, 0, 0),
-                                  (resource.RLIMIT_CPU, seconds, seconds + 2),
-                                  (resource.RLIMIT_FSIZE, 2 ** 20, 2 ** 20)):
-            resource.setrlimit(which, (soft, hard))
+        limits = [(resource.RLIMIT_CPU, seconds, seconds + 2), (resource.RLIMIT_FSIZE, 2 ** 20, 2 ** 20),
+                  (resource.RLIMIT_CORE, 0, 0)]
+        with contextlib.suppress(OSError), open("/proc/self/statm") as file:  # Linux: what torch has mapped is a lot
+            now = int(file.read().split()[0]) * resource.getpagesize()
+            limits.append((resource.RLIMIT_AS, now + memory, now + memory))
+        for which, soft, hard in limits:
+            with contextlib.suppress(ValueError, OSError):                   # a lower one is set already
+                resource.setrlimit(which, (soft, hard))
     packages = [os.path.dirname(os.path.dirname(each.__file__)) for each in (torch, np)]
     readable = [sys.prefix, sys.base_prefix, os.path.dirname(os.__file__), *packages]
     readable = [os.path.realpath(each) for each in readable]
