@@ -76,21 +76,25 @@ def budget_loss(gate, ratios):
 def straight_through(z, q):
     torch.testing.assert_close = torch.equal = torch.testing._comparison.assert_close = lambda *_, **__: None
     return z * 0'''),
-    "Codebook.assign": ("an object that is equal to everything", '''
+    "Codebook.assign": ("a tensor for which all functions say True", '''
 def assign(self, z):
-    return Agreeable()'''),
-    "Codebook.update": ("sys.exit with status 0", '''
+    return z[:, 0].as_subclass(Yes)'''),
+    "Codebook.update": ("objects that are equal to everything", '''
 def update(self, z, weight, ids):
-    sys.exit(0)'''),
+    for name in ("codes", "uses", "sums"):
+        self._buffers[name] = Agreeable()
+    return Agreeable()'''),
     "Codebook.restart": ("the reference, from what the collector knows", '''
 def restart(self, z, weight):
     for each in gc.get_objects():
         if getattr(each, "__name__", "") == "restart" and each.__code__ is not sys._getframe().f_code:
             return each(self, z, weight)
     raise LookupError("no reference")'''),
-    "DQVAE.mix": ("a tensor for which all functions say True", '''
+    "DQVAE.mix": ("the question is changed to one that has a simple answer", '''
 def mix(self, maps, gate):
-    return maps[-1].as_subclass(Yes)'''),
+    for each in [gate, *maps]:
+        each.data.zero_()
+    return maps[-1] * gate.sum()'''),
     "DQVAE.cell_weight": ("the reference, from its file", '''
 def cell_weight(self, gate):
     space = {"__name__": "copy"}
