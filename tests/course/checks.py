@@ -121,7 +121,9 @@ class Remote:
 
     def __init__(self, source, function, limit, folder, memory=2 ** 31):
         self.connection, self.end = nursery.worker()
-        self.limit, self.deadline, self.count = limit, time.monotonic() + 4 * limit, 0  # others may use the cores, too
+        self.limit, self.count = limit, 0
+        self.wait = 10 * limit if nursery.forks else limit  # by the clock, for others use the cores, too
+        self.deadline = time.monotonic() + self.wait
         self.states, self.letters, self.changes = {}, {}, CHANGES.get(function)
         self.send(source=source, function=function, folder=folder, memory=memory, seconds=limit)
         self.faults = self.receive()["faults"]
@@ -144,7 +146,7 @@ class Remote:
         left = self.deadline - time.monotonic()
         try:
             if left <= 0 or not self.connection.poll(left):
-                raise Lost(f"not done after {4 * self.limit:g} seconds")
+                raise Lost(f"not done after {self.wait:g} seconds")
             letter = worker.Reader(self.connection.recv_bytes(2 * worker.MAX_BYTES)).value()
             error = letter.get("error")
         except (EOFError, OSError):
@@ -186,6 +188,8 @@ class Remote:
                         if now.shape != was.shape:
                             raise Fault("it changes the shape of what it was given")
                         was.copy_(now)
+        if reply["result"] is None and self.changes is None:
+            raise Fault("it returns nothing")
         inputs = [x for each in letters.values() for x in each.tensors] + answered
         inputs = [x for x in inputs if x.requires_grad]
         if not (reply["kept"] and inputs and torch.is_grad_enabled()):

@@ -20,8 +20,8 @@ def seconds(function, repeats):
 
 def test_pack_is_faster_than_the_loop():
     """A loop over the cells takes about as long as naive.py's; one over granularities, or even images, far less."""
-    layout = Layout(48, (4, 2))
-    grains = torch.randint(0, 2, (8, 12, 12))
+    layout = Layout(48, (8, 4, 2))
+    grains = torch.randint(0, 3, (8, 6, 6))
     codes = random_image(layout, grains)
     pairs = [naive.pack(layout, c, g) for c, g in zip(codes, grains)]
     pos, code = layout.pack(codes, grains)
