@@ -34,7 +34,9 @@ def test_a_full_disk_leaves_the_former_codes_whole(vae_run, images, tmp_path):
 
 
 def test_a_full_disk_names_the_log(images, tmp_path):
-    process = start("vae", images, tmp_path, 20, preexec_fn=files_of_at_most(50))
+    code = ("import resource, runpy, torch; resource.setrlimit(resource.RLIMIT_FSIZE, (50, 50)); "  # torch may write
+            f"runpy.run_path({str(ROOT / 'train_vae.py')!r}, run_name='__main__')")
+    process = piped([sys.executable, "-c", code, "--data", images, "--out", tmp_path, "--steps", 20, *VAE])
     _, error = process.communicate()
     assert process.returncode == 1 and error.startswith(f"error: could not write {tmp_path / 'vae.jsonl'} (")
     assert error.count("\n") == 1

