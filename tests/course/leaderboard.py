@@ -116,6 +116,7 @@ class _Board:
         _Board.model = DQTransformer(TransformerConfig(**json.loads(config)))
         _Board.model.load_state_dict(weights)
         _Board.model.eval()
+        return True
 
     def logits(self, pos, code, label):
         return _Board.model.logits(pos, code, label)
