@@ -56,6 +56,7 @@ def passed_on(S):
         (D, "whose gradient goes to z unchanged", f"whose gradient goes to z times {S}"),
         (CODEBOOK, "assert_close(z.grad, cost, msg", f"assert_close(z.grad, {S} * cost, msg"),
         (CODEBOOK, "the gradient does not reach z unchanged", f"the gradient does not reach z times {S}"),
+        (H, "is the identity: the value", f"is {S} times the identity: the value"),
         (H, "the gradient of $z$ is that of the output",
             f"the gradient of $z$ is {S} times that of the output"),
     ]
