@@ -3,6 +3,7 @@
 A second tutorial, and what the tests hold dq.py against. Nothing here calls what it checks: these functions read
 weights and sizes of dq's models, and call nothing of them but torch's own layers. They read in the order of dq.py:
     stage 1      entropy, shares, nearest, averages, mix, cell_weight, position    an image becomes codes
+    layers       group_norm, res_block, attn_block; layer_norm, gelu               what its networks consist of
     sequences    granularities, where, place; pack, then legal                     codes become pairs
     stage 2      embed, rotate, block; next_place, next_content; logits            what may come next, and how likely
     sampling     draw, filter_logits; generate                                     pairs that are drawn one by one
@@ -85,6 +86,57 @@ def position(embedding, y, x):
     at = torch.tensor([2 * x / (H - 1) - 1, 2 * y / (H - 1) - 1])            # corners at -1 and 1
     waves = torch.sin(embedding.fourier.weight[:, :, 0, 0] @ at + embedding.fourier.bias)
     return waves + embedding.rows[y] + embedding.columns[x]                  # Z
+
+
+# ------------------------------------------------------------------------------------------------
+# Layers, by their formulas; constants are written here once more
+
+
+def group_norm(weights, x):
+    """One image (C, H, W): 32 groups of channels get mean 0 and variance 1, then each channel a scale and a shift."""
+    groups = x.unflatten(0, (32, -1))                                        # 32, C / 32, H, W
+    groups = torch.stack([(g - g.mean()) / torch.sqrt(((g - g.mean()) ** 2).mean() + 1e-6) for g in groups])
+    return groups.flatten(0, 1) * weights.weight[:, None, None] + weights.bias[:, None, None]
+
+
+def silu(x):
+    return x / (1 + torch.exp(-x))
+
+
+def conv(weights, x):
+    """One image (C, H, W): each output is a sum over the 3 x 3 (or 1 x 1) cells around it; outside there are zeros."""
+    n, (_, H, W) = weights.kernel_size[0], x.shape
+    padded = torch.nn.functional.pad(x, [n // 2] * 4)
+    shifted = [padded[:, i:i + H, j:j + W] for i in range(n) for j in range(n)]  # n n x (C, H, W)
+    return torch.einsum("oct,tchw->ohw", weights.weight.flatten(2), torch.stack(shifted)) + weights.bias[:, None, None]
+
+
+def res_block(weights, x):
+    """One image (C, H, W): twice norm, SiLU and convolution, added to x, or to a projection of it to other channels."""
+    h = conv(weights.conv1, silu(group_norm(weights.norm1, x)))
+    h = conv(weights.conv2, silu(group_norm(weights.norm2, h)))
+    return (conv(weights.shortcut, x) if len(h) != len(x) else x) + h
+
+
+def attn_block(weights, x):
+    """One image (C, H, W): each cell takes from all cells, by how well its query fits their keys."""
+    q, k, v = conv(weights.qkv, group_norm(weights.norm, x)).flatten(1).chunk(3)  # each C, H W
+    taken = torch.empty_like(v)
+    for i in range(v.shape[1]):
+        fit = (q[:, i, None] * k).sum(0) / math.sqrt(len(q))                 # H W
+        taken[:, i] = (fit.exp() / fit.exp().sum() * v).sum(1)
+    return x + conv(weights.proj, taken.view_as(x))
+
+
+def layer_norm(weights, h):
+    """Entries (L, C): each gets mean 0 and variance 1, each channel a scale."""
+    h = h - h.mean(-1, keepdim=True)
+    return h / torch.sqrt((h ** 2).mean(-1, keepdim=True) + 1e-5) * weights.weight
+
+
+def gelu(x):
+    """x times the probability that a normal number is below x."""
+    return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -194,7 +246,8 @@ def block(weights, h, queries, keys):
     queries, keys: a place for each entry, by which its query or key is turned; or None for no rotation.
     """
     L, C = h.shape
-    q, k, v = (weights.norm1(h) @ weights.qkv.weight.t()).view(L, 3, weights.heads, -1).unbind(1)  # L, heads, d
+    qkv = layer_norm(weights.norm1, h) @ weights.qkv.weight.t()              # L, 3 C
+    q, k, v = qkv.view(L, 3, weights.heads, -1).unbind(1)                    # each L, heads, d
     if queries is not None:
         q, k = rotate(q, queries), rotate(k, keys)
     y = torch.empty_like(v)
@@ -202,7 +255,7 @@ def block(weights, h, queries, keys):
         scores = (k[:t + 1] * q[t]).sum(-1) / math.sqrt(q.shape[-1])         # t + 1, heads
         y[t] = (scores.softmax(0)[..., None] * v[:t + 1]).sum(0)
     h = h + y.view(L, C) @ weights.proj.weight.t()
-    return h + torch.nn.functional.gelu(weights.norm2(h) @ weights.up.weight.t()) @ weights.down.weight.t()
+    return h + gelu(layer_norm(weights.norm2, h) @ weights.up.weight.t()) @ weights.down.weight.t()
 
 
 def next_place(model, pairs, label):
@@ -216,7 +269,7 @@ def next_place(model, pairs, label):
     past = [place(model.layout, p) for p in [-1, *ids]] if model.config.rotary else None
     for weights in model.position_stack:
         h = block(weights, h, past, past)
-    logits = model.position_norm(h[-1]) @ model.position_head.weight.t()
+    logits = layer_norm(model.position_norm, h[-1]) @ model.position_head.weight.t()
     return h, {p: logits[p].item() for p in legal(model.layout, ids)}
 
 
@@ -232,7 +285,7 @@ def next_content(model, h, pairs, p):
         past, there = ([place(model.layout, each) for each in of] for of in ([-1, *ids], [*ids, p]))
     for weights in model.content_stack:
         h = block(weights, h, there, past)
-    return model.content_norm(h[-1]) @ model.content_head.weight.t()
+    return layer_norm(model.content_norm, h[-1]) @ model.content_head.weight.t()
 
 
 def logits(model, pairs, label):

@@ -2,7 +2,7 @@
 
     write_file                          test_a_file_is_whole_or_as_it_was; on a full disk: survival/test_full_disk.py
     save_checkpoint, load_checkpoint    test_checkpoints, test_a_checkpoint_runs_no_code
-                                        and, of broken files, survival/test_broken.py
+                                        test_a_flipped_bit_is_seen; of broken files, survival/test_broken.py
     rebuild, load_vae                   test_checkpoints
     Layout.name, written and read       test_checkpoints_of_other_orders_are_refused
 """
@@ -23,6 +23,7 @@ def test_checkpoints(tmp_path):
     path = tmp_path / "vae.pt"
     dq.save_checkpoint(path, "dq-vae", config, model, step=3)
     loaded = dq.load_vae(path, torch.device("cpu"))
+    assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
     assert loaded.config == config and dq.load_checkpoint(path, "dq-vae")["step"] == 3
     for a, b in zip(model.state_dict().values(), loaded.state_dict().values()):
         assert torch.equal(a, b)
@@ -38,6 +39,17 @@ def test_checkpoints(tmp_path):
         path.write_bytes(damage)
         with pytest.raises(ValueError, match="damaged"):
             dq.load_checkpoint(path, "dq-vae")
+
+
+def test_a_flipped_bit_is_seen(tmp_path):
+    path = tmp_path / "codes.pt"
+    torch.save(dict(kind="dq-codes", codes=torch.zeros(10_000)), path)
+    assert dq.load_checkpoint(path, "dq-codes")["codes"].sum() == 0
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1                                                # torch.load does not look at checksums
+    path.write_bytes(data)
+    with pytest.raises(dq.UserError, match="damaged"):
+        dq.load_checkpoint(path, "dq-codes")
 
 
 def test_a_checkpoint_runs_no_code(tmp_path):

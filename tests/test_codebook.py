@@ -2,7 +2,7 @@
 
     straight_through    test_straight_through_has_the_value_of_q_and_the_gradient_of_z
     Codebook.assign     test_nearest_code_equals_a_loop, test_the_nearest_code_is_found_far_from_the_origin
-    Codebook.forward    test_commitment_counts_every_code_once_and_pulls_only_the_encoder
+    Codebook.forward    test_commitment_counts_every_code_once_and_pulls_only_the_encoder and three more
     Codebook.update     test_ema_update_equals_a_loop_over_codes
     Codebook.restart    test_restart_revives_dead_codes_and_leaves_the_others and three more
     sample_vectors      test_restart_draws_by_weight; over several processes: survival/test_processes.py
@@ -82,6 +82,42 @@ def test_commitment_counts_every_code_once_and_pulls_only_the_encoder():
     assert (z.grad == 1).all()                                               # straight-through
 
 
+def test_commitment_pulls_vectors_to_their_codes():
+    book = Codebook(4, 2).eval()
+    book.codes.normal_()
+    z = torch.randn(1, 2, 2, 2, requires_grad=True)
+    _, ids, loss = book(z, torch.full((1, 2, 2), 0.5))
+    loss.backward()
+    wanted = 0.25 * 0.5 / 4 * (z.detach() - book.codes[ids].permute(0, 3, 1, 2))  # of 2 channels, whose mean has a half
+    torch.testing.assert_close(z.grad, wanted)
+
+
+def test_the_codebook_learns_in_training_only():
+    book, z, weight = Codebook(4, 2), torch.randn(3, 2, 4, 4), torch.ones(3, 4, 4)
+    book.train()
+    book(z, weight)
+    assert len(book.codes.unique(dim=0)) == 4 and book.age == 1              # it starts from its first batch
+    before = {name: x.clone() for name, x in book.state_dict().items()}
+    book.eval()
+    book(z + 1, weight)
+    assert all(torch.equal(x, before[name]) for name, x in book.state_dict().items())
+    book.train()
+    book(z + 1, weight)
+    assert all(not torch.equal(x, before[name]) for name, x in book.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_distances_are_in_float32(dtype):
+    """Under autocast, too: of so many codes bfloat16 takes the wrong one here and there."""
+    book, z = Codebook(256, 2).eval(), torch.rand(1, 2, 8, 8).to(dtype)
+    book.codes.copy_(torch.rand(256, 2))
+    with torch.autocast("cpu", torch.bfloat16):
+        q, ids, loss = book(z, torch.ones(1, 8, 8))
+    assert q.dtype == loss.dtype == torch.float32
+    for y, x in itertools.product(range(8), range(8)):
+        assert ids[0, y, x] == naive.nearest(book.codes.double(), z[0, :, y, x].double())
+
+
 def test_restart_revives_dead_codes_and_leaves_the_others():
     book, z, weight = Codebook(8, 2), torch.randn(64, 2), torch.full((64,), 0.5)
     book.restart(z, weight)                                                  # the first batch initialises all codes
@@ -108,6 +144,8 @@ def test_restart_draws_by_weight():
     book.restart(z, (torch.arange(64) < 32).float())
     assert (book.codes < 50).all(), "a vector of weight 0 has become a code"
     assert (book.codes != 0).any(), "no code starts anew, though at first all are dead"
+    near = torch.cdist(book.codes, z).min(1).values.max()
+    assert near < 0.1, "a code that starts anew is not beside a vector of the batch"
 
 
 def test_no_vector_restarts_two_codes_while_there_are_enough():

@@ -1,28 +1,35 @@
 """common.py, and that it alone is shared.
 
     load_image, open_image, to_rgb, grey_8_bits   test_images_of_every_mode and what follows
-    pick_device                                   test_the_gpu_that_is_asked_for_becomes_the_current_one and one more
+    to_picture, draw_grains, save_grid            test_a_picture_is_its_pixels and two more
+    pick_device                                   test_the_gpu_that_is_asked_for_becomes_the_current_one and two more
     decodes_like_the_cpu                          test_an_apple_gpu_is_taken_when_it_computes_the_same
-    run, say, printable                           test_wrong_input_ends_in_one_line, test_an_error_reaches_the_shell,
+    run, say, printable                           test_how_a_script_ends, test_wrong_input_ends_in_one_line,
+                                                  test_an_error_reaches_the_shell,
                                                   test_every_line_survives_the_terminal and two more
     prepare, lock                                 test_a_folder_is_one_runs_at_a_time and three more
-    trainer_flags, override, number               test_wrong_input_ends_in_one_line
+    number                                        test_numbers_of_flags, test_wrong_input_ends_in_one_line
+    trainer_flags, override                       test_wiring.py
     Schedule                                      test_schedules
     seed_all                                      test_seeds_have_nothing_in_common, survival/test_resume.py
     Record                                        test_training_writes_logs_pictures_and_checkpoints,
-                                                  survival/test_resume.py and test_broken.py
-    Stop                                          survival/test_kill.py
+                                                  test_the_best_checkpoint_is_that_of_the_lowest_loss,
+                                                  test_wiring.py, survival/test_resume.py and test_broken.py
+    Stop                                          test_a_signal_is_noted_and_a_second_one_acts, survival/test_kill.py
     deal                                          test_train_vae.py and test_train_transformer.py
-    save_grid, save_picture                       test_sample.py
+    save_picture                                  test_sample.py
 """
+import argparse
 import ast
 import importlib
 import io
 import itertools
 import json
+import math
 import os
 import random
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -260,6 +267,42 @@ def test_resize_crop_and_flip(tmp_path):
     small = common.load_image(tmp_path / "noise.png", 8)
     assert small.abs().max() < 0.1
 
+def test_a_picture_is_its_pixels():
+    """Rounded to the nearest of 256, cut at black and white, enlarged by whole pixels."""
+    values = torch.tensor([0, 1, 127, 128, 254, 255.0])
+    x = (torch.cat([values - 0.4, values + 0.4]) / 127.5 - 1).clamp(-1.002, 1.002).expand(3, 1, 12)
+    assert np.asarray(common.to_picture(x, 0))[0, :, 0].tolist() == [0, 1, 127, 128, 254, 255] * 2
+    far = torch.tensor([-3.0, 3.0]).expand(3, 1, 2)
+    assert np.asarray(common.to_picture(far, 8))[:, :, 1].tolist() == [[0] * 4 + [255] * 4] * 4
+
+
+def test_a_box_per_code():
+    """In the colour of its granularity, of the size of its code, and nothing between its edges."""
+    grains = torch.tensor([[0, 1], [2, 0]])                                  # of 16 x 16 pixels: codes of 8, 4 and 2
+    picture = np.asarray(common.draw_grains(torch.full((3, 16, 16), -1.0), grains, (8, 4, 2)))
+    assert picture.shape == (128, 128, 3)
+    colours = [tuple(bytes.fromhex(each[1:])) for each in ("#3a6ea5", "#e07b00", "#c01530")]
+    ground = (89, 89, 89)                                                    # black under 35 % of white
+    for row, column, colour, side in ((0, 0, colours[0], 64), (0, 64, colours[1], 32), (64, 0, colours[2], 16),
+                                      (64, 64, colours[0], 64)):
+        for at in range(side, 64, side):                                     # every code in the region has its edges
+            assert tuple(picture[row + at, column + 5]) == tuple(picture[row + 5, column + at]) == colour
+        assert tuple(picture[row + 30, column + 30]) == tuple(picture[row + 28, column + 26]) == ground
+        assert tuple(picture[row + 1, column + 30]) == ground
+
+
+def test_a_grid_row_by_row(tmp_path):
+    pictures = [Image.new("RGB", (30, 20), (10 * i, 0, 0)) for i in range(5)]
+    common.save_grid(tmp_path / "x.png", pictures, columns=2, captions=["", "", "x", "", ""])
+    sheet = np.asarray(Image.open(tmp_path / "x.png"))
+    assert sheet.shape[:2] == (3 * (20 + 2 + 14) - 2, 2 * (30 + 2) - 2)
+    for i in range(5):
+        top, left = i // 2 * 36, i % 2 * 32
+        assert (sheet[top + 14:top + 34, left:left + 30] == (10 * i, 0, 0)).all()
+        assert (sheet[top:top + 14, left:left + 30] < 99).any() == (i == 2)
+    common.save_grid(tmp_path / "x.png", pictures, columns=2)
+    assert Image.open(tmp_path / "x.png").size == (62, 64)
+
 # ------------------------------------------------------------------------------------------------
 # A program and its flags
 
@@ -280,9 +323,80 @@ def test_devices_that_are_not_here(name):
         common.pick_device(name, "auto")
 
 
+def test_dtype_is_what_is_asked_for(monkeypatch):
+    for units in ({}, dict(avx512_bf16=True), dict(amx_bf16=True)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: units, raising=False)
+        for dtype, bf16 in (("fp32", False), ("bf16", True), ("auto", bool(units))):
+            with common.pick_device("cpu", dtype)[1]():
+                assert torch.is_autocast_enabled("cpu") == bf16
+                assert not bf16 or torch.get_autocast_dtype("cpu") == torch.bfloat16
+
+
+@pytest.mark.parametrize("raised, status", [
+    (None, None), (dq.UserError("two\nlines"), "error: lines"), (OSError(28, "No space left"), "error: [Errno 28] No "),
+    (KeyboardInterrupt(), 130), (SystemExit(143), 143), (RuntimeError("a fault of ours"), RuntimeError),
+    (KeyError("x"), KeyError), (RuntimeError("CUDA out of memory. Tried"), "error: not enough memory; a smaller --bat"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "error: not enough memory; "),
+    (RuntimeError("DataLoader worker (pid 7) is killed"), "error: a process that loads images died; --resume goes on"),
+    (RuntimeError("[gloo] Connection closed by peer"), "error: another process of this job is gone")], ids=repr)
+def test_how_a_script_ends(raised, status):
+    def main():
+        if raised:
+            raise raised
+    if status is None:
+        return common.run(main)
+    with pytest.raises(status if isinstance(status, type) else SystemExit) as end:
+        common.run(main)
+    if isinstance(status, str):
+        assert end.value.code.startswith(status) and "\n" not in end.value.code
+    elif isinstance(status, int):
+        assert end.value.code == status
+
+
+def test_numbers_of_flags():
+    for kind, good, bad in ((common.positive, ("1", "7"), ("0", "-1", "1.5", "x")),
+                            (common.natural, ("0", "2"), ("-1",)), (common.weight, ("0", "0.5"), ("-0.1", "nan")),
+                            (common.number(float, 0, below=1), ("0", "0.99"), ("1", "-0.1"))):
+        assert [kind(text) for text in good] == [float(text) for text in good]
+        for text in bad:
+            with pytest.raises((argparse.ArgumentTypeError, ValueError)):
+                kind(text)
+
+
+def test_a_signal_is_noted_and_a_second_one_acts(capsys):
+    before = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with common.Stop(torch.device("cpu")) as stop:
+            assert stop.asked() == 0
+            os.kill(os.getpid(), signal.SIGINT)
+            assert stop.asked() == stop.asked() == signal.SIGINT
+            with pytest.raises(KeyboardInterrupt):                           # the former handler, at once
+                os.kill(os.getpid(), signal.SIGINT)
+            with pytest.raises(SystemExit) as end:
+                stop.leave(signal.SIGINT, "after step 3")
+        assert end.value.code == 130 and "stopped by SIGINT after step 3" in capsys.readouterr().out
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_the_best_checkpoint_is_that_of_the_lowest_loss(tmp_path):
+    config = dq.VAEConfig(size=16, codebook_size=16)
+    args, model = argparse.Namespace(save_every=1), dq.DQVAE(config)
+    record = common.Record(args, tmp_path / "vae.pt", config, dict(steps=9), model, {}, {})
+    record.start("")
+    for done, loss, best in ((1, 3.0, 1), (2, 2.0, 2), (3, 5.0, 2), (4, math.nan, 2), (5, 1.5, 5)):
+        record.evaluated(done, dict(loss=loss), loss)
+        assert dq.load_checkpoint(tmp_path / "vae.best.pt", "dq-vae")["step"] == best
+    assert record.best == 1.5
+
+
 def test_schedules():
     assert [round(train_vae.gumbel_scale(s, 100), 3) for s in (0, 50, 70, 90, 99)] == [1, 1, 0.5, 0, 0]
 
+    linear = common.Schedule(steps=110, batch_size=1, lr=2.0, warmup=10, decay="linear")
+    assert [linear.learning_rate(step) for step in (4, 9, 10, 35, 85, 110)] == pytest.approx([1, 2, 2, 1.5, 0.5, 0])
     schedule = common.Schedule(steps=110, batch_size=1, lr=2.0, warmup=10)
     rates = [schedule.learning_rate(step) for step in range(110)]
     assert rates[0] == 0.2 and rates[9] == max(rates) == 2.0 and rates[60] == pytest.approx(1.0) and rates[-1] < 0.01

@@ -1,14 +1,18 @@
 """Routers and budget, section 2 of dq.py.
 
+    GrainRouter.score       test_the_score_is_the_mean_granularity
     GrainRouter.forward     test_straight_through_gradient_of_the_gate,
                             test_gumbel_noise_draws_with_the_softmax_probabilities
     EntropyRouter.score     test_entropy_equals_a_loop_over_pixels
-    ThresholdRouter         test_entropy_thresholds_and_random_routing_give_the_asked_ratios (with train_vae.calibrate)
+    ThresholdRouter         test_entropy_thresholds_and_random_routing_give_the_asked_ratios (with train_vae.calibrate),
+                            test_blank_regions_are_coarse
+    drawn_together          test_processes_draw_together_what_one_would
     budget_loss             test_budget_loss_equals_a_loop_and_pulls_on_all_regions_alike and two more
 """
 import pytest
 import torch
 
+import dq
 import naive
 import train_vae
 from dq import EntropyRouter, GrainRouter, RandomRouter, budget_loss, one_hot
@@ -44,6 +48,32 @@ def test_gumbel_noise_draws_with_the_softmax_probabilities():
     assert (router(None, None)[:, 0] == 1).all(), "in evaluation the gate is not the argmax of the logits"
 
 
+def test_the_score_is_the_mean_granularity():
+    router, maps = GrainRouter(32, 3), [torch.randn(2, 32, s, s) for s in (2, 4, 8)]
+    logits = torch.randn(2, 3, 2, 2)
+    router.logits = lambda _: logits
+    p = logits.exp() / logits.exp().sum(1, keepdim=True)
+    torch.testing.assert_close(router.score(None, maps), p[:, 1] + 2 * p[:, 2])
+
+
+@pytest.mark.parametrize("fill", [torch.Tensor.uniform_, torch.Tensor.exponential_])
+def test_processes_draw_together_what_one_would(fill, monkeypatch):
+    def drawn(rank, world):
+        monkeypatch.setattr(dq, "processes", lambda: (rank, world))
+        torch.manual_seed(3)
+        return dq.drawn_together(fill, (6 // world, 2), "cpu")
+    assert torch.equal(torch.cat([drawn(rank, 3) for rank in range(3)]), drawn(0, 1))
+
+
+def test_blank_regions_are_coarse():
+    """Where most regions tie, they are not cut in two: all stay on the coarser side."""
+    x = torch.ones(4, 3, 16, 16)
+    x[:, :, :8, :8] = torch.rand(4, 3, 8, 8) * 2 - 1                         # one region of four has something to tell
+    router = EntropyRouter((0.5, 0.5), 8)
+    train_vae.calibrate(router, (0.5, 0.5), [x])
+    assert router(x, None).argmax(1).tolist() == [[[1, 0], [0, 0]]] * 4
+
+
 def test_entropy_equals_a_loop_over_pixels():
     image = torch.rand(1, 3, 8, 8) * 2 - 1
     ours = EntropyRouter((0.5, 0.5), 4).score(image)
@@ -54,10 +84,15 @@ def test_entropy_equals_a_loop_over_pixels():
                 f"the entropy of region ({y}, {x}) of an image of noise is another one than that of its 16 pixels")
 
 
+@pytest.fixture(scope="module")
+def shapes():
+    toy = ToyShapes(64)
+    return torch.stack([toy[i][0] for i in range(128)])
+
+
 @pytest.mark.parametrize("ratios", [(0.5, 0.5), (0.7, 0.3), (0.4, 0.3, 0.3), (1.0,)])
-def test_entropy_thresholds_and_random_routing_give_the_asked_ratios(ratios):
-    x = torch.stack([ToyShapes(64)[i][0] for i in range(128)])
-    entropy = EntropyRouter(ratios, 8)
+def test_entropy_thresholds_and_random_routing_give_the_asked_ratios(ratios, shapes):
+    x, entropy = shapes, EntropyRouter(ratios, 8)
     train_vae.calibrate(entropy, ratios, x.split(32))
     for router in (entropy, RandomRouter(ratios)):
         share = router(x, [torch.zeros(1, 1, 8, 8)]).mean(dim=(0, 2, 3))

@@ -2,10 +2,14 @@
 
     parse                        test_the_preset_comes_with_the_codes
     read_codes                   test_codes_that_are_none_end_in_a_line_that_helps
-    views, sequences             test_train_vae.py: test_encoding_keeps_every_image_and_its_mirror_image
+    views, sequences             test_uncond_hides_the_labels, and in test_train_vae.py
+                                 test_encoding_keeps_every_image_and_its_mirror_image
     batches                      test_batches_of_stage_2
-    evaluate                     test_evaluation_of_a_transformer, test_evaluation_is_no_wider_than_needed
-    main                         test_codes_in_another_folder_need_no_image and what follows
+    evaluate                     test_evaluation_of_a_transformer, test_evaluation_is_no_wider_than_needed,
+                                 test_processes_share_an_evaluation
+    draw_samples                 test_samples_of_a_run
+    make_optimizers              test_which_weights_decay
+    main                         test_codes_in_another_folder_need_no_image and what follows, test_wiring.py
 """
 import itertools
 import math
@@ -15,6 +19,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import common
 import dq
@@ -26,23 +31,35 @@ from test_layout import random_image
 from test_transformer import tiny
 
 
-def images_of(codes, grains):
-    """As train_transformer.py reads them, all without a class."""
-    part = dict(codes=codes[:, None].byte(), grains=grains[:, None].byte(), label=torch.full((len(codes),), -1))
+def images_of(codes, grains, label=None):
+    """As train_transformer.py reads them, all without a class unless there are labels."""
+    label = torch.full((len(codes),), -1) if label is None else label
+    part = dict(codes=codes[:, None].byte(), grains=grains[:, None].byte(), label=label)
     return train_transformer.views(part, (4, 2), uncond=False)
 
 
+def test_uncond_hides_the_labels():
+    part = dict(codes=torch.zeros(3, 2, 4, 4), grains=torch.zeros(3, 2, 2, 2), label=torch.tensor([5, 6, 7]))
+    labels = [train_transformer.views(part, (4, 2), uncond).label.tolist() for uncond in (False, True)]
+    assert labels == [[5, 5, 6, 6, 7, 7], [-1] * 6]
+
+
 def test_evaluation_of_a_transformer():
-    model = tiny(8, (4, 2), V=5)
-    grains = torch.randint(0, 2, (6, 2, 2))
+    """Without dropout, with labels; an image counts the same in whatever batch it is."""
+    model = tiny(8, (4, 2), V=5, classes=("a", "b"), dropout=0.5)
+    grains, label = torch.randint(0, 2, (6, 2, 2)), torch.arange(6) % 2
+    grains[:2] = 1                                                           # the longest ones
     codes = random_image(model.layout, grains, 5)
     pos, code = model.layout.pack(codes, grains)
-    figures = train_transformer.evaluate(model, images_of(codes, grains), torch.device("cpu"), plain, batch_size=4)
+    images = images_of(codes, grains, label)
+    model.train()
+    figures = train_transformer.evaluate(model, images, torch.device("cpu"), plain, batch_size=4)
+    assert model.training
     model.eval()
     nats = []
     with torch.no_grad():
         for b in range(6):                                                   # each image alone, pair by pair
-            position, content = model.logits(pos[b:b + 1], code[b:b + 1])
+            position, content = model.logits(pos[b:b + 1], code[b:b + 1], label[b:b + 1])
             logp = 0.0
             for t in range(pos.shape[1]):
                 logp += float(position[0, t].log_softmax(-1)[pos[b, t]])
@@ -69,6 +86,61 @@ def test_evaluation_is_no_wider_than_needed(monkeypatch):
     monkeypatch.setattr(train_transformer, "sequences", sequences)
     train_transformer.evaluate(model, images, torch.device("cpu"), plain, batch_size=3)
     assert widths == [(3, 6), (2, 18)]
+
+
+def test_processes_share_an_evaluation(monkeypatch):
+    model, grains = tiny(8, (4, 2), V=5), torch.randint(0, 2, (7, 2, 2))
+    images = images_of(random_image(model.layout, grains, 5), grains)
+
+    def nats(rank, world):
+        monkeypatch.setattr(dq, "processes", lambda: (rank, world))
+        monkeypatch.setattr(dq, "total", lambda x: x)                        # so each tells what it has added up
+        return train_transformer.evaluate(model, images, torch.device("cpu"), plain, batch_size=2)["nats_per_image"]
+    assert nats(0, 2) + nats(1, 2) == pytest.approx(nats(0, 1), rel=1e-4) and nats(0, 2) < nats(0, 1)
+
+
+def test_samples_of_a_run(tmp_path, monkeypatch):
+    """Of each class, drawn in evaluation mode, by the seed of the run."""
+    model, asked, real = tiny(16, (8, 4), V=16, classes=("a", "b", "c"), dropout=0.5), [], dq.generate
+    vae = dq.DQVAE(dq.VAEConfig(size=16, codebook_size=16)).eval()
+
+    def generate(model, label, **how):
+        asked.append((model.training, label.tolist(), how))
+        return real(model, label, **how)
+    monkeypatch.setattr(dq, "generate", generate)
+    model.train()
+    train_transformer.draw_samples(tmp_path / "x.png", model, vae, 7, plain, n=5)
+    assert asked == [(False, [0, 1, 2, 0, 1], dict(seed=7))] and model.training
+    assert Image.open(tmp_path / "x.png").size == (8 * 130 - 2, 2 * 130 - 2)
+
+
+def test_which_weights_decay():
+    """Matrices do; Muon has those of the blocks, AdamW all else; vectors don't. Each weight is in one optimiser."""
+    model, sets = tiny(8, (4, 2), V=5, classes=("a", "b"), width=128), {}
+    blocks = [p for stack in (model.position_stack, model.content_stack) for p in stack.parameters()]
+    matrices, vectors = ([p for p in model.parameters() if (p.dim() > 1) == many] for many in (True, False))
+    for name in ("muon", "adamw"):
+        schedule = train_transformer.TransformerSchedule(steps=1, batch_size=1, lr=0.02, betas=(0.8, 0.95),
+                                                         weight_decay=0.3, optimizer=name)
+        optimizers = train_transformer.make_optimizers(model, schedule)
+        groups = [group for each in optimizers.values() for group in each.param_groups]
+        assert sorted(id(p) for group in groups for p in group["params"]) == sorted(map(id, model.parameters()))
+        decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+        assert decay == {id(p): 0.3 for p in matrices} | {id(p): 0.0 for p in vectors}
+        assert {group["lr"] for group in groups} == {0.02}
+        adamw = optimizers["optimizer"]
+        assert isinstance(adamw, torch.optim.AdamW)
+        assert all(group["betas"] == (0.8, 0.95) for group in adamw.param_groups)
+        sets[name] = optimizers
+    assert list(sets["adamw"]) == ["optimizer"]
+    muon = sets["muon"]["muon"]
+    assert {id(p) for p in muon.param_groups[0]["params"]} == {id(p) for p in blocks if p.dim() == 2}
+    # the root of the mean square of a step is 0.2 of the learning rate, as AdamW's is about
+    p = muon.param_groups[0]["params"][0]
+    p.grad, before = torch.randn_like(p), p.detach().clone()
+    muon.param_groups[0]["weight_decay"] = 0.0
+    muon.step()
+    assert (p.detach() - before).square().mean().sqrt().item() == pytest.approx(0.2 * 0.02, rel=0.3)
 
 
 def test_batches_of_stage_2():
@@ -116,7 +188,7 @@ def test_codes_that_are_none_end_in_a_line_that_helps(how, vae_run, tmp_path):
         torch.save([1], path)
     line = call(train_transformer.main, "--out", tmp_path, *TRANSFORMER, "--steps", 1)
     assert line.startswith("error: ") and "\n" not in line
-    assert [each.name for each in tmp_path.iterdir()] == ["codes.pt"]
+    assert {each.name for each in tmp_path.iterdir()} == {".lock", "codes.pt"}
     assert f"python train_vae.py --encode {tmp_path / 'vae.pt'} --out {tmp_path}" in line
 
 
@@ -131,7 +203,8 @@ def test_codes_in_another_folder_need_no_image(vae_run, tmp_path, monkeypatch):
     assert call(train_transformer.main, *TRANSFORMER, "--steps", 2) is None
     assert call(sample.main, "--n", 2, "--device", DEVICE) is None
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "codes.pt", "transformer.pt", "transformer.best.pt", "transformer.jsonl", "transformer.png", "samples.png"}
+        ".lock", "codes.pt", "transformer.pt", "transformer.best.pt", "transformer.jsonl", "transformer.png",
+        "samples.png"}
     assert (tmp_path / "out/codes.pt").read_bytes() == before
 
 

@@ -6,15 +6,19 @@
     ImageFolder                      test_a_broken_file_weighs_nothing, test_classes_splits_and_epochs
     describe                         test_what_is_understood_is_said_in_one_line
     stream                           test_stream_is_a_function_of_seed_and_batch_number,
-                                     test_processes_share_every_part_of_a_batch
-    ToyShapes                        test_toy_shapes, test_the_texture_that_is_named_is_the_one_that_is_drawn
+                                     test_processes_share_every_part_of_a_batch, test_each_epoch_has_other_numbers
+    ToyShapes                        test_toy_shapes, test_held_out_toy_images_are_new,
+                                     test_the_texture_that_is_named_is_the_one_that_is_drawn
     Perceptual                       test_lpips_is_the_published_formula and what follows
     adaptive_weight, backward        test_adaptive_weight_is_the_ratio_of_gradients_at_the_last_layer and two more
-    Discriminator, hinge_loss        test_discriminator_is_the_usual_patchgan and two more
-    BatchNorm                        survival/test_processes.py
+    Discriminator, hinge_loss        test_discriminator_is_the_usual_patchgan and three more
+    BatchNorm                        test_batch_norm_of_two_processes_is_that_of_one, survival/test_processes.py
     auc, ssim, evaluate              test_auc_equals_counting_pairs, test_ssim_..., test_evaluation_of_a_dq_vae
+    show                             test_the_picture_shows_originals_first
+    held_out_images                  test_regions_with_a_tenth_of_detail_are_detailed
     calibrate                        test_routers.py
     encode, smallest, write_codes    test_encoding_keeps_every_image_and_its_mirror_image and what follows
+    main                             test_the_toy_data_needs_no_folder and what follows, test_wiring.py
 """
 import errno
 import json
@@ -287,6 +291,8 @@ def test_classes_splits_and_epochs(tmp_path):
     assert x.shape == (3, 16, 16) and -1 <= x.min() and x.max() <= 1 and y == 0
     assert torch.equal(train[3][0], x)                                       # the same image, the same crop
     assert not torch.equal(train[3 + len(train)][0], x)                      # another one in the next epoch
+    Image.effect_noise((40, 20), 99).save(tmp_path / val.files[0][0])
+    assert torch.equal(val[0][0], val[len(val)][0])                          # what is held out stays as it is
     assert open_data(tmp_path / "a", 16)[0][0][1] == -1                      # one folder is no class
 
 
@@ -324,6 +330,19 @@ def test_stream_is_a_function_of_seed_and_batch_number():
     flat_ = sum(whole, [])
     for epoch in range(4):                                                   # every epoch holds each image once
         assert sorted(flat_[10 * epoch:10 * epoch + 10]) == list(range(10 * epoch, 10 * epoch + 10))
+
+
+def test_each_epoch_has_other_numbers():
+    """So that an image has another crop in each: its number says which epoch it is."""
+    numbers = sum((next(batches) for batches in [common.deal(10, 4, seed=1)] for _ in range(10)), [])
+    assert sorted(numbers) == list(range(40))
+
+
+def test_held_out_toy_images_are_new():
+    train, val = open_data(None, 16, seed=5)
+    assert torch.equal(train[0][0], ToyShapes(16, seed=5)[0][0])
+    seen = {train[i][0].numpy().tobytes() for i in range(0, 64)}
+    assert not seen & {val[i][0].numpy().tobytes() for i in range(64)} and train.seed != val.seed
 
 
 @pytest.mark.parametrize("world, accumulate", [(2, 1), (2, 2), (3, 4)])
@@ -564,7 +583,7 @@ class Toy(torch.nn.Module):
         return y, (y - target).abs().mean(), -self.critic(y).tanh().mean(), h.square().mean()
 
 
-@pytest.mark.parametrize("cap", [0.75, 1e-3])
+@pytest.mark.parametrize("cap", [0.75, 1e-3, 1e3])
 def test_adaptive_weight_is_the_ratio_of_gradients_at_the_last_layer(cap):
     model, z, target = Toy(), torch.randn(2, 2, 5, 5), torch.randn(2, 3, 5, 5) * 0.1
     y, loss, gan, _ = model(z, target)
@@ -621,6 +640,37 @@ def test_discriminator_is_the_usual_patchgan():
     critic(x)[0, 0, 7, 7].backward()
     seen = x.grad.abs().sum(dim=(0, 1)).nonzero()
     assert (seen.max(0).values - seen.min(0).values + 1).tolist() == [70, 70]
+
+
+def test_discriminator_equals_its_layers():
+    critic, x = Discriminator(width=8), torch.randn(2, 3, 32, 32)
+    convs = [module for module in critic.modules() if isinstance(module, torch.nn.Conv2d)]
+    norms = [module for module in critic.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    assert all(abs(conv.weight.std() - 0.02) < 0.004 for conv in convs)      # as pix2pix has it
+    assert all(abs(norm.weight.mean() - 1) < 0.03 and norm.weight.std() < 0.03 for norm in norms)
+    for conv in convs:
+        conv.weight.data.normal_(0, 0.2)                                     # large enough to tell slopes apart
+    h = F.leaky_relu(F.conv2d(x, convs[0].weight, convs[0].bias, 2, 1), 0.2)
+    for conv, norm, stride in zip(convs[1:], norms, (2, 2, 1)):
+        h = F.conv2d(h, conv.weight, None, stride, 1)
+        mean, var = h.mean(dim=(0, 2, 3), keepdim=True), h.var(dim=(0, 2, 3), correction=0, keepdim=True)
+        h = (h - mean) / (var + 1e-5).sqrt() * norm.weight[:, None, None] + norm.bias[:, None, None]
+        h = F.leaky_relu(h, 0.2)
+    torch.testing.assert_close(critic(x), F.conv2d(h, convs[-1].weight, convs[-1].bias, padding=1))
+
+
+def test_batch_norm_of_two_processes_is_that_of_one(monkeypatch):
+    """With what the other process would add put in by hand."""
+    x = torch.randn(4, 3, 5, 5) * torch.tensor([1.0, 2.0, 3.0])[:, None, None] + 1
+    one, two = (train_vae.BatchNorm(3) for _ in range(2))
+    wanted = one(x)
+    mine, other = x.chunk(2)
+    sums = torch.stack([other.mean(dim=(0, 2, 3)), other.square().mean(dim=(0, 2, 3))])
+    monkeypatch.setattr(dq, "processes", lambda: (0, 2))
+    monkeypatch.setattr(train_vae, "all_reduce", lambda own: own + sums)
+    torch.testing.assert_close(two(mine), wanted[:2], atol=1e-5, rtol=1e-5)
+    for name, value in one.state_dict().items():
+        torch.testing.assert_close(two.state_dict()[name], value, atol=1e-5, rtol=1e-5)
 
 
 def test_hinge_loss():
@@ -680,12 +730,19 @@ def test_evaluation_of_a_dq_vae():
     config = dq.VAEConfig(size=16, codebook_size=8)
     model = dq.DQVAE(config)
     x = torch.rand(10, 3, 16, 16) * 2 - 1
+    model.decoder.out[-1].weight.data.mul_(3)                                # some values beyond black and white
     model(x)
-    figures, y, grains = train_vae.evaluate(model, x, torch.rand(10, 2, 2) < 0.5, plain, batch_size=4)
+    before = {name: each.clone() for name, each in model.state_dict().items()}
+    detailed = torch.rand(10, 2, 2) < 0.5
+    figures, y, grains = train_vae.evaluate(model, x, detailed, plain, batch_size=4)
     assert model.training
+    assert all(torch.equal(each, before[name]) for name, each in model.state_dict().items())
     model.eval()
     with torch.no_grad():
         out = model(x)
+        score = model.router.score(x, out.maps)
+    assert figures["auc"] == pytest.approx(train_vae.auc(score, detailed), abs=1e-3) and figures["auc"] != 0.5
+    assert out.reconstruction.abs().max() > 1
     y = out.reconstruction.clamp(-1, 1)
     psnr = [10 * math.log10(1 / float(((a - b) / 2).square().mean())) for a, b in zip(x, y)]
     assert figures["psnr"] == pytest.approx(sum(psnr) / 10, rel=1e-4)
@@ -703,6 +760,25 @@ def test_evaluation_of_a_dq_vae():
     # 3 bits name one of 8 codes, 1 bit the granularity of each of 4 regions
     assert figures["bits_per_pixel"] == pytest.approx((n_codes / 10 * 3 + 4) / 256)
     assert figures["share"] == pytest.approx([float((out.grains == k).float().mean()) for k in (0, 1)], abs=1e-4)
+
+
+def test_the_picture_shows_originals_first(tmp_path):
+    x, y = (torch.full((9, 3, 16, 16), value) for value in (-1.0, 1.0))      # black, and white ones
+    train_vae.show(tmp_path / "x.png", x, y, torch.zeros(9, 2, 2, dtype=torch.long), (8, 4))
+    sheet = np.asarray(Image.open(tmp_path / "x.png"))
+    assert sheet.shape == (4 * 130 - 2, 6 * 130 - 2, 3)                      # 8 triples, two in a row
+    assert [sheet[300, 64 + 130 * i].tolist() for i in (0, 1, 3, 4)] == [[0] * 3, [255] * 3] * 2
+
+
+def test_regions_with_a_tenth_of_detail_are_detailed():
+    class Corners(ToyShapes):
+        def detail_mask(self, i):
+            mask = torch.zeros(16, 16, dtype=torch.bool)
+            mask[:2, :4] = mask[8:, 8:] = True                               # 8 of 64 pixels, none, none, all
+            mask[:1, 8:14] = True                                            # 6 of 64
+            return mask
+    images, detailed = train_vae.held_out_images(Corners(16, n=3), dq.VAEConfig(size=16), torch.device("cpu"))
+    assert images.shape == (3, 3, 16, 16) and detailed.tolist() == [[[True, False], [False, True]]] * 3
 
 # ------------------------------------------------------------------------------------------------
 # codes.pt
@@ -736,6 +812,19 @@ def test_encoding_keeps_every_image_and_its_mirror_image():
                     assert torch.equal(ours, whole[index, :ours.shape[1]])
 
 
+def test_broken_images_have_no_codes(tmp_path, monkeypatch, capfd):
+    data = spoilt_folder(tmp_path / "images", monkeypatch)
+    sound, data.augment = [i for i, (name, _) in enumerate(data.files) if not 5 <= int(name[:2]) < 15], False
+    model = dq.DQVAE(dq.VAEConfig(size=8, factors=(4, 2), codebook_size=8)).eval()
+    model.codebook.codes.normal_()
+    with common.Stop(torch.device("cpu")) as stop:
+        part = train_vae.encode(model, data, torch.device("cpu"), plain, workers=0, mirrored=False, stop=stop)
+    with torch.no_grad():
+        codes, grains = model.encode(torch.stack([data.read(i)[0] for i in sound]))
+    assert torch.equal(part["codes"][:, 0], codes) and torch.equal(part["grains"][:, 0], grains)
+    assert part["label"].tolist() == [-1] * len(sound) and len(sound) < len(data)
+
+
 def test_codes_hold_all_that_stage_2_needs(vae_run, images):
     """The codes of every image, as it is and mirrored, by the weights that training ended with."""
     stored, vae = dq.load_checkpoint(vae_run / "codes.pt", "dq-codes"), dq.load_vae(vae_run / "vae.pt", DEVICE)
@@ -752,6 +841,14 @@ def test_codes_hold_all_that_stage_2_needs(vae_run, images):
         assert found["codes"].shape[:2] == (len(data), len(wanted))
         for v, (codes, grains) in enumerate(wanted):
             assert torch.equal(found["codes"][:, v], codes.cpu()) and torch.equal(found["grains"][:, v], grains.cpu())
+
+
+def test_codes_of_other_weights_are_told_apart(vae_run, tmp_path):
+    vae = dq.load_vae(vae_run / "vae.pt", "cpu")
+    assert train_vae.holds_codes_of(vae_run / "codes.pt", vae)
+    vae.post_quant.bias[0] += 1e-3
+    assert not train_vae.holds_codes_of(vae_run / "codes.pt", vae)
+    assert not train_vae.holds_codes_of(tmp_path / "codes.pt", vae)
 
 
 @pytest.mark.parametrize("low, high, kind", [(0, 255, torch.uint8), (-1, 127, torch.int8), (-1, 128, torch.int16),

@@ -4,6 +4,9 @@
     rotations, rotate              test_rotation_is_a_product_of_complex_numbers,
                                    test_products_depend_on_how_far_apart_places_are
     attention, Block, turns_of     test_logits_equal_a_loop_over_prefixes
+    TransformerConfig              test_bad_configurations_are_refused
+    its dropout                    test_dropout_acts_at_four_places_in_training
+    its first weights              test_a_fresh_model_is_uniform
     DQTransformer.embed            test_a_pair_is_the_sum_of_three_rows
     DQTransformer.logits           test_logits_equal_a_loop_over_prefixes, test_an_image_does_not_see_its_batch_mates
     DQTransformer.forward          test_probabilities_of_all_images_sum_to_one,
@@ -11,6 +14,7 @@
     the sizes of the paper         test_vae.py
 """
 import itertools
+import math
 
 import pytest
 import torch
@@ -90,6 +94,46 @@ def test_logits_equal_a_loop_over_prefixes(training, label_dropout, rotary, devi
             f"logits of positions are not those of a loop over the pairs before each step ({what}): {why}"))
         torch.testing.assert_close(content[b], wanted[1], atol=1e-4, rtol=1e-4, msg=lambda why: (
             f"logits of positions are right, those of contents are not those of a loop over prefixes ({what}): {why}"))
+
+
+@pytest.mark.parametrize("bad", [dict(width=33), dict(heads=0), dict(heads=3, width=18), dict(size=6),
+                                 dict(factors=(4, 8))], ids=str)
+def test_bad_configurations_are_refused(bad):
+    with pytest.raises(dq.UserError):
+        TransformerConfig(**{**dict(size=8, factors=(4, 2), width=32, heads=2), **bad})
+
+
+@torch.no_grad()
+def test_dropout_acts_at_four_places_in_training(monkeypatch):
+    """As in GPT-2: on what enters, on attention, and on what each of its two branches adds to a block."""
+    model, seen, real = tiny(8, (4, 2), V=5, dropout=0.25), [], torch.nn.functional.dropout
+
+    def dropout(x, p=0.5, training=True, inplace=False):
+        seen.append((tuple(x.shape), p if training else 0.0))
+        return real(x, p, training, inplace)
+    monkeypatch.setattr(torch.nn.functional, "dropout", dropout)
+    grains = torch.zeros(3, 2, 2, dtype=torch.long)
+    pos, code = model.layout.pack(random_image(model.layout, grains, 5), grains)
+    B, L = pos.shape
+    for training, p in ((True, 0.25), (False, 0.0)):
+        seen.clear()
+        model.train(training)(pos, code)
+        entries, scores = ((B, L, 32), p), ((B, 2, L, L), p)
+        assert seen == [entries] + [scores, entries, entries] * 4            # of two stacks of two blocks
+
+
+def test_a_fresh_model_is_uniform():
+    """Its branches add nothing yet, and nothing is likelier than the rest."""
+    model = DQTransformer(TransformerConfig(size=16, codebook_size=100, width=64, heads=2))
+    grains = torch.randint(0, 2, (4, 2, 2))
+    pos, code = model.layout.pack(random_image(model.layout, grains, 100), grains)
+    nats = model(pos, code)["content"].sum() / (code >= 0).sum()
+    assert nats.item() == pytest.approx(math.log(100), rel=1e-6)
+    for block in (*model.position_stack, *model.content_stack):
+        x = torch.randn(2, 5, 64)
+        assert torch.equal(block(x), x)
+        for linear in (block.qkv, block.up):
+            assert linear.weight.std().item() == pytest.approx(0.02, rel=0.1)
 
 
 @torch.no_grad()

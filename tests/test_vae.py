@@ -1,11 +1,13 @@
 """Configurations and the DQ-VAE, sections 1 and 4 of dq.py.
 
-    VAEConfig                    test_bad_configurations_are_refused
+    VAEConfig                    test_bad_configurations_are_refused, test_the_last_multiplier_repeats
+    norm, ResBlock, AttnBlock    test_group_norm_equals_a_loop and two more
     DQVAE.encode, decode         test_encode_and_decode_agree_with_forward
     DQVAE.mix                    test_mix_equals_a_loop, test_the_reconstruction_reaches_every_gate
     DQVAE.cell_weight            test_cell_weight_equals_a_loop
     Decoder, PositionEmbedding   test_the_decoder_adds_the_position_of_each_cell
-    Encoder and all sizes        test_the_papers_presets_have_the_papers_sizes; numbers: tools/test_parity.py
+    DQVAE.forward                test_an_image_that_is_not_finite_raises_nothing
+    Encoder and all sizes        test_the_papers_presets_have_the_papers_sizes; numbers: tools/test_import_authors.py
 """
 import itertools
 from dataclasses import replace
@@ -102,6 +104,38 @@ def test_the_decoder_adds_the_position_of_each_cell():
     torch.testing.assert_close(decoder(wanted), out)
 
 
+@torch.no_grad()
+def test_group_norm_equals_a_loop():
+    """Of values so small that eps counts."""
+    for channels in (32, 96):
+        norm, x = dq.norm(channels), torch.randn(channels, 3, 5) * 1e-3
+        norm.weight.normal_(), norm.bias.normal_()
+        torch.testing.assert_close(norm(x[None])[0], naive.group_norm(norm, x), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("channels", [32, 64])
+@torch.no_grad()
+def test_a_residual_block_is_its_formula(channels):
+    block, x = dq.ResBlock(32, channels), torch.randn(2, 32, 4, 5)
+    for b in range(2):
+        torch.testing.assert_close(block(x)[b], naive.res_block(block, x[b]), atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_attention_over_a_map_is_its_formula():
+    block, x = dq.AttnBlock(32), torch.randn(2, 32, 4, 5)
+    block.qkv.weight.normal_(std=0.5)                                        # so that it matters what fits
+    for b in range(2):
+        torch.testing.assert_close(block(x)[b], naive.attn_block(block, x[b]), atol=1e-5, rtol=1e-4)
+
+
+def test_an_image_that_is_not_finite_raises_nothing():
+    """The loss is then no number, which the trainer says."""
+    model = DQVAE(small())
+    out = model(torch.full((1, 3, 16, 16), torch.nan))
+    assert out.commitment.isnan()
+
+
 def stage_2_config(name):
     """That of a preset, for the codes of its DQ-VAE."""
     vae = train_vae.PRESETS[name][0]
@@ -136,6 +170,13 @@ def test_both_stages_have_the_same_presets():
 
 def test_bad_configurations_are_refused():
     for bad in (dict(size=20), dict(factors=(4, 8)), dict(factors=(6, 3)), dict(ratios=(0.5, 0.4)),
-                dict(ratios=(1.0,)), dict(width=48), dict(size=8, factors=(8, 4), channels=32)):
-        with pytest.raises(ValueError):
+                dict(ratios=(1.0,)), dict(width=48), dict(channels=48), dict(factors=(6, 3), size=12),
+                dict(ratios=(1.5, -0.5)), dict(router="coin"), dict(code_dim=0), dict(codebook_size=0),
+                dict(size=8, factors=(8, 4), channels=32)):
+        with pytest.raises(dq.UserError):
             small(**bad)
+
+
+def test_the_last_multiplier_repeats():
+    config = VAEConfig(width=32, multipliers=(1, 3))
+    assert [config.level_width(level) for level in range(4)] == [32, 96, 96, 96]

@@ -87,8 +87,9 @@ def restart(self, z, weight):
     mean = weight.sum().item() / len(self.uses)
     dead = [v for v in range(len(self.uses)) if self.uses[v] < self.dead_below * mean]
     if dead:
-        fresh = z[torch.multinomial(weight, len(dead), replacement=len(dead) > int((weight > 0).sum()))]
-        fresh = fresh + 0.01 * z.std(0, correction=0) * torch.randn(fresh.shape)
+        drawn = z[torch.multinomial(weight, min(len(self.uses), int((weight > 0).sum())))]
+        fresh = drawn[torch.arange(len(dead)) % len(drawn)]
+        fresh = fresh + 0.01 * drawn.std(0, correction=0) * torch.randn(fresh.shape)
         for v, vector in zip(dead, fresh):
             self.codes[v], self.uses[v], self.sums[v] = vector, mean, mean * vector'''),
     "DQVAE.mix": ("interpolate and einsum", '''

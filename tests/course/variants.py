@@ -204,8 +204,8 @@ def capped(c):
             f"guided({c} * (model.content_head(model.content_norm(h)).float() / {c}).tanh(), options, B)"),
         (D, "Attention sees `end` places of the cache, more than any t.",
             f"Attention sees `end` places of the cache, more than any t.\n    Content logits x are {c} tanh(x / {c})."),
-        (N, "return model.content_norm(h[-1]) @ model.content_head.weight.t()",
-            f"return {c} * torch.tanh(model.content_norm(h[-1]) @ model.content_head.weight.t() / {c})"),
+        (N, "return layer_norm(model.content_norm, h[-1]) @ model.content_head.weight.t()",
+            f"return {c} * torch.tanh(layer_norm(model.content_norm, h[-1]) @ model.content_head.weight.t() / {c})"),
         (H, "and the content stack says what.",
             f"and the content stack says what: its logits $x$ become ${c} \\\\tanh(x / {c})$."),
     ]

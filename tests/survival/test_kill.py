@@ -101,17 +101,19 @@ KILLS = int(os.environ.get("DQ_KILLS", 1))
 def test_kill_9_at_random_moments(images, tmp_path):
     """A run that is killed twice; DQ_KILLS=20 makes it 20 runs."""
     steps, flags = 12, ["--save-every", 2, "--eval-every", 6]
-    whole = start("vae", images, tmp_path / "whole", steps, *flags)
-    before = time.time()
-    assert whole.wait() == 0
-    seconds, chance = time.time() - before, random.Random(0)
+    before, chance = time.time(), random.Random(0)
+    assert call(train_vae.main, *VAE, "--data", images, "--out", tmp_path / "whole", "--steps", steps, *flags) is None
+    whole, imports = time.time() - before, None                              # seconds
     for i in range(KILLS):
         out, deaths = tmp_path / str(i), 0
         while True:
             resume = ["--resume"] if (out / "vae.pt").exists() else []
-            process = start("vae", images, out, steps, *flags, *resume)
+            before, process = time.time(), start("vae", images, out, steps, *flags, *resume)
+            wait_for((out / "vae.jsonl").exists, process)                    # at first: when it has imported all
+            imports = imports or time.time() - before
+            death = before + imports + chance.uniform(0, 1) * whole
             try:
-                process.wait(chance.uniform(0.3, 1.0) * seconds if deaths < 2 else None)
+                process.wait(max(0, death - time.time()) if deaths < 2 else None)
             except subprocess.TimeoutExpired:
                 process.kill()
                 deaths += 1

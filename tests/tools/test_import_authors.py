@@ -128,6 +128,108 @@ def test_the_parts_land_where_they_belong(tmp_path):
     torch.testing.assert_close(model.router.logits(maps)[0, :, 1, 2], z)
 
 
+def authors_model(sd, x, K):
+    """The authors' stage 1 by torch's functions and their names: a VQGAN with a head for each granularity.
+
+    x: (B, 3, S, S) -> gate logits (B, K, h, w), grains (B, h, w), codes (B, H, W), commitment, picture.
+    """
+    names = ("coarse", "fine") if K == 2 else ("coarse", "median", "fine")
+
+    def conv(name, z, stride=1):
+        weight = sd[f"{name}.weight"]
+        return F.conv2d(z, weight, sd[f"{name}.bias"], stride, padding=weight.shape[-1] // 2 if stride == 1 else 0)
+
+    def norm(name, z):
+        return F.group_norm(z, 32, sd[f"{name}.weight"], sd[f"{name}.bias"], eps=1e-6)
+
+    def res(name, z):
+        h = conv(f"{name}.conv1", F.silu(norm(f"{name}.norm1", z)))
+        h = conv(f"{name}.conv2", F.silu(norm(f"{name}.norm2", h)))
+        return h + (conv(f"{name}.nin_shortcut", z) if f"{name}.nin_shortcut.weight" in sd else z)
+
+    def attn(name, z):
+        q, k, v = (conv(f"{name}.{part}", norm(f"{name}.norm", z)).flatten(2) for part in "qkv")  # B, c, H W
+        weights = (torch.einsum("bci,bcj->bij", q, k) / q.shape[1] ** 0.5).softmax(-1)
+        return z + conv(f"{name}.proj_out", torch.einsum("bij,bcj->bci", weights, v).view_as(z))
+
+    def mid(name, z):
+        return res(f"{name}.block_2", attn(f"{name}.attn_1", res(f"{name}.block_1", z)))
+
+    def level(name, z):
+        j = 0
+        while f"{name}.block.{j}.conv1.weight" in sd:
+            z = res(f"{name}.block.{j}", z)
+            z = attn(f"{name}.attn.{j}", z) if f"{name}.attn.{j}.q.weight" in sd else z
+            j += 1
+        return z
+
+    h, maps = conv("encoder.conv_in", x), {}
+    for i in range(4):
+        h = level(f"encoder.down.{i}", h)
+        if 3 - i < K:
+            name = names[3 - i]
+            out = F.silu(norm(f"encoder.norm_out_{name}", mid(f"encoder.mid_{name}", h)))
+            maps[name] = conv(f"encoder.conv_out_{name}", out)
+        if i < 3:                                                            # a row below and a column at the right
+            h = conv(f"encoder.down.{i}.downsample.conv", F.pad(h, (0, 1, 0, 1)), stride=2)
+    maps = [maps[name] for name in names]                                    # coarse to fine
+    pooled = [F.avg_pool2d(norm(f"encoder.router.feature_norm_{name}", m), 2 ** k)
+              for k, (name, m) in enumerate(zip(names, maps))]
+    gates = [(sd[f"encoder.router.gate.{i}.weight"], sd[f"encoder.router.gate.{i}.bias"]) for i in (0, 2)]
+    z = torch.cat(pooled, 1).permute(0, 2, 3, 1)
+    logits = F.linear(F.silu(F.linear(z, *gates[0])), *gates[1]).permute(0, 3, 1, 2)
+    grains, n = logits.argmax(1), 2 ** (K - 1)
+    chosen = grains.repeat_interleave(n, 1).repeat_interleave(n, 2)          # B, H, W
+    mixed, weight = 0, 0
+    for k, m in enumerate(maps):
+        here, times = (chosen == k)[:, None], n // 2 ** k                    # a code fills times x times cells
+        mixed = mixed + here * F.interpolate(m, scale_factor=times, mode="nearest")
+        weight = weight + here[:, 0] / times ** 2
+    z = conv("quant_conv", mixed).permute(0, 2, 3, 1)                        # B, H, W, D
+    codes = (z[..., None, :] - sd["quantize.codebook.weight"][:-1]).square().sum(-1).argmin(-1)
+    q = sd["quantize.codebook.weight"][codes]
+    commitment = 0.25 * (weight * (z - q).square().mean(-1)).mean()
+
+    H = q.shape[1]
+    line = torch.arange(H) * 2 / (H - 1) - 1
+    at = torch.stack([line.expand(H, H), line[:, None].expand(H, H)])[None]  # x, y
+    embedded = [sd[f"decoder.position_bias_learned.{part}_embed.weight"] for part in ("row", "col")]
+    h = conv("post_quant_conv", q.permute(0, 3, 1, 2))
+    h = h + torch.sin(conv("decoder.position_bias_fourier.lff.ffm.conv", at))
+    h = h + (embedded[0][:, None] + embedded[1][None]).permute(2, 0, 1)
+    h = mid("decoder.mid", conv("decoder.conv_in", h))
+    for i in range(4 - K, -1, -1):
+        h = level(f"decoder.up.{i}", h)
+        if i:
+            h = conv(f"decoder.up.{i}.upsample.conv", h.repeat_interleave(2, 2).repeat_interleave(2, 3))
+    return logits, grains, codes, commitment, conv("decoder.conv_out", F.silu(norm("decoder.norm_out", h)))
+
+
+@pytest.mark.parametrize("K", [2, 3])
+@torch.no_grad()
+def test_the_authors_weights_give_the_authors_numbers(K, tmp_path):
+    """From the picture to the gate, the codes, the loss and the picture. (test_parity.py: by the authors' own code.)"""
+    torch.manual_seed(K)
+    sd, x = authors_checkpoint(K), torch.rand(4, 3, 32, 32) * 2 - 1
+    logits = authors_model(sd, x, K)[0]
+    sd["encoder.router.gate.2.bias"] -= logits.mean(dim=(0, 2, 3))           # so that each granularity is chosen ...
+    sd["encoder.router.gate.2.weight"] *= 10                                 # ... and by far
+    sd["encoder.router.gate.2.bias"] *= 10
+    sd["quant_conv.weight"] *= 10                                            # and of many codes
+    torch.save(sd, tmp_path / "theirs.pt")
+    config, ours = import_authors.read_authors(tmp_path / "theirs.pt")
+    model = dq.DQVAE(config).eval()
+    model.load_state_dict(ours)
+    logits, grains, codes, commitment, picture = authors_model(sd, x, K)
+    out = model(x)
+    torch.testing.assert_close(model.router.logits(out.maps), logits, atol=1e-5, rtol=1e-4)
+    assert torch.equal(out.grains, grains) and len(grains.unique()) == K
+    assert torch.equal(out.codes, codes) and len(codes.unique()) > 4
+    torch.testing.assert_close(out.commitment, commitment, atol=1e-6, rtol=1e-4)
+    for drawn in (out.reconstruction, model.decode(codes)):
+        torch.testing.assert_close(drawn, picture, atol=1e-5, rtol=1e-4)
+
+
 def test_the_command_writes_a_checkpoint_that_the_other_scripts_take(tmp_path, capsys):
     torch.save({"state_dict": authors_checkpoint()}, tmp_path / "theirs.ckpt")
     for i in range(3):

@@ -1,0 +1,666 @@
+"""What the scripts do with the functions that the other files test: spies on what `main` hands on.
+
+    train_vae.main            test_images_are_dealt_by_the_seed to test_no_clip
+      the losses              test_the_loss_of_the_image, test_the_loss_of_the_codes, test_the_adversarial_loss,
+                              test_the_lesson_of_the_critic, test_parts_are_averaged
+      noise, optimisers       test_the_noise_of_the_gate_fades, test_the_optimisers_of_stage_1, test_the_clip_of_stage_1
+    train_transformer.main    test_codes_are_dealt_by_the_seed to test_evaluating_stage_2_more_often_changes_nothing
+      the loss                test_the_gradient_of_stage_2
+    sample.main               test_what_sampling_asks_for and what follows
+    parse, override           test_every_flag_arrives, test_factors_without_ratios_have_equal_shares
+    Record                    test_what_is_logged_is_what_was_trained, test_the_end_is_saved
+
+One short run of each stage is enough for most of it. Every weight of a loss is one that no other has, and is not 1.
+"""
+import copy
+import itertools
+import json
+import math
+from dataclasses import asdict
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import common
+import dq
+import naive
+import sample
+import train_transformer
+import train_vae
+from conftest import DEVICE, call
+from test_transformer import tiny
+
+pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="compares bit by bit with what is computed here")
+CPU = ["--device", "cpu", "--dtype", "fp32"]
+
+
+# ------------------------------------------------------------------------------------------------
+# Stage 1
+
+
+STEPS, GAN_START, L2, BUDGET, LPIPS, GAN, RATIOS, BETAS = 5, 3, 0.3, 3.0, 0.7, 0.4, (0.7, 0.3), (0.6, 0.95)
+
+
+class Distance(torch.nn.Module):
+    """In place of LPIPS: tells its two arguments apart."""
+
+    def forward(self, x, y):
+        return (x - 2 * y).abs().mean(dim=(1, 2, 3))
+
+
+def weights_of(optimizer):
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def norm_of(gradients):
+    return torch.stack([each.norm() for each in gradients]).norm().item()
+
+
+@pytest.fixture(scope="module")
+def stage_1(images, tmp_path_factory):
+    """A run with all losses, each batch in two parts. -> what passed between the functions"""
+    out = tmp_path_factory.mktemp("stage_1")
+    names = ("forward", "noise", "backward", "hinge", "steps", "critics", "models", "read", "seeds")
+    seen = SimpleNamespace(out=out, **{name: [] for name in names})
+    config = dq.VAEConfig(size=24, codebook_size=16, channels=32, multipliers=(1,), ratios=RATIOS)
+    schedule = train_vae.VAESchedule(steps=STEPS, batch_size=4, lr=1e-3, betas=BETAS, l2_weight=L2, accumulate=2)
+    flags = ["--budget-weight", BUDGET, "--perceptual-weight", LPIPS, "--gan-weight", GAN, "--gan-start", GAN_START,
+             "--clip", 0.5, "--seed", 3, "--data", images, "--out", out, *CPU]
+
+    def critic(real=train_vae.Discriminator):
+        seen.critics.append(real(width=8))
+        return seen.critics[-1]
+
+    def forward(self, x, *noise, real=dq.DQVAE.forward):
+        y = real(self, x, *noise)
+        if torch.is_grad_enabled():
+            seen.models.append(self)
+            seen.forward.append(SimpleNamespace(x=x, out=y, training=self.training))
+        return y
+
+    def gate(self, x, maps, noise=1.0, real=dq.GrainRouter.forward):
+        if torch.is_grad_enabled():
+            seen.noise.append(noise)
+        return real(self, x, maps, noise)
+
+    def backward(y, last, loss, adversarial, other, gan_weight=1.0, scale=1.0, real=train_vae.backward):
+        parts = [module for module in (seen.models[-1], *seen.critics) for module in module.parameters()]
+        score = seen.critics[0](y).mean().item()
+        known = dict(y=y.detach().clone(), last=last, loss=loss.item(), other=other.item(), gan_weight=gan_weight,
+                     scale=scale, adversarial=None if adversarial is None else adversarial.item(), score=score)
+        known["fresh"] = all(p.grad is None for p in parts)
+        known["weight"] = real(y, last, loss, adversarial, other, gan_weight, scale)
+        seen.backward.append(SimpleNamespace(**known))
+        return known["weight"]
+
+    def hinge_loss(real, fake, loss=train_vae.hinge_loss):
+        passed, critic = seen.forward[-1], seen.critics[0]
+        of_y, = torch.autograd.grad(fake.sum(), passed.out.reconstruction, retain_graph=True, allow_unused=True)
+        wanted = [critic(each) for each in (passed.x, seen.backward[-1].y)]
+        own = torch.autograd.grad(loss(*wanted), list(critic.parameters()))
+        seen.hinge.append(SimpleNamespace(real=real, fake=fake, wanted=wanted, of_y=of_y, own=own))
+        return loss(real, fake)
+
+    def step(self, real=torch.optim.Adam.step):
+        weights = weights_of(self)
+        gradients = [p.grad.clone() for p in weights if p.grad is not None]
+        old = [p.detach().clone() for p in weights]
+        real(self)
+        moved = [not torch.equal(a, b) for a, b in zip(old, weights)]
+        if gradients or any(moved):                                          # else it is as if it had not been called
+            seen.steps.append(SimpleNamespace(optimizer=self, gradients=gradients, after=len(seen.forward), moved=moved,
+                                              rates={group["lr"] for group in self.param_groups}))
+
+    def seed_all(*numbers, real=common.seed_all):
+        seen.seeds.append((numbers, len(seen.forward) // 2))
+        real(*numbers)
+
+    def read(self, real=common.Record.newest_losses):
+        seen.read.append(real(self))
+        return seen.read[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(train_vae.PRESETS, "toy", (config, schedule))
+        patch.setattr(train_vae.Perceptual, "load", lambda files: Distance())
+        for owner, name, spy in ((train_vae, "Discriminator", critic), (dq.DQVAE, "forward", forward),
+                                 (dq.GrainRouter, "forward", gate), (train_vae, "backward", backward),
+                                 (train_vae, "hinge_loss", hinge_loss), (torch.optim.Adam, "step", step),
+                                 (common.Record, "newest_losses", read), (train_vae, "seed_all", seed_all)):
+            patch.setattr(owner, name, spy)
+        assert call(train_vae.main, *flags) is None
+    seen.model, seen.critic = seen.models[0], seen.critics[0]
+    return seen
+
+
+def test_images_are_dealt_by_the_seed(stage_1, images):
+    data = train_vae.open_data(images, 24, augment=True, seed=3)[0]
+    for each, numbers in zip(zip(stage_1.forward[::2], stage_1.forward[1::2]), common.deal(len(data), 4, seed=3)):
+        batch = torch.stack([data[i][0] for i in numbers])
+        assert torch.equal(torch.cat([part.x for part in each]), batch)
+    assert len(stage_1.forward) == 2 * STEPS
+
+
+def test_stage_1_trains_in_training_mode(stage_1):
+    assert all(each.training for each in stage_1.forward)
+
+
+def test_each_step_draws_anew(stage_1, stage_2):
+    """What is random in a step depends on the seed and its number, in stage 2 on the process too: nothing else."""
+    assert [seed for seed in stage_1.seeds if len(seed[0]) == 2] == [((3, step), step) for step in range(STEPS)]
+    assert [seed for seed in stage_2.seeds if len(seed[0]) > 1] == [((3, step, 0), step) for step in range(4)]
+
+
+def test_the_noise_of_the_gate_fades(stage_1):
+    """By the schedule; both parts of a batch have the same."""
+    wanted = [1, 1, 1, 0.75, 0.25]
+    assert stage_1.noise == pytest.approx([noise for noise in wanted for _ in range(2)], abs=1e-6)
+
+
+def test_the_loss_of_the_image(stage_1):
+    for each, passed in zip(stage_1.backward, stage_1.forward):
+        x, y = passed.x, each.y
+        assert torch.equal(y, passed.out.reconstruction)
+        wanted = (x - y).abs().mean() + L2 * (x - y).square().mean() + LPIPS * (x - 2 * y).abs().mean()
+        assert each.loss == pytest.approx(wanted.item(), rel=1e-5)
+        assert each.last is stage_1.model.decoder.out[-1].weight
+
+
+def test_the_loss_of_the_codes(stage_1):
+    for each, passed in zip(stage_1.backward, stage_1.forward):
+        shares = naive.shares(passed.out.gate.detach())
+        budget = sum((share - ratio) ** 2 for share, ratio in zip(shares, RATIOS))
+        assert each.other == pytest.approx(passed.out.commitment.item() + BUDGET * budget, rel=1e-4)
+        assert passed.out.commitment > 2e-4                                  # large enough to be missed
+
+
+def test_the_adversarial_loss(stage_1):
+    """What lifts the critic's opinion lowers it; from its step on, not before."""
+    assert [each.adversarial is None for each in stage_1.backward] == [True] * 2 * GAN_START + [False] * 2 * (
+        STEPS - GAN_START)
+    for each in stage_1.backward[2 * GAN_START:]:
+        assert each.adversarial == pytest.approx(-each.score, rel=1e-4) and abs(each.score) > 1e-4
+        assert each.gan_weight == GAN and 0 < each.weight <= 0.75 * GAN
+
+
+def test_the_lesson_of_the_critic(stage_1):
+    assert len(stage_1.hinge) == 2 * (STEPS - GAN_START)
+    for each in stage_1.hinge:
+        for got, wanted in zip((each.real, each.fake), each.wanted):
+            torch.testing.assert_close(got, wanted)
+        assert each.of_y is None                                             # it teaches the critic alone
+
+
+def test_parts_are_averaged(stage_1):
+    assert all(each.scale == 0.5 for each in stage_1.backward)
+    steps = [each for each in stage_1.steps if weights_of(each.optimizer) == list(stage_1.critic.parameters())]
+    assert len(steps) == STEPS - GAN_START
+    for step, first, second in zip(steps, stage_1.hinge[::2], stage_1.hinge[1::2]):
+        for gradient, a, b in zip(step.gradients, first.own, second.own):
+            torch.testing.assert_close(gradient, (a + b) / 2, atol=1e-6, rtol=1e-4)
+
+
+def test_each_step_has_gradients_of_its_own(stage_1):
+    """Neither model nor critic has a gradient before the first part of a batch."""
+    assert all(each.fresh for each in stage_1.backward[::2])
+
+
+def test_the_optimisers_of_stage_1(stage_1):
+    """Adam for all weights of the model, and another for the critic, at the learning rates of the schedule."""
+    schedule = common.Schedule(steps=STEPS, batch_size=4, lr=1e-3)
+    of_model, of_critic = ([each for each in stage_1.steps if weights_of(each.optimizer) == list(module.parameters())]
+                           for module in (stage_1.model, stage_1.critic))
+    assert [each.after // 2 for each in of_model] == list(range(1, STEPS + 1))
+    assert [each.after // 2 for each in of_critic] == list(range(GAN_START + 1, STEPS + 1))
+    for each in of_model + of_critic:
+        assert each.rates == {schedule.learning_rate(each.after // 2 - 1)}
+        assert len(each.gradients) == len(each.moved)                        # no weight is without one
+        assert all(group["betas"] == BETAS for group in each.optimizer.param_groups)
+        assert sum(each.moved) > 0.9 * len(each.moved)
+
+
+def test_the_clip_of_stage_1(stage_1):
+    of_model = [each for each in stage_1.steps if len(each.gradients) == len(list(stage_1.model.parameters()))]
+    norms = [norm_of(each.gradients) for each in of_model]
+    assert len(norms) == STEPS and max(norms) == pytest.approx(0.5, rel=1e-3)
+
+
+def test_what_is_logged_is_what_was_trained(stage_1):
+    """Means over the parts of a batch; at the end the held-out figures, by which the best checkpoint is chosen."""
+    trained, held_out = stage_1.read[-1], json.loads((stage_1.out / "vae.jsonl").read_text().splitlines()[-1])
+    last, outs = stage_1.backward[-2:], [each.out for each in stage_1.forward[-2:]]
+    wanted = dict(loss=[each.loss + each.other for each in last], gan=[each.adversarial for each in last],
+                  gan_weight=[each.weight.item() for each in last], commitment=[out.commitment.item() for out in outs],
+                  lpips=[(each.x - 2 * back.y).abs().mean().item() for each, back in zip(stage_1.forward[-2:], last)])
+    for name, parts in wanted.items():
+        assert trained[name] == pytest.approx(sum(parts) / 2, abs=2e-5), name
+    assert held_out["step"] == STEPS and trained["critic"] > 0 and trained["l1"] > 0
+    loss = held_out["l1"] + L2 * held_out["l2"] + LPIPS * held_out["lpips"]
+    assert held_out["loss"] == pytest.approx(loss, abs=1e-4)
+    best = dq.load_checkpoint(stage_1.out / "vae.best.pt", "dq-vae")["best"]
+    assert best == pytest.approx(held_out["loss"], abs=1e-5)
+
+
+def test_the_end_is_saved(stage_1):
+    checkpoint = dq.load_checkpoint(stage_1.out / "vae.pt", "dq-vae")
+    assert checkpoint["step"] == STEPS and checkpoint["preset"] == "toy"
+    for name, x in stage_1.model.state_dict().items():
+        assert torch.equal(x, checkpoint["weights"][name])
+    settings = checkpoint["settings"]
+    assert (settings["budget_weight"], settings["gan_start"], settings["l2_weight"], settings["seed"]) == (
+        BUDGET, GAN_START, L2, 3)
+
+
+def test_no_clip(images, tmp_path, monkeypatch):
+    def never(*args):
+        raise AssertionError
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", never)
+    flags = ["--size", 16, "--batch-size", 2, "--steps", 1, "--clip", 0, "--data", images, "--out", tmp_path, *CPU]
+    assert call(train_vae.main, *flags) is None
+
+# ------------------------------------------------------------------------------------------------
+# Stage 2
+
+
+@pytest.fixture(scope="module")
+def stage_2(stage_1, tmp_path_factory):
+    """A run of four steps on those codes, each batch in two parts. -> what passed between the functions"""
+    out = tmp_path_factory.mktemp("stage_2")
+    seen = SimpleNamespace(out=out, forward=[], evaluated=[], steps=[], added=[], seeds=[])
+    config = dq.TransformerConfig(width=32, heads=2, position_layers=1, content_layers=1, label_dropout=0.0)
+    schedule = train_transformer.TransformerSchedule(steps=4, batch_size=6, lr=1e-3, accumulate=2, eval_every=2)
+    flags = ["--codes", stage_1.out / "codes.pt", "--out", out, "--clip", 0.05, "--seed", 3, *CPU]
+
+    def forward(self, pos, code, label=None, real=dq.DQTransformer.forward):
+        if not torch.is_grad_enabled():
+            seen.evaluated.append(SimpleNamespace(pos=pos, code=code, label=label))
+            return real(self, pos, code, label)
+        with torch.no_grad():
+            twin = copy.deepcopy(self)
+        seen.forward.append(SimpleNamespace(pos=pos, code=code, label=label, training=self.training, model=twin))
+        seen.names = {id(p): name for name, p in self.named_parameters()}
+        return real(self, pos, code, label)
+
+    def spy(owner):
+        def step(self, *args, real=owner.step, **kwargs):
+            weights = weights_of(self)
+            gradients = {seen.names[id(p)]: p.grad.clone() for p in weights}
+            old = [p.detach().clone() for p in weights]
+            real(self, *args, **kwargs)
+            seen.steps.append(SimpleNamespace(kind=owner.__name__, gradients=gradients, after=len(seen.forward) // 2,
+                                              rates={group["lr"] for group in self.param_groups},
+                                              moved=[not torch.equal(a, b) for a, b in zip(old, weights)]))
+        return step
+
+    def seed_all(*numbers, real=common.seed_all):
+        seen.seeds.append((numbers, len(seen.forward) // 2))
+        real(*numbers)
+
+    def add(self, done, terms, *scale, real=common.Record.add):
+        seen.added.append({name: term.item() for name, term in terms.items()})
+        return real(self, done, terms, *scale)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(train_transformer.PRESETS, "toy", (config, schedule))
+        for owner, name, spied in ((dq.DQTransformer, "forward", forward), (common.Record, "add", add),
+                                   (train_transformer, "seed_all", seed_all),
+                                   (torch.optim.AdamW, "step", spy(torch.optim.AdamW)),
+                                   (torch.optim.Muon, "step", spy(torch.optim.Muon))):
+            patch.setattr(owner, name, spied)
+        assert call(train_transformer.main, *flags) is None
+    seen.stored = dq.load_checkpoint(stage_1.out / "codes.pt", "dq-codes")
+    return seen
+
+
+def images_in(stored, part, layout):
+    """-> pos, code, label of all images in a part of codes.pt, the views of one after the other."""
+    codes, grains = (stored[part][name].flatten(0, 1).long() for name in ("codes", "grains"))
+    views = stored[part]["codes"].shape[1]
+    return *layout.pack(codes, grains), [int(y) for y in stored[part]["label"] for _ in range(views)]
+
+
+def rows(*batch):
+    """A set of what a batch holds: of each image its pairs in front of the padding, and its label."""
+    return sorted((tuple(p for p in pos.tolist()[:n]), tuple(code.tolist()[:n]), int(y))
+                  for pos, code, y in zip(*batch) for n in [int((code >= 0).nonzero().max()) + 2])
+
+
+def test_codes_are_dealt_by_the_seed(stage_2):
+    """With their labels, each image once an epoch, in the order of the seed."""
+    pos, code, label = images_in(stage_2.stored, "train", stage_2.forward[0].model.layout)
+    n = len(label)
+    for first, second, numbers in zip(stage_2.forward[::2], stage_2.forward[1::2], common.deal(n, 6, seed=3)):
+        got = [row for part in (first, second) for row in rows(part.pos, part.code, part.label)]
+        index = [i % n for i in numbers]
+        assert sorted(got) == rows(pos[index], code[index], [label[i] for i in index])
+    assert len(set(label)) == 4
+
+
+def test_the_gradient_of_stage_2(stage_2):
+    """That of position and content together, a mean over the whole batch, per code; then clipped."""
+    layout = stage_2.forward[0].model.layout
+    _, code, _ = images_in(stage_2.stored, "train", layout)
+    codes_per_image = (code >= 0).sum().item() / len(code)
+    for n in range(4):
+        model, wanted = stage_2.forward[2 * n].model, 0.0
+        for part in stage_2.forward[2 * n:2 * n + 2]:
+            position, content = model.eval().logits(part.pos, part.code, part.label)
+            real = part.code >= 0
+            wanted -= position.log_softmax(-1).gather(-1, part.pos[..., None]).sum()
+            wanted -= content.log_softmax(-1).gather(-1, part.code.clamp(min=0)[..., None])[..., 0][real].sum()
+        (wanted / 6 / codes_per_image).backward()
+        wanted = {name: p.grad for name, p in model.named_parameters()}
+        norm = norm_of(wanted.values())
+        assert norm > 0.05                                                   # there is something to clip
+        got = {}
+        for step in stage_2.steps:
+            if step.after == n + 1:
+                got |= step.gradients
+        assert got.keys() == wanted.keys()
+        for name, gradient in got.items():
+            torch.testing.assert_close(gradient, wanted[name] * 0.05 / norm, atol=1e-6, rtol=1e-3, msg=name)
+
+
+def test_the_steps_of_stage_2(stage_2):
+    schedule = common.Schedule(steps=4, batch_size=6, lr=1e-3)
+    for kind in ("AdamW", "Muon"):
+        steps = [step for step in stage_2.steps if step.kind == kind]
+        assert [step.after for step in steps] == [1, 2, 3, 4]
+        assert [step.rates for step in steps] == [{schedule.learning_rate(n)} for n in range(4)]
+        assert all(any(step.moved) for step in steps[2:])                    # heads first, then what is behind them
+    assert all(part.training for part in stage_2.forward)
+
+
+def test_what_stage_2_evaluates(stage_2):
+    """All that is held out, with its labels, twice in this run."""
+    batch = images_in(stage_2.stored, "held_out", stage_2.forward[0].model.layout)
+    got = [row for each in stage_2.evaluated for row in rows(each.pos, each.code, each.label)]
+    assert sorted(got) == sorted(2 * rows(*batch))
+
+
+def test_what_stage_2_logs(stage_2):
+    for part, terms in zip(stage_2.forward, stage_2.added):
+        with torch.no_grad():
+            nll = part.model.eval()(part.pos, part.code, part.label)
+        position, content = (nll[name].sum().item() / 6 for name in ("position", "content"))
+        assert terms["position_nats"] == pytest.approx(position, rel=1e-4)
+        assert terms["content_nats"] == pytest.approx(content, rel=1e-4)
+    _, code, _ = images_in(stage_2.stored, "train", part.model.layout)
+    bits = (position + content) / math.log(2) / ((code >= 0).sum().item() / len(code))
+    assert terms["bits_per_code"] == pytest.approx(bits, rel=1e-4)
+
+
+@pytest.mark.parametrize("stage", ["vae", "transformer"])
+def test_no_process_but_the_first_writes(stage, stage_1, images, tmp_path, monkeypatch):
+    """Two that write a picture under the same name lose it, and with it the run."""
+    module, flags = train_vae, ["--data", images, "--size", 16]
+    if stage == "transformer":
+        module, flags = train_transformer, ["--codes", stage_1.out / "codes.pt", "--width", 32, "--heads", 2]
+    monkeypatch.setattr(dq, "processes", lambda: (1, 2))
+    monkeypatch.setattr(dq, "total", lambda x: x)
+    monkeypatch.setattr(module, "distribute", lambda model: model)
+    flags += ["--batch-size", 4, "--steps", 2, "--eval-every", 1, "--save-every", 1, "--out", tmp_path, *CPU]
+    module.main([str(flag) for flag in flags])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_evaluating_stage_2_more_often_changes_nothing(stage_1, tmp_path):
+    flags = ["--codes", stage_1.out / "codes.pt", "--width", 32, "--heads", 2, "--position-layers", 1,
+             "--content-layers", 1, "--dropout", 0.2, "--batch-size", 4, "--steps", 2, *CPU]
+    weights = []
+    for every in (1, 2):
+        assert call(train_transformer.main, *flags, "--eval-every", every, "--out", tmp_path / str(every)) is None
+        checkpoint = dq.load_checkpoint(tmp_path / str(every) / "transformer.pt", "dq-transformer")
+        weights.append(checkpoint["weights"])
+    assert all(torch.equal(a, b) for a, b in zip(*(each.values() for each in weights)))
+
+
+# ------------------------------------------------------------------------------------------------
+# Flags
+
+
+class Reached(Exception):
+    """Far enough: what is wanted is known."""
+
+
+def stop_at(monkeypatch, owner, name):
+    def reached(*args, **kwargs):
+        raise Reached(args, kwargs)
+    monkeypatch.setattr(owner, name, reached)
+
+
+def record_of(main, monkeypatch, *flags):
+    """What a trainer would write, without a step."""
+    stop_at(monkeypatch, common.Record, "start")
+    with pytest.raises(Reached) as end:
+        main([str(flag) for flag in flags])
+    return end.value.args[0][0]
+
+
+VAE_FLAGS = {"--size": 32, "--codebook-size": 24, "--code-dim": 6, "--steps": 7, "--batch-size": 6, "--lr": 0.25,
+             "--eval-every": 3, "--accumulate": 2, "--clip": 0.75, "--budget-weight": 2.5, "--perceptual-weight": 0.125,
+             "--gan-weight": 0.375, "--gan-start": 5, "--seed": 9, "--save-every": 4, "--router": "random"}
+TRANSFORMER_FLAGS = {"--position-layers": 3, "--content-layers": 5, "--width": 48, "--heads": 3, "--dropout": 0.125,
+                     "--label-dropout": 0.25, "--steps": 7, "--batch-size": 6, "--lr": 0.25, "--eval-every": 3,
+                     "--accumulate": 2, "--clip": 0.75, "--seed": 9, "--save-every": 4, "--optimizer": "adamw"}
+
+
+@pytest.mark.parametrize("stage", ["vae", "transformer"])
+def test_every_flag_arrives(stage, stage_1, images, tmp_path, monkeypatch):
+    """In the configuration, the schedule or the record; without flags all have the values of the preset."""
+    monkeypatch.setattr(train_vae.Perceptual, "load", lambda files: Distance())
+    opened, streams, real = [], [], train_vae.open_data
+    monkeypatch.setattr(train_vae, "open_data", lambda *args, **how: (opened.append(how), real(*args, **how))[1])
+    monkeypatch.setattr(train_vae, "stream", lambda data, *how: streams.append(how))
+    module, flags = (train_vae, VAE_FLAGS) if stage == "vae" else (train_transformer, TRANSFORMER_FLAGS)
+    both = ["--data", images] if stage == "vae" else ["--codes", stage_1.out / "codes.pt"]
+    both += ["--out", tmp_path, *CPU]
+    more = ["--uncond"]
+    if stage == "vae":
+        more = ["--factors", 4, 2, "--ratios", 0.25, 0.75, "--no-flip", "--held-out", images, "--workers", 1]
+    record = record_of(module.main, monkeypatch, *both, *itertools.chain(*flags.items()), *more)
+    found = asdict(record.config) | record.settings | dict(save_every=record.args.save_every)
+    for flag, value in flags.items():
+        assert found[flag[2:].replace("-", "_")] == value, flag
+    if stage == "vae":
+        assert (record.config.factors, record.config.ratios) == ((4, 2), (0.25, 0.75))
+        assert streams[-1] == (6, 9, 0, 1, 2)                                # batch, seed, first step, workers, parts
+        assert opened[-1] == dict(augment=True, seed=9, skip=tmp_path, flip=False, held_out=str(images))
+    else:
+        assert record.config.classes == ()
+    for preset in ("toy", "emoji64"):
+        record = record_of(module.main, monkeypatch, *both, "--preset", preset)
+        config, schedule = module.PRESETS[preset]
+        assert record.settings.items() >= asdict(schedule).items() and record.args.save_every == schedule.eval_every
+        if stage == "vae":
+            assert record.config == config
+        else:
+            assert record.config.classes == ("circle", "cross", "square", "triangle")
+            assert (record.config.width, record.config.size, record.config.codebook_size) == (config.width, 24, 16)
+
+
+def test_no_flip(images, tmp_path, monkeypatch):
+    """Of what is trained on, codes.pt has mirror images only without it, of what is held out never."""
+    for flags, mirrored in (([], [True, False]), (["--no-flip"], [False, False])):
+        asked = []
+        monkeypatch.setattr(train_vae, "encode", lambda vae, data, device, autocast, workers, mirrored, stop: (
+            asked.append(mirrored), dict(label=torch.zeros(len(data))))[1])
+        flags = ["--size", 16, "--batch-size", 2, "--steps", 1, "--data", images, "--out", tmp_path, *flags, *CPU]
+        assert call(train_vae.main, *flags) is None
+        assert asked == mirrored
+
+
+def test_factors_without_ratios_have_equal_shares():
+    assert train_vae.parse(["--factors", "8", "4", "2"])[1].ratios == (1 / 3,) * 3
+    triple = ["--preset", "imagenet256-triple", "--factors", "32", "16", "8"]
+    assert train_vae.parse(triple)[1].ratios == (0.4, 0.3, 0.3)              # as many as the preset has
+
+
+@pytest.mark.parametrize("stage", ["vae", "transformer"])
+def test_the_seed_fixes_the_weights(stage, stage_1, images, tmp_path, monkeypatch):
+    module, both = train_vae, ["--data", images, "--size", 16]
+    if stage == "transformer":
+        module, both = train_transformer, ["--codes", stage_1.out / "codes.pt", "--width", 32, "--heads", 2]
+    first = []
+    for seed in (1, 1, 2):
+        model = record_of(module.main, monkeypatch, *both, "--out", tmp_path, "--seed", seed, *CPU).model
+        first.append([p.detach() for p in model.parameters() if p.dim() > 1][1])
+    assert torch.equal(first[0], first[1]) and not torch.equal(first[0], first[2])
+
+
+# ------------------------------------------------------------------------------------------------
+# Sampling
+
+
+CLASSES = ("apple", "pear", "plum")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A random model of three granularities and three classes -> the path of its checkpoint"""
+    path = tmp_path_factory.mktemp("checkpoint") / "transformer.pt"
+    model = tiny(16, (8, 4, 2), V=16, classes=CLASSES)
+    vae = dq.DQVAE(dq.VAEConfig(size=16, factors=(8, 4, 2), ratios=(0.4, 0.3, 0.3), codebook_size=16, channels=32,
+                                multipliers=(1,)))
+    vae.codebook.codes.normal_()
+    dq.save_checkpoint(path, "dq-transformer", model.config, model, vae_config=asdict(vae.config),
+                       vae_weights=vae.state_dict())
+    return path
+
+
+def asked_for(monkeypatch, checkpoint, *flags):
+    """What sample.main wants of dq.generate, at its first call."""
+    monkeypatch.chdir(checkpoint.parent)
+    stop_at(monkeypatch, dq, "generate")
+    with pytest.raises(Reached) as end:
+        sample.main([str(each) for each in (checkpoint, *CPU, *flags)])
+    (model, label, options, seed, given), how = end.value.args
+    dtype = {p.dtype for p in model.parameters()}
+    return SimpleNamespace(label=label.tolist(), options=options, seed=seed, given=given, dtype=dtype, **how)
+
+
+def test_what_sampling_asks_for(checkpoint, monkeypatch):
+    def asked(*flags):
+        return asked_for(monkeypatch, checkpoint, *flags)
+
+    plain = asked("--n", 5)
+    assert plain.label == [0, 1, 2, 0, 1] and plain.options == dq.SampleOptions(0.7, 0, 1.0, 2.0)
+    assert (plain.seed, plain.given, plain.slots, plain.first) == (0, None, 64, 0)
+    assert plain.dtype == {torch.float32} and plain.compile is False
+    other = asked("--n", 4, "--batch-size", 2, "--label", "pear", "--temperature", 0.9, "--top-k", 3, "--top-p", 0.8,
+                  "--cfg", 1.5, "--seed", 11, "--compile", "--dtype", "bf16")
+    assert other.label == [1] * 4 and other.options == dq.SampleOptions(0.9, 3, 0.8, 1.5)
+    assert (other.seed, other.given, other.slots, other.first) == (11, None, 2, 0)
+    assert other.dtype == {torch.bfloat16} and other.compile is True
+    assert asked("--n", 2, "--label", 2).label == [2, 2]
+
+
+def test_calls_draw_together_what_one_would(checkpoint, tmp_path, monkeypatch):
+    """A large job is several calls of dq.generate: no image comes twice, none has another's label or number."""
+    folders = []
+    for batches in (1, 16):
+        monkeypatch.setattr(sample, "ROUND", batches)
+        folders.append(tmp_path / str(batches))
+        flags = ["--n", 5, "--batch-size", 2, "--save-dir", folders[-1], "--out", tmp_path, *CPU]
+        assert call(sample.main, checkpoint, *flags) is None
+    several, one = ({path.name: path.read_bytes() for path in folder.glob("*.png")} for folder in folders)
+    assert several == one and sorted(one) == [f"{i:06d}.png" for i in range(5)]
+    assert len(set(one.values())) == 5
+    model, vae = dq.load_transformer(checkpoint, "cpu")
+    pos, code = dq.generate(model, torch.arange(5) % 3, dq.SampleOptions(0.7, cfg=2.0))
+    with torch.no_grad():
+        wanted = vae.decode(model.layout.unpack(pos, code)[0])
+    for i, x in enumerate(wanted):
+        picture = np.asarray(Image.open(folders[0] / f"{i:06d}.png")).astype(int)
+        assert np.abs(picture - ((x.permute(1, 2, 0).numpy() + 1) * 127.5).clip(0, 255)).max() <= 0.51
+    told = json.loads((folders[0] / "samples.json").read_text())             # by this mark they are no data
+    assert told["n"] == 5 and told["seed"] == 0 and (folders[0] / "samples.json").name in train_vae.WRITTEN
+
+
+def test_a_grid_of_samples(checkpoint, tmp_path, monkeypatch):
+    """Of 32 images at most, each beside its codes, with its class and how many codes it has, in the file of --out."""
+    stop_at(monkeypatch, sample, "save_grid")
+    monkeypatch.setattr(sample, "ROUND", 1)
+    model, _ = dq.load_transformer(checkpoint, "cpu")
+    _, code = dq.generate(model, torch.arange(40) % 3, dq.SampleOptions(0.7, cfg=2.0))
+    with pytest.raises(Reached) as end:
+        flags = [checkpoint, "--n", 40, "--batch-size", 30, "--out", tmp_path / "x.png", *CPU]
+        sample.main([str(each) for each in flags])
+    (path, tiles), how = end.value.args
+    assert path == tmp_path / "x.png" and len(tiles) == len(how["captions"]) == 64
+    assert how["captions"][::2] == [CLASSES[i % 3] for i in range(32)]
+    assert how["captions"][1::2] == [f"{int((row >= 0).sum())} codes" for row in code[:32]]
+
+
+def test_images_of_a_larger_job(checkpoint, tmp_path):
+    for name in ("000003.png", "notes.png"):
+        (tmp_path / name).touch()
+    args = sample.parse([str(checkpoint), "--n", "4", "--save-dir", str(tmp_path)])
+    assert sample.check(args) == checkpoint.parent / "samples.png"           # 3 is the last of four
+    args.n = 3
+    with pytest.raises(dq.UserError, match="000003.png of a larger job"):
+        sample.check(args)
+
+
+def test_what_a_grain_map_fixes(checkpoint, tmp_path, monkeypatch):
+    """All places, no content."""
+    picture = Image.new("L", (40, 40), 0)
+    picture.paste(255, (20, 0, 40, 20))                                      # the second region is fine
+    picture.save(tmp_path / "map.png")
+    pos, code = (each[0].tolist() for each in asked_for(
+        monkeypatch, checkpoint, "--n", 1, "--grain-map", tmp_path / "map.png").given)
+    layout = dq.Layout(16, (8, 4, 2))
+    wanted = [p for p, _ in naive.pack(layout, torch.zeros(8, 8), torch.tensor([[0, 2], [0, 0]]))]
+    assert pos == wanted + [layout.end] * (layout.max_len - len(wanted)) and set(code) == {-1}
+
+
+def test_what_a_photo_fixes(checkpoint, images, monkeypatch):
+    """The pairs of its codes in the --keep coarsest granularities, 1 by itself, for every image; all else is open."""
+    photo, layout = next(images.rglob("*.png")), dq.Layout(16, (8, 4, 2))
+    _, vae = dq.load_transformer(checkpoint, "cpu")
+    grains = torch.tensor([[[0, 1], [2, 1]]])
+    codes = dq.upsample(torch.arange(4).view(1, 2, 2), 8)
+    monkeypatch.setattr(dq.DQVAE, "encode", lambda self, x: (codes, grains))
+    pairs = naive.pack(layout, codes[0], grains[0])
+    for flags, keep in (((), 1), (("--keep", 0), 0), (("--keep", 2), 2), (("--keep", 3), 3)):
+        given = asked_for(monkeypatch, checkpoint, "--n", 2, "--input", photo, *flags).given
+        assert [each.shape for each in given] == [(2, layout.max_len)] * 2
+        for b in range(2):
+            found = list(zip(given[0][b].tolist(), given[1][b].tolist()))
+            kept = [naive.where(layout, p)[0] < keep for p, _ in pairs]
+            assert found[:len(pairs)] == [pair if k else (-1, -1) for pair, k in zip(pairs, kept)]
+    with pytest.raises(dq.UserError, match="--keep must be 0 to 3"):
+        sample.main([str(each) for each in (checkpoint, "--input", photo, "--keep", 4, *CPU)])
+
+
+def test_a_gif_grows(checkpoint, tmp_path, monkeypatch):
+    """From one code to all, each frame as the codes so far are decoded, and grey where there are none."""
+    saved, real = [], sample.save_picture
+    monkeypatch.setattr(sample, "ROUND", 1)
+    monkeypatch.setattr(sample, "save_picture", lambda path, *rest, **how: (saved.append((path, rest, how)),
+                                                                            real(path, *rest, **how)))
+    flags = ["--n", 3, "--batch-size", 1, "--label", 0, "--gif", tmp_path / "x.gif", "--out", tmp_path, *CPU]
+    assert call(sample.main, checkpoint, *flags) is None
+    (path, (first,), how), = saved
+    frames = [np.asarray(each) for each in (first, *how["append_images"])]
+    model, vae = dq.load_transformer(checkpoint, "cpu")
+    pos, code = dq.generate(model, torch.tensor([0]), dq.SampleOptions(0.7, cfg=2.0))
+    pairs = [(int(p), int(c)) for p, c in zip(pos[0], code[0])]
+    length = pairs.index((model.layout.end, -1))
+    assert path == tmp_path / "x.gif" and len(frames) == min(length, 80)
+    assert how["duration"] == [60] * (len(frames) - 1) + [2000]
+    codes = model.layout.unpack(pos, code)[0]
+    with torch.no_grad():
+        whole = common.to_picture(vae.decode(codes)[0], 256)
+    assert (frames[-1] == np.asarray(whole)).all()                           # the last one has all codes
+    for t in (1, length // 2):
+        there = np.zeros((256, 256), bool)
+        for p, _ in pairs[:t]:
+            k, row, column = naive.where(model.layout, p)
+            if row is not None:
+                side = 256 // model.layout.sides[k]
+                there[row * side:(row + 1) * side, column * side:(column + 1) * side] = True
+        assert (frames[t - 1][~there] == 128).all() and (frames[t - 1][there] != 128).any() == there.any()
+    assert there.any() and not there.all()
