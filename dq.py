@@ -171,8 +171,7 @@ class GrainRouter(nn.Module):
         The output multiplies the maps (DQVAE.mix), so c_k = d loss / d gate_k says what moving the region towards
         granularity k would do. Backward sees p, the softmax of the noisy logits (straight-through): d loss / d logit_k
         = p_k (c_k - sum_j p_j c_j), so what is better than the average of its rivals becomes likelier. The noise must
-        fade before training ends, or the *sampled* ratio meets the budget while that of the *argmax* does not.
-        """
+        fade before training ends, or the *sampled* ratio meets the budget while that of the *argmax* does not."""
         logits = self.logits(maps)                                           # B, K, h, w
         if not self.training:
             return one_hot(logits.argmax(dim=1), logits.shape[1])
@@ -299,7 +298,7 @@ class Codebook(nn.Module):
     def update(self, z, weight, ids):
         """Online k-means: a code moves to sums / uses, moving averages over batches of the vectors that chose it, for
         the encoder moves; short ones at first (decay n / (9 + n) in batch n, up to self.decay), or they lag behind an
-        encoder that has just begun to learn. It counts the batch, too. z: (M, D); weight, ids: (M,)"""
+        encoder that has just begun to learn. It first adds 1 to `age`. z: (M, D); weight, ids: (M,)"""
         self.age += 1
         decay = (self.age / (9 + self.age)).clamp(max=self.decay)
         uses = torch.zeros_like(self.uses).index_add_(0, ids, weight)        # V
@@ -699,7 +698,8 @@ class DQTransformer(nn.Module):
 
     def logits(self, pos, code, label=None):
         """pos, code (B, L), label (B,), -1 or None: no label -> position logits (B, L, P), -inf where not legal, and
-        content logits (B, L, V). Entry t depends on the label and the pairs before t, of contents on pos[:, t] too."""
+        content logits (B, L, V). Entry t depends on the label and the pairs before t, of contents on pos[:, t] too.
+        To the t-th input of the position stack, the label's or a pair's vector, `order` adds row t; dropout follows."""
         B, L = pos.shape
         label = torch.full_like(pos[:, 0], -1) if label is None else label
         if self.training:
@@ -747,7 +747,7 @@ class SampleOptions(NamedTuple):
 
 
 def filter_logits(logits, top_k, top_p):
-    """Keep the k likeliest entries, then the fewest whose probabilities reach p; the rest -> -inf. (B, V)"""
+    """-inf for all but the k likeliest, ties included, and of these, renormalised, the fewest that reach p. (B, V)"""
     if 0 < top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
     if top_p < 1:

@@ -18,6 +18,8 @@ import struct
 import numpy as np
 import torch
 
+__tracebackhide__ = True                                                     # pytest does not print these functions
+
 
 # ------------------------------------------------------------------------------------------------
 # Stage 1: routers, codebook, DQVAE

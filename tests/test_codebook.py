@@ -21,9 +21,9 @@ def test_nearest_code_equals_a_loop():
     book, z = Codebook(7, 3), torch.randn(50, 3)
     book.codes.copy_(torch.randn(7, 3) * torch.linspace(0.2, 3, 7)[:, None])  # short ones and long ones
     ids = book.assign(z)
-    assert len(ids.unique()) > 3
+    assert len(ids.unique()) > 3, "50 vectors get three of 7 codes at most, though their nearest are more"
     for vector, i in zip(z, ids.tolist()):
-        assert i == naive.nearest(book.codes, vector)
+        assert i == naive.nearest(book.codes, vector), "a vector gets a code that is not its nearest"
 
 
 def test_the_nearest_code_is_found_far_from_the_origin():
@@ -36,9 +36,10 @@ def test_the_nearest_code_is_found_far_from_the_origin():
 def test_straight_through_has_the_value_of_q_and_the_gradient_of_z():
     z, q, cost = torch.randn(5, 3, requires_grad=True), torch.randn(5, 3), torch.randn(5, 3)
     out = dq.straight_through(z, q)
-    torch.testing.assert_close(out.detach(), q)
+    torch.testing.assert_close(out.detach(), q, msg=lambda why: f"the value is not that of q: {why}")
     (out * cost).sum().backward()
-    torch.testing.assert_close(z.grad, cost)
+    assert z.grad is not None, "no gradient reaches z"
+    torch.testing.assert_close(z.grad, cost, msg=lambda why: f"the gradient does not reach z unchanged: {why}")
 
 
 @pytest.mark.parametrize("age, decay", [(0, 0.1), (5, 0.4), (1000, 0.9)])
@@ -58,11 +59,14 @@ def test_ema_update_equals_a_loop_over_codes(age, decay):
     book.train()
     q, ids, loss = book(z, weight)
     for b, y, x in itertools.product(range(2), range(4), range(4)):
-        assert ids[b, y, x] == naive.nearest(codes, z[b, :, y, x])
+        assert ids[b, y, x] == naive.nearest(codes, z[b, :, y, x]), "the ids are not those of the nearest codes"
     uses, sums = naive.averages(codes, uses, sums, z, weight, decay)
-    torch.testing.assert_close(book.uses, uses)
-    torch.testing.assert_close(book.sums, sums)
-    torch.testing.assert_close(book.codes, sums / uses[:, None])
+    torch.testing.assert_close(book.uses, uses, msg=lambda why: (
+        f"uses is not its moving average, in which a vector counts with its weight, in batch {age + 1}: {why}"))
+    torch.testing.assert_close(book.sums, sums, msg=lambda why: (
+        f"sums is not its moving average, though uses is: {why}"))
+    torch.testing.assert_close(book.codes, sums / uses[:, None], msg=lambda why: (
+        f"the codes are not the averages of what chose them, though uses and sums are right: {why}"))
 
 
 def test_commitment_counts_every_code_once_and_pulls_only_the_encoder():
@@ -117,7 +121,7 @@ def test_distances_are_in_float32(dtype):
 def test_restart_revives_dead_codes_and_leaves_the_others():
     book, z, weight = Codebook(8, 2), torch.randn(64, 2), torch.full((64,), 0.5)
     book.restart(z, weight)                                                  # the first batch initialises all codes
-    assert (book.uses == 4).all()                                            # 64 / 2 uses for 8 codes
+    assert (book.uses == 4).all(), "after a restart of all, a code is not used as often as it should count"
     book.uses.copy_(torch.arange(8) + 1)
     book.sums.copy_(book.codes * book.uses[:, None])
     book.codes[5], book.uses[5], book.sums[5] = 100.0, 0.39, 39.0            # used less than a tenth of 4 times
@@ -125,19 +129,23 @@ def test_restart_revives_dead_codes_and_leaves_the_others():
     book.restart(z, weight)
     others = torch.arange(8) != 5
     for t, was in zip((book.codes, book.uses, book.sums), before):
-        torch.testing.assert_close(t[others], was[others])
+        torch.testing.assert_close(t[others], was[others], msg=lambda why: f"a code in use has changed: {why}")
     distance = (z - book.codes[5]).norm(dim=1)
-    assert 0 < distance.min() < 0.1                                          # hardly beside a vector of the batch
-    assert book.uses[5] == 4
-    torch.testing.assert_close(book.sums[5], 4 * book.codes[5])
+    assert distance.min() < 0.1, "the dead code does not start at a vector of the batch"
+    assert distance.min() > 0, "the dead code has no noise: it is exactly a vector of the batch"
+    assert book.uses[5] == 4, "the dead code does not count as used as often as it should"
+    torch.testing.assert_close(book.sums[5], 4 * book.codes[5], msg=lambda why: (
+        f"sums / uses is not the code that starts anew, so that the next update moves it away: {why}"))
 
 
 def test_restart_draws_by_weight():
     book, z = Codebook(8, 2), torch.rand(64, 2)
     z[32:] += 100
     book.restart(z, (torch.arange(64) < 32).float())
-    assert (book.codes < 50).all()
-    assert torch.cdist(book.codes, z).min(1).values.max() < 0.1              # beside a vector of the batch
+    assert (book.codes < 50).all(), "a vector of weight 0 has become a code"
+    assert (book.codes != 0).any(), "no code starts anew, though at first all are dead"
+    near = torch.cdist(book.codes, z).min(1).values.max()
+    assert near < 0.1, "a code that starts anew is not beside a vector of the batch"
 
 
 def test_no_vector_restarts_two_codes_while_there_are_enough():
@@ -154,4 +162,4 @@ def test_no_vector_restarts_two_codes_while_there_are_enough():
 def test_a_batch_of_few_different_vectors_gives_codes_that_differ():
     book = Codebook(16, 2)
     book.restart(torch.randn(3, 2).repeat(20, 1), torch.ones(60))
-    assert torch.pdist(book.codes).min() > 1e-5
+    assert torch.pdist(book.codes).min() > 1e-5, "two codes are the same, so one of them will never be chosen"

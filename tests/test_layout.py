@@ -46,12 +46,17 @@ def test_pack_equals_a_loop(size, factors, device):
     grains = grain_maps(layout, device)
     codes = random_image(layout, grains)
     pos, code = layout.pack(codes, grains)
-    assert pos.shape == code.shape == (len(codes), layout.max_len)
+    shape = (len(codes), layout.max_len)
+    assert pos.shape == code.shape == shape, f"pos and code have shapes other than (B, max_len) = {shape}"
     for b in range(len(codes)):
         pairs = naive.pack(layout, codes[b], grains[b])
-        assert len(pairs) == sum(layout.cells[k] for k in grains[b].flatten()) + layout.n_grains
-        assert list(zip(pos[b].tolist(), code[b].tolist())) == padded(layout, pairs)
-        assert layout.lengths(pos)[b] == len(pairs)
+        n = sum(layout.cells[k] for k in grains[b].flatten()) + layout.n_grains
+        assert len(pairs) == n, "naive.pack has another number of pairs than codes and EOS"
+        wanted_pos, wanted_code = map(list, zip(*padded(layout, pairs)))
+        assert sorted(pos[b].tolist()) == sorted(wanted_pos), "pos lacks an id, or has one too often: EOS count, too"
+        assert pos[b].tolist() == wanted_pos, "pos has the right ids, but in another order"
+        assert code[b].tolist() == wanted_code, "pos is right, but a content is not that of its position"
+        assert layout.lengths(pos)[b] == len(pairs), "lengths does not count pairs up to and with the last EOS"
 
 
 @pytest.mark.parametrize("size, factors", CASES)
@@ -63,15 +68,16 @@ def test_unpack_is_the_inverse_of_pack(size, factors, device):
     pairs = [naive.pack(layout, c, g) for c, g in zip(codes, grains)]
     pos, code = torch.tensor([padded(layout, each) for each in pairs], device=device).unbind(-1)
     codes2, grains2 = layout.unpack(pos, code)
-    assert torch.equal(codes2, codes) and torch.equal(grains2, grains)
+    assert torch.equal(grains2, grains), "the granularities of a whole picture are not those that were packed"
+    assert torch.equal(codes2, codes), "the codes of a whole picture are not those that were packed"
     for b in range(len(pairs)):
         n = sum(p < layout.eos[0] for p, _ in pairs[b]) + 1                  # the coarse ones and their EOS
         codes2, grains2 = layout.unpack(pos[b:b + 1, :n], code[b:b + 1, :n])
         known = grains[b] == 0
-        assert torch.equal(grains2[0], torch.where(known, 0, -1))
+        assert torch.equal(grains2[0], torch.where(known, 0, -1)), "a region that is not there yet has a granularity"
         cells = known.repeat_interleave(layout.fine_side // layout.side, 0)
         cells = cells.repeat_interleave(layout.fine_side // layout.side, 1)
-        assert torch.equal(codes2[0], torch.where(cells, codes[b], -1))
+        assert torch.equal(codes2[0], torch.where(cells, codes[b], -1)), "a cell that is not there yet has a code"
 
 
 def test_places_are_the_centres_of_codes_on_the_finest_grid(device):
@@ -112,15 +118,18 @@ def test_packed_sequences_are_legal_at_each_step(size, factors, device):
     pos, _ = layout.pack(random_image(layout, grains), grains)
     prev = torch.nn.functional.pad(pos[:, :-1], (1, 0), value=-1)
     mask = layout.legal(prev, grains.flatten(1))                             # as in training: final grains
-    assert mask.gather(2, pos[..., None]).all()
+    assert mask.gather(2, pos[..., None]).all(), "the id that follows in a packed sequence is not among the legal ones"
     for b in range(len(pos)):
         for t in range(layout.max_len):
             prefix = pos[b, :t].tolist()
             expected = naive.legal(layout, prefix)
-            assert set(mask[b, t].nonzero().flatten().tolist()) == expected
+            ours = set(mask[b, t].nonzero().flatten().tolist())
+            assert ours >= expected, f"by its final grains, an id that may come at step {t} is missing"
+            assert ours <= expected, f"by its final grains, an id that must not come at step {t} is there"
             known = layout.grains(pos[b:b + 1, :t]) if t else torch.full((1, layout.n_regions), -1, device=device)
             step = layout.legal(prev[b:b + 1, t], known)                     # as in sampling: grains so far
-            assert torch.equal(step[0], mask[b, t])
+            assert torch.equal(step[0], mask[b, t]), (
+                f"with the grains known at step {t}, as in sampling, other ids may follow than with the final ones")
 
 
 @pytest.mark.parametrize("size, factors", CASES)
@@ -131,11 +140,12 @@ def test_every_legal_walk_is_a_complete_tiling(size, factors, device):
         prev = pos[:, -1] if t else torch.full((B,), -1, device=device)
         grains = layout.grains(pos) if t else torch.full((B, layout.n_regions), -1, device=device)
         mask = layout.legal(prev, grains)
-        assert mask.any(1).all()
+        assert mask.any(1).all(), f"a walk is stuck at step {t}: nothing may follow"
         pos = torch.cat([pos, torch.multinomial(mask.float(), 1)], 1)
-    assert (pos[:, -1] == layout.end).all()
+    assert (pos[:, -1] == layout.end).all(), "a walk of max_len steps has not come to the last EOS"
     codes, grains = layout.unpack(pos, torch.where(layout.is_eos[pos], -1, 3))
-    assert (codes == 3).all() and (grains >= 0).all()
+    assert (codes == 3).all() and (grains >= 0).all(), "a walk leaves a hole in its picture"
     for row, g in zip(pos, grains):                                          # each region once
         ids = row[row != layout.end].tolist()
-        assert len(set(ids)) == len(ids) == sum(layout.cells[k] for k in g.flatten()) + layout.n_grains - 1
+        once = len(set(ids)) == len(ids) == sum(layout.cells[k] for k in g.flatten()) + layout.n_grains - 1
+        assert once, "a walk writes a region twice, by two granularities, or an id twice"

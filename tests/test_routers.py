@@ -25,12 +25,16 @@ def test_straight_through_gradient_of_the_gate():
     logits = torch.randn(2, 3, 2, 2, requires_grad=True)
     router.logits = lambda _: logits
     gate = router(None, maps, noise=0.0)
-    assert torch.equal(gate.detach(), torch.nn.functional.one_hot(logits.argmax(1), 3).permute(0, 3, 1, 2).float())
+    chosen = torch.nn.functional.one_hot(logits.argmax(1), 3).permute(0, 3, 1, 2).float()
+    torch.testing.assert_close(gate.detach(), chosen, msg=lambda why: f"gate not one-hot: {why}")
+    assert torch.equal(gate.detach(), chosen), (
+        "the gate is one-hot but for rounding: (a + b) - b need not be a, so mind the order of a sum of three")
     cost = torch.randn(2, 3, 2, 2)
     (gate * cost).sum().backward()
     p = logits.detach().softmax(1)
     expected = p * (cost - (p * cost).sum(1, keepdim=True))
-    torch.testing.assert_close(logits.grad, expected)
+    torch.testing.assert_close(logits.grad, expected, msg=lambda why: (
+        f"the gradient that reaches the logits is not the softmax's, though the gate may be right: {why}"))
 
 
 def test_gumbel_noise_draws_with_the_softmax_probabilities():
@@ -38,9 +42,10 @@ def test_gumbel_noise_draws_with_the_softmax_probabilities():
     logits = torch.tensor([1.0, 0.0, -1.0]).view(1, 3, 1, 1).expand(20_000, 3, 1, 1)
     router.logits = lambda _: logits
     share = router(None, None).mean(dim=(0, 2, 3))
-    torch.testing.assert_close(share, logits[0, :, 0, 0].softmax(0), atol=0.015, rtol=0)
+    torch.testing.assert_close(share, logits[0, :, 0, 0].softmax(0), atol=0.015, rtol=0, msg=lambda why: (
+        f"in training, granularities are not drawn with the probabilities of the softmax of the logits: {why}"))
     router.eval()
-    assert (router(None, None)[:, 0] == 1).all()                             # evaluation takes the argmax
+    assert (router(None, None)[:, 0] == 1).all(), "in evaluation the gate is not the argmax of the logits"
 
 
 def test_the_score_is_the_mean_granularity():
@@ -75,7 +80,8 @@ def test_entropy_equals_a_loop_over_pixels():
     for y in range(2):
         for x in range(2):
             patch = image[0, :, 4 * y:4 * y + 4, 4 * x:4 * x + 4]
-            assert abs(ours[0, y, x] - naive.entropy(patch)) < 1e-3
+            assert abs(ours[0, y, x] - naive.entropy(patch)) < 1e-3, (
+                f"the entropy of region ({y}, {x}) of an image of noise is another one than that of its 16 pixels")
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +108,8 @@ def test_budget_loss_is_the_papers_for_two_granularities():
 def test_budget_loss_lets_images_differ():
     all_coarse, all_fine = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
     gate = torch.stack([all_coarse, all_fine])[:, :, None, None].expand(2, 2, 4, 4)
-    assert budget_loss(gate, (0.5, 0.5)) == 0
+    assert budget_loss(gate, (0.5, 0.5)) == 0, (
+        "one image all coarse and one all fine meet a budget of halves, so the loss is 0")
 
 
 @pytest.mark.parametrize("K", [2, 3])
@@ -113,8 +120,11 @@ def test_budget_loss_equals_a_loop_and_pulls_on_all_regions_alike(K):
     loss.backward()
     share = naive.shares(gate.detach())
     for k, ratio in enumerate(ratios):
-        torch.testing.assert_close(gate.grad[:, k], torch.full((3, 2, 2), 2 * (share[k] - ratio) / 12))
-    assert float(loss.detach()) == pytest.approx(sum((share[k] - ratio) ** 2 for k, ratio in enumerate(ratios)))
+        torch.testing.assert_close(
+            gate.grad[:, k], torch.full((3, 2, 2), 2 * (share[k] - ratio) / 12),
+            msg=lambda why: f"the loss does not pull on all regions alike, or not as hard as its formula says: {why}")
+    wanted = sum((share[k] - ratio) ** 2 for k, ratio in enumerate(ratios))
+    assert float(loss.detach()) == pytest.approx(wanted), "the loss is not what its formula gives for these shares"
 
 
 @torch.no_grad()

@@ -45,7 +45,9 @@ def test_top_k_and_top_p_equal_a_loop(top_k, top_p):
     logits = torch.randn(20, 11) * 2
     kept = dq.filter_logits(logits, top_k, top_p) > -math.inf
     for row, mask in zip(logits.tolist(), kept):
-        assert set(mask.nonzero().flatten().tolist()) == naive.filter_logits(row, top_k, top_p)
+        ours, wanted = set(mask.nonzero().flatten().tolist()), naive.filter_logits(row, top_k, top_p)
+        assert ours >= wanted, f"an entry is dropped that top_k = {top_k}, top_p = {top_p} keeps"
+        assert ours <= wanted, f"an entry is kept that top_k = {top_k}, top_p = {top_p} drops"
 
 
 def test_draws_follow_the_distribution():
@@ -53,15 +55,18 @@ def test_draws_follow_the_distribution():
     logits = torch.tensor([-math.inf, 0.3, -math.inf, 1.2, -0.5, -math.inf])
     n = 100_000
     drawn = dq.draw(logits.expand(n, -1), (torch.arange(n) + 0.5) / n)
-    torch.testing.assert_close(torch.bincount(drawn, minlength=6) / n, logits.softmax(0), atol=2e-5, rtol=0)
-    assert (drawn.diff() >= 0).all()
+    torch.testing.assert_close(torch.bincount(drawn, minlength=6) / n, logits.softmax(0), atol=2e-5, rtol=0,
+                               msg=lambda why: f"over a fine grid of u, an entry has another share than its own: {why}")
+    assert (drawn.diff() >= 0).all(), "a larger u must not draw an entry that comes earlier"
     for logits in torch.randn(50, 40).masked_fill(torch.rand(50, 40) < 0.7, -math.inf):
         logits[17] = 0.1
         ends = dq.draw(logits.expand(3, -1), torch.tensor([2.0 ** -24, 0.5, 1.0]))
         possible = logits.isfinite().nonzero().flatten()
-        assert ends[0] == possible[0] and ends[2] == possible[-1]
+        assert ends[0] == possible[0], "the least u does not draw the first entry that has a probability"
+        assert ends[2] == possible[-1], "u = 1 does not draw the last entry that has a probability"
         u = 1 - torch.rand(1)
-        assert dq.draw(logits[None], u) == naive.draw({i: float(logits[i]) for i in possible.tolist()}, float(u))
+        one = naive.draw({i: float(logits[i]) for i in possible.tolist()}, float(u))
+        assert dq.draw(logits[None], u) == one, "not the first entry whose cumulated probability reaches u"
 
 
 # in one batch or in few slots that are refilled, over many windows of the cache or a single one
@@ -86,7 +91,8 @@ def test_the_step_draws_what_the_naive_loop_draws(device):
     given = [torch.where((label == 1)[:, None], each, -1) for each in other]
     drawn = draws_as_the_naive_loop(model, 2.5, dict(slots=2), given=given)
     for i in (1, 2):
-        assert [p for p, _ in drawn[i]] == other[0][i, :len(drawn[i])].tolist()
+        kept = [p for p, _ in drawn[i]] == other[0][i, :len(drawn[i])].tolist()
+        assert kept, "positions that were given are drawn all the same"
 
 
 def draws_as_the_naive_loop(model, cfg, *ways, labels=(0, 1, 1, -1, 0), given=None):
@@ -94,13 +100,17 @@ def draws_as_the_naive_loop(model, cfg, *ways, labels=(0, 1, 1, -1, 0), given=No
     options, device = SampleOptions(temperature=2.0, top_k=4, top_p=0.95, cfg=cfg), model.order.weight.device
     images = naive.generate(model, labels, options, seed=7, first=10, given=given)
     if model.layout.n_grains > 1:
-        assert len({len(pairs) for pairs in images}) > 1                     # they end at different steps
+        assert len({len(pairs) for pairs in images}) > 1, "all images end at the same step"
     for how in ways:
         pos, code = generate(model, torch.tensor(labels, device=device), options, seed=7, first=10, given=given, **how)
         for i, pairs in enumerate(images):
             n = len(pairs)
-            assert list(zip(pos[i, :n].tolist(), code[i, :n].tolist())) == pairs, how
-            assert (pos[i, n:] == model.layout.end).all() and (code[i, n:] == -1).all(), how
+            told = f"of image {i} with guidance {cfg}, {'some' if given else 'no'} images given, generate({how})"
+            wanted_pos, wanted_code = map(list, zip(*pairs))
+            assert pos[i, :n].tolist() == wanted_pos, f"positions differ from those of the naive loop, {told}"
+            assert code[i, :n].tolist() == wanted_code, f"positions are right, contents are not, {told}"
+            rest = (pos[i, n:] == model.layout.end).all() and (code[i, n:] == -1).all()
+            assert rest, f"something is written behind the last EOS, {told}"
     return images
 
 

@@ -68,8 +68,10 @@ def test_a_pair_is_the_sum_of_three_rows(device):
     pos = torch.arange(model.layout.n_positions, device=device)              # every place of every granularity
     code = torch.where(model.layout.is_eos, -1, torch.randint_like(pos, 0, 5))
     wanted = torch.stack([naive.embed(model, p, c) for p, c in zip(pos.tolist(), code.tolist())])
-    torch.testing.assert_close(model.embed(pos, code), wanted)
-    torch.testing.assert_close(model.embed(pos[None], code[None]), wanted[None])
+    torch.testing.assert_close(model.embed(pos, code), wanted, msg=lambda why: (
+        f"a pair is not the sum of its rows for content, position and granularity: {why}"))
+    torch.testing.assert_close(model.embed(pos[None], code[None]), wanted[None], msg=lambda why: (
+        f"pairs of shape (1, P) are not embedded like those of shape (P,): {why}"))
 
 
 @pytest.mark.parametrize("training, label_dropout, rotary", [(False, 1.0, True), (False, 1.0, False), (True, 1.0, True),
@@ -86,8 +88,12 @@ def test_logits_equal_a_loop_over_prefixes(training, label_dropout, rotary, devi
     for b, y in enumerate(label.tolist()):
         hidden = training and label_dropout == 1
         wanted = naive.logits(model, list(zip(pos[b].tolist(), code[b].tolist())), -1 if hidden else y)
-        torch.testing.assert_close(position[b], wanted[0], atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(content[b], wanted[1], atol=1e-4, rtol=1e-4)
+        what = f"{'in training' if training else 'in evaluation'}, label {y}, {'hidden' if hidden else 'not hidden'}"
+        assert torch.equal(position[b].isfinite(), wanted[0].isfinite()), f"not the legal ids alone are finite ({what})"
+        torch.testing.assert_close(position[b], wanted[0], atol=1e-4, rtol=1e-4, msg=lambda why: (
+            f"logits of positions are not those of a loop over the pairs before each step ({what}): {why}"))
+        torch.testing.assert_close(content[b], wanted[1], atol=1e-4, rtol=1e-4, msg=lambda why: (
+            f"logits of positions are right, those of contents are not those of a loop over prefixes ({what}): {why}"))
 
 
 @pytest.mark.parametrize("bad", [dict(width=33), dict(heads=0), dict(heads=3, width=18), dict(size=6),

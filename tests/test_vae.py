@@ -75,15 +75,21 @@ def test_mix_equals_a_loop():
         gates = gate[b].detach().clone().requires_grad_()
         wanted = naive.mix([each[b] for each in maps], gates)
         (wanted * cost[b]).sum().backward()
-        torch.testing.assert_close(mixed[b].detach(), wanted.detach())
-        torch.testing.assert_close(gate.grad[b], gates.grad, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(mixed[b].detach(), wanted.detach(), msg=lambda why: (
+            f"the mixed map is not the sum of the maps, each times its gate: {why}"))
+        assert gate.grad is not None, "no gradient reaches the gate"
+        torch.testing.assert_close(gate.grad[b], gates.grad, atol=1e-4, rtol=1e-4, msg=lambda why: (
+            f"the map is right, but a gate gets another gradient than through the product with its map: {why}"))
 
 
 def test_cell_weight_equals_a_loop():
     model, grains = DQVAE(small(factors=TRIPLE[0], ratios=TRIPLE[1])), torch.randint(0, 3, (2, 2, 2))
     weight = model.cell_weight(one_hot(grains, 3).requires_grad_())
-    assert weight.shape == (2, 8, 8) and not weight.requires_grad
-    assert torch.equal(weight, torch.stack([naive.cell_weight(each, TRIPLE[0]) for each in grains]))
+    assert weight.shape == (2, 8, 8), "the weights have another shape than the finest grid"
+    assert not weight.requires_grad, "a gradient could reach the gate through the weights"
+    wanted = torch.stack([naive.cell_weight(each, TRIPLE[0]) for each in grains])
+    torch.testing.assert_close(weight, wanted, msg=lambda why: (
+        f"the weight of a cell is not 1 / (cells that share its code): {why}"))
 
 
 def test_the_decoder_adds_the_position_of_each_cell():

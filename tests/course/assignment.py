@@ -2,248 +2,405 @@
 
     python tests/course/assignment.py list                     the exercises, in the order in which the file reads
     python tests/course/assignment.py make DIR                 a copy of the project for students, with the holes
-    python tests/course/assignment.py grade STUDENT_DQ.py      a table of points; --only 3 7: these exercises alone
+    python tests/course/assignment.py grade FILE_OR_FOLDER     a table of points; --only 3 7: these exercises alone
+    python tests/course/assignment.py leaderboard FOLDER       the open part: held-out nats of students' checkpoints
 
 A hole keeps the signature, the docstring and the comments of its function, most of them about the shape of a variable
 of our solution. Students fill the holes in order: the tests of an exercise need those before it and none after.
 The minutes that are listed are a student's; the tests of an exercise take seconds, without a GPU.
 
-Each exercise is graded alone: that one function of the student's file is put into a copy of this project, and the
-tests that belong to it run there, in a process of their own and under a time limit; all must pass. Nothing else of
-the file is used, so a helper or an import of one's own goes *inside* the function. Run in a student's copy, the
-project around the function is the student's own. This is a grader, no sandbox: it runs what it is given.
+Each exercise is graded alone: that one function of the student's file is put into a copy of this project, together with
+what is new in the file (imports, helper functions, classes, methods and attributes), and the tests of that exercise ask
+it for answers, in a process of its own under limits of time and memory. What replaces something that the file came with
+does not count. In a student's copy the same rule holds; the exercises before it are then the student's own.
 """
 import argparse
-import ast
-import io
-import multiprocessing
+import csv
+import json
 import os
+import secrets
 import shutil
 import sys
 import tempfile
-import textwrap
-import tokenize
-from collections import namedtuple
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import redirect_stderr, redirect_stdout
+import time
+import types
+import zipfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 
+import checks
+from exercises import (BONUS, EXERCISES, RULES, SOURCES, TESTS, Assembly, binding, graded_tests, paths, read,
+                       with_holes)
+
 ROOT = Path(__file__).resolve().parents[2]
-ROUTERS, CODEBOOK, VAE = "test_routers.py", "test_codebook.py", "test_vae.py"
-LAYOUT, TRANSFORMER, SAMPLING = "test_layout.py", "test_transformer.py", "test_sampling.py"
-SOURCES = ["dq.py", "common.py", "sample.py", "train_vae.py", "train_transformer.py", "pyproject.toml"]
-TESTS = ["conftest.py", "naive.py", ROUTERS, CODEBOOK, VAE, LAYOUT, TRANSFORMER, SAMPLING]
-
-Exercise = namedtuple("Exercise", "function name points minutes learned file tests")
-EXERCISES = [
-    # first week: from an image to codes
-    Exercise("GrainRouter.forward", "the gate", 8, 60, "Gumbel-max sampling; how a choice gets a gradient", ROUTERS,
-             "test_straight_through_gradient_of_the_gate test_gumbel_noise_draws_with_the_softmax_probabilities"),
-    Exercise("EntropyRouter.score", "a score without learning", 6, 45, "histograms of all regions at once", ROUTERS,
-             "test_entropy_equals_a_loop_over_pixels"),
-    Exercise("budget_loss", "the budget", 4, 20, "a constraint on the data set, not on each image", ROUTERS,
-             "test_budget_loss_lets_images_differ test_budget_loss_equals_a_loop_and_pulls_on_all_regions_alike"),
-    Exercise("straight_through", "straight through", 4, 15, "the value of one tensor, another's gradient", CODEBOOK,
-             "test_straight_through_has_the_value_of_q_and_the_gradient_of_z"),
-    Exercise("Codebook.assign", "the nearest code", 4, 20, "all distances by one product of matrices", CODEBOOK,
-             "test_nearest_code_equals_a_loop"),
-    Exercise("Codebook.update", "the codes follow", 8, 60, "k-means online; every code counts once", CODEBOOK,
-             "test_ema_update_equals_a_loop_over_codes"),
-    Exercise("Codebook.restart", "dead codes start anew", 8, 45, "how a codebook collapses, what prevents it", CODEBOOK,
-             "test_restart_revives_dead_codes_and_leaves_the_others test_restart_draws_by_weight "
-             "test_a_batch_of_few_different_vectors_gives_codes_that_differ"),
-    Exercise("DQVAE.mix", "one map of many", 4, 30, "how the image's loss reaches the gate: by a product", VAE,
-             "test_mix_equals_a_loop"),
-    Exercise("DQVAE.cell_weight", "what a cell counts", 4, 20, "a mean over codes of different sizes", VAE,
-             "test_cell_weight_equals_a_loop"),
-    # second week: from codes to sequences and back
-    Exercise("Layout.pack", "images to sequences", 10, 90, "an order of the codes as a sort of ids", LAYOUT,
-             "test_pack_equals_a_loop"),
-    Exercise("Layout.unpack", "sequences to images", 8, 60, "scatter, and the inverse of a reshaped grid", LAYOUT,
-             "test_unpack_is_the_inverse_of_pack"),
-    Exercise("Layout.legal", "what may come next", 10, 90, "masks that keep a distribution normalised", LAYOUT,
-             "test_packed_sequences_are_legal_at_each_step test_every_legal_walk_is_a_complete_tiling"),
-    Exercise("DQTransformer.embed", "a pair as a vector", 4, 15, "what, where and how fine, in one sum", TRANSFORMER,
-             "test_a_pair_is_the_sum_of_three_rows"),
-    Exercise("DQTransformer.logits", "where, then what", 10, 90, "shifting by one; two factors a step", TRANSFORMER,
-             "test_logits_equal_a_loop_over_prefixes"),
-    Exercise("filter_logits", "top-k and top-p", 4, 30, "sorting, and the entry that crosses p", SAMPLING,
-             "test_top_k_and_top_p_equal_a_loop"),
-    Exercise("draw", "a draw", 4, 20, "the inverse of a distribution function, and its ends", SAMPLING,
-             "test_draws_follow_the_distribution"),
-    Exercise("decode_one", "bonus: the sampler's step", 20, 240, "caches, guidance, refilled slots", SAMPLING,
-             "test_the_step_draws_what_the_naive_loop_draws"),
-]
-
-
-def find(tree, function):
-    """The (last) definition of "name" or "Class.name" in a module, or None."""
-    body, node = tree.body, None
-    for name in function.split("."):
-        found = [each for each in body if isinstance(each, (ast.FunctionDef, ast.ClassDef)) and each.name == name]
-        if not found:
-            return None
-        node, body = found[-1], found[-1].body
-    return node if isinstance(node, ast.FunctionDef) else None
-
-
-def text_of(source, node):
-    """A function without its decorators, from the left margin."""
-    lines, n = source.split("\n")[node.lineno - 1:node.end_lineno], node.col_offset
-    return "\n".join(line if line[:n].strip() else line[n:] for line in lines)  # but strings may begin further left
-
-
-def replaced(source, function, text):
-    """A source in which a function has another text; its decorators stay."""
-    node, lines = find(ast.parse(source), function), source.split("\n")
-    lines[node.lineno - 1:node.end_lineno] = textwrap.indent(text, " " * node.col_offset).split("\n")
-    return "\n".join(lines)
-
-
-def is_stub(node):
-    """Nothing but `raise NotImplementedError`, below a docstring if there is one."""
-    return len(node.body) <= 2 and ast.unparse(node.body[-1]).startswith("raise NotImplementedError")
-
-
-def comments(text):
-    """Those of a function's body; one behind an assignment or a return begins with what it is about."""
-    about = {}
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Return):
-            about[node.end_lineno] = "returned: "
-        elif isinstance(node, (ast.Assign, ast.AugAssign)):
-            target = node.targets[0] if isinstance(node, ast.Assign) else node.target
-            about[node.end_lineno] = ast.unparse(target).strip("()") + ": "
-    found = []
-    for token in tokenize.generate_tokens(io.StringIO(text).readline):
-        if token.type == tokenize.COMMENT:
-            alone = not token.line[:token.start[1]].strip()
-            found.append("# " + ("" if alone else about.get(token.start[0], "")) + token.string.lstrip("# "))
-    return found
-
-
-def stub(text):
-    """The hole that an exercise leaves: signature, docstring, comments."""
-    node, lines = ast.parse(text).body[0], text.split("\n")
-    n_kept = node.body[0].end_lineno if ast.get_docstring(node) is not None else node.body[0].lineno - 1
-    return "\n".join(lines[:n_kept] + ["    " + line for line in comments(text) + ["raise NotImplementedError"]])
-
-
-def paths(e):
-    return [f"tests/{e.file}::{test}" for test in e.tests.split()]
+COURSE = Path("tests") / "course"
+KIT = ["assignment.py", "exercises.py", "checks.py", "worker.py", "test_speed.py"]
+HANDED_OUT = ROOT / COURSE / "handed_out.py"                                 # dq.py as it was, in a student's copy
+IS_COPY = HANDED_OUT.exists()
+HANDOUT = "tests/course/handout.py"
+HIDDEN = "DQ_COURSE_HIDDEN"                                                  # environment: the seed of hidden cases
 
 
 def show():
     for number, e in enumerate(EXERCISES, 1):
+        parts = [f", {part} points" for part in e.parts] or [""] * len(paths(e))
+        tests = [path + part for path, part in zip(paths(e), parts)]
         print(f"{number:2}  {e.name}: {e.function}, {e.points} points, {e.minutes} minutes", f"learned: {e.learned}",
-              "\n             ".join(["tests:   " + paths(e)[0], *paths(e)[1:]]), sep="\n    ")
+              "\n             ".join(["tests:   " + tests[0], *tests[1:]]), sep="\n    ")
+    print(f"\n{RULES}")
 
 
-def make(folder):
+# ------------------------------------------------------------------------------------------------
+# Copies
+
+
+def write_project(folder, variant=None, hidden=None):
+    """Sources, the tests of the exercises and the kit, in an empty folder; with the edits of a variant, if any."""
+    names = [*SOURCES, *(f"tests/{name}" for name in TESTS), *(f"tests/course/{name}" for name in KIT)]
+    texts = project(names, variant, hidden)
+    for name, text in texts.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+def project(names, variant=None, hidden=None):
+    """{name: text} of files of the project, as a variant has them; of the tests, those of the exercises."""
+    texts = {name: (ROOT / name).read_text(encoding="utf-8") for name in names}
+    if variant is not None or hidden is not None:
+        import variants
+        texts = variants.edited(texts, variant, hidden)
+    return texts if IS_COPY else graded_tests(texts)
+
+
+def executed(text, name):
+    """A module of this text."""
+    module = types.ModuleType(name)
+    sys.modules[name] = module                                               # dataclasses look there
+    exec(compile(text, name, "exec"), vars(module))
+    return module
+
+
+def make(folder, variant):
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         sys.exit(f"{folder} exists and is not an empty folder")
-    source = (ROOT / "dq.py").read_text(encoding="utf-8")
-    for e in EXERCISES:
-        source = replaced(source, e.function, stub(text_of(source, find(ast.parse(source), e.function))))
     try:
-        answers = shutil.ignore_patterns("test_assignment.py", "wrong_solutions.py", "__pycache__")
-        shutil.copytree(ROOT / "tests", folder / "tests", ignore=answers)
-        for name in SOURCES + ["README.md", "LICENSE", ".gitignore"]:
+        write_project(folder, variant)
+        full = (folder / "dq.py").read_text(encoding="utf-8")
+        pages = executed(project([HANDOUT], variant)[HANDOUT], "handout")
+        for name in ("dq.py", COURSE / "handed_out.py"):
+            (folder / name).write_text(with_holes(full), encoding="utf-8")
+        for name in ("pyproject.toml", "LICENSE", ".gitignore"):
             shutil.copy(ROOT / name, folder)
-        shutil.copytree(ROOT / "assets", folder / "assets")
-        (folder / "dq.py").write_text(source, encoding="utf-8")
+        scripts, name = (folder / "common.py").read_text(encoding="utf-8"), "except (dq.UserError, OSError) as error:"
+        if scripts.count(name) != 1:
+            sys.exit("common.py has changed: a script of the copy could not say which exercise is missing")
+        scripts = scripts.replace(name, "except (dq.UserError, OSError, NotImplementedError) as error:")
+        (folder / "common.py").write_text(scripts, encoding="utf-8")
+        pages.write(folder, full, space=vars(executed(full, "dq")))
     except OSError as error:
         sys.exit(f"could not write {folder}: {error}")
-    print(f"{folder}/dq.py has {len(EXERCISES)} functions to fill; "
-          f"python tests/course/assignment.py list names them in order")
+    print(f"{folder}/dq.py has {len(EXERCISES)} functions to fill; README.md says how to begin, "
+          f"python tests/course/assignment.py list names them in order.\n{RULES}")
+    if variant is not None:
+        print(f"grade it with --variant {variant}; the published dq.py does not solve it")
 
 
-class Watch:
-    """A plugin of pytest that remembers how many tests passed, and what went wrong first."""
-    passed, fault = 0, ""
-
-    def pytest_runtest_logreport(self, report):
-        self.passed += report.when == "call" and report.passed
-        if report.failed and not self.fault:
-            reasons = [line[1:].strip() for line in report.longreprtext.split("\n") if line.startswith("E ")]
-            self.fault = ": ".join([report.nodeid.split("::")[-1], *reasons[:1]])
-
-
-def run_tests(folder, e, answer):
-    """In a process of its own: the tests of an exercise, in a project of its own. Sends what went wrong, or ""."""
-    answer.send("it runs")
-    os.chdir(folder)
-    sys.path.insert(0, folder)
-    watch = Watch()
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-        try:
-            import pytest
-            import dq  # noqa: F401
-        except Exception as error:                                         # a default value or annotation, probably
-            return answer.send(f"{type(error).__name__}: {error}".split("\n")[0])
-        status = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *paths(e)], plugins=[watch])
-    answer.send("" if status == 0 and watch.passed else watch.fault or "no test was run")
+SETUP = """\
+#!/usr/bin/env bash
+set -e
+apt-get update -qq && apt-get install -qq -y python3 python3-venv
+python3 -m venv /autograder/venv
+/autograder/venv/bin/pip install numpy pillow tqdm pytest
+/autograder/venv/bin/pip install torch --index-url https://download.pytorch.org/whl/cpu
+"""
+RUN = """\
+#!/usr/bin/env bash
+export {hidden}={seed}
+cd /autograder/source
+/autograder/venv/bin/python tests/course/assignment.py grade /autograder/submission{variant} \\
+    --gradescope /autograder/results/results.json
+"""
 
 
-def grade_one(e, node, student, limit):
-    """-> what is wrong with the student's solution of an exercise; "" when nothing is."""
-    if node is None or is_stub(node):
-        return "not written yet" if node else "missing"
-    with tempfile.TemporaryDirectory() as folder:
-        for name in SOURCES + [f"tests/{test}" for test in TESTS]:
-            (Path(folder) / name).parent.mkdir(exist_ok=True)
-            shutil.copy(ROOT / name, Path(folder) / name)
-        reference = (ROOT / "dq.py").read_text(encoding="utf-8")
-        (Path(folder) / "dq.py").write_text(replaced(reference, e.function, text_of(student, node)), encoding="utf-8")
-        receiver, sender = multiprocessing.Pipe(duplex=False)
-        process = multiprocessing.Process(target=run_tests, args=(folder, e, sender), daemon=True)
-        process.start()
-        sender.close()                                                     # so that recv sees when it has died
-        try:
-            receiver.recv()                                                # its time begins
-            return receiver.recv() if receiver.poll(limit) else f"not done after {limit:g} seconds"
-        except EOFError:
-            return "its process died"
-        finally:
-            process.kill()
-            process.join()
-
-
-def grade(path, limit, numbers):
+def make_autograder(path, variant):
+    """What Gradescope takes: a zip with setup.sh, run_autograder and, beside them, the project with its answers."""
+    names = [*SOURCES, "pyproject.toml", *(f"tests/{name}" for name in TESTS),
+             *(f"tests/course/{name}" for name in [*KIT, "variants.py"])]
+    run = RUN.format(hidden=HIDDEN, seed=secrets.randbelow(2 ** 31),
+                     variant="" if variant is None else f" --variant {variant}")
     try:
-        student = path.read_text(encoding="utf-8-sig")
-        tree = ast.parse(student, path.name)
-    except (OSError, SyntaxError, ValueError) as error:
-        sys.exit(f"0 points: {path} can't be read: {error}")
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name in names:
+                archive.write(ROOT / name, name)
+            for name, text in (("setup.sh", SETUP), ("run_autograder", run)):
+                info = zipfile.ZipInfo(name, time.localtime()[:6])
+                info.external_attr = 0o755 << 16                             # so that it may be executed
+                archive.writestr(info, text)
+    except OSError as error:
+        sys.exit(f"could not write {path}: {error}")
+    print(f"{path} is for Gradescope; it holds the answers and the seed of the hidden cases, so don't hand it out")
+
+
+# ------------------------------------------------------------------------------------------------
+# Grading
+
+
+@dataclass
+class Submission:
+    """A file, what could not be read of it, and for each exercise what its tests said."""
+    name: str
+    text: str = ""
+    fault: str = ""
+    unused: list = field(default_factory=list)
+    visible: dict = field(default_factory=dict)                              # number: {test: fault or ""}
+    hidden: dict = field(default_factory=dict)
+
+    def points(self, number):
+        """-> points, of how many, what is wrong"""
+        parts = self.parts(number)
+        return sum(part[1] for part in parts), sum(part[2] for part in parts), "; ".join(
+            dict.fromkeys(part[3] for part in parts if part[3]))
+
+    def parts(self, number):
+        """-> rows: "" or "hidden", points, of how many, what is wrong"""
+        e = EXERCISES[number]
+        of_hidden = (e.points + 2) // 4 if number in self.hidden else 0
+        rest, results = e.points - of_hidden, self.visible[number]
+        faults = [f"{test.rpartition('::')[2]}: {fault}" if len(results) > 1 and fault != "missing" else fault
+                  for test, fault in results.items() if fault]
+        if e.parts:
+            got = sum(part for part, fault in zip(e.parts, results.values()) if not fault) * rest / e.points
+        else:
+            got = 0 if faults else rest
+        if len(set(results.values())) == 1:
+            faults = [fault for fault in results.values()][:1]
+        rows = [("", got, rest, "; ".join(faults) if any(faults) else "")]
+        if of_hidden:
+            missed = [test.rpartition("::")[2] for test, fault in self.hidden[number].items() if fault]
+            rows.append(("hidden", 0 if missed else of_hidden, of_hidden,
+                         f"hidden cases of {', '.join(missed)}" if missed else ""))
+        return rows
+
+    def total(self, numbers, bonus):
+        """-> points and of how many, of the exercises that are a bonus or of the others"""
+        rows = [self.points(number) for number in numbers if (EXERCISES[number].function in BONUS) == bonus]
+        return sum(row[0] for row in rows), sum(row[1] for row in rows)
+
+
+def file_in(folder):
+    """The submission in a student's folder, or None."""
+    named = sorted(folder.rglob("dq.py"), key=lambda path: len(path.parts))
+    found = named or [path for path in sorted(folder.rglob("*")) if path.suffix in (".py", ".ipynb")]
+    return found[0] if named or len(found) == 1 else None
+
+
+def collect(path):
+    """-> [(name, file or None)]: a file; a student's folder; or a folder of files and of students' folders"""
+    if not path.is_dir():
+        return [(str(path), path)]
+    if (path / "dq.py").exists():
+        return [(str(path / "dq.py"), path / "dq.py")]
+    found = []
+    for each in sorted(path.iterdir()):
+        if each.is_dir() and not each.name.startswith((".", "__")):
+            file = file_in(each)
+            found.append((str(file.relative_to(path)) if file else each.name, file))
+        elif each.suffix in (".py", ".ipynb"):
+            found.append((each.name, each))
+    return found
+
+
+def load(name, file):
+    try:
+        if file is None:
+            return Submission(name, fault="holds no dq.py, and not one other .py or .ipynb file")
+        return Submission(name, read(file))
+    except (OSError, SyntaxError, ValueError, KeyError, TypeError, RecursionError, MemoryError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return Submission(name, fault=f"can't be read: {reason}")
+
+
+def run_tests(submissions, numbers, folder, limit, seed, kind):
+    """The tests of these exercises, in as many processes as there are cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    tasks = []
+    for each in submissions:
+        for number in numbers:
+            fault = checks.unwritten(each.text, EXERCISES[number].function)
+            if fault:
+                getattr(each, kind)[number] = dict.fromkeys(EXERCISES[number].tests.split(), fault)
+            else:
+                tasks.append((each, number))
+    if not tasks:
+        return
+    size = min(cores, -(-len(tasks) // 4))                                   # each imports torch twice, to begin with
+    with ProcessPoolExecutor(size, get_context("spawn"), checks.prepare, (folder, IS_COPY)) as pool:
+        futures = [pool.submit(checks.check, number, each.text, limit, seed) for each, number in tasks]
+        for (each, number), future in zip(tasks, futures):
+            try:
+                getattr(each, kind)[number] = future.result()
+            except Exception as error:                                       # a fault of ours costs one cell
+                fault = f"the grader failed ({type(error).__name__}: {error}); please report this"
+                getattr(each, kind)[number] = dict.fromkeys(EXERCISES[number].tests.split(), fault)
+
+
+def grade(args):
     os.environ["OMP_NUM_THREADS"] = "1"
-    if os.name == "posix":                                                 # import once what takes long
-        multiprocessing.set_start_method("forkserver")
-        multiprocessing.set_forkserver_preload(["torch.distributed.tensor", "PIL.Image", "tqdm", "pytest"])
-    chosen = [EXERCISES[number - 1] for number in numbers]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        faults = list(pool.map(lambda e: grade_one(e, find(tree, e.function), student, limit), chosen))
-    for number, e, fault in zip(numbers, chosen, faults):
-        print(f"{number:2}  {e.function:22} {0 if fault else e.points:3} / {e.points:2}  {fault}"[:160].rstrip())
-    got = sum(e.points for e, fault in zip(chosen, faults) if not fault)
-    print(f"    {'all':22} {got:3} / {sum(e.points for e in chosen)}")
+    start, numbers = time.monotonic(), [number - 1 for number in args.only]
+    submissions = [load(*each) for path in args.paths for each in collect(path)]
+    if not submissions and args.gradescope:                                  # the student shall read it there
+        submissions = [Submission(str(args.paths[0]), fault="holds no .py or .ipynb file")]
+    if not submissions:
+        sys.exit(f"no .py or .ipynb file in {', '.join(map(str, args.paths))}")
+    good = [each for each in submissions if not each.fault]
+    base = HANDED_OUT.read_text(encoding="utf-8") if IS_COPY else project(["dq.py"], args.variant)["dq.py"]
+    hidden = os.environ.get(HIDDEN)
+    for each in good:                                                        # before anything of it is run
+        tree = checks.parsed(each.text)
+        functions = [e.function for e in EXERCISES if binding(tree, e.function) is not None]
+        assembly = Assembly(base, each.text, functions)
+        each.unused = assembly.unused
+        if IS_COPY:
+            with tempfile.TemporaryDirectory() as folder:
+                write_project(Path(folder))
+                (Path(folder) / "dq.py").write_text(assembly.text, encoding="utf-8")
+                run_tests([each], numbers, Path(folder), args.limit, 0, "visible")
+    if good and not IS_COPY:
+        for kind, seed in [("visible", None)] + ([("hidden", int(hidden))] if hidden else []):
+            with tempfile.TemporaryDirectory() as folder:
+                write_project(Path(folder), args.variant, seed)
+                run_tests(good, numbers, Path(folder), args.limit, seed or 0, kind)
+    if len(submissions) == 1:
+        show_one(submissions[0], numbers)
+    else:
+        show_many(submissions, numbers, time.monotonic() - start)
+    for path, write in ((args.csv, write_csv), (args.json, write_json), (args.gradescope, write_gradescope)):
+        if path:
+            try:
+                write(path, submissions, numbers, time.monotonic() - start)
+            except OSError as error:
+                sys.exit(f"could not write {path}: {error}")
+    if not good:
+        sys.exit(1)
+
+
+def show_one(each, numbers):
+    if each.fault:
+        return print(f"0 points: {each.name} {each.fault}", file=sys.stderr)
+    print(each.name)
+    for number in numbers:
+        got, most, fault = each.points(number)
+        print(f"{number + 1:2}  {EXERCISES[number].function:22} {got:4g} / {most:2}  {fault}"[:240].rstrip())
+    for title, bonus in (("all", False), ("bonus", True)):
+        got, most = each.total(numbers, bonus)
+        if most:
+            print(f"    {title:22} {got:4g} / {most}")
+    if each.unused:
+        print(f"changed, but not an exercise, so not used: {', '.join(each.unused)}")
+
+
+def show_many(submissions, numbers, seconds):
+    width = max(len(each.name) for each in submissions)
+    print(f"{'':{width}} " + "".join(f"{number + 1:4}" for number in numbers) + "    all  bonus")
+    for each in submissions:
+        if each.fault:
+            print(f"{each.name:{width}}   {each.fault}")
+            continue
+        cells = "".join(f"{each.points(number)[0]:4g}" for number in numbers)
+        print(f"{each.name:{width}} {cells} {each.total(numbers, False)[0]:6g} {each.total(numbers, True)[0]:6g}")
+    bad = sum(bool(each.fault) for each in submissions)
+    print(f"{len(submissions)} submissions, {bad} of them can't be read, {seconds:.0f} seconds")
+
+
+def write_csv(path, submissions, numbers, seconds):
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(["file", *(EXERCISES[number].function for number in numbers), "all", "bonus", "fault"])
+        for each in submissions:
+            cells = [""] * (len(numbers) + 2) if each.fault else [
+                *(each.points(number)[0] for number in numbers),
+                each.total(numbers, False)[0], each.total(numbers, True)[0]]
+            table.writerow([each.name, *cells, each.fault])
+
+
+def write_json(path, submissions, numbers, seconds):
+    rows = []
+    for each in submissions:
+        row = dict(file=each.name, fault=each.fault, exercises=[])
+        if not each.fault:
+            for number in numbers:
+                got, most, fault = each.points(number)
+                row["exercises"].append(dict(number=number + 1, function=EXERCISES[number].function, points=got,
+                                             of=most, fault=fault))
+            row |= dict(all=each.total(numbers, False)[0], bonus=each.total(numbers, True)[0], unused=each.unused)
+        rows.append(row)
+    path.write_text(json.dumps(dict(seconds=round(seconds, 1), submissions=rows), indent=1), encoding="utf-8")
+
+
+def write_gradescope(path, submissions, numbers, seconds):
+    """results.json, by the names of Gradescope's autograder specification."""
+    each, tests = submissions[0], []
+    for number in [] if each.fault or len(submissions) > 1 else numbers:
+        for kind, got, most, fault in each.parts(number):
+            e = EXERCISES[number]
+            title = f"{e.name}: {e.function}" + (", hidden cases" if kind else "")
+            tests.append(dict(number=f"{number + 1}{'.2' if kind else '.1'}", name=title, score=got, max_score=most,
+                              status="passed" if got == most else "failed", output=fault or "all tests pass",
+                              output_format="text", visibility="after_due_date" if kind else "visible"))
+    fault = each.fault and f"{Path(each.name).name} {each.fault}"
+    if len(submissions) > 1:
+        fault = "more than one file was handed in, and none is named dq.py"
+    result = dict(score=sum(test["score"] for test in tests), execution_time=round(seconds, 1),
+                  output=fault or RULES, output_format="text", visibility="visible", stdout_visibility="hidden",
+                  tests=tests)
+    path.write_text(json.dumps(result, indent=1), encoding="utf-8")
+
+
+# ------------------------------------------------------------------------------------------------
+# The command line
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("list")
-    commands.add_parser("make").add_argument("folder", type=Path, metavar="DIR")
-    grading, numbers = commands.add_parser("grade"), range(1, len(EXERCISES) + 1)
-    grading.add_argument("file", type=Path, metavar="STUDENT_DQ.py")
+    commands, numbers = parser.add_subparsers(dest="command", required=True), range(1, len(EXERCISES) + 1)
+    commands.add_parser("list", help="the exercises and the rules")
+    making = commands.add_parser("make", help="a copy for students")
+    making.add_argument("folder", type=Path, metavar="DIR", nargs="?")
+    making.add_argument("--autograder", type=Path, metavar="ZIP", help="also, or only, what Gradescope takes")
+    grading = commands.add_parser("grade", help="a table of points")
+    grading.add_argument("paths", type=Path, metavar="FILE_OR_FOLDER", nargs="+")
     grading.add_argument("--only", type=int, nargs="+", metavar="NUMBER", choices=numbers, default=numbers)
-    grading.add_argument("--limit", type=float, default=30, help="seconds for each exercise")
+    grading.add_argument("--limit", type=float, default=30, help="seconds of computing for each exercise")
+    grading.add_argument("--csv", type=Path, metavar="FILE", help="also write a row a student")
+    grading.add_argument("--json", type=Path, metavar="FILE", help="also write points and faults of everyone")
+    grading.add_argument("--gradescope", type=Path, metavar="FILE", help="also write results.json, of one submission")
+    for command in (making, grading):
+        command.add_argument("--variant", type=int, metavar="SEED",
+                             help="a specification that the published dq.py does not solve")
+    ranking = commands.add_parser("leaderboard", help="the open part")
+    ranking.add_argument("folder", type=Path, metavar="FOLDER", help="a transformer.pt in each student's folder")
+    ranking.add_argument("--codes", type=Path, metavar="FILE", default=Path("out/codes.pt"), help="those handed out")
+    ranking.add_argument("--minutes", type=float, metavar="N",
+                         help="first train each student's folder for N minutes with two threads, as its own scripts do")
     args = parser.parse_args()
+    if IS_COPY and (args.command in ("make", "leaderboard") or getattr(args, "variant", None) is not None):
+        parser.error("this is a student's copy; copies, variants and the leaderboard need the whole project")
     if args.command == "list":
         show()
     elif args.command == "make":
-        make(args.folder)
+        if not (args.folder or args.autograder):
+            parser.error("make needs DIR, --autograder ZIP, or both")
+        if args.folder:
+            make(args.folder, args.variant)
+        if args.autograder:
+            make_autograder(args.autograder, args.variant)
+    elif args.command == "grade":
+        grade(args)
     else:
-        grade(args.file, args.limit, args.only)
+        import leaderboard
+        leaderboard.show(args.folder, args.codes, args.minutes)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,332 @@
+"""The exercises, and what is done with the text of dq.py: holes, and a submission's functions put into another file."""
+import ast
+import io
+import json
+import tokenize
+from collections import namedtuple
+
+ROUTERS, CODEBOOK, VAE = "test_routers.py", "test_codebook.py", "test_vae.py"
+LAYOUT, TRANSFORMER, SAMPLING = "test_layout.py", "test_transformer.py", "test_sampling.py"
+SOURCES = ["dq.py", "common.py", "sample.py", "train_vae.py", "train_transformer.py"]
+TESTS = ["conftest.py", "naive.py", ROUTERS, CODEBOOK, VAE, LAYOUT, TRANSFORMER, SAMPLING, "course/test_speed.py"]
+
+# parts: points of each test, where it counts by itself; without them all tests of an exercise must pass
+Exercise = namedtuple("Exercise", "function name points minutes learned file tests parts", defaults=[()])
+EXERCISES = [
+    # first week: from an image to codes
+    Exercise("GrainRouter.forward", "the gate", 8, 60, "Gumbel-max sampling; how a choice gets a gradient", ROUTERS,
+             "test_straight_through_gradient_of_the_gate test_gumbel_noise_draws_with_the_softmax_probabilities"),
+    Exercise("EntropyRouter.score", "a score without learning", 6, 45, "histograms of all regions at once", ROUTERS,
+             "test_entropy_equals_a_loop_over_pixels"),
+    Exercise("budget_loss", "the budget", 4, 20, "a constraint on the data set, not on each image", ROUTERS,
+             "test_budget_loss_lets_images_differ test_budget_loss_equals_a_loop_and_pulls_on_all_regions_alike"),
+    Exercise("straight_through", "straight through", 4, 15, "the value of one tensor, another's gradient", CODEBOOK,
+             "test_straight_through_has_the_value_of_q_and_the_gradient_of_z"),
+    Exercise("Codebook.assign", "the nearest code", 4, 20, "all distances by one product of matrices", CODEBOOK,
+             "test_nearest_code_equals_a_loop"),
+    Exercise("Codebook.update", "the codes follow", 8, 60, "k-means online; every code counts once", CODEBOOK,
+             "test_ema_update_equals_a_loop_over_codes"),
+    Exercise("Codebook.restart", "dead codes start anew", 8, 45, "how a codebook collapses, what prevents it", CODEBOOK,
+             "test_restart_revives_dead_codes_and_leaves_the_others test_restart_draws_by_weight "
+             "test_a_batch_of_few_different_vectors_gives_codes_that_differ", (4, 2, 2)),
+    Exercise("DQVAE.mix", "one map of many", 4, 30, "how the image's loss reaches the gate: by a product", VAE,
+             "test_mix_equals_a_loop"),
+    Exercise("DQVAE.cell_weight", "what a cell counts", 4, 20, "a mean over codes of different sizes", VAE,
+             "test_cell_weight_equals_a_loop"),
+    # second week: from codes to sequences and back
+    Exercise("Layout.pack", "images to sequences", 10, 90, "an order of the codes as a sort of ids", LAYOUT,
+             "test_pack_equals_a_loop course/test_speed.py::test_pack_is_faster_than_the_loop", (7, 3)),
+    Exercise("Layout.unpack", "sequences to images", 8, 60, "scatter, and the inverse of a reshaped grid", LAYOUT,
+             "test_unpack_is_the_inverse_of_pack"),
+    Exercise("Layout.legal", "what may come next", 10, 90, "masks that keep a distribution normalised", LAYOUT,
+             "test_packed_sequences_are_legal_at_each_step test_every_legal_walk_is_a_complete_tiling", (6, 4)),
+    Exercise("DQTransformer.embed", "a pair as a vector", 4, 15, "what, where and how fine, in one sum", TRANSFORMER,
+             "test_a_pair_is_the_sum_of_three_rows"),
+    Exercise("DQTransformer.logits", "where, then what", 10, 90, "shifting by one; two factors a step", TRANSFORMER,
+             "test_logits_equal_a_loop_over_prefixes"),
+    Exercise("filter_logits", "top-k and top-p", 4, 30, "sorting, and the entry that crosses p", SAMPLING,
+             "test_top_k_and_top_p_equal_a_loop"),
+    Exercise("draw", "a draw", 4, 20, "the inverse of a distribution function, and its ends", SAMPLING,
+             "test_draws_follow_the_distribution"),
+    Exercise("decode_one", "bonus: the sampler's step", 20, 240, "caches, guidance, refilled slots", SAMPLING,
+             "test_the_step_draws_what_the_naive_loop_draws"),
+]
+BONUS = [e.function for e in EXERCISES if e.name.startswith("bonus")]
+RULES = """\
+What counts, here and where points are given: the functions of the exercises; and what is new in the file: imports,
+functions, classes and variables at the top, methods and attributes in the classes that are there. What replaces
+something else that the file came with does not count, nor do calls and other statements at the top of the file.
+Nothing may be imported from the tests. A function gets what its signature names and returns tensors or numbers."""
+
+
+def paths(e):
+    """As pytest takes them."""
+    return [f"tests/{test}" if "::" in test else f"tests/{e.file}::{test}" for test in e.tests.split()]
+
+
+# ------------------------------------------------------------------------------------------------
+# Holes
+
+
+def find(tree, function):
+    """The (last) definition of "name" or "Class.name" in a module, or None."""
+    body, node = tree.body, None
+    for name in function.split("."):
+        found = [each for each in body if isinstance(each, (ast.FunctionDef, ast.ClassDef)) and each.name == name]
+        if not found:
+            return None
+        node, body = found[-1], found[-1].body
+    return node if isinstance(node, ast.FunctionDef) else None
+
+
+def text_of(source, node):
+    """A function without its decorators, from the left margin."""
+    lines, n = source.split("\n")[node.lineno - 1:node.end_lineno], node.col_offset
+    return "\n".join(line if line[:n].strip() else line[n:] for line in lines)  # but strings may begin further left
+
+
+def replaced(source, function, text):
+    """A source in which a function has another text; its decorators stay."""
+    node, lines = find(ast.parse(source), function), source.split("\n")
+    lines[node.lineno - 1:node.end_lineno] = indented(text, node.col_offset)
+    return "\n".join(lines)
+
+
+def indented(text, n):
+    return [" " * n + line if line else line for line in text.split("\n")]
+
+
+def is_stub(node):
+    """Nothing but `raise NotImplementedError`, below a docstring if there is one."""
+    return (isinstance(node, ast.FunctionDef) and len(node.body) <= 2
+            and ast.unparse(node.body[-1]).startswith("raise NotImplementedError"))
+
+
+def comments(text):
+    """Those of a function's body; one behind an assignment or a return begins with what it is about."""
+    about = {}
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Return):
+            about[node.end_lineno] = "returned: "
+        elif isinstance(node, (ast.Assign, ast.AugAssign)):
+            target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+            about[node.end_lineno] = ast.unparse(target).strip("()") + ": "
+    found = []
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.COMMENT:
+            alone = not token.line[:token.start[1]].strip()
+            found.append("# " + ("" if alone else about.get(token.start[0], "")) + token.string.lstrip("# "))
+    return found
+
+
+def stub(text, what=""):
+    """The hole that an exercise leaves: signature, docstring, comments. what: the exercise that is missing"""
+    node, lines = ast.parse(text).body[0], text.split("\n")
+    n_kept = node.body[0].end_lineno if ast.get_docstring(node) is not None else node.body[0].lineno - 1
+    end = f'raise NotImplementedError("{what}")' if what else "raise NotImplementedError"
+    return "\n".join(lines[:n_kept] + ["    " + line for line in comments(text) + [end]])
+
+
+def with_holes(source):
+    """dq.py as students get it."""
+    for number, e in enumerate(EXERCISES, 1):
+        text = text_of(source, find(ast.parse(source), e.function))
+        source = replaced(source, e.function, stub(text, f"exercise {number}, {e.name}: {e.function} is to be written"))
+    return source
+
+
+# ------------------------------------------------------------------------------------------------
+# Submissions
+
+
+def read(path):
+    """The text of a submission: a Python file, or the code cells of a notebook. ValueError or OSError if it is none."""
+    text = path.read_bytes().decode("utf-8-sig")
+    if path.suffix == ".ipynb":
+        cells = json.loads(text)["cells"]
+        text = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+        text = "\n".join("" if line.lstrip()[:1] in ("%", "!") else line for line in text.split("\n"))
+    ast.parse(text)
+    return text
+
+
+def bound(node):
+    """The names that a statement defines where it stands."""
+    if isinstance(node, (ast.Import, ast.ImportFrom)):
+        return {alias.asname or alias.name.split(".")[0] for alias in node.names}
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        return {node.name}
+    if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+        return {node.id}
+    if isinstance(node, (ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)):
+        return set()
+    return set().union(*map(bound, ast.iter_child_nodes(node)))
+
+
+def bound_in(node):
+    return set().union(*map(bound, node.body))
+
+
+def attribute(node):
+    """"Class.name" of a statement `Class.name = ...`, or ""."""
+    target = node.targets[0] if isinstance(node, ast.Assign) else None
+    return ast.unparse(target) if isinstance(target, ast.Attribute) and isinstance(target.value, ast.Name) else ""
+
+
+def binding(tree, function):
+    """The last statement that defines an exercise's function, however it does; or None."""
+    owner, _, name = function.rpartition(".")
+    body = [tree.body]
+    if owner:
+        body = [node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == owner]
+    found = [node for node in (body[-1] if body else []) if name in bound(node)]
+    after = [node for node in tree.body if attribute(node) == function]
+    return (after or found or [None])[-1]
+
+
+def from_tests(nodes):
+    """The module of the tests or of the grader that this code imports, or ""."""
+    for each in (each for node in nodes for each in ast.walk(node)):
+        modules = [alias.name for alias in each.names] if isinstance(each, ast.Import) else (
+            [each.module or ""] if isinstance(each, ast.ImportFrom) else [])
+        for module in modules:
+            first = module.split(".")[0]
+            if first.startswith("test_") or first in ("tests", "naive", "conftest", "exercises", "checks"):
+                return module
+    return ""
+
+
+class Assembly:
+    """A base, dq.py or what students got of it, into which functions of a submission and what is new in it are put.
+
+    text: the result; new: the nodes that came along; unused: names of the base that the submission defines otherwise
+    """
+
+    def __init__(self, base, submission, functions):
+        self.lines, self.inserted, self.new, self.unused = base.split("\n"), {}, [], []
+        self.theirs = ast.parse(submission)
+        self.chosen = {id(binding(self.theirs, function)): function for function in functions}
+        self.ours = tree = ast.parse(base)
+        for function in functions:
+            node = find(tree, function)
+            first = min([node.lineno, *(each.lineno for each in node.decorator_list)])
+            self.lines[first - 1:node.end_lineno] = [None] * (node.end_lineno - first + 1)
+        self.graded = {e.function for e in EXERCISES}
+        self.merge(tree.body, self.theirs.body, "", 0, self.start(tree.body))
+        text = []
+        for number, line in enumerate([None, *self.lines]):                  # what stands behind line number `number`
+            text += ([] if line is None else [line]) + self.inserted.get(number, [])
+        self.text = "\n".join(text)
+
+    @staticmethod
+    def start(body):
+        """The line in front of all but a docstring."""
+        return body[0].end_lineno if isinstance(body[0], ast.Expr) else body[0].lineno - 1
+
+    def merge(self, ours, theirs, prefix, indent, at):
+        first, owner = at, {name: node for node in ours for name in bound(node)}
+        for node in theirs:
+            if id(node) in self.chosen:
+                self.insert(at, node, indent, guarded=False)
+                continue
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                self.imports(first, at, node, indent, owner)
+                at = max([at, *(owner[name].end_lineno for name in bound(node) if name in owner)])
+                continue
+            names = bound(node)
+            known = [owner[name] for name in names if name in owner]
+            if known and isinstance(node, ast.ClassDef) and isinstance(known[0], ast.ClassDef):
+                if node is [each for each in theirs if node.name in bound(each)][-1]:
+                    self.merge(known[0].body, node.body, node.name + ".", 4, self.start(known[0].body))
+            elif known:
+                self.note(prefix, node, known[0], names)
+            elif names or self.new_member(node):
+                self.insert(at, node, indent)
+            elif isinstance(owner.get(attribute(node).partition(".")[0]), ast.ClassDef):
+                self.unused += {attribute(node)} - self.graded
+            if known:
+                at = known[-1].end_lineno
+
+    def note(self, prefix, node, ours, names):
+        """What is changed, but does not count."""
+        name = prefix + min(names)
+        if name not in self.graded and ast.dump(node) != ast.dump(ours) and name not in self.unused:
+            self.unused.append(name)
+
+    def new_member(self, node):
+        """`Class.name = ...` behind a class of ours, where the class has no such name yet."""
+        owner, _, name = attribute(node).partition(".")
+        return any(isinstance(each, ast.ClassDef) and each.name == owner and name not in bound_in(each)
+                   for each in self.ours.body)
+
+    def imports(self, first, at, node, indent, owner):
+        """Those of its names that are new, or are modules inside packages that the base has, too."""
+        if isinstance(node, ast.ImportFrom) and node.module == "__future__":
+            return self.insert(first, node, indent, guarded=False)
+        if any(alias.name == "*" for alias in node.names):
+            return self.insert(first, node, indent)                          # in front of all that the base defines
+        kept = [alias for alias in node.names if (alias.asname or alias.name.split(".")[0]) not in owner
+                or isinstance(node, ast.Import) and not alias.asname and "." in alias.name]
+        if kept:
+            parts = dict(names=kept, lineno=node.lineno)
+            parts |= dict(module=node.module, level=node.level) if isinstance(node, ast.ImportFrom) else {}
+            self.insert(at, type(node)(**parts), indent)
+
+    def insert(self, at, node, indent, guarded=True):
+        """guarded: a statement that fails costs those who need it, and nobody else"""
+        self.new.append(node)
+        text = ast.unparse(node)
+        if guarded:
+            text = "\n".join(["try:", *indented(text, 4), "except Exception as _fault:",
+                              f"    FAULTS.append(f'line {node.lineno}: {{type(_fault).__name__}}: {{_fault}}')"])
+        self.inserted.setdefault(at, []).extend(indented(text, indent))
+
+
+# ------------------------------------------------------------------------------------------------
+# Tests for students
+
+
+def graded_tests(texts):
+    """{"tests/test_x.py": text} -> the same with the tests of the exercises, what these need, and nothing else."""
+    names = {f"tests/{e.file}": set() for e in EXERCISES}
+    for e in EXERCISES:
+        for path in paths(e):
+            file, _, name = path.partition("::")
+            names.setdefault(file, set()).add(name)
+    if not names.keys() <= texts.keys():
+        return texts                                                         # no tests are asked for
+    texts = dict(texts)
+    for file in (f"tests/{name}" for name in ("course/test_speed.py", SAMPLING, TRANSFORMER, LAYOUT, VAE, CODEBOOK,
+                                              ROUTERS)):                     # who imports comes before what is imported
+        texts[file] = pruned(texts[file], names[file])
+        for node in ast.parse(texts[file]).body:
+            if isinstance(node, ast.ImportFrom) and f"tests/{node.module}.py" in names:
+                names[f"tests/{node.module}.py"] |= {alias.name for alias in node.names}
+    return texts
+
+
+def pruned(text, needed):
+    """What a module needs for these of its names; of its docstring the first line."""
+    body, lines, needed = ast.parse(text).body, text.split("\n"), set(needed)
+    while True:                                                              # names that the kept statements mention
+        kept = [node for node in body[1:] if bound(node) & needed or not bound(node)]
+        used = {each.id for node in kept for each in ast.walk(node) if isinstance(each, ast.Name)}
+        if used <= needed:
+            break
+        needed |= used
+    for node in reversed(body):
+        first = min([node.lineno, *(each.lineno for each in getattr(node, "decorator_list", []))]) - 1
+        if node is body[0]:
+            lines[first:node.end_lineno] = [f'"""{ast.get_docstring(ast.parse(text)).splitlines()[0].rstrip(".:")}."""']
+        elif node not in kept:
+            while lines[first - 1].startswith("#"):
+                first -= 1
+            lines[first:node.end_lineno] = []
+        elif isinstance(node, (ast.Import, ast.ImportFrom)) and not bound(node) <= needed:
+            node.names = [alias for alias in node.names if (alias.asname or alias.name.split(".")[0]) in needed]
+            lines[first:node.end_lineno] = [ast.unparse(node)]
+    text = "\n".join(lines)
+    text = text.replace('"""\n\nimport', '"""\nimport', 1)
+    while "\n\n\n\n" in text:
+        text = text.replace("\n\n\n\n", "\n\n\n")
+    return text.rstrip("\n") + "\n"

@@ -1,0 +1,192 @@
+"""The open part: who models the same codes best. Held-out nats of an image, exact, of checkpoints in students' folders.
+
+A folder may hold a dq.py of its own, with another model in it, whose class is still DQTransformer. Then a worker is
+asked for its `logits`, and the nats are computed here: log-softmax over the legal positions, and over the contents.
+That a step does not see its own answer or what comes later is tested on changed sequences.
+"""
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+GRACE = 120                                                                  # seconds to save after the time is up
+
+
+def show(folder, codes, minutes):
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    import dq
+    import train_transformer
+    try:
+        stored = train_transformer.read_codes(codes)
+    except dq.UserError as error:
+        sys.exit(str(error))
+    students = sorted(each for each in folder.iterdir() if each.is_dir()) if folder.is_dir() else []
+    if not students:
+        sys.exit(f"{folder} holds no folders")
+    rows = []
+    for each in students:
+        try:
+            checkpoint = trained(each, codes, minutes) if minutes else each / "transformer.pt"
+            rows.append((evaluated(each, checkpoint, stored), each.name, ""))
+        except (dq.UserError, OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+            rows.append((None, each.name, str(error).splitlines()[0] if str(error) else type(error).__name__))
+        finally:
+            if minutes:
+                shutil.rmtree(each / OUT, ignore_errors=True)
+    rows.sort(key=lambda row: row[0]["nats_per_image"] if row[0] else math.inf)
+    width = max(len(name) for _, name, _ in rows)
+    print(f"   {'':{width}}     nats  position  content  bits a code  parameters  steps")
+    for place, (figures, name, fault) in enumerate(rows, 1):
+        if figures is None:
+            print(f" - {name:{width}}  {fault}")
+            continue
+        print(f"{place:2} {name:{width}} {figures['nats_per_image']:8.2f} {figures['position_nats']:9.2f} "
+              f"{figures['content_nats']:8.2f} {figures['bits_per_code']:12.3f} {figures['parameters']:11,} "
+              f"{figures['steps']:6}")
+    if not any(row[0] for row in rows):
+        sys.exit(1)
+
+
+OUT = "leaderboard-run"
+
+
+def trained(student, codes, minutes):
+    """Train as the student's folder does, or the project where it has no script, for N minutes with two threads."""
+    script = next(path for path in (student / "train_transformer.py", ROOT / "train_transformer.py") if path.exists())
+    flags = student / "flags.txt"                                            # of train_transformer.py, if any
+    flags = flags.read_text(encoding="utf-8").split() if flags.exists() else []
+    out = student / OUT
+    shutil.rmtree(out, ignore_errors=True)
+    environment = dict(os.environ, OMP_NUM_THREADS="2")
+    process = subprocess.Popen([sys.executable, str(script), "--codes", str(codes.resolve()), "--device", "cpu",
+                                *flags, "--out", str(out.resolve())], env=environment, cwd=student,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        _, said = process.communicate(timeout=60 * minutes)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGTERM)                                  # the script saves, and ends
+        try:
+            _, said = process.communicate(timeout=GRACE)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise ValueError(f"did not stop within {GRACE} seconds of the end of its time") from None
+    if not (out / "transformer.pt").exists():
+        raise ValueError(f"training left no transformer.pt: {(said.strip().splitlines() or ['no message'])[-1]}")
+    return out / "transformer.pt"
+
+
+def evaluated(student, checkpoint, stored):
+    """-> nats and what belongs to them"""
+    import dq
+    import torch
+    from train_transformer import evaluate, views
+    saved = dq.load_checkpoint(checkpoint, "dq-transformer")
+    config = saved["config"]
+    for name, value in (("size", stored["config"]["size"]), ("factors", tuple(stored["config"]["factors"])),
+                        ("codebook_size", stored["config"]["codebook_size"])):
+        given = tuple(config[name]) if name == "factors" else config[name]
+        dq.require(given == value, f"{checkpoint.name} is for codes with {name} {given}, not {value}")
+    mine = saved["vae_weights"]                                              # codes of another DQ-VAE are other codes
+    dq.require(all(name in mine and torch.equal(mine[name], each) for name, each in stored["weights"].items()),
+               f"{checkpoint.name} was trained on other codes")
+    held_out = views(stored["held_out"], tuple(stored["config"]["factors"]), not config["classes"])
+    if (student / "dq.py").exists():
+        model = Foreign((student / "dq.py").read_text(encoding="utf-8"), saved)
+    else:
+        model = dq.rebuild(dq.DQTransformer, dq.TransformerConfig, config, saved["weights"], torch.device("cpu"))
+    figures = evaluate(model, held_out, torch.device("cpu"), lambda: torch.autocast("cpu", enabled=False))
+    if not math.isfinite(figures["nats_per_image"]):
+        raise ValueError("its nats are not finite")
+    return figures | dict(parameters=sum(x.numel() for x in saved["weights"].values()), steps=saved["step"])
+
+
+BRIDGE = """
+
+class _Board:
+    def open(self, config, weights):
+        import json
+        _Board.model = DQTransformer(TransformerConfig(**json.loads(config)))
+        _Board.model.load_state_dict(weights)
+        _Board.model.eval()
+        return True
+
+    def logits(self, pos, code, label):
+        return _Board.model.logits(pos, code, label)
+
+
+def _board(what, *args):
+    return getattr(_Board(), what)(*args)
+"""
+
+
+class Foreign:
+    """A model of a student's own dq.py, as `evaluate` of train_transformer.py takes it."""
+
+    def __init__(self, source, saved):
+        import checks
+        import dq
+        import torch
+        checks.connect()
+        self.config = dq.TransformerConfig(**{name: value for name, value in saved["config"].items()
+                                              if name in dq.TransformerConfig.__dataclass_fields__})
+        self.layout = dq.Layout(self.config.size, self.config.factors)
+        self.folder = tempfile.TemporaryDirectory()
+        self.remote = checks.Remote(source + BRIDGE, "_board", 3600.0, self.folder.name)
+        with torch.no_grad():
+            self.remote("open", json.dumps(saved["config"]), dict(saved["weights"]))
+        self.draws = random.Random(0)
+
+    def eval(self):
+        return self
+
+    def train(self, mode=True):
+        return self
+
+    def logits(self, pos, code, label):
+        import torch
+        with torch.no_grad():
+            position, content = self.remote("logits", pos, code, label)
+        prev = torch.nn.functional.pad(pos[:, :-1], (1, 0), value=-1)
+        legal = self.layout.legal(prev, self.layout.grains(pos))
+        shapes = ((*pos.shape, self.layout.n_positions), (*pos.shape, self.config.codebook_size))
+        if (position.shape, content.shape) != shapes:
+            raise ValueError(f"logits of shapes {tuple(position.shape)} and {tuple(content.shape)}, not {shapes}")
+        return position.float().masked_fill(~legal, -math.inf), content.float()
+
+    def __call__(self, pos, code, label):
+        """Nats of position and content, computed here from the model's logits."""
+        import torch
+        position, content = self.logits(pos, code, label)
+        self.sees_no_future(pos, code, label, position, content)
+        log_p, log_q = position.log_softmax(-1), content.log_softmax(-1)
+        nats = -log_p.gather(2, pos[..., None])[..., 0].sum(1)
+        picked = -log_q.gather(2, code.clamp(min=0)[..., None])[..., 0]
+        return dict(position=nats, content=torch.where(code < 0, 0, picked).sum(1))
+
+    def sees_no_future(self, pos, code, label, position, content):
+        """ValueError if the logits of a step depend on its answer or on what comes later: a few steps of each batch."""
+        import torch
+        last = int((pos != self.layout.end).sum(1).max())
+        for t in {0, self.draws.randrange(last), self.draws.randrange(last)}:
+            start, other = (pos[:, :t + 1], code[:, :t + 1]), code[:, :t + 1].clone()
+            other[:, t] = torch.where(other[:, t] < 0, -1, (other[:, t] + 1) % self.config.codebook_size)
+            elsewhere = start[0].clone()                                     # another legal place, where there is one
+            prev = pos[:, t - 1] if t else torch.full_like(pos[:, 0], -1)
+            known = self.layout.grains(pos[:, :t]) if t else torch.full((len(pos), self.layout.n_regions), -1)
+            weights = self.layout.legal(prev, known).float()
+            weights.scatter_(1, pos[:, t:t + 1], 1e-6)
+            elsewhere[:, t] = torch.multinomial(weights, 1)[:, 0]
+            for name, sequence, columns in (("what comes later", start, (position, content)),
+                                            ("its content", (start[0], other), (position, content)),
+                                            ("its position", (elsewhere, start[1]), (position,))):
+                for was, now in zip(columns, self.logits(*sequence, label)):
+                    if not torch.allclose(was[:, t].softmax(-1), now[:, t].softmax(-1), atol=1e-3):
+                        raise ValueError(f"the logits of a step depend on {name}")
