@@ -36,5 +36,6 @@ def test_subjects_are_held_out_in_all_styles_and_tones(tmp_path, capsys):
     n = {part: 2 * len(each) for part, each in subjects.items()}
     assert capsys.readouterr().out == ", ".join(f"{style}: {n[part]} {part}" for style in ("fluent", "noto")
                                                 for part in ("held_out", "train")) + "\n"
-    assert call(emoji.main, tmp_path / "out", *flags) == f"error: {tmp_path / 'out'} is there already; name a new folder"
+    line = f"error: {tmp_path / 'out'} is there already; name a new folder"
+    assert call(emoji.main, tmp_path / "out", *flags) == line
     assert "no such folder" in call(emoji.main, tmp_path / "other", "noto")
