@@ -77,7 +77,8 @@ def patiently(read, path):
         try:
             return read(path)
         except (OSError, MemoryError) as error:
-            reason = getattr(error, "strerror", None) or type(error).__name__
+            missing = isinstance(error, FileNotFoundError)
+            reason = "no such file" if missing else getattr(error, "strerror", None) or type(error).__name__
             dq.require(getattr(error, "errno", None) not in OF_A_FILE, f"{path}: {reason}")
             time.sleep(seconds)
     raise OSError(f"can't read {path}: {reason}; when that is mended, --resume goes on")

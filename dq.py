@@ -580,8 +580,8 @@ class Layout(nn.Module):
         cell on, and its other cells then are *due*. So may come: the first cell that is due, or EOS if none is; before
         that, whatever *opens* a region that nothing covers yet; but in the finest granularity, which must leave no
         hole, nothing past the first of those. In the class's example 0 may be followed by 1, 2, 3, 4; 7 by 8 alone; 8,
-        since region 1 goes on in the next row, by 11 alone. *Final* grains, as in training, give the same mask: what
-        covers a region that is not open yet is coarser, and was there before, or counts as free.
+        since region 1 goes on in the next row, by 11 alone. *Final* grains, as in training, give the same mask: of
+        regions that are not open yet, coarser ones were there before, and all others count as free.
         """
         following = (prev + 1).clamp(max=self.end)[..., None]                # B, (L,) 1
         taken = F.pad(grains % (self.n_grains + 1), (0, 1), value=self.n_grains)  # B, N + 1: K where nothing covers

@@ -118,7 +118,9 @@ def test_packed_sequences_are_legal_at_each_step(size, factors, device):
     pos, _ = layout.pack(random_image(layout, grains), grains)
     prev = torch.nn.functional.pad(pos[:, :-1], (1, 0), value=-1)
     mask = layout.legal(prev, grains.flatten(1))                             # as in training: final grains
-    assert mask.gather(2, pos[..., None]).all(), "the id that follows in a packed sequence is not among the legal ones"
+    assert mask.gather(2, pos[..., None]).all(), (
+        "with the final grains, as in training, the id that follows in a packed sequence is not among the legal ones: "
+        "a region that is not open yet has its final granularity there already")
     for b in range(len(pos)):
         for t in range(layout.max_len):
             prefix = pos[b, :t].tolist()

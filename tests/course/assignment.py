@@ -45,7 +45,7 @@ HIDDEN = "DQ_COURSE_HIDDEN"                                                  # e
 
 def show():
     for number, e in enumerate(EXERCISES, 1):
-        parts = [f", {part} points" for part in e.parts] or [""] * len(paths(e))
+        parts = [f"        # {part} points" for part in e.parts] or [""] * len(paths(e))
         tests = [path + part for path, part in zip(paths(e), parts)]
         print(f"{number:2}  {e.name}: {e.function}, {e.points} points, {e.minutes} minutes", f"learned: {e.learned}",
               "\n             ".join(["tests:   " + tests[0], *tests[1:]]), sep="\n    ")
@@ -292,7 +292,7 @@ def show_one(each, numbers):
     print(each.name)
     for number in numbers:
         got, most, fault = each.points(number)
-        print(f"{number + 1:2}  {EXERCISES[number].function:22} {got:4g} / {most:2}  {fault}"[:240].rstrip())
+        print(f"{number + 1:2}  {EXERCISES[number].function:22} {got:4g} / {most:2}  {fault}"[:400].rstrip())
     for title, bonus in (("all", False), ("bonus", True)):
         got, most = each.total(numbers, bonus)
         if most:

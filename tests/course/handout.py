@@ -26,10 +26,11 @@ python3 -m venv .venv && .venv/bin/pip install torch numpy pillow tqdm pytest
 
 1. Read the docstring at the top of `dq.py`, then `pack` in `tests/naive.py`: the method once more, by loops, for one
    image. A function of `dq.py` computes the same for whole batches.
-2. Take the exercises in the order of the table. The tests of one need those before it and none after.
+2. Take the exercises in the order of the table. The tests of one may need those before it, and none after; of 12 they
+   need 10 and 11.
 3. For each: its page in `handout/`, its docstring, the comments that are left in the hole (most are shapes of variables
    of our solution; yours may be another), then its tests: `python -m pytest -q` and the paths that `list` names.
-4. Points: `python tests/course/assignment.py grade dq.py`, for one exercise with `--only 3`. This takes half a minute.
+4. Points: `python tests/course/assignment.py grade dq.py`, for one exercise with `--only 3`: up to half a minute.
    The exercises before it are then your own, so begin at the first that fails.
 
 | | exercise | function | points | minutes |

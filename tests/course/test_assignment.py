@@ -271,8 +271,13 @@ def test_what_comes_along():
 # Grading
 
 
+ALL = "DQ_COURSE_ALL" in os.environ      # grade all exercises below, which takes a minute; else some
+
+
 def test_many_submissions_in_one_command(tmp_path):
     """Ours, right ones in other styles, wrong ones, cheats, holes, and what can't be read: a row each."""
+    numbers = [number for number in range(len(EXERCISES)) if ALL or number in (0, 3, 4, 9, 11, 15)]
+    points = {EXERCISES[number].function: EXERCISES[number].points for number in numbers}
     assert len(right_solutions.RIGHT) >= 12 and len(cheats.CHEATS) == len(EXERCISES)
     lost = [e.function for e in EXERCISES[::2] if e.function not in ("Layout.unpack", "Codebook.restart")]
     wrong = SOURCE
@@ -292,24 +297,27 @@ def test_many_submissions_in_one_command(tmp_path):
     (tmp_path / "text.py").write_bytes(b"\xff\xfe")
     out = tmp_path / "out"
     out.mkdir()
-    done = kit("grade", tmp_path, "--limit", 5, "--csv", out / "all.csv", "--json", out / "all.json")
+    done = kit("grade", tmp_path, "--limit", 5, "--csv", out / "all.csv", "--json", out / "all.json",
+               "--only", *(number + 1 for number in numbers))
     assert done.returncode == 0, done.stderr
     rows = {row["file"]: row for row in json.loads((out / "all.json").read_text())["submissions"]}
     got = {name: {each["function"]: each["points"] for each in row["exercises"]} for name, row in rows.items()}
-    assert got["ours.py"] == got["right.py"] == POINTS, rows["right.py"]
+    assert got["ours.py"] == got["right.py"] == points, rows["right.py"]
     assert set(got["cheats/my_dq.py"].values()) == {0}, rows["cheats/my_dq.py"]
-    allowed = {function: POINTS[function] for function in POINTS if function not in lost}
+    allowed = {function: points[function] for function in points if function not in lost}
     assert {function: each for function, each in got["wrong/dq.py"].items() if function not in lost} == allowed
-    assert all(got["wrong/dq.py"][function] < POINTS[function] for function in lost)
-    assert got["book.ipynb"] == {e.function: e.points if number < 4 else 0 for number, e in enumerate(EXERCISES)}
+    assert all(got["wrong/dq.py"][function] < points[function] for function in lost if function in points)
+    assert got["book.ipynb"] == {e.function: e.points if number < 4 else 0
+                                 for number, e in enumerate(EXERCISES) if number in numbers}
     faults = {each["fault"] for each in rows["book.ipynb"]["exercises"]}
-    assert faults == {"", "not written yet", "missing"}
+    assert faults == {"", "not written yet"} | ({"missing"} if ALL else set())
     unread = {"syntax.py", "null.py", "none", "bad.ipynb", "text.py", "out"}
     assert {name for name, row in rows.items() if row["fault"]} == unread
     assert all(name in done.stdout for name in rows)
     with open(out / "all.csv", newline="", encoding="utf-8") as file:
         table = {row["file"]: row for row in csv.DictReader(file)}
-    assert float(table["ours.py"]["all"]) == 100 and float(table["ours.py"]["bonus"]) == 20
+    assert float(table["ours.py"]["all"]) == sum(points.values()) - (20 if ALL else 0)
+    assert float(table["ours.py"]["bonus"]) == (20 if ALL else 0)
     assert table["syntax.py"]["fault"] and not table["syntax.py"]["all"]
 
 

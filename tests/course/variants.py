@@ -11,7 +11,7 @@ table.
 """
 import random
 
-D, N, H, E = "dq.py", "tests/naive.py", "tests/course/handout.py", "tests/course/exercises.py"
+D, N, H = "dq.py", "tests/naive.py", "tests/course/handout.py"
 ROUTERS, CODEBOOK, VAE = "tests/test_routers.py", "tests/test_codebook.py", "tests/test_vae.py"
 LAYOUT, TRANSFORMER, SAMPLING = "tests/test_layout.py", "tests/test_transformer.py", "tests/test_sampling.py"
 
@@ -79,7 +79,6 @@ def city_block():
         (D, "by |z - e|^2 without |z|^2, the same for every code.", "by sum_d |z_d - e_d|."),
         (N, "key=lambda v: float((codes[v] - vector).square().sum())",
             "key=lambda v: float((codes[v] - vector).abs().sum())"),
-        (E, "all distances by one product of matrices", "all distances at once"),
         (H, DISTANCE, "The distance of $z$ and $e$ is $\\\\sum_d |z_d - e_d|$, for all vectors and codes at once."),
     ]
 
@@ -234,7 +233,6 @@ def least_share():
         (N, "of these the likeliest that reach p together.", "of these those with p times the largest share."),
         (H, "Entry $i$ stays if $q_1 + ... + q_{i-1} < p$:\nthe one that crosses $p$ is the last.",
             "Entry $i$ stays if $q_i \\\\ge p q_1$."),
-        (E, "sorting, and the entry that crosses p", "a threshold that depends on the row"),
     ]
 
 

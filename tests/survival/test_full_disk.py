@@ -34,7 +34,8 @@ def test_a_full_disk_leaves_the_former_codes_whole(vae_run, images, tmp_path):
 
 
 def test_a_full_disk_names_the_log(images, tmp_path):
-    code = ("import resource, runpy, torch; resource.setrlimit(resource.RLIMIT_FSIZE, (50, 50)); "  # torch may write
+    code = ("import resource, runpy, torch.distributed.nn; "                  # which may write a file of its own
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (50, 50)); "
             f"runpy.run_path({str(ROOT / 'train_vae.py')!r}, run_name='__main__')")
     process = piped([sys.executable, "-c", code, "--data", images, "--out", tmp_path, "--steps", 20, *VAE])
     _, error = process.communicate()
