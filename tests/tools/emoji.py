@@ -25,6 +25,8 @@ TONES = {"1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff"}
 def subject(name):
     """"1f44b-1f3fb" -> "1f44b", and its skin tones (1f3fb,). fe0f says that it is a picture, which they all are."""
     points = [point for point in name.lower().split("-") if point != "fe0f"]
+    if TONES.issuperset(points):                                             # a swatch of the tone itself
+        return "-".join(points), ()
     return "-".join(point for point in points if point not in TONES), tuple(p for p in points if p in TONES)
 
 

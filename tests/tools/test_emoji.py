@@ -7,6 +7,7 @@ from conftest import call
 
 @pytest.mark.parametrize("name, wanted", [
     ("1f44b", ("1f44b", ())), ("1F44B-1F3FB", ("1f44b", ("1f3fb",))), ("2764-fe0f", ("2764", ())),
+    ("1f3ff", ("1f3ff", ())),
     ("1f469-1f3fd-200d-1f91d-200d-1f468-1f3ff", ("1f469-200d-1f91d-200d-1f468", ("1f3fd", "1f3ff")))])
 def test_a_subject_is_its_code_points_but_for_the_skin(name, wanted):
     assert emoji.subject(name) == wanted
