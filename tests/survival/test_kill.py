@@ -77,22 +77,27 @@ def test_several_processes_ask_each_other_by_steps_and_by_seconds_whether_to_sto
     assert signal.getsignal(signal.SIGINT) is before
 
 
-@pytest.mark.parametrize("name", ["SIGHUP", "SIGUSR1", "SIGTERM"])
-def test_signals_of_batch_systems_are_heard(name):
-    number = getattr(signal, name)
+@pytest.fixture(params=["SIGHUP", "SIGUSR1", "SIGTERM"])
+def number(request):
+    """A signal, for which this process has no handler, whoever started it."""
+    number = getattr(signal, request.param)
+    former = signal.signal(number, signal.SIG_DFL)
+    yield number
+    signal.signal(number, former)
+
+
+def test_signals_of_batch_systems_are_heard(number):
     with common.Stop(torch.device("cpu")) as stop:
         os.kill(os.getpid(), number)
         assert stop.asked() == number
 
 
-def test_nohup_still_means_what_it_says():
-    former = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with common.Stop(torch.device("cpu")) as stop:
-            os.kill(os.getpid(), signal.SIGHUP)
-            assert stop.asked() == 0
-    finally:
-        signal.signal(signal.SIGHUP, former)
+@pytest.mark.parametrize("number", ["SIGHUP"], indirect=True)
+def test_nohup_still_means_what_it_says(number):
+    signal.signal(number, signal.SIG_IGN)
+    with common.Stop(torch.device("cpu")) as stop:
+        os.kill(os.getpid(), number)
+        assert stop.asked() == 0
 
 
 KILLS = int(os.environ.get("DQ_KILLS", 1))
