@@ -276,7 +276,7 @@ ALL = "DQ_COURSE_ALL" in os.environ      # grade all exercises below, which take
 
 def test_many_submissions_in_one_command(tmp_path):
     """Ours, right ones in other styles, wrong ones, cheats, holes, and what can't be read: a row each."""
-    numbers = [number for number in range(len(EXERCISES)) if ALL or number in (0, 3, 4, 9, 11, 15)]
+    numbers = [number for number in range(len(EXERCISES)) if ALL or number in (0, 3, 4, 9, 15)]
     points = {EXERCISES[number].function: EXERCISES[number].points for number in numbers}
     assert len(right_solutions.RIGHT) >= 12 and len(cheats.CHEATS) == len(EXERCISES)
     lost = [e.function for e in EXERCISES[::2] if e.function not in ("Layout.unpack", "Codebook.restart")]
@@ -373,6 +373,7 @@ def test_the_example_of_the_docstring_is_that_of_the_variant(seed):
 def test_a_variant_is_solved_by_its_reference_alone(tmp_path):
     seed, other = 5, 2
     functions = [function for _, names, _ in variants.VARIATIONS for function in names if function not in BONUS]
+    functions = functions if ALL else functions[:8]
     for name, of in (("this.py", seed), ("other.py", other)):
         (tmp_path / name).write_text(project(["dq.py"], of)["dq.py"], encoding="utf-8")
     (tmp_path / "public.py").write_text(SOURCE, encoding="utf-8")
@@ -386,7 +387,7 @@ def test_a_variant_is_solved_by_its_reference_alone(tmp_path):
     assert len(numbers) >= 8 and not passed
     pairs = zip(variants.chosen(seed), variants.chosen(other), variants.VARIATIONS)
     differ = [function for a, b, (_, names, _) in pairs if a != b for function in names if function in functions]
-    assert len(differ) >= 4 and all(got["other.py"][function] < POINTS[function] for function in differ)
+    assert len(differ) >= (4 if ALL else 2) and all(got["other.py"][function] < POINTS[function] for function in differ)
 
 
 VISIBILITY = {"hidden", "after_due_date", "after_published", "visible"}
@@ -406,15 +407,15 @@ def test_results_agree_with_gradescopes_specification(tmp_path):
     (tmp_path / "submission").mkdir()
     wrong = replaced(SOURCE, "budget_loss", wrong_text("budget_loss", *WRONG["budget_loss"][1][1:]))
     (tmp_path / "submission" / "solution.py").write_text(wrong, encoding="utf-8")
-    done = kit("grade", tmp_path / "submission", "--gradescope", tmp_path / "results.json", "--only", 2, 3, 4,
+    done = kit("grade", tmp_path / "submission", "--gradescope", tmp_path / "results.json", "--only", 3, 4,
                root=tmp_path / "source", DQ_COURSE_HIDDEN=seed)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "results.json").read_text())
     assert set(results) == {"score", "execution_time", "output", "output_format", "visibility", "stdout_visibility",
                             "tests"}
     assert results["visibility"] in VISIBILITY and results["stdout_visibility"] in VISIBILITY
-    assert results["score"] == 10 == sum(test["score"] for test in results["tests"])
-    assert sum(test["max_score"] for test in results["tests"]) == 14
+    assert results["score"] == 4 == sum(test["score"] for test in results["tests"])
+    assert sum(test["max_score"] for test in results["tests"]) == 8
     for test in results["tests"]:
         assert set(test) == {"number", "name", "score", "max_score", "status", "output", "output_format", "visibility"}
         assert test["status"] == ("passed" if test["score"] == test["max_score"] else "failed")
