@@ -125,6 +125,8 @@ def find_images(root, skip=None):
     names, left_out, files_seen = [], Counter(), set()
     seen = {os.path.realpath(skip or root)} - {os.path.realpath(root)}
 
+    def links_last(names):
+        return sorted(names, key=lambda name: (os.path.islink(os.path.join(path, name)), name))
 
     def unreadable(error):
         if not isinstance(error, PermissionError):                           # the system's: no verdict on the folder
@@ -139,13 +141,13 @@ def find_images(root, skip=None):
         seen.add(real)
         hidden = {name for name in folders + files if name.startswith(".") or name in NO_DATA}
         left_out[OWN] += len(hidden)
-        folders[:] = sorted(set(folders) - hidden, key=lambda name: (os.path.islink(os.path.join(path, name)), name))
+        folders[:] = links_last(set(folders) - hidden)
         below = "" if top else os.path.relpath(path, root).replace(os.sep, "/") + "/"
-        for name in sorted(set(files) - hidden, key=lambda name: (os.path.islink(os.path.join(path, name)), name)):
-            ending, file = os.path.splitext(name)[1].lower(), file_number(os.path.join(path, name))
+        for name in links_last(set(files) - hidden):
+            ending = os.path.splitext(name)[1].lower()
             if ending not in endings:
                 left_out[ending or "without an ending"] += 1
-            elif file in files_seen:
+            elif (file := file_number(os.path.join(path, name))) in files_seen:
                 left_out["other names of the same file"] += 1
             else:
                 names.append(below + name)

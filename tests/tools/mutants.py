@@ -524,7 +524,7 @@ STAGE_1_DATA = of(
     ("no augmentation of the data", "train, label, size, augment, seed, left_out, flip)",
      "train, label, size, False, seed, left_out, flip)", "test_classes_splits_and_epochs"),
     ("--no-flip ignored by the data", "rng, self.flip), label", "rng), label", "test_arrows_need_not_be_mirrored"),
-    ("files of two names count twice", "elif file in files_seen:", "elif False:",
+    ("files of two names count twice", "in files_seen:", "in ():",
      "test_a_file_of_two_names_is_one_image"),
     ("--held-out ignored by the data", "if held_out:", "if False:", "test_a_folder_can_be_held_out"),
     ("held-out images of the first classes", "dq.random_numbers(0).permutation(len(data))[:512].tolist()",
