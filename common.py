@@ -209,11 +209,9 @@ def pick_device(name, dtype):
         device = torch.device("cuda", device.index or 0)
         torch.cuda.set_device(device)                                        # streams and graphs are made on that
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif device.type == "mps":
-        fast = False
     else:
         cpu = getattr(torch.cpu, "get_capabilities", dict)()                 # torch has it from 2.11 on
-        fast = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
+        fast = device.type == "cpu" and (cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
     bf16 = dtype == "bf16" or (dtype == "auto" and bool(fast))
     return device, lambda: torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 

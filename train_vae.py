@@ -325,9 +325,9 @@ def describe(train, val):
     text = f"data: {train.root}, {text}; left out: {reasons(train.left_out) or 'nothing'}"
     if "broken" not in train.left_out:
         text += "; so much that broken files are left out as they are met"
-    paths = [name.split("/") for name, _ in train.files]
-    top, inner = (sorted({path[depth] for path in paths if len(path) > depth + 1}) for depth in (0, 1))
-    if len(top) == 1 and len(inner) > 1 and all(len(path) > 2 for path in paths):
+    folders = [name.split("/")[:-1] for name, _ in train.files]
+    top, inner = (sorted({path[depth] for path in folders if len(path) > depth}) for depth in (0, 1))
+    if len(top) == 1 and len(inner) > 1 and all(len(path) > 1 for path in folders):
         text += (f"\nnote: all images are in one sub-folder, so there are no classes; for the folders in it as classes "
                  f"({few(inner, 6)}): --data {os.path.join(train.root, top[0])}")
     elif top and {name.lower() for name in top} <= SPLITS:
@@ -558,10 +558,9 @@ def evaluate(model, images, detailed, autocast, perceptual=None, batch_size=64):
 
 def show(path, images, reconstructions, grains, factors):
     """A picture of up to 8 triples: original, reconstruction, codes."""
-    tiles = []
-    for x, y, g in zip(images[:8], reconstructions, grains):
-        tiles += [to_picture(x), to_picture(y), draw_grains(x, g, factors)]
-    save_grid(path, tiles, columns=6)
+    triples = [(to_picture(x), to_picture(y), draw_grains(x, g, factors))
+               for x, y, g in zip(images[:8], reconstructions, grains)]
+    save_grid(path, sum(triples, ()), columns=6)
 
 
 # ------------------------------------------------------------------------------------------------
