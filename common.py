@@ -50,7 +50,9 @@ def load_image(path, size, rng=None, flip=True):
 def open_image(path):
     """One file -> Pillow image, RGB and upright. UserError when its pixels can't be read, whatever the reason; what is
     written around them may be wrong in any way."""
-    data = patiently(read_file, path)
+    kind = patiently(os.stat, path).st_mode
+    dq.require(stat.S_ISREG(kind), f"{path}: no such file")                  # who reads a pipe waits for ever
+    data = patiently(lambda path: Path(path).read_bytes(), path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -82,11 +84,6 @@ def patiently(read, path):
             dq.require(getattr(error, "errno", None) not in OF_A_FILE, f"{path}: {reason}")
             time.sleep(seconds)
     raise OSError(f"can't read {path}: {reason}; when that is mended, --resume goes on")
-
-
-def read_file(path):
-    dq.require(stat.S_ISREG(os.stat(path).st_mode), f"{path}: no such file")  # who reads a pipe waits for ever
-    return Path(path).read_bytes()
 
 
 @functools.lru_cache(16)
