@@ -465,8 +465,11 @@ class Record:
     losses: dict = field(default_factory=dict)                               # {step: {name: scalar}} not yet looked at
     may_change = ("steps", "eval_every", "accumulate")                       # of the settings, in a run that goes on
 
-    def resume(self):
-        """Load the newest checkpoint, if it is of this command's run; say which settings have changed."""
+    def begin(self, *also):
+        """With --resume load the newest checkpoint, if it is of this command's run, and say which settings have
+        changed; without it move aside what a former run left, and files of the names `also`."""
+        if not self.args.resume:
+            return set_aside(self.path, *also)
         held = dq.load_checkpoint(self.path, f"dq-{self.path.stem}")
         then, now = held.get("config", {}) | held.get("settings", {}), asdict(self.config) | self.settings
         for name in [name for name in now if name in then and then[name] != now[name]]:  # older ones have none

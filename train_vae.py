@@ -725,12 +725,9 @@ def main(argv=None):
     settings = dict(data=identity(train), no_flip=args.no_flip, seed=args.seed) | asdict(schedule)
     record = Record(args, args.out / "vae.pt", config, settings, model, parts, dict(preset=args.preset))
     codes = args.out / "codes.pt"
-    if args.resume:
-        record.resume()
-        if record.step >= schedule.steps and holds_codes_of(codes, model):
-            return say(f"nothing left to do: {record.path} is at step {record.step}, and {codes} is there")
-    else:
-        set_aside(record.path, codes.name)
+    record.begin(codes.name)
+    if record.step >= schedule.steps and holds_codes_of(codes, model):
+        return say(f"nothing left to do: {record.path} is at step {record.step}, and {codes} is there")
     batches = stream(train, schedule.batch_size, args.seed, record.step, args.workers, schedule.accumulate)
     forward = distribute(compiled(model) if args.compile else model)
     last_weight = model.decoder.out[-1].weight
