@@ -40,10 +40,10 @@ PRESETS = {                                                                  # w
         dq.TransformerConfig(width=256, heads=8, content_layers=6),
         TransformerSchedule(steps=6000, batch_size=64, lr=3e-3, weight_decay=0.05)),
     "emoji64": (
-        dq.TransformerConfig(width=160, heads=5, content_layers=6, dropout=0.1),
+        dq.TransformerConfig(width=160, heads=5, content_layers=6, dropout=0.3),
         TransformerSchedule(steps=5000, batch_size=64, lr=3e-3, weight_decay=0.1)),
     "earth64": (
-        dq.TransformerConfig(width=192, heads=6, content_layers=6, dropout=0.25),
+        dq.TransformerConfig(width=192, heads=6, content_layers=6, dropout=0.1),
         TransformerSchedule(steps=4500, batch_size=96, lr=3e-3, weight_decay=0.1, eval_every=750)),
     "emoji128": (
         dq.TransformerConfig(width=384, heads=6, position_layers=3, content_layers=9, dropout=0.1),

@@ -58,10 +58,10 @@ PRESETS = {
     "toy": (dq.VAEConfig(), VAESchedule(steps=1000, batch_size=32, lr=2e-3, clip=0.0)),
     # the same data at 64 x 64, 160 codes an image: stage 1 takes 50 minutes on two cores, stage 2 wants a GPU
     "toy64": (dq.VAEConfig(size=64, codebook_size=512), VAESchedule(steps=4000, batch_size=32, lr=2e-3, clip=0.0)),
-    # a few thousand pictures in 40 codes each: what README's emoji were made with, 25 minutes a stage on two cores
+    # a few thousand pictures in 40 codes each: what assets/emoji64.pt was made with
     "emoji64": (dq.VAEConfig(size=64, factors=(16, 8), codebook_size=1024, channels=128, multipliers=(1, 2, 4, 4),
                              attention_from=8),
-                VAESchedule(steps=5000, batch_size=16, lr=1e-3, clip=0.0)),
+                VAESchedule(steps=8000, batch_size=32, lr=1e-3, clip=0.0)),
     # natural pictures, calm water beside jagged coasts (tests/tools/earth.py): 1, 4 or 16 codes a region
     "earth64": (dq.VAEConfig(size=64, factors=(8, 4, 2), ratios=(0.5, 0.3, 0.2), codebook_size=1024,
                              multipliers=(2, 3, 3), decoder_blocks=2, attention_from=8),
