@@ -385,9 +385,10 @@ def test_variants_of_the_toy_preset():
 
 def test_wrong_input_ends_in_one_line(vae_run, tmp_path):
     codes, out = vae_run / "codes.pt", tmp_path / "out"
-    done = script("tests/tools/ablations.py", out, "--codes", codes, "--only", "ours", "rastr")
-    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
-    assert done.stderr.startswith("error: no such variant: rastr; there are ours, region-first, ")
+    done = Script(ROOT / "tests/tools/ablations.py", out, "--codes", codes, "--only", "ours", "rastr")
+    _, error = done.communicate()
+    assert done.returncode == 1 and len(error.splitlines()) == 1
+    assert error.startswith("error: no such variant: rastr; there are ours, region-first, ")
     for flag in ("--seed=3", "--out", "--res", "--codes"):
         with pytest.raises(dq.UserError, match="can't stand behind --"):
             ablations.main([out, "--codes", codes, "--", flag])

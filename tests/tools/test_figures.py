@@ -439,10 +439,17 @@ def test_a_shrunk_checkpoint_samples_the_same_pictures(run, tmp_path):
 # Symptoms
 
 
-def test_a_symptom_is_provoked_and_told(tmp_path):
+def test_a_symptom_is_provoked_and_told(tmp_path, monkeypatch, capsys):
     """Of one that ends by itself, and soon; and what is told of a log."""
-    done = script("tests/tools/symptoms.py", tmp_path, "--only", "not a number")
-    assert done.returncode == 0 and "not finite in the loss" in done.stdout and "--lr 100" in done.stdout
+    def run(command, stderr, text):
+        process = Script(*command[1:])
+        said, error = process.communicate()
+        return SimpleNamespace(returncode=process.returncode, stderr=error)
+    monkeypatch.setattr(symptoms.subprocess, "run", run)
+    monkeypatch.setattr(sys, "argv", ["symptoms.py", str(tmp_path), "--only", "not a number"])
+    assert common.run(symptoms.main) is None
+    said = capsys.readouterr().out
+    assert "not finite in the loss" in said and "--lr 100" in said
     assert len(list((tmp_path / "few").glob("*.png"))) == 96 and not (tmp_path / "symptoms.png").exists()
     (tmp_path / "collapse").mkdir()
     lines = [dict(step=step, **more) for step in (100, 200, 300)
