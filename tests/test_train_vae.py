@@ -876,7 +876,7 @@ def test_encoding_anew_keeps_former_codes(vae_run, images, tmp_path):
 
 def test_the_toy_data_needs_no_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(ToyShapes.__init__, "__defaults__", (32, 512, 0))    # there are 8192, and all are encoded
+    monkeypatch.setattr(ToyShapes.__init__, "__defaults__", (32, 128, 0))    # there are 8192, and all are encoded
     assert call(train_vae.main, *VAE, "--steps", 2, "--router", "entropy") is None
     figures = json.loads((tmp_path / "out/vae.jsonl").read_text().splitlines()[-1])
     assert 0 <= figures["auc"] <= 1 and abs(figures["share"][1] - 0.5) < 0.1

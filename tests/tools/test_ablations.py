@@ -12,11 +12,12 @@ import naive
 import quality
 import train_transformer
 import train_vae
-from conftest import TRANSFORMER, script
+from conftest import ROOT, TRANSFORMER
 from test_layout import grain_maps, padded, random_image
 from test_quality import save, small_models
 from test_sampling import draws_as_the_naive_loop
 from test_transformer import all_images
+from warm import Script
 
 KNOWN = ablations.variants([])
 ORDERS = ["region-first", "fine-to-coarse", "raster", "region-raster"]
@@ -148,7 +149,7 @@ def test_probabilities_of_all_images_sum_to_one(name, side):
     codes, grains = all_images(model.layout, 2)
     assert len(codes) == 18 ** side ** 2                                     # 18 or 104,976
     total = 0.0
-    for c, g in zip(codes.split(2048), grains.split(2048)):
+    for c, g in zip(codes.split(512), grains.split(512)):
         losses = model(*model.layout.pack(c, g))
         total += (-(losses["position"] + losses["content"])).double().exp().sum().item()
     assert abs(total - 1) < 1e-4

@@ -2,7 +2,9 @@
 import json
 import math
 import re
+import sys
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ import figures
 import naive
 import symptoms
 import train_vae
-from conftest import script
+from warm import Script
 
 SHAPES = [(16, (8,)), (16, (8, 4)), (16, (8, 4, 2))]
 NAMES = {1: ["fixed"], 2: ["coarse", "fine"], 3: ["coarse", "medium", "fine"]}
@@ -443,7 +445,7 @@ def test_a_symptom_is_provoked_and_told(tmp_path, monkeypatch, capsys):
     """Of one that ends by itself, and soon; and what is told of a log."""
     def run(command, stderr, text):
         process = Script(*command[1:])
-        said, error = process.communicate()
+        _, error = process.communicate()
         return SimpleNamespace(returncode=process.returncode, stderr=error)
     monkeypatch.setattr(symptoms.subprocess, "run", run)
     monkeypatch.setattr(sys, "argv", ["symptoms.py", str(tmp_path), "--only", "not a number"])
