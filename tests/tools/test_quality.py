@@ -117,8 +117,8 @@ def test_a_classifier_learns_in_a_few_steps():
     right = classifier.head(z.float()).argmax(1) == y
     assert torch.equal(classifier(x).argmax(1) == y, right) and right.float().mean() > 0.25  # by chance: 0.08
     assert torch.equal(classifier.shape(z), classifier(x).argmax(1) // 3)
-    again = quality.train_classifier(16, steps=60, batch_size=32)
-    assert torch.equal(features(again, x), z)
+    one, other = (quality.train_classifier(16, steps=10, batch_size=32) for _ in range(2))
+    assert torch.equal(features(one, x), features(other, x))
 
 
 def small_models(size=16, classes=ToyShapes.classes):
