@@ -2,12 +2,11 @@
 import os
 import signal
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed import run
 
 import common
 import dq
@@ -20,9 +19,7 @@ from warm import FORKS, Script
 
 
 def torchrun(n, name, *args):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", ROOT / name]
-    pipe, environment = subprocess.PIPE, os.environ | dict(OMP_NUM_THREADS="1")
-    return subprocess.Popen(list(map(str, [*command, *args])), stdout=pipe, stderr=pipe, text=True, env=environment)
+    return Script(run.__file__, "--standalone", f"--nproc_per_node={n}", ROOT / name, *args, OMP_NUM_THREADS="1")
 
 
 def free_port():
@@ -32,7 +29,7 @@ def free_port():
 
 
 def two_of(name, *args):
-    """The processes that torchrun would start, without torchrun, which itself imports torch. -> what they print"""
+    """The processes that torchrun would start; those that it starts import torch anew. -> what they print"""
     common = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     ranks = [dict(common, RANK=rank, LOCAL_RANK=rank) for rank in "01"]
     processes = [Script(ROOT / name, *args, threads=1, **environment) for environment in ranks]

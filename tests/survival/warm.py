@@ -9,14 +9,19 @@ import atexit
 import multiprocessing
 import os
 import runpy
-import signal
 import subprocess
 import sys
 import tempfile
+from multiprocessing import forkserver
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["torch._dynamo", "torch.distributed.nn", "PIL.Image", "PIL.ImageCms", "tqdm", "pytest"])
 atexit.register(lambda: [process.kill() for process in multiprocessing.active_children()])  # of a test that failed
+
+
+def begin():
+    """Start that one process, and go on meanwhile; the first script does it, too."""
+    forkserver.ensure_running()
 
 
 def become(script, args, streams, cwd, environment, threads, largest_file):

@@ -57,7 +57,7 @@ def test_what_stands_around_sampling_never_waits(factors):
 @pytest.mark.parametrize("factors, router", [*((FACTORS[-1], router) for router in dq.ROUTERS),
                                              *((factors, "learned") for factors in FACTORS[:-1])], ids=str)
 def test_a_step_of_stage_1_never_waits(factors, router):
-    """As in train_vae.main, with all losses."""
+    """As in train_vae.main, with all losses: every router, and every number of granularities."""
     K, format = len(factors), torch.channels_last
     config = dq.VAEConfig(size=32, factors=factors, ratios=(1 / K,) * K, router=router, codebook_size=16)
     with META:
@@ -170,7 +170,7 @@ class NoDouble(TorchDispatchMode):
 def test_no_script_needs_double_precision(tmp_path, monkeypatch):
     """Both stages with their evaluations, all losses but LPIPS, and samples of every option."""
     flags = ["--out", tmp_path, "--steps", 1, "--eval-every", 1, "--dtype", "fp32"]
-    monkeypatch.setattr(train_vae.ToyShapes, "__len__", lambda toy: 16)
+    monkeypatch.setattr(train_vae.ToyShapes, "__len__", lambda toy: 8)
     monkeypatch.setattr(train_vae, "Discriminator", functools.partial(train_vae.Discriminator, width=8))
     with NoDouble():
         assert call(train_vae.main, *flags, *VAE, "--router", "entropy", "--size", 24, "--gan-weight", 1) is None
