@@ -422,17 +422,20 @@ def deal(n, batch_size, seed, start=0):
         yield list(itertools.islice(numbers, batch_size))
 
 
+# Ctrl-C, and what batch systems send; not every system has them all
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
+
+
 class Stop(contextlib.ExitStack):
-    """with Stop(device): Ctrl-C, SIGTERM and what else batch systems send are noted, for after the step; the second one
-    takes effect at once."""
+    """with Stop(device): signals that ask for an end are noted, for after the step; the second one takes effect at
+    once."""
 
     def __init__(self, device):
         super().__init__()
         self.device, self.number = device, 0
         self.calls, self.next, self.since = 0, 1, time.monotonic()
-        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
-            number = getattr(signal, name, None)                             # not on every system
-            if number and (name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN):  # as nohup has it
+        for number in SIGNALS:
+            if number.name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
                 self.callback(signal.signal, number, signal.signal(number, self.note))
 
     def note(self, number, frame):

@@ -43,8 +43,8 @@ PRESETS = {                                                                  # w
         dq.TransformerConfig(width=160, heads=5, content_layers=6, dropout=0.1),
         TransformerSchedule(steps=5000, batch_size=64, lr=3e-3, weight_decay=0.1)),
     "earth64": (
-        dq.TransformerConfig(dropout=0.1),
-        TransformerSchedule(steps=5000, batch_size=32, lr=5e-3, weight_decay=0.05, accumulate=2)),
+        dq.TransformerConfig(width=192, heads=6, content_layers=6, dropout=0.25),
+        TransformerSchedule(steps=4500, batch_size=96, lr=3e-3, weight_decay=0.1, eval_every=750)),
     "emoji128": (
         dq.TransformerConfig(width=384, heads=6, position_layers=3, content_layers=9, dropout=0.1),
         TransformerSchedule(steps=20_000, batch_size=64, lr=2e-3, betas=(0.9, 0.95), weight_decay=0.05,

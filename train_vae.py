@@ -24,7 +24,7 @@ from torch.distributed.nn.functional import all_reduce
 from tqdm import tqdm
 
 import dq
-from common import (Record, Schedule, Stop, deal, distribute, draw_grains, flag, load_image, natural, override,
+from common import (SIGNALS, Record, Schedule, Stop, deal, distribute, draw_grains, flag, load_image, natural, override,
                     patiently, positive, prepare, printable, run, save_grid, say, seed_all, set_aside, to_picture,
                     trainer_flags, weight)
 
@@ -62,9 +62,10 @@ PRESETS = {
     "emoji64": (dq.VAEConfig(size=64, factors=(16, 8), codebook_size=1024, channels=128, multipliers=(1, 2, 4, 4),
                              attention_from=8),
                 VAESchedule(steps=5000, batch_size=16, lr=1e-3, clip=0.0)),
-    # natural pictures, calm water beside jagged coasts (tests/tools/earth.py), in some 110 codes each
-    "earth64": (dq.VAEConfig(size=64, ratios=(0.75, 0.25), codebook_size=1024),
-                VAESchedule(steps=4000, batch_size=16, lr=2e-3, clip=0.0)),
+    # natural pictures, calm water beside jagged coasts (tests/tools/earth.py): 1, 4 or 16 codes a region
+    "earth64": (dq.VAEConfig(size=64, factors=(8, 4, 2), ratios=(0.5, 0.3, 0.2), codebook_size=1024,
+                             multipliers=(2, 3, 3), decoder_blocks=2, attention_from=8),
+                VAESchedule(steps=8000, batch_size=32, lr=1e-3, clip=0.0, eval_every=1000)),
     # a few thousand pictures with smooth surfaces and small features, 640 codes each, with all of the paper's losses
     "emoji128": (dq.VAEConfig(size=128, codebook_size=512, attention_from=8),
                  VAESchedule(steps=4000, batch_size=8, lr=1e-3, clip=0.0,
@@ -298,7 +299,11 @@ def loader(data, workers, **how):
 
 
 def leave_signals_to_the_parent(worker):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)                             # Ctrl-C reaches them too
+    """What is sent to all processes of a run reaches loaders too, which the parent still needs: as for it, the second
+    signal takes effect."""
+    for number in SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:                       # as nohup has it
+            signal.signal(number, lambda number, frame: signal.signal(number, signal.SIG_DFL))
 
 
 def stream(data, batch_size, seed, start=0, workers=0, accumulate=1):

@@ -20,13 +20,14 @@ from helpers import load, same, start, wait_for
 from warm import Script
 
 
-@pytest.mark.parametrize("stage, number", [("vae", signal.SIGINT), ("transformer", signal.SIGTERM)])
+@pytest.mark.parametrize("stage, number", [("vae", signal.SIGTERM), ("transformer", signal.SIGINT)])
 def test_a_signal_ends_the_run_after_a_whole_step(stage, number, vae_run, images, tmp_path):
+    """Also if all its processes are sent it, as `timeout` does and a terminal's Ctrl-C: loaders go on until then."""
     data, *workers = [images, "--workers", 1] if stage == "vae" else [vae_run / "codes.pt"]
-    process = start(stage, data, tmp_path, 100_000, "--eval-every", 100_000, *workers)
+    process = start(stage, data, tmp_path, 100_000, "--eval-every", 100_000, *workers, start_new_session=True)
     log = tmp_path / f"{stage}.jsonl"
     wait_for(lambda: log.exists() and log.stat().st_size, process)
-    process.send_signal(number)
+    os.killpg(process.pid, number)
     out, error = process.communicate(timeout=60)
     assert process.returncode == 128 + number, error
     step = load(tmp_path, stage)["step"]

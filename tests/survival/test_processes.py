@@ -18,7 +18,13 @@ from train_vae import ToyShapes
 from warm import FORKS, Script
 
 
+def need_gpus(n):
+    if DEVICE != "cpu" and torch.cuda.device_count() < n:
+        pytest.skip(f"needs {n} GPUs")                                       # NCCL has no two processes on one
+
+
 def torchrun(n, name, *args):
+    need_gpus(n)
     return Script(run.__file__, "--standalone", f"--nproc_per_node={n}", ROOT / name, *args, OMP_NUM_THREADS="1")
 
 
@@ -30,9 +36,9 @@ def free_port():
 
 def two_of(name, *args):
     """The processes that torchrun would start; those that it starts import torch anew. -> what they print"""
-    common = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
-    ranks = [dict(common, RANK=rank, LOCAL_RANK=rank) for rank in "01"]
-    processes = [Script(ROOT / name, *args, threads=1, **environment) for environment in ranks]
+    need_gpus(2)
+    both = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    processes = [Script(ROOT / name, *args, threads=1, RANK=rank, LOCAL_RANK=rank, **both) for rank in "01"]
     said = [process.communicate(timeout=150) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], said
     return said[0][0] + said[1][0]

@@ -24,11 +24,13 @@ def begin():
     forkserver.ensure_running()
 
 
-def become(script, args, streams, cwd, environment, threads, largest_file):
+def become(script, args, streams, cwd, environment, threads, largest_file, start_new_session):
     """In the new process: from here on it is this script."""
     for number, path in zip((1, 2), streams):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
     os.chdir(cwd)
+    if start_new_session:
+        os.setsid()
     os.environ.update(environment)
     if threads:
         import torch
@@ -44,10 +46,10 @@ def become(script, args, streams, cwd, environment, threads, largest_file):
 class Script:
     """As subprocess.Popen, with text. largest_file: bytes, as on a disk that is nearly full; threads: of torch"""
 
-    def __init__(self, script, *args, cwd=".", threads=None, largest_file=None, **environment):
+    def __init__(self, script, *args, cwd=".", threads=None, largest_file=None, start_new_session=False, **environment):
         self.streams = [tempfile.NamedTemporaryFile("r", errors="backslashreplace") for _ in range(2)]
         names, args = [each.name for each in self.streams], [str(each) for each in args]
-        how = (os.path.abspath(script), args, names, str(cwd), environment, threads, largest_file)
+        how = (os.path.abspath(script), args, names, str(cwd), environment, threads, largest_file, start_new_session)
         self.process = FORKS.Process(target=become, args=how)
         self.process.start()
         self.pid, self.kill = self.process.pid, self.process.kill

@@ -302,20 +302,23 @@ def stage1(args):
 class TextbookBlock(dq.Block):
     """Attention by torch's own function on every device."""
 
-    def forward(self, x):
+    def forward(self, x, turns=None):
         B, L, C = x.shape
         q, k, v = self.qkv(self.norm1(x)).chunk(3, dim=-1)                   # each B, L, C
         q, k, v = (t.view(B, L, self.heads, -1).transpose(1, 2) for t in (q, k, v))  # each B, heads, L, d
+        if turns is not None:
+            of_q, of_k, _ = turns.unbind(2)                                  # each B, L, 1, 2, d
+            q, k = dq.rotate(q, of_q.transpose(1, 2)), dq.rotate(k, of_k.transpose(1, 2))
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.proj(y.transpose(1, 2).reshape(B, L, C))                # B, L, C
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 
 
 def stage2(args):
-    device, n_steps = torch.device(args.device), 20
+    device, n_steps = torch.device(args.device), args.steps
     vae, (config, schedule) = train_vae.PRESETS[args.preset][0], train_transformer.PRESETS[args.preset]
     config = replace(config, size=vae.size, factors=vae.factors, codebook_size=vae.codebook_size)
-    B, parts = schedule.batch_size, schedule.accumulate
+    B, parts = schedule.batch_size, args.accumulate or schedule.accumulate
     layout = dq.Layout(config.size, config.factors)
     torch.manual_seed(0)
     if args.preset == "toy":
@@ -407,6 +410,8 @@ if __name__ == "__main__":
     add("--count", action="store_true", help="sampling: kernels and bytes of a step of the paper's model, no times")
     add("--compile", action="store_true", help="stage1, stage2: ours through torch.compile")
     add("--preset", choices=list(train_vae.PRESETS), default="toy", help="stage2")
+    add("--steps", type=int, default=20, help="stage2: of a round")
+    add("--accumulate", type=int, help="stage2: parts of a batch; None: the preset's")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     globals()[args.what](args)

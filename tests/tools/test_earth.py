@@ -48,6 +48,7 @@ def test_tiles_of_a_map(tmp_path, capsys):
     name = next((tmp_path / "tiles/train/coast").glob("*_0.png"))
     turned = [np.asarray(Image.open(str(name).replace("_0.png", f"_{turn}.png"))) for turn in range(4)]
     assert all((np.rot90(turned[0], turn) == turned[turn]).all() for turn in range(4))
+    assert (np.asarray(Image.open(next((tmp_path / "tiles/train/sea").iterdir()))) == (26, 57, 103)).all()  # brighter
     said = capsys.readouterr().out
     assert f"train: green {train['green'] // 4} x 4 turns" in said
     assert call(earth.main, *command) == f"error: {tmp_path / 'tiles'} is there already; name a new folder"

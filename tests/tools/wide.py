@@ -1,0 +1,86 @@
+"""Pictures wider than the model's: a window that moves along a grain map.
+
+python tests/tools/wide.py CHECKPOINT MAP OUT.png [--label CLASS] [--seed S] [sample.py's options]
+
+MAP is a picture as wide as you like, bright where finer codes shall go (as sample.py's --grain-map); its height is that
+of one picture of the model. The window moves by half its width. Of each but the first, the codes of the left half are
+those that are there already, given; the model draws the contents of the right half. Both windows that see a place
+decode it, and the two are faded into each other. The positions are all given, by MAP: those that the model would draw
+come before all contents of finer granularities, so half a picture's can't be held while it draws the others.
+"""
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import common  # noqa: E402
+import dq  # noqa: E402
+import sample  # noqa: E402
+
+
+def windows(grains, half):
+    """A grain map (h, w) -> maps (h, 2 half) that overlap by `half`."""
+    return [grains[:, left:left + 2 * half] for left in range(0, grains.shape[1] - half, half)]
+
+
+def given_left_half(layout, codes, grains):
+    """For dq.generate: this tiling, the codes (1, H, W) of its left half, and open contents in its right half."""
+    pos, code = layout.pack(codes, grains)                                   # each 1, L
+    right = layout.region[pos] % layout.side >= layout.side // 2
+    return pos, torch.where(right, -1, code)
+
+
+@torch.inference_mode()
+def draw(model, vae, grains, label, options, seed):
+    """A grain map (h, w), w a multiple of h / 2 -> image (3, S, w S / h)."""
+    layout, half = model.layout, model.layout.side // 2
+    S, H = vae.config.size, layout.fine_side
+    codes = torch.zeros(1, H, H, dtype=torch.long)
+    image = torch.zeros(3, S, grains.shape[1] * S // layout.side)
+    fade = torch.linspace(0, 1, S // 2)                                      # weight of the newer window
+    for i, part in enumerate(windows(grains, half)):
+        pos, code = given_left_half(layout, codes, part[None])
+        if i == 0:
+            code = torch.full_like(code, -1)
+        codes, _ = layout.unpack(*dq.generate(model, torch.tensor([label]), options, seed, (pos, code), first=i))
+        x, left = vae.decode(codes)[0], i * S // 2                           # 3, S, S
+        seen = image[:, :, left:left + S]
+        seen[:, :, S // 2:] = x[:, :, S // 2:]
+        seen[:, :, :S // 2] = x[:, :, :S // 2] if i == 0 else torch.lerp(seen[:, :, :S // 2], x[:, :, :S // 2], fade)
+        codes = torch.cat([codes[:, :, H // 2:], torch.zeros_like(codes[:, :, H // 2:])], dim=2)  # 1, H, W
+    return image
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add, defaults = parser.add_argument, sample.parse([])
+    add("checkpoint", type=Path, help="what train_transformer.py wrote")
+    add("map", metavar="MAP", type=Path, help="the grain map, as a picture")
+    add("out", metavar="OUT", type=Path, help="the picture")
+    add("--label", help="class, by name or number; None: none")
+    add("--seed", type=common.natural, default=0)
+    for name in ("temperature", "top_k", "top_p", "cfg"):
+        value = getattr(defaults, name)
+        add(f"--{name.replace('_', '-')}", type=type(value), default=value)
+    args = parser.parse_args(argv)
+    options = dq.SampleOptions(args.temperature, args.top_k, args.top_p, args.cfg)
+    options.check()
+    sample.check_ending("OUT", args.out)
+    model, vae = dq.load_transformer(args.checkpoint, torch.device("cpu"))
+    side, half = model.layout.side, model.layout.side // 2
+    dq.require(side % 2 == 0, f"a picture of this model has {side} regions a row, which have no half")
+    label = -1 if args.label is None else sample.label_number(args.label, model.config.classes)
+    grey = common.open_image(args.map).convert("L")
+    columns = max(2, round(grey.width / grey.height * side / half)) * half
+    grey = np.asarray(grey.resize((columns, side), Image.Resampling.BOX)).astype(np.int64)
+    image = draw(model, vae, torch.from_numpy(grey * model.layout.n_grains // 256), label, options, args.seed)
+    common.save_picture(args.out, common.to_picture(image, 0))
+    print(f"wrote {args.out}, {image.shape[2]} x {image.shape[1]} pixels in {columns // half - 1} windows")
+
+
+if __name__ == "__main__":
+    common.run(main)
