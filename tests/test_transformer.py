@@ -52,7 +52,7 @@ def all_images(layout, V):
 
 @torch.no_grad()
 def test_probabilities_of_all_images_sum_to_one(device):
-    model = tiny(layers=1, width=16, device=device)
+    model = tiny(layers=1, width=8, device=device)
     codes, grains = all_images(model.layout, 2)
     assert len(codes) == 18 ** 4 == 104_976
     total = 0.0

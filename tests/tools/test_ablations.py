@@ -25,10 +25,10 @@ MODELS = ["no-rotary", "shared-position", "no-granularity", "no-order", "single-
 CASES = [(8, (4,)), (4, (2, 1)), (6, (2, 1)), (8, (4, 2, 1))]
 
 
-def tiny(name, size=4, factors=(2, 1), V=2, classes=(), layers=(2, 2)):
+def tiny(name, size=4, factors=(2, 1), V=2, classes=(), layers=(2, 2), width=16):
     """A random model with opinions; what is taken out stays out."""
     torch.manual_seed(1)
-    config = dq.TransformerConfig(size=size, factors=factors, codebook_size=V, classes=classes, width=16, heads=2,
+    config = dq.TransformerConfig(size=size, factors=factors, codebook_size=V, classes=classes, width=width, heads=2,
                                   position_layers=layers[0], content_layers=layers[1])
     with KNOWN[name].classes():
         model = dq.DQTransformer(config).eval()
@@ -145,7 +145,7 @@ def test_a_worked_example():
 def test_probabilities_of_all_images_sum_to_one(name, side):
     """Of one region; and of 2 x 2 in the order that is least like ours. Contents don't know of orders: the test below
     has all tilings of 2 x 2 regions for all of them."""
-    model = tiny(name, 2 * side, layers=(1, 1))
+    model = tiny(name, 2 * side, layers=(1, 1), width=8)
     codes, grains = all_images(model.layout, 2)
     assert len(codes) == 18 ** side ** 2                                     # 18 or 104,976
     total = 0.0
@@ -348,7 +348,7 @@ def test_the_table():
 def test_samples_are_drawn_in_the_order_of_the_variant(tmp_path, monkeypatch, capsys):
     """Finished runs; figures from samples of the models as they are, drawn here."""
     plain, (_, vae) = common.pick_device("cpu", "fp32")[1], small_models()
-    classifier = quality.train_classifier(16, steps=60, batch_size=32)
+    classifier = quality.train_classifier(16, steps=10, batch_size=32)       # no matter how well it tells them
     monkeypatch.setattr(quality, "train_classifier", lambda size, device: classifier)
     monkeypatch.setattr(common, "pick_device", lambda *names: (torch.device("cpu"), plain))
     codes = tmp_path / "codes.pt"
