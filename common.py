@@ -50,7 +50,9 @@ def load_image(path, size, rng=None, flip=True):
 def open_image(path):
     """One file -> Pillow image, RGB and upright. UserError when its pixels can't be read, whatever the reason; what is
     written around them may be wrong in any way."""
-    data = patiently(read_file, path)
+    kind = patiently(os.stat, path).st_mode
+    dq.require(stat.S_ISREG(kind), f"{path}: no such file")                  # who reads a pipe waits for ever
+    data = patiently(lambda path: Path(path).read_bytes(), path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -82,11 +84,6 @@ def patiently(read, path):
             dq.require(getattr(error, "errno", None) not in OF_A_FILE, f"{path}: {reason}")
             time.sleep(seconds)
     raise OSError(f"can't read {path}: {reason}; when that is mended, --resume goes on")
-
-
-def read_file(path):
-    dq.require(stat.S_ISREG(os.stat(path).st_mode), f"{path}: no such file")  # who reads a pipe waits for ever
-    return Path(path).read_bytes()
 
 
 @functools.lru_cache(16)
@@ -209,11 +206,9 @@ def pick_device(name, dtype):
         device = torch.device("cuda", device.index or 0)
         torch.cuda.set_device(device)                                        # streams and graphs are made on that
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif device.type == "mps":
-        fast = False
     else:
         cpu = getattr(torch.cpu, "get_capabilities", dict)()                 # torch has it from 2.11 on
-        fast = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
+        fast = device.type == "cpu" and (cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
     bf16 = dtype == "bf16" or (dtype == "auto" and bool(fast))
     return device, lambda: torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
@@ -473,8 +468,11 @@ class Record:
     losses: dict = field(default_factory=dict)                               # {step: {name: scalar}} not yet looked at
     may_change = ("steps", "eval_every", "accumulate")                       # of the settings, in a run that goes on
 
-    def resume(self):
-        """Load the newest checkpoint, if it is of this command's run; say which settings have changed."""
+    def begin(self, *also):
+        """With --resume load the newest checkpoint, if it is of this command's run, and say which settings have
+        changed; without it move aside what a former run left, and files of the names `also`."""
+        if not self.args.resume:
+            return set_aside(self.path, *also)
         held = dq.load_checkpoint(self.path, f"dq-{self.path.stem}")
         then, now = held.get("config", {}) | held.get("settings", {}), asdict(self.config) | self.settings
         for name in [name for name in now if name in then and then[name] != now[name]]:  # older ones have none

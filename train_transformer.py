@@ -16,7 +16,7 @@ import torch
 
 import dq
 from common import (Record, Schedule, Stop, deal, distribute, draw_grains, number, override, positive, prepare,
-                    run, save_grid, say, seed_all, set_aside, to_picture, trainer_flags)
+                    run, save_grid, say, seed_all, to_picture, trainer_flags)
 
 
 @dataclass
@@ -209,12 +209,9 @@ def main(argv=None):
     settings = dict(codes=stored["name"], seed=args.seed) | asdict(schedule)
     extra = dict(vae_config=asdict(vae.config), vae_weights=vae.state_dict())
     record = Record(args, args.out / "transformer.pt", config, settings, model, optimizers, extra)
-    if args.resume:
-        record.resume()
-        if record.step >= schedule.steps:
-            return say(f"nothing left to do: {record.path} is at step {record.step}")
-    else:
-        set_aside(record.path)
+    record.begin()
+    if record.step >= schedule.steps:
+        return say(f"nothing left to do: {record.path} is at step {record.step}")
     forward = distribute(torch.compile(model) if args.compile else model)
     order = batches(train.length.numpy(), schedule.batch_size, args.seed, record.step)
     codes_per_image = (train.length - len(factors)).float().mean().item()

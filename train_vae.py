@@ -273,20 +273,17 @@ class ToyShapes(torch.utils.data.Dataset):
         return int(self._draw(i)[6])
 
     def __getitem__(self, i):
+        def mix(a, b, t):                                                    # colours; t: S, S
+            return a + (b - a) * np.clip(t, 0, 1)[..., None]                 # S, S, 3
         d, x, y, behind, angle, turn, kind, inks = self._draw(i)
-        c0, c1 = self.backgrounds[behind]
-        t = 0.5 + (np.cos(angle) * self.x + np.sin(angle) * self.y) / 2.83   # S, S in [0, 1]
-        image = c0 + (c1 - c0) * t[..., None]                                # S, S, 3
+        image = mix(*self.backgrounds[behind], 0.5 + (np.cos(angle) * self.x + np.sin(angle) * self.y) / 2.83)
         turn, k = turn * np.pi / 4, 2 * np.pi / 0.5                          # 4 periods across the image
         u, v = k * (np.cos(turn) * x + np.sin(turn) * y), k * (np.cos(turn) * y - np.sin(turn) * x)
         wave = (np.sin(u), np.sin(u) * np.sin(v) * 1.4, np.cos(u) * 0.6 + np.cos(v) * 0.6 - 0.3)[kind]
-        sharp = self.size * 0.5 / 8                                          # soft edges
-        ink0, ink1 = self.inks[inks]
-        texture = ink0 + (ink1 - ink0) * np.clip(0.5 + sharp * wave, 0, 1)[..., None]
-        edge = np.clip(1.5 + (d + 0.06) * self.size / 2, 0, 1)[..., None]    # an outline that closes the shape
-        texture = texture + (ink0 - texture) * edge
-        cover = np.clip(0.5 - d * self.size / 2, 0, 1)[..., None]            # antialiased edge
-        image = image + (texture - image) * cover
+        ink, other = self.inks[inks]
+        texture = mix(ink, other, 0.5 + self.size * 0.5 / 8 * wave)          # soft edges
+        texture = mix(texture, ink, 1.5 + (d + 0.06) * self.size / 2)        # an outline that closes the shape
+        image = mix(image, texture, 0.5 - d * self.size / 2)                 # antialiased edge
         image = (image.transpose(2, 0, 1) * 2 - 1).astype(np.float32)        # 3, S, S
         return torch.from_numpy(image), i % self.n % 4
 
@@ -333,9 +330,9 @@ def describe(train, val):
     text = f"data: {train.root}, {text}; left out: {reasons(train.left_out) or 'nothing'}"
     if "broken" not in train.left_out:
         text += "; so much that broken files are left out as they are met"
-    paths = [name.split("/") for name, _ in train.files]
-    top, inner = (sorted({path[depth] for path in paths if len(path) > depth + 1}) for depth in (0, 1))
-    if len(top) == 1 and len(inner) > 1 and all(len(path) > 2 for path in paths):
+    folders = [name.split("/")[:-1] for name, _ in train.files]
+    top, inner = (sorted({path[depth] for path in folders if len(path) > depth}) for depth in (0, 1))
+    if len(top) == 1 and len(inner) > 1 and all(len(path) > 1 for path in folders):
         text += (f"\nnote: all images are in one sub-folder, so there are no classes; for the folders in it as classes "
                  f"({few(inner, 6)}): --data {os.path.join(train.root, top[0])}")
     elif top and {name.lower() for name in top} <= SPLITS:
@@ -368,19 +365,18 @@ class Perceptual(nn.Module):
     """
     urls = ("https://download.pytorch.org/models/vgg16-397923af.pth",
             "https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/vgg.pth")
-    stages = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 
     def __init__(self):
         super().__init__()
-        layers, c, self.taps = [], 3, []                                     # numbered as in VGG16's file
-        for widths in self.stages:
-            for width in widths:
+        layers, c, self.ends, self.weights = [], 3, [0], nn.ParameterList()  # layers: numbered as in VGG16's file
+        for depth, width in ((2, 64), (2, 128), (3, 256), (3, 512), (3, 512)):
+            layers += [nn.MaxPool2d(2)] if layers else []
+            for _ in range(depth):
                 layers += [nn.Conv2d(c, width, 3, padding=1), nn.ReLU()]
                 c = width
-            self.taps.append(len(layers) - 1)
-            layers.append(nn.MaxPool2d(2))
-        self.features = nn.Sequential(*layers[:-1])
-        self.weights = nn.ParameterList(torch.zeros(1, widths[-1], 1, 1) for widths in self.stages)
+            self.ends.append(len(layers))
+            self.weights.append(torch.zeros(1, width, 1, 1))
+        self.features = nn.Sequential(*layers)
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188])[:, None, None], persistent=False)
         self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450])[:, None, None], persistent=False)
         self.requires_grad_(False)
@@ -407,15 +403,13 @@ class Perceptual(nn.Module):
     def forward(self, x, y):
         x, y = (x - self.shift) / self.scale, (y - self.shift) / self.scale
         distance = 0.0
-        for i, layer in enumerate(self.features):
+        for start, end, weight in zip(self.ends, self.ends[1:], self.weights):  # weight: 1, c, 1, 1
             with torch.no_grad():
-                x = layer(x)                                                 # B, c, S/2^k, S/2^k
-            y = layer(y)
-            if i in self.taps:
-                # a vector that is zero keeps a gradient that is finite, which y / |y| would not
-                a, b = (F.normalize(maps.float(), dim=1, eps=1e-10) for maps in (x, y))
-                importance = self.weights[self.taps.index(i)]                # 1, c, 1, 1
-                distance = distance + (importance * (a - b).square()).sum(1).mean(dim=(1, 2))  # B
+                x = self.features[start:end](x)                              # B, c, S/2^k, S/2^k
+            y = self.features[start:end](y)
+            # a vector that is zero keeps a gradient that is finite, which y / |y| would not
+            a, b = (F.normalize(maps.float(), dim=1, eps=1e-10) for maps in (x, y))
+            distance = distance + (weight * (a - b).square()).sum(1).mean(dim=(1, 2))  # B
         return distance
 
 
@@ -509,12 +503,9 @@ def gumbel_scale(step, steps):
 def auc(score, truth):
     """Area under the ROC curve: how often a detailed region scores above a smooth one. Ties count half.
     score: any shape; truth: the same shape, bool, with both values in it."""
-    values, inverse, counts = score.flatten().unique(return_inverse=True, return_counts=True)
-    ranks = (2 * counts.cumsum(0) - counts + 1)[inverse]                     # twice the mean rank of each value, from 1
-    truth = truth.flatten()
-    n_true, n_false = truth.sum(), (~truth).sum()
-    wins = ranks[truth].sum() - n_true * (n_true + 1)                        # twice the pairs in the right order
-    return (wins / (2 * n_true * n_false)).item()
+    detailed, smooth = score[truth], score[~truth].sort().values
+    below, not_above = (torch.searchsorted(smooth, detailed, right=ties) for ties in (False, True))
+    return ((below + not_above).sum() / (2 * len(detailed) * len(smooth))).item()
 
 
 def ssim(x, y):
@@ -546,17 +537,14 @@ def evaluate(model, images, detailed, autocast, perceptual=None, batch_size=64):
             y = out.reconstruction.float().clamp(-1, 1)                      # B, 3, S, S
             score = model.router.score(x, out.maps).float()                  # B, h, w
             lpips = [perceptual(x, y)] if perceptual else []                 # B
-        parts.append([y, out.codes, out.grains, score, ssim(y, x), *lpips])
+        parts.append([y, out.codes, out.grains, model.cell_weight(out.gate), score, ssim(y, x), *lpips])
     model.train()
-    y, codes, grains, score, similarity, *lpips = map(torch.cat, zip(*parts))  # M, ...; codes: M, H, W
+    y, codes, grains, weight, score, similarity, *lpips = map(torch.cat, zip(*parts))  # codes, weight: M, H, W
 
     config, K = model.config, len(model.config.factors)
-    cells = torch.tensor([(config.factors[0] // f) ** 2 for f in config.factors], device=grains.device)  # K
-    n_codes = cells[grains].sum(dim=(1, 2)).float().mean().item()
+    n_codes = weight.sum(dim=(1, 2)).mean().item()                           # every code counts once
     # what sending an image takes: its codes, and for each region which granularity it has
     bits = n_codes * math.log2(config.codebook_size) + grains[0].numel() * math.log2(K)
-    # every code counts once: a cell of the finest grid is 1 / (cells that share its code)
-    weight = dq.upsample((cells[grains] / cells[-1])[:, None], codes.shape[-1])[:, 0]  # M, H, W
     use = codes.flatten().bincount(weight.flatten(), config.codebook_size)   # V
     p = use / use.sum()                                                      # V
     error = y - images                                                       # M, 3, S, S
@@ -575,10 +563,9 @@ def evaluate(model, images, detailed, autocast, perceptual=None, batch_size=64):
 
 def show(path, images, reconstructions, grains, factors):
     """A picture of up to 8 triples: original, reconstruction, codes."""
-    tiles = []
-    for x, y, g in zip(images[:8], reconstructions, grains):
-        tiles += [to_picture(x), to_picture(y), draw_grains(x, g, factors)]
-    save_grid(path, tiles, columns=6)
+    triples = [(to_picture(x), to_picture(y), draw_grains(x, g, factors))
+               for x, y, g in zip(images[:8], reconstructions, grains)]
+    save_grid(path, sum(triples, ()), columns=6)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -743,12 +730,9 @@ def main(argv=None):
     settings = dict(data=identity(train), no_flip=args.no_flip, seed=args.seed) | asdict(schedule)
     record = Record(args, args.out / "vae.pt", config, settings, model, parts, dict(preset=args.preset))
     codes = args.out / "codes.pt"
-    if args.resume:
-        record.resume()
-        if record.step >= schedule.steps and holds_codes_of(codes, model):
-            return say(f"nothing left to do: {record.path} is at step {record.step}, and {codes} is there")
-    else:
-        set_aside(record.path, codes.name)
+    record.begin(codes.name)
+    if record.step >= schedule.steps and holds_codes_of(codes, model):
+        return say(f"nothing left to do: {record.path} is at step {record.step}, and {codes} is there")
     batches = stream(train, schedule.batch_size, args.seed, record.step, args.workers, schedule.accumulate)
     forward = distribute(compiled(model) if args.compile else model)
     last_weight = model.decoder.out[-1].weight

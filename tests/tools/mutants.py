@@ -428,7 +428,7 @@ PROGRAM = of(
      "test_the_gpu_that_is_asked_for_becomes_the_current_one"),
     ("--dtype fp32 ignored", '(dtype == "auto" and bool(fast))', "bool(fast)", "test_dtype_is_what_is_asked_for"),
     ("--dtype bf16 ignored", 'dtype == "bf16" or (dtype', "(dtype", "test_dtype_is_what_is_asked_for"),
-    ("auto is fp32", 'fast = cpu.get("avx512_bf16") or cpu.get("amx_bf16")', "fast = False",
+    ("auto is fp32", 'and (cpu.get("avx512_bf16") or cpu.get("amx_bf16"))', "and False",
      "test_dtype_is_what_is_asked_for"),
     ("errors of users as tracebacks", "except (dq.UserError, OSError) as error:", "except OSError as error:",
      "test_how_a_script_ends"),
@@ -565,9 +565,9 @@ STAGE_1_LOSSES = of(
     "train_vae.py", "test_train_vae.py",
     ("LPIPS without its shift", "x, y = (x - self.shift) / self.scale, (y", "x, y = x / self.scale, (y",
      "test_lpips_is_the_published_formula"),
-    ("LPIPS before the ReLU", "self.taps.append(len(layers) - 1)", "self.taps.append(len(layers) - 2)",
+    ("LPIPS before the ReLU", "self.ends.append(len(layers))", "self.ends.append(len(layers) - 1)",
      "test_lpips_is_the_published_formula"),
-    ("LPIPS without weights", "(importance * (a - b).square())", "((a - b).square())",
+    ("LPIPS without weights", "(weight * (a - b).square())", "((a - b).square())",
      "test_lpips_is_the_published_formula"),
     ("LPIPS unnormalised", "(F.normalize(maps.float(), dim=1, eps=1e-10) for", "(maps.float() for",
      "test_lpips_is_the_published_formula"),
@@ -610,7 +610,7 @@ STAGE_1_LOSSES = of(
 
 STAGE_1_FIGURES = of(
     "train_vae.py", "test_train_vae.py",
-    ("ties are lost", "2 * counts.cumsum(0) - counts + 1", "2 * counts.cumsum(0)", "test_auc_equals_counting_pairs"),
+    ("ties are lost", "right=ties) for ties", "right=False) for ties", "test_auc_equals_counting_pairs"),
     ("SSIM of means", "(means * structure).mean", "(means).mean", "test_ssim_is_the_published_formula"),
     ("SSIM of [-1, 1]", "x, y = (x + 1) / 2, (y + 1) / 2", "x, y = x, y", "test_ssim_is_the_published_formula"),
     ("a flat window", "side // 2) / 1.5) ** 2)", "side // 2) / 15) ** 2)", "test_ssim_is_the_published_formula"),
@@ -631,8 +631,8 @@ STAGE_1_FIGURES = of(
     ("LPIPS is not evaluated", 'figures["lpips"] = lpips[0].mean().item()', "pass",
      "test_wiring.py::test_what_is_logged_is_what_was_trained"),
     ("AUC of another score", "auc=auc(score, detailed)", "auc=auc(-score, detailed)", "test_evaluation_of_a_dq_vae"),
-    ("original and reconstruction exchanged", "[to_picture(x), to_picture(y), draw_grains(x",
-     "[to_picture(y), to_picture(x), draw_grains(x", "test_the_picture_shows_originals_first"),
+    ("original and reconstruction exchanged", "(to_picture(x), to_picture(y), draw_grains(x",
+     "(to_picture(y), to_picture(x), draw_grains(x", "test_the_picture_shows_originals_first"),
 )
 
 STAGE_1_CODES = of(
