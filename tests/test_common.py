@@ -31,7 +31,6 @@ import random
 import shutil
 import signal
 import struct
-import subprocess
 import sys
 import warnings
 import zlib
@@ -46,6 +45,7 @@ import common
 import dq
 import train_vae
 from conftest import DEVICE, ROOT, TRANSFORMER, VAE, call, script
+from warm import Script
 
 
 # ------------------------------------------------------------------------------------------------
@@ -80,9 +80,9 @@ def test_a_script_runs_beside_others_with_syntax_errors(whole, run, tmp_path):
     (tmp_path / "images").mkdir()
     Image.new("RGB", (16, 16)).save(tmp_path / "images/0.png")
     for name in SCRIPTS:
-        command = [sys.executable, name, *map(str, flags[name])]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-        assert (done.returncode == 0) == (name == whole), done.stderr
+        done = Script(tmp_path / name, *flags[name], cwd=tmp_path)
+        _, error = done.communicate()
+        assert (done.returncode == 0) == (name == whole), error
 
 # ------------------------------------------------------------------------------------------------
 # One picture

@@ -73,8 +73,7 @@ def test_draws_follow_the_distribution():
 HOW = [dict(), dict(slots=2, bucket=2), dict(slots=3, bucket=8, look_every=4), dict(slots=2, bucket=64, look_every=32)]
 
 
-@pytest.mark.parametrize("cfg", [1.0, 2.5])
-@pytest.mark.parametrize("size, factors", [(8, (4,)), (8, (4, 2)), (8, (4, 2, 1))])
+@pytest.mark.parametrize("size, factors, cfg", [(8, (4,), 1.0), (8, (4,), 2.5), (8, (4, 2), 1.0), (8, (4, 2, 1), 2.5)])
 @torch.no_grad()
 def test_the_fused_loop_draws_what_the_naive_loop_draws(size, factors, cfg, device):
     model = tiny(size, factors, V=5, classes=("a", "b"), device=device)

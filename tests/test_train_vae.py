@@ -610,7 +610,7 @@ def test_gradients_added_at_the_image_are_those_of_the_whole_loss():
 
 def test_a_compiled_model_gets_the_same_gradients():
     """torch.compile with the adversarial loss, without a compiler: the capture of the graphs is what could go wrong."""
-    config = dq.VAEConfig(size=16, factors=(4, 2), codebook_size=16, channels=32, multipliers=(1,))
+    config = dq.VAEConfig(size=16, factors=(2, 1), codebook_size=16, channels=32, multipliers=(1,))
     model, x, gradients = dq.DQVAE(config), torch.rand(2, 3, 16, 16) * 2 - 1, []
     model(x)                                                                 # the codebook starts from its first batch
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -878,7 +878,7 @@ def test_encoding_anew_keeps_former_codes(vae_run, images, tmp_path):
 
 def test_the_toy_data_needs_no_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(ToyShapes.__init__, "__defaults__", (32, 512, 0))    # there are 8192, and all are encoded
+    monkeypatch.setattr(ToyShapes.__init__, "__defaults__", (32, 128, 0))    # there are 8192, and all are encoded
     assert call(train_vae.main, *VAE, "--steps", 2, "--router", "entropy") is None
     figures = json.loads((tmp_path / "out/vae.jsonl").read_text().splitlines()[-1])
     assert 0 <= figures["auc"] <= 1 and abs(figures["share"][1] - 0.5) < 0.1

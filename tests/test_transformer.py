@@ -52,11 +52,11 @@ def all_images(layout, V):
 
 @torch.no_grad()
 def test_probabilities_of_all_images_sum_to_one(device):
-    model = tiny(layers=1, width=16, device=device)
+    model = tiny(layers=1, width=8, device=device)
     codes, grains = all_images(model.layout, 2)
     assert len(codes) == 18 ** 4 == 104_976
     total = 0.0
-    for c, g in zip(codes.split(2048), grains.split(2048)):
+    for c, g in zip(codes.split(512), grains.split(512)):
         losses = model(*model.layout.pack(c.to(device), g.to(device)))
         total += (-(losses["position"] + losses["content"])).double().exp().sum().item()
     assert abs(total - 1) < 1e-4

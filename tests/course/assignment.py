@@ -235,8 +235,11 @@ def run_tests(submissions, numbers, folder, limit, seed, kind):
                 tasks.append((each, number))
     if not tasks:
         return
-    size = min(cores, -(-len(tasks) // 4))                                   # each imports torch twice, to begin with
-    with ProcessPoolExecutor(size, get_context("spawn"), checks.prepare, (folder, IS_COPY)) as pool:
+    size, how = min(cores, -(-len(tasks) // 4)), "spawn"                     # each starts a process that imports torch
+    if checks.Nursery.forks:
+        import torch  # noqa: F401  (once for all of them)
+        checks.nursery, how = checks.nursery or checks.Nursery(), "fork"
+    with ProcessPoolExecutor(size, get_context(how), checks.prepare, (folder, IS_COPY)) as pool:
         futures = [pool.submit(checks.check, number, each.text, limit, seed) for each, number in tasks]
         for (each, number), future in zip(tasks, futures):
             try:

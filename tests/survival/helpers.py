@@ -1,7 +1,4 @@
 """What the tests of survival share: scripts in processes of their own, and what they leave, compared."""
-import resource
-import subprocess
-import sys
 import time
 
 import pytest
@@ -11,6 +8,7 @@ import dq
 import train_transformer
 import train_vae
 from conftest import ROOT, TRANSFORMER, VAE
+from warm import Script
 
 CRITIC = ["--size", "24", "--gan-weight", "0.5", "--gan-start", "4"]
 STAGES = {"vae": (train_vae, VAE), "vae with a discriminator": (train_vae, VAE + CRITIC),
@@ -48,13 +46,7 @@ class Killed(Exception):
 def start(stage, data, out, steps, *more, **kwargs):
     """A script in a process of its own. data: a folder of images, or for stage 2 codes"""
     flags = [*VAE, "--data", data] if stage == "vae" else [*TRANSFORMER, "--codes", data]
-    command = [sys.executable, ROOT / f"train_{stage}.py", "--out", out, "--steps", steps]
-    return piped([*command, *flags, *more], **kwargs)
-
-
-def piped(command, **kwargs):
-    pipe = subprocess.PIPE
-    return subprocess.Popen(list(map(str, command)), stdout=pipe, stderr=pipe, text=True, **kwargs)
+    return Script(ROOT / f"train_{stage}.py", "--out", out, "--steps", steps, *flags, *more, **kwargs)
 
 
 def wait_for(condition, process, seconds=120):
@@ -62,7 +54,3 @@ def wait_for(condition, process, seconds=120):
     while not condition():
         assert process.poll() is None and time.time() < end, process.communicate()
         time.sleep(0.02)
-
-
-def files_of_at_most(n_bytes):
-    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, n_bytes))

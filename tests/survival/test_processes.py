@@ -1,27 +1,47 @@
 """Several processes: together they compute what one would."""
-import multiprocessing
 import os
 import signal
-import sys
+import socket
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed import run
 
 import common
 import dq
 import train_vae
 from common import read_log
 from conftest import DEVICE, ROOT, TRANSFORMER, VAE, call
-from helpers import CRITIC, STAGES, load, piped, same, wait_for
+from helpers import CRITIC, STAGES, load, same, wait_for
 from train_vae import ToyShapes
+from warm import FORKS, Script
 
 
-def torchrun(n, name, *args, **kwargs):
+def need_gpus(n):
     if DEVICE != "cpu" and torch.cuda.device_count() < n:
         pytest.skip(f"needs {n} GPUs")                                       # NCCL has no two processes on one
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", ROOT / name]
-    return piped([*command, *args], env=os.environ | dict(OMP_NUM_THREADS="1"), **kwargs)
+
+
+def torchrun(n, name, *args):
+    need_gpus(n)
+    return Script(run.__file__, "--standalone", f"--nproc_per_node={n}", ROOT / name, *args, OMP_NUM_THREADS="1")
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def two_of(name, *args):
+    """The processes that torchrun would start; those that it starts import torch anew. -> what they print"""
+    need_gpus(2)
+    both = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    processes = [Script(ROOT / name, *args, threads=1, RANK=rank, LOCAL_RANK=rank, **both) for rank in "01"]
+    said = [process.communicate(timeout=150) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    return said[0][0] + said[1][0]
 
 
 @pytest.mark.parametrize("stage, flags", [
@@ -32,9 +52,7 @@ def torchrun(n, name, *args, **kwargs):
 def test_two_processes_compute_what_one_computes(stage, flags, vae_run, images, tmp_path):
     data = ["--codes", vae_run / "codes.pt"] if stage == "transformer" else ["--data", images]
     flags = [*data, "--steps", 6, "--dtype", "fp32", *flags, "--lr", 2e-4]
-    two = torchrun(2, f"train_{stage}.py", *flags, "--out", tmp_path / "two")
-    out, error = two.communicate(timeout=150)
-    assert two.returncode == 0, error
+    out = two_of(f"train_{stage}.py", *flags, "--out", tmp_path / "two")
     assert call(STAGES[stage][0].main, *flags, "--out", tmp_path / "one") is None
     assert out.count("done: ") == 1                                          # only one of them writes
     a, b = load(tmp_path / "one", stage), load(tmp_path / "two", stage)
@@ -69,17 +87,10 @@ def several_steps(rank, world):
     return dict(codes=model.codebook.codes, uses=model.codebook.uses, losses=torch.stack(losses))
 
 
-def free_port():
-    import socket
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 def in_two_processes(what, tmp_path):
     """-> what(rank, 2) of each."""
-    context, port = multiprocessing.get_context("spawn"), free_port()
-    jobs = [context.Process(target=job, args=(what, rank, 2, port, tmp_path)) for rank in (0, 1)]
+    port = free_port()
+    jobs = [FORKS.Process(target=job, args=(what, rank, 2, port, tmp_path)) for rank in (0, 1)]
     for process in jobs:
         process.start()
     for process in jobs:

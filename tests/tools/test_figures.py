@@ -1,8 +1,12 @@
 """tests/tools/figures.py: the walk through one image against naive computations, and the tables and curves of logs."""
+import contextlib
+import io
 import json
 import math
 import re
+import sys
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +19,7 @@ import figures
 import naive
 import symptoms
 import train_vae
-from conftest import script
+from warm import Script
 
 SHAPES = [(16, (8,)), (16, (8, 4)), (16, (8, 4, 2))]
 NAMES = {1: ["fixed"], 2: ["coarse", "fine"], 3: ["coarse", "medium", "fine"]}
@@ -62,14 +66,23 @@ def printed_nats(text):
 # walk: the printout
 
 
-@pytest.mark.parametrize("size, factors", SHAPES)
+@pytest.fixture(scope="module", params=SHAPES, ids=str)
+def walk(request, tmp_path_factory):
+    """-> DQTransformer, DQVAE and toy image 0; what a walk prints of them; the folder with walk.png"""
+    torch.manual_seed(0)
+    size, factors = request.param
+    folder, text = tmp_path_factory.mktemp("walk"), io.StringIO()
+    models = untrained(folder / "transformer.pt", size, factors)
+    with contextlib.redirect_stdout(text):
+        assert call("walk", folder / "transformer.pt", "--pairs", 1000) is None
+    return SimpleNamespace(size=size, factors=factors, models=models, folder=folder, text=text.getvalue())
+
+
 @torch.no_grad()
-def test_the_printout_shows_every_pair_and_what_it_costs(size, factors, tmp_path, capsys):
-    path = tmp_path / "transformer.pt"
-    model, vae, x = untrained(path, size, factors)
-    assert call("walk", path, "--pairs", 1000) is None
-    text, layout = capsys.readouterr().out, model.layout
-    assert text.endswith(f"wrote {tmp_path / 'walk.png'}\n")
+def test_the_printout_shows_every_pair_and_what_it_costs(walk):
+    (model, vae, x), size, factors, text = walk.models, walk.size, walk.factors, walk.text
+    layout = model.layout
+    assert text.endswith(f"wrote {walk.folder / 'walk.png'}\n")
 
     pairs, wanted = pairs_of(model, vae, x), []
     assert {int(layout.grain[p]) for p, c in pairs if c >= 0} == set(range(len(factors)))
@@ -130,14 +143,11 @@ def test_scores_grains_and_codes_are_printed(router, tmp_path, capsys):
     assert f"[DQVAE.quantize, {type(vae.router).__name__}]" in text
 
 
-@pytest.mark.parametrize("size, factors", SHAPES)
 @torch.no_grad()
-def test_probabilities_at_the_moments(size, factors, tmp_path, capsys):
+def test_probabilities_at_the_moments(walk):
     """All that is printed of a step, from the pairs before it alone."""
-    model, vae, x = untrained(tmp_path / "t.pt", size, factors)
-    assert call("walk", tmp_path / "t.pt") is None
-    blocks = re.findall(r"^   t=(\d+), (.*): (\d+) legal places? of (\d+)\n((?:     .*\n)+)", capsys.readouterr().out,
-                        re.MULTILINE)
+    (model, vae, x), factors = walk.models, walk.factors
+    blocks = re.findall(r"^   t=(\d+), (.*): (\d+) legal places? of (\d+)\n((?:     .*\n)+)", walk.text, re.MULTILINE)
     pairs, layout = pairs_of(model, vae, x), model.layout
     eos = [t for t, (_, code) in enumerate(pairs) if code < 0]
     times = [int(t) for t, *_ in blocks]
@@ -242,12 +252,19 @@ def test_what_can_be_mended_is_told_in_one_line(tmp_path):
 # walk: the figure
 
 
-@pytest.mark.parametrize("size, factors", SHAPES)
-def test_the_figure_is_written(size, factors, tmp_path):
-    untrained(tmp_path / "t.pt", size, factors)
+def is_the_figure(path):
+    width, height = Image.open(path).size
+    return 900 <= width <= 1000 and 600 < height < 1000
+
+
+def test_the_figure_is_written(walk):
+    assert is_the_figure(walk.folder / "walk.png")
+
+
+def test_the_figure_is_written_where_it_is_asked_for(tmp_path):
+    untrained(tmp_path / "t.pt", 16, (8,))
     assert call("walk", tmp_path / "t.pt", "--out", tmp_path / "new/w.png") is None
-    width, height = Image.open(tmp_path / "new/w.png").size
-    assert 900 <= width <= 1000 and 600 < height < 1000
+    assert is_the_figure(tmp_path / "new/w.png") and not (tmp_path / "walk.png").exists()
 
 
 @torch.no_grad()
@@ -441,10 +458,17 @@ def test_a_shrunk_checkpoint_samples_the_same_pictures(run, tmp_path):
 # Symptoms
 
 
-def test_a_symptom_is_provoked_and_told(tmp_path):
+def test_a_symptom_is_provoked_and_told(tmp_path, monkeypatch, capsys):
     """Of one that ends by itself, and soon; and what is told of a log."""
-    done = script("tests/tools/symptoms.py", tmp_path, "--only", "not a number")
-    assert done.returncode == 0 and "not finite in the loss" in done.stdout and "--lr 100" in done.stdout
+    def run(command, stderr, text):
+        process = Script(*command[1:])
+        _, error = process.communicate()
+        return SimpleNamespace(returncode=process.returncode, stderr=error)
+    monkeypatch.setattr(symptoms.subprocess, "run", run)
+    monkeypatch.setattr(sys, "argv", ["symptoms.py", str(tmp_path), "--only", "not a number"])
+    assert common.run(symptoms.main) is None
+    said = capsys.readouterr().out
+    assert "not finite in the loss" in said and "--lr 100" in said
     assert len(list((tmp_path / "few").glob("*.png"))) == 96 and not (tmp_path / "symptoms.png").exists()
     (tmp_path / "collapse").mkdir()
     lines = [dict(step=step, **more) for step in (100, 200, 300)
