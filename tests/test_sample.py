@@ -177,3 +177,15 @@ def test_seeds_that_differ_draw_images_that_differ(device):
     drawn = [dq.generate(model, label, seed=seed) for seed in (0, 1, 2 ** 32, 2 ** 62, 2 ** 63, 2 ** 64 - 1)]
     for i, (pos, code) in enumerate(drawn):
         assert all(not (torch.equal(pos, p) and torch.equal(code, c)) for p, c in drawn[:i])
+
+
+@pytest.mark.parametrize("name, label", [("earth64", "coast"), ("emoji64", "flags-noto")])
+def test_the_weights_that_come_with_the_code_draw(name, label, tmp_path, capsys):
+    path = ROOT / f"assets/{name}.pt"
+    assert path.stat().st_size < 16e6
+    grains = Image.new("L", (8, 8))                                          # all coarse, the fewest codes
+    grains.save(tmp_path / "map.png")
+    assert call(sample.main, path, "--label", label, "--n", 1, "--grain-map", tmp_path / "map.png", "--save-dir",
+                tmp_path, "--out", tmp_path / "grid.png", "--device", DEVICE) is None
+    low, high = Image.open(tmp_path / "000000.png").convert("L").getextrema()
+    assert high - low > 8                                                    # a picture

@@ -22,7 +22,7 @@ from warm import Script
 
 @pytest.mark.parametrize("stage, number", [("vae", signal.SIGTERM), ("transformer", signal.SIGINT)])
 def test_a_signal_ends_the_run_after_a_whole_step(stage, number, vae_run, images, tmp_path):
-    """Also if all its processes are sent it, as `timeout` does and a terminal's Ctrl-C: loaders go on until then."""
+    """Also if all its processes are sent it, as `timeout` does and a terminal's Ctrl-C."""
     data, *workers = [images, "--workers", 1] if stage == "vae" else [vae_run / "codes.pt"]
     process = start(stage, data, tmp_path, 100_000, "--eval-every", 100_000, *workers, start_new_session=True)
     log = tmp_path / f"{stage}.jsonl"
@@ -33,6 +33,21 @@ def test_a_signal_ends_the_run_after_a_whole_step(stage, number, vae_run, images
     step = load(tmp_path, stage)["step"]
     assert step >= 10 and f"stopped by {number.name} after step {step}" in out and "--resume goes on" in out
     assert "Traceback" not in error
+
+
+def loader_that_is_hit(number, times):
+    train_vae.leave_signals_to_the_parent(0)
+    for _ in range(times):
+        os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("times", [1, 2])
+def test_the_second_signal_ends_a_loader(number, times):
+    process = multiprocessing.get_context("fork").Process(target=loader_that_is_hit, args=(number, times))
+    process.start()
+    process.join(60)
+    assert process.exitcode == (0 if times == 1 else -number)
 
 
 def test_a_run_that_is_stopped_while_it_encodes_goes_on(tmp_path):

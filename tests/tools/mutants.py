@@ -514,6 +514,8 @@ TRAINING_RUN = of(
 
 STAGE_1_DATA = of(
     "train_vae.py", "test_train_vae.py",
+    ("a signal to all ends the loaders", "lambda number, frame: signal.signal(number, signal.SIG_DFL)", "signal.SIG_DFL",
+     "survival/test_kill.py::test_the_second_signal_ends_a_loader"),
     ("toy images held out are those trained on", "seed=seed + 1_000_003", "seed=seed",
      "test_held_out_toy_images_are_new"),
     ("--seed ignored by the toy data", "return ToyShapes(size, seed=seed),", "return ToyShapes(size),",
