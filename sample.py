@@ -96,9 +96,9 @@ def caption(number, classes):
     return name if name.isascii() and name.isprintable() else f"class {number}"
 
 
-def read_grain_map(path, layout):
-    """A picture -> grains (1, h, w): its brightness, averaged over each region, cut into K equal steps."""
-    grey = open_image(path).convert("L").resize((layout.side, layout.side), Image.Resampling.BOX)
+def read_grain_map(path, layout, columns=None):
+    """A picture -> grains (1, h, columns or w): its brightness, averaged over each region, cut into K equal steps."""
+    grey = open_image(path).convert("L").resize((columns or layout.side, layout.side), Image.Resampling.BOX)
     grains = np.asarray(grey).astype(np.int64) * layout.n_grains // 256
     return torch.from_numpy(grains)[None]
 

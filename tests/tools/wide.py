@@ -12,9 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import common  # noqa: E402
@@ -74,10 +72,10 @@ def main(argv=None):
     side, half = model.layout.side, model.layout.side // 2
     dq.require(side % 2 == 0, f"a picture of this model has {side} regions a row, which have no half")
     label = -1 if args.label is None else sample.label_number(args.label, model.config.classes)
-    grey = common.open_image(args.map).convert("L")
-    columns = max(2, round(grey.width / grey.height * side / half)) * half
-    grey = np.asarray(grey.resize((columns, side), Image.Resampling.BOX)).astype(np.int64)
-    image = draw(model, vae, torch.from_numpy(grey * model.layout.n_grains // 256), label, options, args.seed)
+    picture = common.open_image(args.map)
+    columns = max(2, round(picture.width / picture.height * side / half)) * half
+    grains = sample.read_grain_map(args.map, model.layout, columns)[0]       # h, columns
+    image = draw(model, vae, grains, label, options, args.seed)
     common.save_picture(args.out, common.to_picture(image, 0))
     print(f"wrote {args.out}, {image.shape[2]} x {image.shape[1]} pixels in {columns // half - 1} windows")
 
