@@ -34,7 +34,7 @@ def parse(argv=None):
     add("--cfg", type=float, default=2.0, help="classifier-free guidance; 1: off")
     add("--seed", type=number(int, 0, below=2 ** 64), default=0, help="of the draws")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    add("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 where the hardware has it")
+    add("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 where it is fast")
     add("--compile", action="store_true", help="torch.compile the step (GPUs: then captured)")
     add("--out", metavar="DIR", type=Path,
         help="folder for samples.png, a grid of up to 32 images, or a picture's name; None: the checkpoint's folder")

@@ -115,8 +115,8 @@ def views(part, factors, uncond):
 
 def batches(length, batch_size, seed, start=0):
     """Endless batches of image numbers (batch_size,), in the order of `deal`; inside a batch they are sorted by length
-    (M,), so that parts of it need little padding. (Whole batches of like length would need less, but learned less: 168
-    nats against 164 after 600 steps on the toy data.)"""
+    (M,), so that parts of it need little padding. (Whole batches of like length would need less, but learned less: by
+    AdamW, 168 nats against 164 after 600 steps on the toy data.)"""
     for batch in deal(len(length), batch_size, seed, start):
         index = np.array(batch) % len(length)
         yield torch.from_numpy(index[np.argsort(length[index], kind="stable")])

@@ -14,7 +14,8 @@ their depths), the variants:
     region-raster    one region after the other, each in its granularity
     no-rotary        queries and keys aren't turned by their places, as in the paper's model
     adamw            for all matrices, at its own learning rate
-    former           region-first, no-rotary and adamw together, for 1,200 steps: what version 0.1 was
+    former           region-first, no-rotary and adamw together, for 1,200 steps: version 0.1, but for the fall of its
+                     learning rate and its initial weights
     shared-position  one embedding of a place for all granularities
     no-granularity   no embedding of the granularity
     no-order         no embedding of the number of the pair

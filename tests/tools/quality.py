@@ -219,17 +219,19 @@ def step_seconds(model, vae, device, autocast, n_steps=40, warm_up=5):
     with common.Stop(device) as stop:
         part = train_vae.encode(vae, ToyShapes(vae.config.size, n=512), device, autocast, 0, mirrored=False, stop=stop)
     images = train_transformer.views(part, vae.config.factors, uncond=False)
-    optimizer = torch.optim.AdamW(model.train().requires_grad_(True).parameters(), lr=schedule.lr, fused=True)
+    optimizers = train_transformer.make_optimizers(model.train().requires_grad_(True), schedule).values()
     for batch in itertools.islice(train_transformer.batches(images.length.numpy(), schedule.batch_size, 0), n_steps):
         start = time.perf_counter()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
         for part in batch.chunk(schedule.accumulate):
             of_part = train_transformer.sequences(images, part, model.layout, device)
             with autocast():
                 losses = model(*of_part)
             (sum(losses.values()).sum() / schedule.batch_size).backward()
         nn.utils.clip_grad_norm_(model.parameters(), schedule.clip)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         torch.ones(1, device=device).item()                                  # waits for a GPU
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds[warm_up:])
