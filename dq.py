@@ -78,8 +78,8 @@ class VAEConfig:
         require(self.router in ROUTERS, f"router must be learned, entropy or random, not {self.router!r}")
         require(min(self.codebook_size, self.code_dim) >= 1, "a codebook needs at least one code of one dimension")
         require(self.channels % 32 == self.width % 32 == 0, "channels and width must be multiples of 32, for GroupNorm")
-        channels = min(self.channels, self.level_width(self.factors[0].bit_length() - 1))  # of the coarsest map
-        require(self.size > self.factors[0] or channels > 32, "GroupNorm of one region needs more than 32 channels")
+        least = min(self.channels, *map(self.level_width, range(self.factors[0].bit_length())[-2:]))  # channels there
+        require(self.size > self.factors[0] or least > 32, "GroupNorm of one region needs more than 32 channels")
 
     def level_width(self, level):
         """Channels at downsampling factor 2**level."""
@@ -740,10 +740,10 @@ class SampleOptions(NamedTuple):
     cfg: float = 1.0                     # 1: no guidance
 
     def check(self):
-        require(0 < self.temperature < math.inf, f"temperature must be above 0 and finite, not {self.temperature}")
+        require(1e-6 <= self.temperature <= 1e6, f"temperature must lie in 1e-6 to 1e6, not {self.temperature}")
         require(self.top_k >= 0, f"top-k must be at least 0 (0: all), not {self.top_k}")
         require(0 < self.top_p <= 1, f"top-p must be above 0 and at most 1, not {self.top_p}")
-        require(0 <= self.cfg < math.inf, f"cfg must be at least 0 and finite, not {self.cfg}")
+        require(0 <= self.cfg <= 1e6, f"cfg must lie in 0 to 1e6, not {self.cfg}")
 
 
 def filter_logits(logits, top_k, top_p):

@@ -97,11 +97,13 @@ def open_data(folder, size, augment=False, seed=0, skip=None, flip=True, held_ou
     """The images of a folder, or the toy data where folder is None -> data to train on, held-out data.
 
     If there are two or more sub-folders, the first level of them are classes. augment: random crops of what is trained
-    on and, with flip, mirror images. skip: a folder that is no data (--out). held_out: a folder, None for a part.
+    on and, with flip, mirror images. skip: a folder that is no data (--out). held_out: a folder, whose images are never
+    trained on, though it lie in `folder`; None for a part.
     """
     if not folder:
+        dq.require(not held_out, "--held-out is for the images of --data")
         return ToyShapes(size, seed=seed), ToyShapes(size, n=512, seed=seed + 1_000_003)
-    names, left_out = sound_images(folder, skip, size)
+    names, left_out = sound_images(folder, [skip, held_out], size)
     classes = sorted({name.split("/")[0] for name in names if "/" in name})
     label = {name: i for i, name in enumerate(classes)} if len(classes) > 1 else {}
 
@@ -109,22 +111,23 @@ def open_data(folder, size, augment=False, seed=0, skip=None, flip=True, held_ou
         return [(name, label.get(name.split("/")[0], -1)) for name in names]
     train, val = split(labelled(names))
     if held_out:
-        train, val = labelled(names), labelled(sound_images(held_out, skip, size)[0])
+        train, val = labelled(names), labelled(sound_images(held_out, [skip], size)[0])
         strange = next((name for name, number in val if label and number < 0), None)
         dq.require(not strange, f"{strange} below {held_out} is in no folder that is named like a class of {folder}")
     return (ImageFolder(folder, train, label, size, augment, seed, left_out, flip),
             ImageFolder(held_out or folder, val, label, size, left_out=left_out))
 
 
-def find_images(root, skip=None):
+def find_images(root, skip):
     """Files below a folder that Pillow may read, as "cat/1.png", sorted, and a Counter of the rest by reason.
+    skip: folders that are not searched, or None.
     Links to folders are followed, in each folder after what is no link; none is entered twice, so loops end. A file of
     several names counts once."""
     dq.require(os.path.isdir(root), f"no such folder: {root}")
     endings = {ending for ending, kind in Image.registered_extensions().items()
                if kind in Image.OPEN and kind not in NO_PICTURES} | {".mpo"}
     names, left_out, files_seen = [], Counter(), set()
-    seen = {os.path.realpath(skip or root)} - {os.path.realpath(root)}
+    seen = {os.path.realpath(folder) for folder in skip if folder} - {os.path.realpath(root)}
 
     def links_last(names):
         return sorted(names, key=lambda name: (os.path.islink(os.path.join(path, name)), name))
@@ -335,7 +338,7 @@ def describe(train, val):
     if len(top) == 1 and len(inner) > 1 and all(len(path) > 1 for path in folders):
         text += (f"\nnote: all images are in one sub-folder, so there are no classes; for the folders in it as classes "
                  f"({few(inner, 6)}): --data {os.path.join(train.root, top[0])}")
-    elif top and {name.lower() for name in top} <= SPLITS:
+    elif len(top) > 1 and {name.lower() for name in top} <= SPLITS:
         first = next((name for name in top if name.lower().startswith("train")), top[0])
         text += (f"\nnote: sub-folders are classes, and these are named like splits ({', '.join(top)}); "
                  f"for the images of one alone: --data {os.path.join(train.root, first)}")
@@ -686,7 +689,7 @@ def calibrate(router, ratios, images):
     scores = torch.cat([router.score(x).flatten() for x in images])
     cuts = np.cumsum(ratios)[:-1].clip(0, 1)                                 # K - 1
     levels = np.quantile(scores.cpu().numpy().astype(float), cuts)
-    levels = np.where(cuts < 1e-6, -np.inf, np.where(cuts > 1 - 1e-6, np.inf, levels))  # none, or all, are coarser
+    levels = np.where(cuts < 1e-6, -1, np.where(cuts > 1 - 1e-6, 1e3, levels))  # none, or all, are coarser
     router.thresholds.copy_(torch.from_numpy(levels.astype(np.float32)))
 
 
@@ -727,7 +730,8 @@ def main(argv=None):
         judge = distribute(critic)
         optimizers["critic_optimizer"] = adam(critic.parameters())
         parts = dict(critic=critic, **optimizers)
-    settings = dict(data=identity(train), no_flip=args.no_flip, seed=args.seed) | asdict(schedule)
+    settings = dict(data=identity(train), held_out=identity(held_out), no_flip=args.no_flip, seed=args.seed)
+    settings |= asdict(schedule)
     record = Record(args, args.out / "vae.pt", config, settings, model, parts, dict(preset=args.preset))
     codes = args.out / "codes.pt"
     record.begin(codes.name)

@@ -33,10 +33,11 @@ def sample_of(model, B, seed=3, **kwargs):
 
 
 def test_options_out_of_range_are_refused():
-    for bad in (dict(temperature=0.0), dict(top_p=0.0), dict(top_p=1.1), dict(top_k=-1), dict(cfg=-1.0)):
+    for bad in (dict(temperature=0.0), dict(temperature=1e-38), dict(top_p=0.0), dict(top_p=1.1), dict(top_k=-1),
+                dict(cfg=-1.0), dict(cfg=1e38)):                             # 1e38 / 1e-38 would be no number
         with pytest.raises(dq.UserError):
             SampleOptions(**bad).check()
-    for fine in (dict(top_p=1.0), dict(top_k=0), dict(cfg=0.0)):
+    for fine in (dict(top_p=1.0), dict(top_k=0), dict(cfg=0.0), dict(temperature=1e-6)):
         SampleOptions(**fine).check()
 
 

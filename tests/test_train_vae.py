@@ -392,6 +392,19 @@ def test_a_folder_can_be_held_out(tmp_path):
     put(tmp_path / "b", "cow/1.png")
     with pytest.raises(dq.UserError, match="cow/1.png below .* is in no folder that is named like a class"):
         open_data(tmp_path / "a", 8, held_out=tmp_path / "b")
+    with pytest.raises(dq.UserError, match="--held-out is for the images of --data"):
+        open_data(None, 8, held_out=tmp_path / "b")
+
+
+def test_what_is_held_out_is_not_trained_on(tmp_path):
+    """Though it lies below --data: it is no class there, and no split to be warned of."""
+    put(tmp_path, *numbered(7), *numbered(3, "val/"))
+    train, val = open_data(tmp_path, 8, held_out=tmp_path / "val")
+    assert names(train) == numbered(7) and names(val) == numbered(3)
+    put(tmp_path, *numbered(4, "train/"))
+    train, val = open_data(str(tmp_path), 8, held_out=str(tmp_path / "val"))
+    assert names(train) == sorted(numbered(7) + numbered(4, "train/")) and train.classes == val.classes == ()
+    assert train_vae.describe(train, val).endswith("no classes; left out: nothing")
 
 
 def test_all_classes_are_evaluated(tmp_path):

@@ -70,17 +70,19 @@ def test_a_run_that_goes_on_draws_the_same_from_every_generator(images, tmp_path
 def test_resuming_with_other_settings(images, tmp_path, capsys):
     """What makes another run is refused by name, what may change is named."""
     def train(*flags):
-        return call(train_vae.main, "--out", tmp_path, *VAE, "--data", images, "--steps", 2, *flags)
+        data = ["--data", images, "--held-out", images]
+        return call(train_vae.main, "--out", tmp_path, *VAE, *data, "--steps", 2, *flags)
 
     def files():
         return {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
 
-    (tmp_path / "other").mkdir()
-    Image.new("RGB", (16, 16)).save(tmp_path / "other/one.png")
+    (tmp_path / "other/circle").mkdir(parents=True)
+    Image.new("RGB", (16, 16)).save(tmp_path / "other/circle/one.png")
     assert train() is None
     before = files()
-    for flag, value in (("--data", tmp_path / "other"), ("--batch-size", 8), ("--seed", 1), ("--lr", 0.5),
-                        ("--clip", 3), ("--budget-weight", 2), ("--codebook-size", 32), ("--gan-start", 7)):
+    for flag, value in (("--data", tmp_path / "other"), ("--held-out", tmp_path / "other"),
+                        ("--batch-size", 8), ("--seed", 1), ("--lr", 0.5), ("--clip", 3), ("--budget-weight", 2),
+                        ("--codebook-size", 32), ("--gan-start", 7)):
         line = train("--steps", 4, flag, value, "--resume")
         assert line.startswith("error: ") and f"trained with {flag} " in line and "leave --resume out" in line, line
     assert files() == before
