@@ -100,13 +100,13 @@ class TransformerConfig:
     dropout: float = 0.0
     label_dropout: float = 0.1           # share of training images whose label is hidden, for guidance
     rotary: bool = True                  # attention finds codes by their places (ours; not in the paper's model)
+    qk_norm: bool = False                # queries and keys are normalised (ours; older checkpoints don't tell: False)
 
     def __post_init__(self):
         self.factors, self.classes = tuple(self.factors), tuple(self.classes)
         check_factors(self.size, self.factors)
         unit = self.heads * (4 if self.rotary else 1)
-        require(unit > 0 and self.width % unit == 0, f"width {self.width} is not a multiple of {unit}: the number of "
-                f"heads{', times 4 for rotary' * self.rotary}")
+        require(unit > 0 and self.width % unit == 0, f"width {self.width} is not a multiple of {unit}, for its heads")
 
 
 def processes():
@@ -263,8 +263,7 @@ def sample_vectors(z, weight, n):
 class Codebook(nn.Module):
     """Vector quantization with one codebook for all granularities, learned by moving averages.
     forward(z (B, D, H, W), weight (B, H, W)) -> quantised z (B, D, H, W), ids (B, H, W), loss. `weight` makes every
-    *code* count once, in loss and averages: a coarse code repeated over 4 cells gives each of them 1/4.
-    """
+    *code* count once, in loss and averages: a coarse code repeated over 4 cells gives each of them 1/4."""
     def __init__(self, size, dim, decay=0.99, commitment=0.25, dead_below=0.1):
         super().__init__()
         self.decay, self.commitment, self.dead_below = decay, commitment, dead_below
@@ -581,8 +580,7 @@ class Layout(nn.Module):
         that, whatever *opens* a region that nothing covers yet; but in the finest granularity, which must leave no
         hole, nothing past the first of those. In the class's example 0 may be followed by 1, 2, 3, 4; 7 by 8 alone; 8,
         since region 1 goes on in the next row, by 11 alone. *Final* grains, as in training, give the same mask: of
-        regions that are not open yet, coarser ones were there before, and all others count as free.
-        """
+        regions that are not open yet, coarser ones were there before, and all others count as free."""
         following = (prev + 1).clamp(max=self.end)[..., None]                # B, (L,) 1
         taken = F.pad(grains % (self.n_grains + 1), (0, 1), value=self.n_grains)  # B, N + 1: K where nothing covers
         taken = taken.gather(1, self.region.expand(len(grains), -1))         # B, P
@@ -633,7 +631,7 @@ class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
         C = config.width
-        self.heads, self.dropout = config.heads, config.dropout
+        self.heads, self.dropout, self.qk_norm = config.heads, config.dropout, config.qk_norm
         self.norm1, self.norm2 = nn.LayerNorm(C, bias=False), nn.LayerNorm(C, bias=False)
         self.qkv, self.proj = nn.Linear(C, 3 * C, bias=False), nn.Linear(C, C, bias=False)
         self.up, self.down = nn.Linear(C, 4 * C, bias=False), nn.Linear(4 * C, C, bias=False)
@@ -645,6 +643,9 @@ class Block(nn.Module):
         at the rows and places `at`, (B,) and (B,). mask (B, heads, 1, M): -inf where attention is not to look."""
         B, L, C = x.shape
         qkv = self.qkv(self.norm1(x)).view(B, L, 3, self.heads, C // self.heads)
+        if self.qk_norm:
+            qk, v = qkv.split([2, 1], dim=2)                                 # B, L, 2 and 1, heads, d
+            qkv = torch.cat([F.layer_norm(qk, qk.shape[-1:]).type_as(v), v], dim=2)
         if turns is not None:
             qkv = rotate(qkv, turns)                                         # B, L, 3, heads, d
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                 # each B, heads, L, d
@@ -909,8 +910,7 @@ def generate(model, label, options=SampleOptions(), seed=0, given=None, slots=No
     slots: how many images are written at a time (None: all); a slot whose image is complete takes the next, so the
     cost follows the mean length. Image i depends on its label, the seed and first + i alone.
     For speed. bucket: attention sees a part of the cache that grows by so many places. graphs (None: on GPUs): for each
-    such size a step is captured as a CUDA graph when first needed. look_every: steps between the host's looks.
-    """
+    such size a step is captured as a CUDA graph when first needed. look_every: steps between the host's looks."""
     options.check()
     n, L, device = len(label), model.layout.max_len, label.device
     require((label < max(1, model.n_classes)).all(), f"labels must be below {model.n_classes}, the number of classes")

@@ -34,19 +34,19 @@ PAPER = TransformerSchedule(steps=507_000, batch_size=240, accumulate=4, lr=5e-4
 
 PRESETS = {                                                                  # what each is for: train_vae.py
     "toy": (
-        dq.TransformerConfig(),
+        dq.TransformerConfig(qk_norm=True),
         TransformerSchedule(steps=800, batch_size=32, lr=5e-3, weight_decay=0.05, accumulate=2, eval_every=200)),
     "toy64": (
-        dq.TransformerConfig(width=256, heads=8, content_layers=6),
+        dq.TransformerConfig(width=256, heads=8, content_layers=6, qk_norm=True),
         TransformerSchedule(steps=6000, batch_size=64, lr=3e-3, weight_decay=0.05)),
     "emoji64": (
-        dq.TransformerConfig(width=160, heads=5, content_layers=6, dropout=0.3),
+        dq.TransformerConfig(width=160, heads=5, content_layers=6, dropout=0.3, qk_norm=True),
         TransformerSchedule(steps=5000, batch_size=64, lr=3e-3, weight_decay=0.1)),
     "earth64": (
-        dq.TransformerConfig(width=192, heads=6, content_layers=6, dropout=0.1),
+        dq.TransformerConfig(width=192, heads=6, content_layers=6, dropout=0.1, qk_norm=True),
         TransformerSchedule(steps=4500, batch_size=96, lr=3e-3, weight_decay=0.1, eval_every=750)),
     "emoji128": (
-        dq.TransformerConfig(width=384, heads=6, position_layers=3, content_layers=9, dropout=0.1),
+        dq.TransformerConfig(width=384, heads=6, position_layers=3, content_layers=9, dropout=0.1, qk_norm=True),
         TransformerSchedule(steps=20_000, batch_size=64, lr=2e-3, betas=(0.9, 0.95), weight_decay=0.05,
                             eval_every=1000)),
     "ffhq256": (LARGE, replace(PAPER, steps=27_700, eval_every=1000)),       # 100 epochs of 66,500 images

@@ -128,10 +128,15 @@ def attn_block(weights, x):
     return x + conv(weights.proj, taken.view_as(x))
 
 
+def normalised(x):
+    """Each vector of x (..., n) less its mean, over its deviation."""
+    x = x - x.mean(-1, keepdim=True)
+    return x / torch.sqrt((x ** 2).mean(-1, keepdim=True) + 1e-5)
+
+
 def layer_norm(weights, h):
     """Entries (L, C): each gets mean 0 and variance 1, each channel a scale."""
-    h = h - h.mean(-1, keepdim=True)
-    return h / torch.sqrt((h ** 2).mean(-1, keepdim=True) + 1e-5) * weights.weight
+    return normalised(h) * weights.weight
 
 
 def gelu(x):
@@ -248,6 +253,8 @@ def block(weights, h, queries, keys):
     L, C = h.shape
     qkv = layer_norm(weights.norm1, h) @ weights.qkv.weight.t()              # L, 3 C
     q, k, v = qkv.view(L, 3, weights.heads, -1).unbind(1)                    # each L, heads, d
+    if weights.qk_norm:
+        q, k = normalised(q), normalised(k)
     if queries is not None:
         q, k = rotate(q, queries), rotate(k, keys)
     y = torch.empty_like(v)

@@ -13,9 +13,10 @@ their depths), the variants:
     raster           row by row over the finest grid, a coarse code where its first cell is, instead of coarse to fine
     region-raster    one region after the other, each in its granularity
     no-rotary        queries and keys aren't turned by their places, as in the paper's model
+    no-qk-norm       queries and keys aren't normalised, as in the paper's model
     adamw            for all matrices, at its own learning rate
-    former           region-first, no-rotary and adamw together, for 1,200 steps: version 0.1, but for the fall of its
-                     learning rate and its initial weights
+    former           region-first, no-rotary, no-qk-norm and adamw together, for 1,200 steps: version 0.1, but for the
+                     fall of its learning rate and its initial weights
     shared-position  one embedding of a place for all granularities
     no-granularity   no embedding of the granularity
     no-order         no embedding of the number of the pair
@@ -209,6 +210,16 @@ class NoRotary(dq.DQTransformer):
         super().__init__(replace(config, rotary=False))
 
 
+class NoQKNorm(dq.DQTransformer):
+    def __init__(self, config):
+        super().__init__(replace(config, qk_norm=False))
+
+
+class Former(NoRotary):
+    def __init__(self, config):
+        super().__init__(replace(config, qk_norm=False))
+
+
 class NoGranularity(dq.DQTransformer):
     def __init__(self, config):
         super().__init__(config)
@@ -260,10 +271,11 @@ def variants(flags):
     known = {"ours": Variant(), "region-first": Variant(RegionFirstLayout),
              "fine-to-coarse": Variant(FineToCoarseLayout), "raster": Variant(RasterLayout),
              "region-raster": Variant(RegionRasterLayout), "no-rotary": Variant(model=NoRotary),
+             "no-qk-norm": Variant(model=NoQKNorm),
              "shared-position": Variant(model=SharedPosition), "no-granularity": Variant(model=NoGranularity),
              "no-order": Variant(model=NoOrder), "single-stack": Variant(model=SingleStack),
              "adamw": Variant(flags=ADAMW),
-             "former": Variant(RegionFirstLayout, NoRotary, (*ADAMW, "--steps", "1200"))}
+             "former": Variant(RegionFirstLayout, Former, (*ADAMW, "--steps", "1200"))}
     args = train_transformer.parse(flags)[0]
     depth = args.position_layers + args.content_layers
     for n in sorted({1, depth // 2, depth - 1} - {args.position_layers}):

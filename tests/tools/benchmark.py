@@ -306,6 +306,8 @@ class TextbookBlock(dq.Block):
         B, L, C = x.shape
         q, k, v = self.qkv(self.norm1(x)).chunk(3, dim=-1)                   # each B, L, C
         q, k, v = (t.view(B, L, self.heads, -1).transpose(1, 2) for t in (q, k, v))  # each B, heads, L, d
+        if self.qk_norm:
+            q, k = (F.layer_norm(x, x.shape[-1:]).type_as(v) for x in (q, k))
         if turns is not None:
             of_q, of_k, _ = turns.unbind(2)                                  # each B, L, 1, 2, d
             q, k = dq.rotate(q, of_q.transpose(1, 2)), dq.rotate(k, of_k.transpose(1, 2))

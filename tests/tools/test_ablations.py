@@ -21,7 +21,7 @@ from warm import Script
 
 KNOWN = ablations.variants([])
 ORDERS = ["region-first", "fine-to-coarse", "raster", "region-raster"]
-MODELS = ["no-rotary", "shared-position", "no-granularity", "no-order", "single-stack"]
+MODELS = ["no-rotary", "no-qk-norm", "shared-position", "no-granularity", "no-order", "single-stack"]
 CASES = [(8, (4,)), (4, (2, 1)), (6, (2, 1)), (8, (4, 2, 1))]
 
 
@@ -29,7 +29,7 @@ def tiny(name, size=4, factors=(2, 1), V=2, classes=(), layers=(2, 2), width=16)
     """A random model with opinions; what is taken out stays out."""
     torch.manual_seed(1)
     config = dq.TransformerConfig(size=size, factors=factors, codebook_size=V, classes=classes, width=width, heads=2,
-                                  position_layers=layers[0], content_layers=layers[1])
+                                  position_layers=layers[0], content_layers=layers[1], qk_norm=True)
     with KNOWN[name].classes():
         model = dq.DQTransformer(config).eval()
     with torch.no_grad():
@@ -207,7 +207,7 @@ def parameters(model):
 def test_numbers_of_parameters():
     n = {name: parameters(tiny(name, 8, (4, 2, 1))) for name in ["ours"] + ORDERS + MODELS}
     ids, places, C = (4 + 1) + (16 + 1) + (64 + 1), 64 + 3, 16
-    assert all(n[name] == n["ours"] for name in ORDERS + ["no-rotary", "single-stack"])
+    assert all(n[name] == n["ours"] for name in ORDERS + ["no-rotary", "no-qk-norm", "single-stack"])
     assert n["ours"] - n["shared-position"] == (ids - places) * C
     assert n["ours"] - n["no-granularity"] == 3 * C
     assert n["ours"] - n["no-order"] == (64 + 3) * C
@@ -358,7 +358,7 @@ def test_samples_are_drawn_in_the_order_of_the_variant(tmp_path, monkeypatch, ca
     judge = quality.Judge(classifier, 16, 8, 0, torch.device("cpu"))
     expected = {}
     for name in ("ours", "raster"):
-        model = tiny(name, size=16, factors=(8, 4), V=16, classes=train_vae.ToyShapes.classes)
+        model = tiny(name, size=16, factors=(8, 4), V=16, classes=train_vae.ToyShapes.classes, width=32)
         folder = tmp_path / f"{name}-0"
         with KNOWN[name].classes():
             save(folder / "transformer.pt", model, vae, step=6, settings=dict(steps=6))
