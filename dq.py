@@ -100,7 +100,7 @@ class TransformerConfig:
     dropout: float = 0.0
     label_dropout: float = 0.1           # share of training images whose label is hidden, for guidance
     rotary: bool = True                  # attention finds codes by their places (ours; not in the paper's model)
-    qk_norm: bool = False                # queries and keys are normalised (ours; older checkpoints don't tell: False)
+    qk_norm: bool = False                # queries and keys normalised, as in ViT-22B (ours; older checkpoints: False)
 
     def __post_init__(self):
         self.factors, self.classes = tuple(self.factors), tuple(self.classes)
@@ -644,8 +644,8 @@ class Block(nn.Module):
         B, L, C = x.shape
         qkv = self.qkv(self.norm1(x)).view(B, L, 3, self.heads, C // self.heads)
         if self.qk_norm:
-            qk, v = qkv.split([2, 1], dim=2)                                 # B, L, 2 and 1, heads, d
-            qkv = torch.cat([F.layer_norm(qk, qk.shape[-1:]).type_as(v), v], dim=2)
+            qk, v = qkv.split([2, 1], dim=2)                                 # B, L, 2, heads, d; B, L, 1, heads, d
+            qkv = torch.cat([F.layer_norm(qk, qk.shape[-1:]).type_as(v), v], dim=2)  # B, L, 3, heads, d
         if turns is not None:
             qkv = rotate(qkv, turns)                                         # B, L, 3, heads, d
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                 # each B, heads, L, d

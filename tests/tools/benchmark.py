@@ -114,7 +114,8 @@ def sampling(args):
     side = int(args.regions ** 0.5)
     torch.manual_seed(0)
     config = dq.TransformerConfig(size=8 * side, factors=(8, 4), codebook_size=args.codebook_size, width=args.width,
-                                  heads=8, position_layers=args.position_layers, content_layers=args.content_layers)
+                                  heads=8, position_layers=args.position_layers, content_layers=args.content_layers,
+                                  qk_norm=True)
     model = dq.DQTransformer(config).to(device).eval()
     drawing, layout = copy.deepcopy(model).to(dtype), model.layout
     matrices = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)]
