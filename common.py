@@ -474,9 +474,10 @@ class Record:
         if not self.args.resume:
             return set_aside(self.path, *also)
         held = dq.load_checkpoint(self.path, f"dq-{self.path.stem}")
-        then, now = held.get("config", {}) | held.get("settings", {}), asdict(self.config) | self.settings
-        then = asdict(type(self.config)()) | then                            # older ones lack what was not there
-        for name in [name for name in now if name in then and then[name] != now[name]]:  # older ones have none
+        # older ones lack fields of the configuration, which then had their defaults, and settings
+        then = asdict(type(self.config)()) | held.get("config", {}) | held.get("settings", {})
+        now = asdict(self.config) | self.settings
+        for name in [name for name in now if name in then and then[name] != now[name]]:
             title = f"--{name.replace('_', '-')}" if hasattr(self.args, name) else name
             dq.require(name in self.may_change, f"{self.path} was trained with {title} {then[name]}, not "
                        f"{now[name]}; give the same to go on, or leave --resume out to start anew")

@@ -120,9 +120,8 @@ def open_data(folder, size, augment=False, seed=0, skip=None, flip=True, held_ou
 
 def find_images(root, skip):
     """Files below a folder that Pillow may read, as "cat/1.png", sorted, and a Counter of the rest by reason.
-    skip: folders that are not searched, or None.
     Links to folders are followed, in each folder after what is no link; none is entered twice, so loops end. A file of
-    several names counts once."""
+    several names counts once. skip: a list of folders that are not searched; None in it is none."""
     dq.require(os.path.isdir(root), f"no such folder: {root}")
     endings = {ending for ending, kind in Image.registered_extensions().items()
                if kind in Image.OPEN and kind not in NO_PICTURES} | {".mpo"}

@@ -215,9 +215,8 @@ class NoQKNorm(dq.DQTransformer):
         super().__init__(replace(config, qk_norm=False))
 
 
-class Former(NoRotary):
-    def __init__(self, config):
-        super().__init__(replace(config, qk_norm=False))
+class Former(NoRotary, NoQKNorm):
+    """Neither turned nor normalised."""
 
 
 class NoGranularity(dq.DQTransformer):
