@@ -917,14 +917,16 @@ def generate(model, label, options=SampleOptions(), seed=0, given=None, slots=No
 # ------------------------------------------------------------------------------------------------
 # 8  Checkpoints
 
-def write_file(path, save):
-    """save(file) under another name first, so that whatever fails or stops leaves the older file whole."""
+def write_file(path, save, sync=True):
+    """Atomic write: save(file) to a temporary file, then rename it, so that a failure leaves the older file intact.
+    sync: wait until the disk has the data; False for files that are easy to make again."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
             save(file)
             file.flush()
-            os.fsync(file)
+            if sync:
+                os.fsync(file)
         os.replace(temporary, path)
     except (OSError, RuntimeError, ValueError) as error:
         reason = str(error).split("\n")[0]
