@@ -2,7 +2,7 @@
 
     open_data, find_images, split    test_what_a_folder_holds and what follows
     identity                         test_other_pixels_under_the_same_names_are_other_data
-    held_out_images                  test_all_classes_are_evaluated
+    validation_images                test_all_classes_are_evaluated
     ImageFolder                      test_a_broken_file_weighs_nothing, test_classes_splits_and_epochs
     describe                         test_what_is_understood_is_said_in_one_line
     stream                           test_stream_is_a_function_of_seed_and_batch_number,
@@ -15,7 +15,7 @@
     BatchNorm                        test_batch_norm_of_two_processes_is_that_of_one, survival/test_processes.py
     auc, ssim, evaluate              test_auc_equals_counting_pairs, test_ssim_..., test_evaluation_of_a_dq_vae
     show                             test_the_picture_shows_originals_first
-    held_out_images                  test_regions_with_a_tenth_of_detail_are_detailed
+    validation_images                test_regions_with_a_tenth_of_detail_are_detailed
     calibrate                        test_routers.py
     encode, smallest, write_codes    test_encoding_keeps_every_image_and_its_mirror_image and what follows
     main                             test_the_toy_data_needs_no_folder and what follows, test_wiring.py
@@ -412,7 +412,7 @@ def test_all_classes_are_evaluated(tmp_path):
     """A fixed sample of 512, not the first in the order of names."""
     val = ImageFolder(tmp_path, [(f"{i}.png", i // 16) for i in range(1600)], [str(i) for i in range(100)], 8)
     val.read = lambda i: (torch.full((3, 8, 8), i / 1600), 0)
-    shown = [(train_vae.held_out_images(val, dq.VAEConfig(size=8, factors=(4,), ratios=(1.0,)), "cpu")[0][:, 0, 0, 0]
+    shown = [(train_vae.validation_images(val, dq.VAEConfig(size=8, factors=(4,), ratios=(1.0,)))[0][:, 0, 0, 0]
               * 1600).round().int().tolist() for _ in range(2)]
     assert shown[0] == shown[1] and len(set(shown[0])) == 512
     assert len({i // 16 for i in shown[0]}) > 95
@@ -791,7 +791,7 @@ def test_regions_with_a_tenth_of_detail_are_detailed():
             mask[:2, :4] = mask[8:, 8:] = True                               # 8 of 64 pixels, none, none, all
             mask[:1, 8:14] = True                                            # 6 of 64
             return mask
-    images, detailed = train_vae.held_out_images(Corners(16, n=3), dq.VAEConfig(size=16), torch.device("cpu"))
+    images, detailed = train_vae.validation_images(Corners(16, n=3), dq.VAEConfig(size=16))
     assert images.shape == (3, 3, 16, 16) and detailed.tolist() == [[[True, False], [False, True]]] * 3
 
 # ------------------------------------------------------------------------------------------------

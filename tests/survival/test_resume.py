@@ -33,7 +33,7 @@ def test_ten_steps_killed_and_ten_more_are_twenty_steps(stage, vae_run, images, 
 
     def save_and_die(path, *args, **kwargs):
         save(path, *args, **kwargs)
-        if path.name == f"{stem}.pt":
+        if path.name == f"{stem}.pt" and kwargs["step"] == 10:               # before its evaluation
             raise Killed
     monkeypatch.setattr(dq, "save_checkpoint", save_and_die)
     with pytest.raises(Killed):
@@ -92,7 +92,7 @@ def test_resuming_with_other_settings(images, tmp_path, capsys):
         assert train("--steps", steps, "--resume", "--eval-every", 1) is None
         out = capsys.readouterr().out.splitlines()
         vae, codes = tmp_path / "vae.pt", tmp_path / "codes.pt"
-        assert out[1:] == [f"nothing left to do: {vae} is at step 2, and {codes} is there"] and files() == before
+        assert out[2:] == [f"nothing left to do: {vae} is at step 2, and {codes} is there"] and files() == before
     assert train("--steps", 4, "--resume", "--eval-every", 1) is None
     out = capsys.readouterr().out
     assert "note: --steps was 2 and is 4 from step 2 on" in out and "note: --eval-every was 250 and is 1" in out
