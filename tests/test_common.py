@@ -584,10 +584,10 @@ def test_a_closed_output_is_no_error(monkeypatch):
     common.run(lambda: (common.say("x"), tqdm.write("y"), print("z", file=sys.stderr)))
 
 
-def holder(folder, done, told):
+def holder(folder, done):
     common.lock(folder)
     done.send("locked")
-    told.recv()
+    time.sleep(60)
 
 
 def test_a_lock_is_not_handed_to_children(tmp_path):
@@ -616,8 +616,8 @@ def test_a_lock_is_not_handed_to_children(tmp_path):
 
 def test_a_folder_is_one_runs_at_a_time(tmp_path):
     pytest.importorskip("fcntl")
-    done, told = multiprocessing.Pipe()
-    other = multiprocessing.get_context("fork").Process(target=holder, args=(tmp_path, done, told))
+    told, done = multiprocessing.Pipe()
+    other = multiprocessing.get_context("fork").Process(target=holder, args=(tmp_path, done))
     other.start()
     told.recv()
     line = f"error: another run is writing into {tmp_path}; wait until it ends, or use another --out"
