@@ -106,8 +106,8 @@ def test_the_first_signal_ends_a_run_that_is_blocked_in_a_step(block, number, tm
         time.sleep(0.01)
     os.kill(process.pid, number)
     process.join(60)
-    assert process.exitcode == 128 + number
     process.kill()
+    assert process.exitcode == 128 + number
 
 
 def test_a_step_that_ends_is_waited_for(monkeypatch):
