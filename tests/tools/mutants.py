@@ -37,7 +37,7 @@ class Mutant(NamedTuple):
     name: str
     old: str                             # what stands in the sources, at exactly one place
     new: str                             # what the slip makes of it; nothing: statements are left out
-    test: str                            # file or file::test below tests/, which must fail
+    test: str                            # file, file::test or file::test[case] below tests/, which must fail
     where: str = ""                      # "Class", "function", "Class.method" or "file.function" around the place
 
 
@@ -124,6 +124,16 @@ ROUTING = of(
      "test_budget_loss_equals_a_loop_and_pulls_on_all_regions_alike"),
     ("the budget of the coarsest alone", "enumerate(ratios)", "[(0, ratios[0])]",
      "test_budget_loss_equals_a_loop_and_pulls_on_all_regions_alike"),
+    ("logits of the router in bf16", "self.mlp(x).permute(0, 3, 1, 2).float()", "self.mlp(x).permute(0, 3, 1, 2)",
+     "test_the_gate_is_computed_in_float32"),
+    ("none coarser, but for the least", "np.where(cuts < 1e-6, -1, ...)", "(...)",
+     "test_none_and_all_are_none_and_all"),
+    ("all coarser, but for the most", "np.where(cuts > 1 - 1e-6, 1e3, levels)", "levels",
+     "test_none_and_all_are_none_and_all"),
+    ("a budget of one process", "all_reduce_sum(share) / rank_world()[1]", "share",
+     "survival/test_processes.py::test_codebook_router_and_budget_are_those_of_the_global_batch"),
+    ("a budget summed over processes", "all_reduce_sum(share) / rank_world()[1]", "all_reduce_sum(share)",
+     "survival/test_processes.py::test_codebook_router_and_budget_are_those_of_the_global_batch"),
 )
 
 CODEBOOK = of(
@@ -181,6 +191,11 @@ CODEBOOK = of(
      "test_restart_revives_dead_codes_and_leaves_the_others"),
     ("restarted codes keep their sums", "torch.where(dead[:, None], fresh * mean_uses, self.sums)", "self.sums",
      "test_restart_revives_dead_codes_and_leaves_the_others"),
+    ("the codebook restarts behind its update",
+     "if self.training: self.restart(...)\nids = self.assign(...)\nif self.training: self.update(...)",
+     "ids = self.assign(...)\nif self.training: self.update(flat.detach(), weight.flatten(), ids)\n"
+     "if self.training: self.restart(flat.detach(), weight.flatten())",
+     "test_the_first_batch_is_quantised_by_codes_of_its_own"),
 )
 
 NETWORKS = of(
@@ -314,6 +329,13 @@ TRANSFORMER = of(
      "test_train_transformer.py::test_evaluation_of_a_transformer"),
     ("the mean over pairs", "each.view(pos.shape).sum", "each.view(pos.shape).mean",
      "test_train_transformer.py::test_evaluation_of_a_transformer"),
+    ("rotary without its cast", "turns.type_as(x)", "turns", "test_attention_is_computed_in_the_dtype_of_autocast"),
+    ("normalised queries without their cast", "F.layer_norm(...).type_as(v)", "F.layer_norm(...)",
+     "test_attention_is_computed_in_the_dtype_of_autocast"),
+    ("logits of positions in bf16", "self.position_head(...).float()", "self.position_head(...)",
+     "test_attention_is_computed_in_the_dtype_of_autocast"),
+    ("logits of contents in bf16", "self.content_head(...).float()", "self.content_head(...)",
+     "test_attention_is_computed_in_the_dtype_of_autocast"),
 )
 
 SAMPLING = of(
@@ -363,6 +385,8 @@ SAMPLING = of(
      "test_guidance_costs_nothing_where_there_are_no_classes"),
     ("no guidance", "copies = 2 if ... else 1", "copies = 1 if ... else 1",
      "test_the_step_draws_what_the_naive_loop_draws"),
+    ("no guidance below 1", "options.cfg != 1", "options.cfg > 1", "test_guidance_0_is_no_label"),
+    ("draws in bf16", "logits[:, 0].float()", "logits[:, 0]", "test_draws_are_computed_in_float32"),
     ("the step is not compiled", "torch.compile(decode_one) if compile else decode_one", "decode_one",
      "test_the_step_is_one_graph_for_the_compiler"),
     ("labels beyond the classes", "max(1, model.n_classes)", "99", "test_what_can_not_be_drawn_is_refused"),
@@ -406,6 +430,12 @@ PICTURES = of(
     ("keys of 2 bits unscaled", 'key * {"L;2": 85, "L;4": 17}[packing]', "key", "test_images_of_every_mode"),
     ("keys of 16 bits unscaled", "value >> 8", "value & 255", "test_images_of_every_mode", "to_rgb"),
     ("overshoot makes all else black", "bright <= 2 * scale", "bright <= scale", "test_images_of_every_mode"),
+    ("deep greys cut, not rounded", "(x * 255).round()", "x * 255", "test_deep_greys_are_rounded"),
+    ("crops short of the last column", "tuple(rng.random(2))", "tuple(0.98 * rng.random(2))",
+     "test_crops_reach_every_side"),
+    ("crops short of the first column", "tuple(rng.random(2))", "tuple(0.02 + 0.98 * rng.random(2))",
+     "test_crops_reach_every_side"),
+    ("crops on the diagonal", "tuple(rng.random(2))", "(rng.random(), 0.5)", "test_crops_reach_every_side"),
     ("white is zero ignored", "tags.get(262) == 0", "False", "test_images_of_every_mode"),
     ("pictures cut, not rounded", "((x.detach().float().cpu() + 1) * 127.5).round()",
      "(x.detach().float().cpu() + 1) * 127.5", "test_a_picture_is_its_pixels"),
@@ -472,6 +502,22 @@ TRAINING_RUN = of(
      "survival/test_broken.py::test_a_loss_that_is_not_a_number_stops_the_run"),
     ("the newest losses alone looked at", "self.losses.items()", "list(self.losses.items())[-1:]",
      "survival/test_broken.py::test_a_loss_that_is_not_a_number_stops_the_run"),
+    ("losses not looked at before an evaluation", "done % 10 == 0 or evaluates or saves", "done % 10 == 0 or saves",
+     "test_losses_are_looked_at_before_anything_is_made_of_them"),
+    ("losses not looked at before they are saved", "done % 10 == 0 or evaluates or saves",
+     "done % 10 == 0 or evaluates", "test_losses_are_looked_at_before_anything_is_made_of_them"),
+    ("logged losses summed over processes", "dq.all_reduce_sum(...) / dq.rank_world()[1]", "dq.all_reduce_sum(...)",
+     "test_logged_losses_are_means_over_the_processes", "newest_losses"),
+    ("logged losses of one process", "dq.all_reduce_sum(...) / dq.rank_world()[1]", "(...)",
+     "test_logged_losses_are_means_over_the_processes", "newest_losses"),
+    ("a lock that is shared", "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB",
+     "test_a_folder_is_one_runs_at_a_time"),
+    ("a lock that is not held", "LOCKS[name] = file", "file.close()", "test_a_folder_is_one_runs_at_a_time"),
+    ("a lock that stays", "while LOCKS: ...", "pass", "test_a_folder_is_one_runs_at_a_time"),
+    ("Python's generator without the seed", "random.seed(str(numbers))", "pass", "test_seeds_have_nothing_in_common"),
+    ("numpy's generator without the seed", "np.random.seed(...)", "(...)", "test_seeds_have_nothing_in_common"),
+    ("torch's generator without the seed", "torch.manual_seed(...)", "(...)", "test_seeds_have_nothing_in_common",
+     "seed_all"),
     ("seeds of neighbours alike", "str(numbers)", "sum(numbers)", "test_seeds_have_nothing_in_common", "seed_all"),
     ("one signal ends nothing", "self.number = number", "self.number = 0",
      "test_a_signal_is_noted_and_a_second_one_acts"),
@@ -552,6 +598,10 @@ STAGE_1_DATA = of(
     ("the neighbour in place of a broken file", "dq.numpy_rng(self.seed, i, 1).permutation(n).tolist()",
      "range(n)", "test_a_broken_file_weighs_nothing"),
     ("a broken file is read again", "if self.broken[k]: ...", "if False: ...", "test_a_broken_file_weighs_nothing"),
+    ("crops without the seed", "dq.numpy_rng(self.seed, i)", "dq.numpy_rng(0, i)",
+     "test_what_is_drawn_of_a_folder_depends_on_the_seed"),
+    ("what replaces a broken file without the seed", "dq.numpy_rng(self.seed, i, 1)", "dq.numpy_rng(0, i, 1)",
+     "test_what_is_drawn_of_a_folder_depends_on_the_seed"),
     ("no toy seed", "self.seed", "0", "test_toy_shapes", "_draw"),
     ("another texture is named", "self._draw(i)[6]", "self._draw(i)[5] % 3",
      "test_the_texture_that_is_named_is_the_one_that_is_drawn"),
@@ -569,6 +619,11 @@ STAGE_1_LOSSES = of(
     ("LPIPS without weights", "weight * (a - b).square()", "(a - b).square()", "test_lpips_is_the_published_formula"),
     ("LPIPS unnormalised", "F.normalize(maps.float(), dim=1, eps=1e-10)", "maps.float()",
      "test_lpips_is_the_published_formula"),
+    ("LPIPS in bf16", "F.normalize(maps.float(), ...)", "F.normalize(maps, ...)",
+     "test_what_compares_images_is_in_float32"),
+    ("the critic in bf16", "self.blocks(x).float()", "self.blocks(x)", "test_what_compares_images_is_in_float32"),
+    ("figures in bf16", "out.reconstruction.float().clamp(-1, 1)", "out.reconstruction.clamp(-1, 1)",
+     "test_what_compares_images_is_in_float32"),
     ("batch norm's variance uncorrected", "var * n / (n - 1)", "var",
      "test_batch_norm_of_two_processes_is_that_of_one"),
     ("batch norm of the own images", "all_reduce(sums) / world", "sums",
@@ -644,6 +699,8 @@ STAGE_1_CODES = of(
      "test_codes_of_other_weights_are_told_apart"),
     ("the preset is not noted in codes.pt", "preset", '"toy64"', "test_codes_hold_all_that_stage_2_needs",
      "write_codes"),
+    ("random routes of codes without the seed", "seed_all(args.seed)", "pass",
+     "test_random_routes_of_codes_depend_on_the_seed_alone", "write_codes"),
 )
 
 STAGE_1_MAIN = of(
@@ -662,6 +719,29 @@ STAGE_1_MAIN = of(
      "test_the_seed_fixes_the_weights", "train_vae.main"),
     ("thresholds never measured", 'config.router == "entropy"', "False",
      "test_train_vae.py::test_the_toy_data_needs_no_folder"),
+    ("thresholds of 64 images", "shuffled_indices(len(train), 2048, ...)", "shuffled_indices(len(train), 64, ...)",
+     "test_the_entropy_router_sees_2048_images_first"),
+    ("thresholds of the first batch", "(x.to(device) for x, _ in sample)", "(x.to(device) for x, _ in sample[:1])",
+     "test_the_entropy_router_sees_2048_images_first"),
+    ("thresholds of images that are held out", "loader(train, ..., batch_size=64)",
+     "loader(held_out, ..., batch_size=64)", "test_the_entropy_router_sees_2048_images_first"),
+    ("thresholds without the seed", "shuffled_indices(len(train), 2048, args.seed)",
+     "shuffled_indices(len(train), 2048, 0)", "test_the_entropy_router_sees_2048_images_first"),
+    ("losses of stage 1 in bf16", "out.reconstruction.float()", "out.reconstruction",
+     "test_losses_of_stage_1_are_in_float32", "train_vae.main"),
+    ("stage 1 without the other processes", "distribute(compiled(model) if args.compile else model)",
+     "compiled(model) if args.compile else model",
+     "survival/test_processes.py::test_two_processes_compute_what_one_computes[vae with the entropy router]"),
+    ("a critic without the other processes", "distribute(critic)", "critic",
+     "survival/test_processes.py::test_two_processes_compute_what_one_computes[vae with a discriminator]"),
+    ("the paper's budget weight", "VAESchedule(..., budget_weight=10.0)", "VAESchedule(..., budget_weight=1.0)",
+     "test_vae.py::test_the_papers_presets_have_the_papers_settings"),
+    ("the paper's budget weight of three", "replace(PAPER, budget_weight=1.0)", "PAPER",
+     "test_vae.py::test_the_papers_presets_have_the_papers_settings"),
+    ("the paper's betas of stage 1", "VAESchedule(..., betas=(0.5, 0.9))", "VAESchedule(...)",
+     "test_vae.py::test_the_papers_presets_have_the_papers_settings"),
+    ("the paper's stage 1 clipped", "VAESchedule(..., betas=(0.5, 0.9), clip=0.0)",
+     "VAESchedule(..., betas=(0.5, 0.9))", "test_vae.py::test_the_papers_presets_have_the_papers_settings"),
     ("betas of the preset ignored", "functools.partial(..., betas=schedule.betas)", "functools.partial(...)",
      "test_the_optimisers_of_stage_1"),
     ("the router is not trained", "adam(model.parameters())",
@@ -777,6 +857,27 @@ STAGE_2_MAIN = of(
      "[*model.parameters()]", "test_train_transformer.py::test_which_weights_decay"),
     ("weights in both optimisers", "[p for p in model.parameters() if p not in {*inside}]",
      "[p for p in model.parameters()]", "test_train_transformer.py::test_which_weights_decay"),
+    ("Muon without Nesterov", "torch.optim.Muon(...)", "torch.optim.Muon(..., nesterov=False)",
+     "test_train_transformer.py::test_which_weights_decay"),
+    ("Muon with another momentum", "torch.optim.Muon(...)", "torch.optim.Muon(..., momentum=0.9)",
+     "test_train_transformer.py::test_which_weights_decay"),
+    ("stage 2 by a cosine", 'decay: str = "linear"', 'decay: str = "cosine"',
+     "test_train_transformer.py::test_how_the_presets_of_stage_2_learn"),
+    ("the paper's stage 2 without its cosine", 'TransformerSchedule(..., decay="cosine")', "TransformerSchedule(...)",
+     "test_train_transformer.py::test_how_the_presets_of_stage_2_learn"),
+    ("the paper's stage 2 without AdamW", 'TransformerSchedule(..., optimizer="adamw")', "TransformerSchedule(...)",
+     "test_train_transformer.py::test_how_the_presets_of_stage_2_learn"),
+    ("the paper's stage 2 with another weight decay", "TransformerSchedule(..., weight_decay=0.01)",
+     "TransformerSchedule(..., weight_decay=0.05)", "test_vae.py::test_the_papers_presets_have_the_papers_settings"),
+    ("the paper's stage 2 without dropout", "dq.TransformerConfig(..., width=1024, dropout=0.1)",
+     "dq.TransformerConfig(..., width=1024)", "test_vae.py::test_the_papers_presets_have_the_papers_settings"),
+    ("the paper's stage 2 with rotary", "dq.TransformerConfig(..., rotary=False)", "dq.TransformerConfig(...)",
+     "test_vae.py::test_the_papers_presets_have_the_papers_settings"),
+    ("stage 2 without the other processes", "distribute(torch.compile(model) if args.compile else model)",
+     "torch.compile(model) if args.compile else model",
+     "survival/test_processes.py::test_two_processes_compute_what_one_computes[transformer]"),
+    ("gradients of stage 2 that shrink with the processes", "nll[name].sum() * world", "nll[name].sum()",
+     "survival/test_processes.py::test_two_processes_compute_what_one_computes[transformer]"),
     ("no weight decay", "dict(..., weight_decay=schedule.weight_decay)", "dict(..., weight_decay=0.0)",
      "test_train_transformer.py::test_which_weights_decay"),
     ("weight decay on vectors", "dict(..., weight_decay=0.0)", "dict(..., weight_decay=schedule.weight_decay)",
@@ -1058,7 +1159,7 @@ def misfits(mutants, root):
     sources, found = Sources(root), {}
     tests = {path: path.read_text(encoding="utf-8") for path in (root / "tests").rglob("*.py")}
     for mutant in mutants:
-        file, _, name = mutant.test.partition("::")
+        file, _, name = mutant.test.partition("[")[0].partition("::")
         if reason := fault(mutant, sources):
             found[mutant.name] = reason
         elif (f"def {name}(" if name else "def ") not in tests.get(root / "tests" / file, ""):
