@@ -5,13 +5,16 @@ a term of the loss that is dropped, a flag that is ignored, a sign that is turne
 project, and the test that stands beside it must fail there; without the slip it must pass. Who adds a term, a flag or a
 branch adds a slip.
 
-A slip is two fragments of code: `old`, an expression or statements, becomes `new`. What is compared is the syntax tree:
-comments, line breaks, quotes, redundant parentheses and the order of keywords do not matter, nor in which file the code
-is. `old` must fit one place of all sources, or of those inside `where`. In `old`, `...` stands for any expression; in a
-list (arguments, statements, elements of a tuple) for any number of them. In `new` it stands for the same code again.
+A slip replaces one fragment of code, `old`, by another, `new`; both are expressions or statements. Matching compares
+syntax trees. So comments, line breaks, quotes, redundant parentheses and the order of keyword arguments do not matter,
+nor does the file. `old` must match exactly one place in all sources, or in the class or function that `where` names.
+In `old`, `...` matches any expression, and in a list (arguments, statements, elements of a tuple) any number of them.
+In `new`, it stands for what it matched.
 
-    --fit lists what fits no place or several, since a line was changed (a second). The ordinary tests count these and
-    skip; this tool, and the tests where the environment variable CI is set, call each an error.
+    --fit    lists the mutants that match no place or several, since a line was reworded (takes a second)
+
+The ordinary tests only count these and skip. This tool, and the tests where the environment variable CI is true, report
+them as errors.
 
 By hand, not with the tests: some minutes on two cores. Exit status 1 if a mutant survives or can't be made.
 """
@@ -1285,7 +1288,7 @@ def main(argv=None):
     parser.add_argument("--only", metavar="NAME", nargs="+", help="some of them, by name")
     parser.add_argument("--jobs", metavar="N", type=int, default=os.cpu_count(), help="how many at a time")
     parser.add_argument("--list", action="store_true", help="print the table and leave")
-    parser.add_argument("--fit", action="store_true", help="print what fits no place or several, and leave")
+    parser.add_argument("--fit", action="store_true", help="print the mutants that do not fit the sources, and leave")
     args = parser.parse_args(argv)
     unknown = set(args.only or ()) - {mutant.name for mutant in MUTANTS}
     if unknown:

@@ -29,6 +29,17 @@ def test_the_table_fits():
                     "says which")
 
 
+def test_a_reworded_line_is_an_error_in_ci_alone(monkeypatch, capsys):
+    reworded = Mutant("reworded", "no_such_name(x)", "x", "test_vae.py")
+    monkeypatch.setattr(mutants, "MUTANTS", [*mutants.MUTANTS[:120], reworded])
+    for ci, end in (("", pytest.skip.Exception), ("true", AssertionError)):
+        monkeypatch.setenv("CI", ci)
+        with pytest.raises(end, match="1 of 121 mutants do not fit" if not ci else "reworded"):
+            test_the_table_fits()
+    assert mutants.main(["--fit"]) == 1
+    assert capsys.readouterr().out.splitlines() == ["reworded: 'no_such_name(x)' fits 0 places", "120 of 121 fit"]
+
+
 @pytest.fixture
 def project(tmp_path):
     root = tmp_path / "project"
