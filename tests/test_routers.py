@@ -146,7 +146,7 @@ def test_none_and_all_are_none_and_all(ratios, shares):
     router = EntropyRouter(ratios, 4)
     router.calibrate(ratios, [torch.rand(50, 3, 8, 8) * 2 - 1])
     assert router.thresholds.isfinite().all()
-    least, most = torch.zeros(16), torch.linspace(-1, 1, 32)[8:24]           # of one grey; of sixteen in bins of their own
+    least, most = torch.zeros(16), torch.linspace(-1, 1, 32)[8:24]           # one grey; sixteen, each in its own bin
     extremes = torch.stack([least, most]).view(2, 1, 4, 4).repeat(1, 3, 2, 2)
     other = torch.cat([torch.rand(400, 3, 8, 8) * 2 - 1, extremes])
     share = router(other, None).mean(dim=(0, 2, 3)).tolist()

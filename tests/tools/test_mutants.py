@@ -25,8 +25,8 @@ def test_the_table_fits():
     found = mutants.misfits(mutants.MUTANTS, ROOT)
     assert not found or os.environ.get("CI", "").lower() not in ("1", "true"), found
     if found:
-        pytest.skip(f"{len(found)} of {len(mutants.MUTANTS)} mutants do not fit the sources; tests/tools/mutants.py --fit "
-                    "says which")
+        pytest.skip(f"{len(found)} of {len(mutants.MUTANTS)} mutants do not fit the sources; "
+                    "python tests/tools/mutants.py --fit lists them")
 
 
 def test_a_reworded_line_is_an_error_in_ci_alone(monkeypatch, capsys):
