@@ -151,7 +151,7 @@ def test_a_run_that_starts_anew_moves_the_former_one_aside(images, tmp_path, cap
 
 
 @pytest.mark.parametrize("restarted", ["--resume", "TORCHELASTIC_RESTART_COUNT"])
-def test_the_same_command_is_right_before_and_after_the_first_checkpoint(restarted, images, tmp_path, monkeypatch, capsys):
+def test_the_same_command_starts_and_resumes(restarted, images, tmp_path, monkeypatch, capsys):
     """By a batch system that has requeued the job, or by torchrun --max-restarts."""
     flags = ["--data", images, "--out", tmp_path, *VAE]
     if restarted == "--resume":
