@@ -39,6 +39,7 @@ class Writer:
         """bounds: n + 1 integers, entry i has from bounds[i] to bounds[i + 1] -> the symbol"""
         i, unit = next(self.symbols), self.width // bounds[-1]
         self.low, self.width = self.low + unit * bounds[i], unit * (bounds[i + 1] - bounds[i])
+        assert self.width > 0, "a symbol that the model holds impossible"
         while self.width < LEAST:                                            # Python's integers have no end, so there
             self.low, self.width, self.n_bytes = self.low << 8, self.width << 8, self.n_bytes + 1  # are no carries
         return i

@@ -92,7 +92,6 @@ def test_images_come_back_code_by_code(name):
     label = torch.arange(2) % max(1, model.n_classes)
     drawn = dq.generate(model, label, dq.SampleOptions(temperature=0.5), seed=1)
     odd = codes_of_noise(model.layout, 2)
-    before = torch.get_num_threads()
     for i, (pos, code) in enumerate(zip(torch.cat([drawn[0], odd[0]]), torch.cat([drawn[1], odd[1]]))):
         pos, code = pos[None], code[None]
         data = codec.pack(model, pos, code, model_checksum=7)
@@ -103,7 +102,6 @@ def test_images_come_back_code_by_code(name):
             nats = min(sum(model(pos, code, torch.tensor([y])).values()).item() for y in range(-1, model.n_classes))
         size, header = nats / math.log(2) / 8, codec.HEADER.size + len(torch.__version__)
         assert size - 3 <= len(data) - header <= 1.01 * size + 4, (i, size, len(data) - header)
-    assert torch.get_num_threads() == before
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +110,24 @@ def packed():
     model = tiny(**MODELS["three, classes"])
     pos, code = codes_of_noise(model.layout, 1)
     return model, pos, code, codec.pack(model, pos, code, model_checksum=7)
+
+
+def test_the_header_names_the_likeliest_label(packed):
+    model, pos, code, data = packed
+    with torch.no_grad():
+        nats = [sum(model(pos, code, torch.tensor([label])).values()).item() for label in range(-1, model.n_classes)]
+    assert codec.HEADER.unpack_from(data)[3] == nats.index(min(nats)) != 0   # 0 is no label
+
+
+def test_the_number_of_threads_changes_nothing(packed):
+    """Neither the file, nor what the rest of a program has."""
+    model, pos, code, data = packed
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        assert codec.pack(model, pos, code, model_checksum=7) == data and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_another_torch_and_another_model_are_refused(packed, monkeypatch):
