@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import common  # noqa: E402
 import dq  # noqa: E402
 import sample  # noqa: E402
+from data import load_image  # noqa: E402
 
 HEADER = struct.Struct(">3sIIHB")        # mark, checksums of model and codes, label + 1, length of torch's version
 MARK = b"dq1"
@@ -152,7 +153,7 @@ def main(argv=None):
     model, vae = dq.load_transformer(args.model, torch.device("cpu"))
     model_checksum = zlib.crc32(args.model.read_bytes())
     if args.action == "pack":
-        x = common.load_image(args.source, vae.config.size)[None]            # 1, 3, S, S
+        x = load_image(args.source, vae.config.size)[None]            # 1, 3, S, S
         shift_router(vae.router, args.detail)
         with torch.inference_mode():
             pos, code = model.layout.pack(*vae.encode(x))

@@ -30,6 +30,7 @@ import codec  # noqa: E402
 import common  # noqa: E402
 import dq  # noqa: E402
 import figures  # noqa: E402
+from data import load_image  # noqa: E402
 
 COLOURS = {"dq": "#c01530", "WebP": "#3a6ea5", "AVIF": "#2e8b57", "JPEG": "#777777"}
 QUALITIES = {"JPEG": (1, 3, 5, 8, 12, 16, 20, 25, 30, 40, 50, 60, 70, 80),
@@ -75,7 +76,7 @@ def files(picture, name):
 
 def measure(path, model, vae, detail, real):
     """-> what files.jsonl keeps of a picture at this detail. real: pack and unpack it, instead of computing the size"""
-    x, bias = common.load_image(path, vae.config.size)[None], vae.router.mlp[-1].bias
+    x, bias = load_image(path, vae.config.size)[None], vae.router.mlp[-1].bias
     trained = bias.clone()
     codec.shift_router(vae.router, detail)
     with torch.inference_mode():
@@ -165,7 +166,7 @@ def main(argv=None):
 
 def report(paths, args, vae, known):
     """Print the table, draw the picture."""
-    pictures = [common.to_picture(common.load_image(path, vae.config.size), 0) for path in paths]
+    pictures = [common.to_picture(load_image(path, vae.config.size), 0) for path in paths]
     ours = {detail: [known[path.name, detail] for path in paths] for detail in sorted(args.details)}
     real = [entry for entries in ours.values() for entry in entries if "same" in entry]
     wrong = sum(not entry["same"] for entry in real)
@@ -191,7 +192,7 @@ def report(paths, args, vae, known):
     rows = {name: [] for name in ("original", "dq", *FORMATS)}
     for i in range(min(7, len(paths))):
         entry = known[paths[i].name, 0.0]
-        x = common.load_image(paths[i], vae.config.size)[None]
+        x = load_image(paths[i], vae.config.size)[None]
         with torch.inference_mode():
             decoded = common.to_picture(vae.decode(vae.encode(x)[0])[0], 0)
         size = entry["bytes"] - entry["header"]

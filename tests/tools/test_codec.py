@@ -14,6 +14,7 @@ import codec
 import common
 import dq
 from conftest import call
+from data import load_image
 from test_layout import random_image
 from test_transformer import tiny
 
@@ -189,7 +190,7 @@ def test_the_commands(files, capsys):
     assert f"file.dq: {size} bytes" in capsys.readouterr().out
     assert call(codec.main, "unpack", folder / "file.dq", folder / "out.png", *command) is None
     with torch.no_grad():
-        codes, _ = vae.encode(common.load_image(folder / "in.png", 32)[None])
+        codes, _ = vae.encode(load_image(folder / "in.png", 32)[None])
         picture = common.to_picture(vae.decode(codes)[0], 0)
     assert Image.open(folder / "out.png").tobytes() == picture.tobytes()
     assert int.from_bytes((folder / "file.dq").read_bytes()[3:7], "big") == zlib.crc32((folder / "model.pt").read_bytes())

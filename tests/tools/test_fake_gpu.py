@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import common
+import data as reading
 import dq
 import sample
 import train_transformer
@@ -30,9 +31,7 @@ def test_a_sampling_step_never_waits(dtype, is_given, options):
     model = tiny(8, (4, 2, 1), V=5, classes=("a", "b")).to(META, dtype)
     pairs = torch.zeros(2, 4, model.layout.max_len, dtype=torch.long, device=META)
     label = torch.zeros(4, dtype=torch.long, device=META)
-    copies = 2 if options.cfg != 1 else 1
-    job = dq.make_job(model, label, options, 0, tuple(pairs) if is_given else None, 0, copies)
-    state = dq.first_state(model, 4, 3, 3 * copies, 16, label.device)
+    job, state = dq.start(model, label, options, 0, tuple(pairs) if is_given else None, first=0, slots=3, end=16)
     with rehearsal() as seen:
         before = [tensor._version for tensor in (*state.cache, *state[1:])]
         dq.decode_one(model, job, state, 8)
@@ -170,7 +169,7 @@ class NoDouble(TorchDispatchMode):
 def test_no_script_needs_double_precision(tmp_path, monkeypatch):
     """Both stages with their evaluations, all losses but LPIPS, and samples of every option."""
     flags = ["--out", tmp_path, "--steps", 1, "--eval-every", 1, "--dtype", "fp32"]
-    monkeypatch.setattr(train_vae.ToyShapes, "__len__", lambda toy: 8)
+    monkeypatch.setattr(reading.ToyShapes, "__len__", lambda toy: 8)
     monkeypatch.setattr(train_vae, "Discriminator", functools.partial(train_vae.Discriminator, width=8))
     with NoDouble():
         assert call(train_vae.main, *flags, *VAE, "--router", "entropy", "--size", 24, "--gan-weight", 1) is None

@@ -14,11 +14,11 @@ from PIL import Image
 
 import common
 import conftest
+import data as reading
 import dq
 import figures
 import naive
 import symptoms
-import train_vae
 from warm import Script
 
 SHAPES = [(16, (8,)), (16, (8, 4)), (16, (8, 4, 2))]
@@ -34,7 +34,7 @@ def untrained(path, size, factors, router="entropy", classes=()):
 
     -> DQTransformer, DQVAE, toy image 0
     """
-    K, x = len(factors), train_vae.open_data(None, size)[1][0][0]
+    K, x = len(factors), reading.open_data(None, size)[1][0][0]
     vae = dq.DQVAE(dq.VAEConfig(size=size, factors=factors, ratios=(1 / K,) * K, router=router, codebook_size=12))
     vae.codebook.codes.normal_()
     if router == "entropy":
@@ -215,7 +215,7 @@ def test_a_long_sequence_is_shortened(tmp_path, capsys):
 
 @torch.no_grad()
 def test_the_class_of_a_toy_image_is_known_and_that_of_a_file_is_not(tmp_path, capsys):
-    path, toy = tmp_path / "t.pt", train_vae.open_data(None, 16)[1]
+    path, toy = tmp_path / "t.pt", reading.open_data(None, 16)[1]
     model, vae, _ = untrained(path, 16, (8, 4), classes=toy.classes)
     x, _ = toy[6]                                                            # a triangle
     common.to_picture(x, 16).save(tmp_path / "x.png")
@@ -432,6 +432,23 @@ def test_samples_are_shown_beside_their_neighbours(images, tmp_path, capsys):
     assert call("neighbours", path, "--data", images, "--n", 5, "--columns", 3).startswith("error: --n 5 is not a")
     assert call("neighbours", path, "--data", images, "--held-out", images, "--n", 6, "--columns", 3) is None
     assert "48 training pictures" in (told := capsys.readouterr().out) and "48 held-out pictures" in told
+
+
+def test_the_teaser_shows_images_tokens_reconstructions_and_samples(images, tmp_path):
+    path, files = tmp_path / "t.pt", sorted(images.glob("circle/*.png"))[:2]
+    untrained(path, 16, (8, 4), classes=("circle", "cross"))
+    assert call("teaser", path, *files, "--label", "cross", "--seed", 3) is None
+    sheet = Image.open(tmp_path / "teaser.png")
+    assert sheet.size == (7 * 150 - 6, 26 + 2 * 166)                         # tiles of 144, 6 apart, 22 for a label
+    model, vae = dq.load_transformer(path, "cpu")
+    x = torch.stack([reading.load_image(file, 16) for file in files])
+    codes, _ = vae.encode(x)
+    new, _ = model.layout.unpack(*dq.generate(model, torch.ones(4, dtype=torch.long), dq.SampleOptions(1.0, cfg=1.5), 3))
+    shown = {0: x, 2: vae.decode(codes), 3: vae.decode(new[::2]), 5: vae.decode(new[1::2])}
+    for column, wanted in shown.items():
+        for row in range(2):
+            tile = sheet.crop((column * 150, 26 + row * 166, column * 150 + 144, 26 + row * 166 + 144))
+            assert tile.tobytes() == common.to_picture(wanted[row], 144).tobytes(), (column, row)
 
 
 # ------------------------------------------------------------------------------------------------
