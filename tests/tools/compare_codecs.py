@@ -35,7 +35,7 @@ from data import load_image  # noqa: E402
 COLOURS = {"dq": "#c01530", "WebP": "#3a6ea5", "AVIF": "#2e8b57", "JPEG": "#777777"}
 QUALITIES = {"JPEG": (1, 3, 5, 8, 12, 16, 20, 25, 30, 40, 50, 60, 70, 80),
              "WebP": (0, 2, 5, 10, 15, 20, 25, 30, 40, 50, 60, 70, 80, 85),
-             "AVIF": (0, 10, 20, 30, 40, 50, 60, 70)}
+             "AVIF": (0, 10, 20, 25, 30, 35, 40, 45, 50, 55, 60, 70)}
 OPTIONS = {"JPEG": {}, "WebP": {"method": 6}, "AVIF": {"speed": 4}}
 Image.init()
 FORMATS = [name for name in QUALITIES if name.upper() in Image.SAVE]         # not every Pillow has AVIF
