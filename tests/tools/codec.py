@@ -70,7 +70,8 @@ class Reader:
 
 
 def cumulated(logits):
-    """Logits (n,) -> n + 1 integers, from 0 to about 2^24: every entry has its probability, and at least 1; -inf has 0"""
+    """Logits (n,) -> n + 1 integers from 0 to about 2^24. An entry's part is its probability, and at least 1; -inf has
+    none."""
     cdf = logits.double().softmax(-1).cumsum(-1) * (2 ** 24 - len(logits))
     return [0, *(cdf.long() + (logits > -math.inf).cumsum(-1)).tolist()]
 
@@ -124,8 +125,8 @@ def unpack(model, data, model_checksum=0):
     dq.require(data[:3] == MARK and len(data) >= HEADER.size, "this is no file of codec.py, or its header is damaged")
     _, made_by, wanted, label, n = HEADER.unpack_from(data)
     version = data[HEADER.size:HEADER.size + n].decode("ascii", "replace")
-    dq.require(version == torch.__version__, f"the file needs torch {version!r}; this is {torch.__version__}, whose sums "
-                                             "may differ in their last digits")
+    dq.require(version == torch.__version__, f"the file needs torch {version!r}; this is {torch.__version__}, whose "
+                                             "sums may differ in their last digits")
     dq.require(made_by == model_checksum and label <= model.n_classes, "the file was packed with another model")
     pos, code = run_model(model, label - 1, Reader(data[HEADER.size + n:]))
     dq.require(checksum(pos, code) == wanted, "the codes are not those that were packed: the file is damaged, or this "

@@ -175,7 +175,8 @@ def report(paths, args, vae, known):
           f"{mean(excess):.2f} bytes in the mean, {max(excess):.2f} at most")
     others = {name: [files(picture, name) for picture in pictures] for name in FORMATS}
     curves = {counted: {name: curve_of(others[name], counted) for name in FORMATS} for counted in (True, False)}
-    print(f"| detail | codes | bytes, header | PSNR, dB | {', '.join(FORMATS)}: dB at as many bytes | without headers |")
+    names = ", ".join(FORMATS)
+    print(f"| detail | codes | bytes, header | PSNR, dB | {names}: dB at as many bytes | without headers |")
     print("|---|---|---|---|---|---|")
     for detail, entries in ours.items():
         codes, size, header, dB = (mean(entry[name] for entry in entries) for name in ("codes", "bytes", "header",
