@@ -35,7 +35,7 @@ def save_picture(path, picture, **options):
     """A Pillow image, in the format that the ending says. options: those of Pillow's `save`."""
     memory = io.BytesIO()                                                    # Pillow overlooks it when a disk is full
     picture.save(memory, Image.registered_extensions()[path.suffix.lower()], **options)
-    dq.write_file(path, lambda file: file.write(memory.getbuffer()))
+    dq.write_file(path, lambda file: file.write(memory.getbuffer()), sync=False)
 
 
 def to_picture(x, side=128):
@@ -255,11 +255,11 @@ def prepare(args, trains=True):
 LOCKS = {}                               # {folder: open file}
 
 
-def lock(folder):
+def lock(folder, file_name=".lock"):
     """UserError while another run writes into this folder. `run` drops the lock, or the system if this process dies."""
     if (name := os.path.realpath(folder)) in LOCKS:
         return
-    file = open(os.path.join(folder, ".lock"), "a")
+    file = open(os.path.join(folder, file_name), "a")
     try:
         import fcntl                                                         # not on every system
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

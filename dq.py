@@ -884,11 +884,13 @@ def captured_steps(step, model, job, state):
 
 @torch.inference_mode()
 def generate(model, label, options=SampleOptions(), seed=0, given=None, slots=None, first=0, graphs=None, bucket=None,
-             sync_every=None, compile=False):
+             sync_every=None, compile=False, progress=None):
     """Draw images. label: (n,) classes, -1 for none -> pos, code, each (n, max_len); Layout.unpack reads them.
     given: optional (pos, code), each (n, max_len), -1 where it is to be drawn; positions that are given come first.
     slots: how many images are written at a time (None: all); a slot whose image is complete takes the next, so the
     cost follows the mean length. Image i depends on its label, the seed and first + i alone.
+    progress: optional function, called as progress(n_complete, pos, code) between steps; images 0 to n_complete - 1 are
+    complete, at the last call all are. Generation stops when it returns true.
     For speed. bucket: attention sees a part of the cache that grows by so many places. graphs (None: on GPUs): for each
     such size a step is captured as a CUDA graph when first needed. sync_every: steps between the host's looks."""
     options.check()
@@ -909,8 +911,9 @@ def generate(model, label, options=SampleOptions(), seed=0, given=None, slots=No
             take((furthest // bucket + 1) * bucket)
             furthest = min(furthest + 1, L - 1)
             if n_steps % sync_every == 0:
-                least, furthest = torch.stack([state.image.min(), state.t.max()]).tolist()
-                if least == n:                                               # every slot has run out of images
+                complete, furthest = torch.stack([state.image.min(), state.t.max()]).tolist()
+                stopped = progress and progress(complete, state.pos, state.code)
+                if complete == n or stopped:                                 # every slot has run out of images
                     return state.pos[:n], state.code[:n]
 
 
