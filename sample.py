@@ -52,7 +52,8 @@ def parse(argv=None):
     path = parser.parse_known_args(argv)[0].checkpoint
     path = better_checkpoint(path) if path.is_dir() or path == Path("out") else path
     parser.set_defaults(**default_options(path)._asdict())
-    add("-h", "--help", action="help", help=f"show this help, with the sampling options of {path}, and exit")
+    parser.epilog = f"Defaults of --temperature, --top-k, --top-p and --cfg: the sampling options of {path}."
+    add("-h", "--help", action="help", default=argparse.SUPPRESS, help="show this help message and exit")
     return argparse.Namespace(**vars(parser.parse_args(argv)) | dict(checkpoint=path))
 
 

@@ -225,7 +225,7 @@ def options_of(*flags):
     return args.temperature, args.top_k, args.top_p, args.cfg
 
 
-def test_options_that_are_not_given_are_those_of_the_checkpoint(tmp_path, capsys):
+def test_options_that_are_not_given_are_those_of_the_checkpoint(tmp_path, monkeypatch, capsys):
     carried = dict(temperature=1.25, top_k=3, top_p=0.75, cfg=1.5)
     path = save_model(tmp_path / "a.pt", carried, classes=("a", "b"))
     assert options_of(path) == (1.25, 3, 0.75, 1.5)
@@ -235,6 +235,7 @@ def test_options_that_are_not_given_are_those_of_the_checkpoint(tmp_path, capsys
     assert options_of(old) == (0.7, 0, 1.0, 2.0)
     for wrong in (["a"], dict(heat=1.0), dict(temperature="hot")):           # of another version, or damaged
         assert len(options_of(save_model(tmp_path / "wrong.pt", wrong, classes=("a",)))) == 4
+    monkeypatch.setenv("COLUMNS", "1000")                                    # no path is broken
     with pytest.raises(SystemExit):
         sample.parse([str(path), "--help"])
     told = " ".join(capsys.readouterr().out.split())
