@@ -174,6 +174,14 @@ def number(kind, low, below=math.inf):
 positive, natural, weight = number(int, 1), number(int, 0), number(float, 0)
 
 
+def path(text):
+    """An argparse type: a Path with `~` expanded, wherever it stands. A blank one comes from an unset variable."""
+    expanded = os.path.expanduser(text)
+    if not text.strip() or expanded.startswith("~"):
+        raise argparse.ArgumentTypeError(f"no home folder for {text!r}" if text.strip() else "the path is empty")
+    return Path(expanded)
+
+
 def flag(default=MISSING, **how):
     """A field that can be set on the command line. how: as in argparse's `add_argument`"""
     return field(default=default, metadata=how)
@@ -209,7 +217,7 @@ def trainer_flags(description, presets, argv, preset="toy"):
     parser = argparse.ArgumentParser(description=description, parents=[chooser],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--out", metavar="DIR", type=Path, default=Path("out"), help="folder that the run writes")
+    add("--out", metavar="DIR", type=path, default=Path("out"), help="output folder")
     for each in fields(schedule):
         if each.metadata:
             add(f"--{each.name.replace('_', '-')}", default=getattr(schedule, each.name), **each.metadata)

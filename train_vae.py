@@ -9,7 +9,6 @@ import math
 import re
 import zlib
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -18,8 +17,8 @@ from torch.distributed.nn.functional import all_reduce
 from tqdm import tqdm
 
 import dq
-from common import (Record, Schedule, Stop, distribute, draw_grains, flag, natural, override, positive, prepare, run,
-                    save_grid, say, seed_all, set_aside, shuffled_indices, to_picture, trainer_flags, weight)
+from common import (Record, Schedule, Stop, distribute, draw_grains, flag, natural, override, path, positive, prepare,
+                    run, save_grid, say, seed_all, set_aside, shuffled_indices, to_picture, trainer_flags, weight)
 from data import BROKEN, ToyShapes, describe, identity, loader, open_data, stream
 
 
@@ -287,7 +286,7 @@ def show(path, images, reconstructions, grains, factors):
 
 
 @torch.no_grad()
-def encode(vae, data, device, autocast, workers, mirrored, stop):
+def encode_dataset(vae, data, device, autocast, workers, mirrored, stop):
     """All images, and the mirror image of each if `mirrored` -> {codes: (M, views, H, W), grains: (M, views, h, w),
     label: (M,)} on the CPU, in small integers, without what can't be decoded.
 
@@ -328,7 +327,7 @@ def write_codes(path, vae, train, held_out, preset, args, device, autocast, stop
     """Encode all images and write what stage 2 needs: these, the DQ-VAE, the classes, the name of the preset."""
     vae.eval()
     seed_all(args.seed)                                                      # the random router draws
-    train_codes, held_out_codes = (encode(vae, data, device, autocast, args.workers, mirrored, stop)
+    train_codes, held_out_codes = (encode_dataset(vae, data, device, autocast, args.workers, mirrored, stop)
                                    for data, mirrored in ((train, not args.no_flip), (held_out, False)))
     weights, checksum = {name: x.cpu() for name, x in vae.state_dict().items()}, 0
     for x in (*weights.values(), *train_codes.values(), *held_out_codes.values()):
@@ -356,8 +355,8 @@ def parse(argv=None):
     parser, config, schedule = trainer_flags(
         "Train a DQ-VAE: images to variable-length codes and back.", PRESETS, argv)
     add = parser.add_argument
-    add("--data", metavar="DIR", help="folder of images; None: the built-in toy shapes")
-    add("--held-out", metavar="DIR", help="folder of images to evaluate on; None: one in 20 of --data")
+    add("--data", metavar="DIR", type=path, help="folder of images; None: the built-in toy shapes")
+    add("--held-out", metavar="DIR", type=path, help="folder of images to evaluate on; None: one in 20 of --data")
     add("--no-flip", action="store_true", help="no mirror images: where left and right are not alike, as in letters")
     add("--workers", type=natural, default=0, help="processes that load images")
     add("--size", type=positive, default=config.size, help="side of the images, pixels")
@@ -367,9 +366,9 @@ def parse(argv=None):
     add("--router", choices=["learned", "entropy", "random"], default=config.router, help="what picks granularities")
     add("--codebook-size", type=positive, default=config.codebook_size, help="number of codes")
     add("--code-dim", type=positive, default=config.code_dim, help="dimension of a code")
-    add("--perceptual-weights", metavar="FILE", nargs="+", default=[],
+    add("--perceptual-weights", metavar="FILE", type=path, nargs="+", default=[],
         help="files with the weights of VGG16 and LPIPS; none: torch's cache, or download")
-    add("--encode", metavar="CHECKPOINT", type=Path,
+    add("--encode", metavar="CHECKPOINT", type=path,
         help="instead of training, write codes.pt: the images of --data as codes of this DQ-VAE")
     args = parser.parse_args(argv)
     if args.ratios is None:

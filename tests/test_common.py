@@ -34,6 +34,7 @@ import struct
 import sys
 import warnings
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -365,6 +366,16 @@ def test_numbers_of_flags():
                 kind(text)
 
 
+def test_paths_of_flags(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    home = "/home/someone"
+    for text, wanted in (("a/b", "a/b"), ("~", home), ("~/runs/x.pt", f"{home}/runs/x.pt"), ("a~", "a~")):
+        assert common.path(text) == Path(wanted)
+    for text, says in (("", "is empty"), (" ", "is empty"), ("~no-such-user/x", "no home folder for '~no-such-")):
+        with pytest.raises(argparse.ArgumentTypeError, match=says):
+            common.path(text)
+
+
 def test_a_signal_is_noted_and_a_second_one_acts(capsys):
     before = signal.getsignal(signal.SIGINT)
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -436,6 +447,11 @@ def test_training_writes_logs_pictures_and_checkpoints(stage, fixture, figures, 
     ("train_vae.py", ["--lr", "nan"], "--lr"),
     ("train_vae.py", ["--clip", "much"], "--clip: invalid float value"),
     ("train_vae.py", ["--seed", 2 ** 64], "--seed"),
+    ("train_vae.py", ["--out", ""], "--out: the path is empty"),
+    ("train_vae.py", ["--data", ""], "--data: the path is empty"),
+    ("train_vae.py", ["--held-out", " "], "--held-out: the path is empty"),
+    ("train_vae.py", ["--encode="], "--encode: the path is empty"),
+    ("train_vae.py", ["--perceptual-weights", "file", ""], "--perceptual-weights: the path is empty"),
     ("train_transformer.py", ["--dropout", 1], "--dropout: must be at least 0 and below 1"),
     ("train_vae.py", ["--device", "cuda:99"], "no such device"),
     ("train_vae.py", ["--preset", "huge"], "invalid choice"),

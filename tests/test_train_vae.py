@@ -807,7 +807,7 @@ def test_encoding_keeps_every_image_and_its_mirror_image():
     model.eval()
     device, layout = torch.device("cpu"), dq.Layout(16, (8, 4))
     with common.Stop(device) as stop:
-        part = train_vae.encode(model, data, device, plain, workers=0, mirrored=True, stop=stop)
+        part = train_vae.encode_dataset(model, data, device, plain, workers=0, mirrored=True, stop=stop)
     assert part["codes"].shape == (10, 2, 4, 4) and part["grains"].shape == (10, 2, 2, 2)
     assert {x.dtype for x in part.values()} == {torch.uint8}                 # 8 codes, 2 granularities, 4 classes
     images = train_transformer.views(part, (8, 4), uncond=False)
@@ -832,7 +832,7 @@ def test_broken_images_have_no_codes(tmp_path, monkeypatch, capfd):
     model = dq.DQVAE(dq.VAEConfig(size=8, factors=(4, 2), codebook_size=8)).eval()
     model.codebook.codes.normal_()
     with common.Stop(torch.device("cpu")) as stop:
-        part = train_vae.encode(model, data, torch.device("cpu"), plain, workers=0, mirrored=False, stop=stop)
+        part = train_vae.encode_dataset(model, data, torch.device("cpu"), plain, workers=0, mirrored=False, stop=stop)
     with torch.no_grad():
         codes, grains = model.encode(torch.stack([data.read(i)[0] for i in sound]))
     assert torch.equal(part["codes"][:, 0], codes) and torch.equal(part["grains"][:, 0], grains)

@@ -468,7 +468,7 @@ def test_every_flag_arrives(stage, stage_1, images, tmp_path, monkeypatch):
     if stage == "vae":
         assert (record.config.factors, record.config.ratios) == ((4, 2), (0.25, 0.75))
         assert streams[-1] == (6, 9, 0, 1, 2)                                # batch, seed, first step, workers, parts
-        assert opened[-1] == dict(augment=True, seed=9, skip=tmp_path, flip=False, held_out=str(images))
+        assert opened[-1] == dict(augment=True, seed=9, skip=tmp_path, flip=False, held_out=images)
     else:
         assert record.config.classes == ()
     for preset in ("toy", "emoji64"):
@@ -486,7 +486,7 @@ def test_no_flip(images, tmp_path, monkeypatch):
     """Of what is trained on, codes.pt has mirror images only without it, of what is held out never."""
     for flags, mirrored in (([], [True, False]), (["--no-flip"], [False, False])):
         asked = []
-        monkeypatch.setattr(train_vae, "encode", lambda vae, data, device, autocast, workers, mirrored, stop: (
+        monkeypatch.setattr(train_vae, "encode_dataset", lambda vae, data, device, autocast, workers, mirrored, stop: (
             asked.append(mirrored), dict(label=torch.zeros(len(data))))[1])
         flags = ["--size", 16, "--batch-size", 2, "--steps", 1, "--data", images, "--out", tmp_path, *flags, *CPU]
         assert call(train_vae.main, *flags) is None

@@ -115,7 +115,7 @@ def encode_shapes(rank, world):
     model.codebook.codes.normal_()
     plain, device = torch.autocast("cpu", enabled=False), torch.device("cpu")
     with common.Stop(device) as stop:
-        encoded = train_vae.encode(model.eval(), data, device, lambda: plain, workers=0, mirrored=True, stop=stop)
+        encoded = train_vae.encode_dataset(model.eval(), data, device, lambda: plain, 0, mirrored=True, stop=stop)
     return encoded, data.made
 
 
