@@ -16,7 +16,8 @@ from PIL import Image
 from tqdm import tqdm
 
 import dq
-from common import Stop, draw_grains, lock, number, pick_device, positive, run, save_grid, save_picture, to_picture
+from common import (Stop, draw_grains, lock, number, path, pick_device, positive, run, save_grid, save_picture,
+                    to_picture)
 from data import load_image, open_image
 
 ROUND = 16                               # batches per call of dq.generate: slots are idle at the end of a call only
@@ -28,7 +29,7 @@ def parse(argv=None):
     parser = argparse.ArgumentParser(description="Sample images from a DQ-Transformer.", add_help=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("checkpoint", nargs="?", type=Path, default=Path("out"),
+    add("checkpoint", nargs="?", type=path, default=Path("out"),
         help="checkpoint, or a folder: the better of its transformer.pt and transformer.best.pt by validation loss")
     add("--n", type=positive, default=32, help="number of images")
     add("--batch-size", type=positive, default=64, help="number of images that are sampled at the same time")
@@ -41,20 +42,21 @@ def parse(argv=None):
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 where it is fast")
     add("--compile", action="store_true", help="compile the sampling step with torch.compile")
-    add("--out", metavar="PATH", type=Path,
+    add("--out", metavar="PATH", type=path,
         help="folder for samples.png, a grid of up to 32 images, or a file name for it; None: the checkpoint's folder")
-    add("--save-dir", metavar="DIR", type=Path, help="also save each image as a PNG file in this folder")
-    add("--gif", metavar="FILE", type=Path, help="also save an animation of how the first image is sampled")
-    add("--grain-map", metavar="IMAGE", type=Path,
+    add("--save-dir", metavar="DIR", type=path, help="also save each image as a PNG file in this folder")
+    add("--gif", metavar="FILE", type=path, help="also save an animation of how the first image is sampled")
+    add("--grain-map", metavar="IMAGE", type=path,
         help="greyscale image, brighter where codes should be finer; fixes all positions, so only contents are sampled")
-    add("--input", metavar="IMAGE", type=Path, help="photo whose coarse codes are kept (see --keep)")
+    add("--input", metavar="IMAGE", type=path, help="photo whose coarse codes are kept (see --keep)")
     add("--keep", metavar="N", type=int, help="with --input: keep the codes of the N coarsest granularities; None: 1")
-    path = parser.parse_known_args(argv)[0].checkpoint
-    path = better_checkpoint(path) if path.is_dir() or path == Path("out") else path
-    parser.set_defaults(**default_options(path)._asdict())
-    parser.epilog = f"Defaults of --temperature, --top-k, --top-p and --cfg: the sampling options of {path}."
+    checkpoint = parser.parse_known_args(argv)[0].checkpoint
+    if checkpoint.is_dir() or checkpoint == Path("out"):
+        checkpoint = better_checkpoint(checkpoint)
+    parser.set_defaults(**default_options(checkpoint)._asdict())
+    parser.epilog = f"Defaults of --temperature, --top-k, --top-p and --cfg: the sampling options of {checkpoint}."
     add("-h", "--help", action="help", default=argparse.SUPPRESS, help="show this help message and exit")
-    return argparse.Namespace(**vars(parser.parse_args(argv)) | dict(checkpoint=path))
+    return argparse.Namespace(**vars(parser.parse_args(argv)) | dict(checkpoint=checkpoint))
 
 
 def peek(path):
