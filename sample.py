@@ -169,7 +169,7 @@ def given_pairs(args, layout, vae, device, autocast):
     return None
 
 
-def save_gif(path, layout, vae, pos, code, autocast, frames=80):
+def save_gif(path, layout, vae, pos, code, autocast, batch_size, frames=80):
     """Animate how one image (1, L) is sampled: each frame shows the codes so far, and grey elsewhere."""
     length = int(layout.lengths(pos)) - 1
     steps = sorted({round(t) for t in np.linspace(1, length, min(length, frames))})
@@ -177,7 +177,8 @@ def save_gif(path, layout, vae, pos, code, autocast, frames=80):
     so_far = torch.cat([torch.where(order < t, pos, layout.end) for t in steps])  # frames, L
     codes, _ = layout.unpack(so_far, code.expand(len(steps), -1))            # frames, H, W; -1 where nothing is yet
     with autocast(), torch.inference_mode():
-        images = torch.cat([vae.decode(part) for part in codes.clamp(min=0).split(64)]).float()  # frames, 3, S, S
+        images = [vae.decode(part) for part in codes.clamp(min=0).split(batch_size)]
+        images = torch.cat(images).float()                                   # frames, 3, S, S
     there = dq.upsample((codes >= 0).float()[:, None], images.shape[-1])     # frames, 1, S, S
     pictures = [to_picture(x, 256) for x in images * there]
     duration = [60] * (len(steps) - 1) + [2000]                              # milliseconds
@@ -206,10 +207,9 @@ def main(argv=None):
     with autocast():                                                         # on CPUs it is no faster for few rows
         bf16 = torch.is_autocast_enabled(device.type) and (device.type == "cuda" or args.dtype == "bf16")
     model.to(torch.bfloat16 if bf16 else torch.float32)
-    if args.checkpoint.name == "transformer.best.pt":
-        saved = peek(args.checkpoint)
+    if args.checkpoint.name == "transformer.best.pt" and (saved := peek(args.checkpoint)).get("best"):
         print(f"sampling from {args.checkpoint}: validation loss {saved['best']:.1f} nats per image at step "
-              f"{saved['step']}, the lowest of this run; for the last step name transformer.pt")
+              f"{saved['step']}, the lowest of its run; for the last step name transformer.pt")
 
     if args.save_dir:                                                        # marks its images as output, not data
         told = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
@@ -232,7 +232,7 @@ def main(argv=None):
             with autocast(), torch.inference_mode():
                 images = vae.decode(codes).float()                           # n, 3, S, S
             if args.gif and n_saved == 0:
-                save_gif(args.gif, layout, vae, pos[:1], code[:1], autocast)
+                save_gif(args.gif, layout, vae, pos[:1], code[:1], autocast, args.batch_size)
             for x, g, n_codes in zip(images, grains, (code[part] >= 0).sum(dim=1).tolist()):
                 if args.save_dir:
                     save_picture(args.save_dir / f"{n_saved:06d}.png", to_picture(x, 0))

@@ -106,14 +106,14 @@ def test_samples_of_a_run(tmp_path, monkeypatch):
     model, asked, real = tiny(16, (8, 4), V=16, classes=("a", "b", "c"), dropout=0.5), [], dq.generate
     vae = dq.DQVAE(dq.VAEConfig(size=16, codebook_size=16)).eval()
 
-    def generate(model, label, *how):
-        asked.append((model.training, label.tolist(), how))
-        return real(model, label, *how)
+    def generate(model, label, *how, slots):
+        asked.append((model.training, label.tolist(), how, slots))
+        return real(model, label, *how, slots=slots)
     monkeypatch.setattr(dq, "generate", generate)
     model.train()
     options = dq.SampleOptions(0.8, 3)
-    train_transformer.save_samples(tmp_path / "x.png", model, vae, options, 7, plain, n=5)
-    assert asked == [(False, [0, 1, 2, 0, 1], (options, 7))] and model.training
+    train_transformer.save_samples(tmp_path / "x.png", model, vae, options, 7, plain, n=5, batch_size=2)
+    assert asked == [(False, [0, 1, 2, 0, 1], (options, 7), 2)] and model.training
     assert Image.open(tmp_path / "x.png").size == (8 * 130 - 2, 2 * 130 - 2)
 
 
@@ -230,7 +230,7 @@ def test_checkpoints_carry_the_sampling_options_of_the_preset(flags, guided, vae
     preset = dq.SampleOptions(1.25, 5, 0.75, 3.0)
     monkeypatch.setitem(train_transformer.PRESETS, "toy", (config, replace(schedule, sampling=preset)))
     sampled, options = [], preset if guided else preset._replace(cfg=1.0)
-    monkeypatch.setattr(train_transformer, "save_samples", lambda *args: sampled.append(args[3]))
+    monkeypatch.setattr(train_transformer, "save_samples", lambda *args, **how: sampled.append(args[3]))
     flags = ["--codes", vae_run / "codes.pt", "--out", tmp_path, "--steps", 1, *TRANSFORMER, *flags]
     assert call(train_transformer.main, *flags) is None
     for name in ("transformer.pt", "transformer.best.pt"):
@@ -268,7 +268,8 @@ def test_what_a_run_says_at_its_ends(few, vae_run, tmp_path, monkeypatch, capsys
     flags = ["--codes", tmp_path / "codes.pt", "--out", tmp_path / "run", "--steps", 2, *TRANSFORMER]
     assert call(train_transformer.main, *flags) is None
     lines = capsys.readouterr().out.splitlines()
-    assert (f"fewer than {few} images" in lines[1]) == (few > len(stored["train"]["label"]))
+    warned = [line for line in lines if line.startswith("note: ") and f"fewer than {few} images" in line]
+    assert len(warned) == (few > len(stored["train"]["label"]))
     log = common.read_log(tmp_path / "run/transformer.jsonl")[-1]
     assert lines[-1] == (
         f"done: validation loss {log['nats_per_image']:.1f} nats per image (lowest: {log['nats_per_image']:.1f}), "
