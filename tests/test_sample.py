@@ -60,6 +60,17 @@ def test_what_could_not_be_written_is_refused_in_one_line(args, line, tmp_path, 
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("flag", ["checkpoint", "--out", "--save-dir", "--gif", "--grain-map", "--input"])
+def test_paths_are_not_empty_and_may_name_the_home_folder(flag, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
+    assert call(sample.main, *([""] if flag == "checkpoint" else [f"{flag}="])) == 2
+    assert "the path is empty" in capsys.readouterr().err
+    args = sample.parse(["~/x.png"] if flag == "checkpoint" else [f"{flag}=~/x.png"])
+    assert getattr(args, flag.strip("-").replace("-", "_")) == tmp_path / "home/x.png"
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_every_ending_is_refused_or_can_be_written(tmp_path):
     pictures, written = [common.to_picture(torch.rand(3, 16, 16) * 2 - 1)] * 3, 0

@@ -188,6 +188,16 @@ def test_the_preset_comes_with_the_codes(vae_run, tmp_path, monkeypatch):
     assert (args.preset, args.width, args.steps) == ("toy", 192, 3)
 
 
+def test_codes_may_lie_below_the_home_folder(vae_run, tmp_path, monkeypatch):
+    """`parse` looks for the preset in the file that the run will read."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    torch.save(torch.load(vae_run / "codes.pt", weights_only=True) | dict(preset="emoji64"), tmp_path / "codes.pt")
+    for flags in (["--codes=~/codes.pt"], ["--out=~/"]):
+        args = train_transformer.parse(flags)[0]
+        assert (args.preset, args.codes) == ("emoji64", tmp_path / "codes.pt")
+
+
 @pytest.mark.parametrize("how", ["cut", "a bit flipped", "empty", "of another version", "a list"])
 def test_codes_that_are_none_end_in_a_line_that_helps(how, vae_run, tmp_path):
     path = tmp_path / "codes.pt"
