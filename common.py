@@ -117,7 +117,8 @@ def machine(device, autocast):
 
 GONE = "another process of this job died or lost its connection; --resume continues from the last checkpoint"
 NO_MEMORY = "not enough memory; reduce --batch-size, or in training increase --accumulate"
-HINTS = {"DataLoader worker (pid": "a process that loads images died; --resume continues, fewer --workers need less memory",
+HINTS = {"DataLoader worker (pid": "a process that loads images died; --resume continues, fewer --workers need less "
+                                   "memory",
          "DataLoader timed out": "the processes that load images do not deliver; try --workers 0",
          "gloo": GONE, "NCCL": GONE, "out of memory": NO_MEMORY, "allocate memory": NO_MEMORY, "MemoryError": NO_MEMORY,
          "bad_alloc": NO_MEMORY, "ALLOC_FAILED": NO_MEMORY}
@@ -191,7 +192,7 @@ def number(kind, low, below=math.inf):
             limit = "" if below == math.inf else f" and below {below}"
             raise argparse.ArgumentTypeError(f"must be at least {low}{limit}, not {text}")
         return kind(text)
-    read.__name__ = kind.__name__                                            # for argparse's message "invalid int value"
+    read.__name__ = kind.__name__                                            # argparse says "invalid int value"
     return read
 
 
@@ -199,7 +200,7 @@ positive, natural, weight = number(int, 1), number(int, 0), number(float, 0)
 
 
 def path(text):
-    """An argparse type: a Path with `~` expanded. A blank path is an error: it comes from an unset shell variable."""
+    """An argparse type: a Path with `~` expanded. A blank one, as of an unset variable, is an error."""
     expanded = os.path.expanduser(text)
     if not text.strip() or expanded.startswith("~"):
         raise argparse.ArgumentTypeError(f"no home folder for {text!r}" if text.strip() else "the path is empty")
@@ -354,7 +355,8 @@ class Stop:
             ear, mouth = socket.socketpair()
             mouth.setblocking(False)
             self.handlers.callback(mouth.close)
-            self.handlers.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(mouth.fileno(), warn_on_full_buffer=False))
+            former = signal.set_wakeup_fd(mouth.fileno(), warn_on_full_buffer=False)
+            self.handlers.callback(signal.set_wakeup_fd, former)
             threading.Thread(target=self.watch, args=[ear], daemon=True).start()
         for number in SIGNALS:
             if number.name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN:  # ignored under nohup
@@ -410,12 +412,13 @@ class Record:
     may_change: tuple = ("steps", "eval_every", "device", "dtype", "torch", "accumulate")  # settings, when resuming
     step: int = 0                        # of the latest checkpoint; 0: there is none
     best: float = math.inf               # lowest validation loss
-    losses: dict = field(default_factory=dict)                               # {step: {name: scalar}}, still on the device
+    news: dict = field(default_factory=dict)                                 # settings that are new in the log
+    losses: dict = field(default_factory=dict)                               # {step: {name: scalar}}, on the device
 
     def begin(self, *also):
         """Load the checkpoint to resume, after checking that it belongs to this run. A new run moves the files of a
         previous one aside, and with them those named in `also`."""
-        self.log, now = self.path.with_suffix(".jsonl"), asdict(self.config) | self.settings
+        now = asdict(self.config) | self.settings
         self.news = {name: now[name] for name in ("device", "dtype", "torch") if name in now}  # for the log
         resumes = self.args.resume or variable("TORCHELASTIC_RESTART_COUNT") > 0  # torchrun has restarted this job
         if resumes and not self.path.exists():
@@ -442,7 +445,7 @@ class Record:
 
     def start(self, title):
         """-> the steps to come, under a progress bar."""
-        rank, steps = dq.rank_world()[0], self.settings["steps"]
+        rank, steps, self.log = dq.rank_world()[0], self.settings["steps"], self.path.with_suffix(".jsonl")
         self.bar = tqdm(range(self.step, steps), title, initial=self.step, total=steps,
                         disable=True if rank or self.step >= steps else None)
         if rank == 0:                                                        # drop what is about to be repeated

@@ -230,8 +230,8 @@ def main(argv=None):
     extra = dict(sample_options=options._asdict(), vae_config=asdict(vae.config), vae_weights=vae.state_dict())
     record = Record(args, args.out / "transformer.pt", config, settings, model, optimizers, extra)
     record.begin()
-    evaluated = any("nats_per_image" in line and line["step"] == record.step for line in read_log(record.log))
-    if record.step >= schedule.steps and evaluated:
+    evaluated = [line["step"] for line in read_log(args.out / "transformer.jsonl") if "nats_per_image" in line]
+    if record.step >= schedule.steps and record.step in evaluated:
         return say(f"nothing left to do: {record.path} is at step {record.step}")
     forward = distribute(torch.compile(model) if args.compile else model)
     order = batches(train.length.numpy(), schedule.batch_size, args.seed, record.step)

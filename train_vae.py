@@ -39,8 +39,8 @@ class VAESchedule(Schedule):
     perceptual_weight: float = flag(0.0, type=weight, help="weight of the perceptual loss (LPIPS); 0: off")
     gan_weight: float = flag(0.0, type=weight, help="factor on the adaptive weight of the adversarial loss; 0: off")
     gan_start: int = flag(0, metavar="STEP", type=natural, help="first step with the adversarial loss")
-    accumulate: int = flag(1, metavar="N", type=positive, help="gradient accumulation steps; more need less memory, but "
-                           "the budget loss, EMA updates and batch norm are computed for each, so the result differs")
+    accumulate: int = flag(1, metavar="N", type=positive, help="gradient accumulation steps; more need less memory "
+                           "and give other results, as budget loss, EMA updates and batch norm are per part")
 
 
 # The paper's (section 4 and the released settings); the learning rate is 4.5e-6 per image of a batch of 120.
@@ -107,7 +107,7 @@ class Perceptual(nn.Module):
 
     @classmethod
     def load(cls, files=()):
-        """The published weights, from `files`, or else from torch's cache or the internet. UserError if there are none."""
+        """With the published weights, from `files`, or else from torch's cache or the internet."""
         lpips, published = cls(), {}
         try:
             for url, name in zip(cls.urls, () if files else ("vgg16-397923af.pth", "lpips-vgg-0.1.pth")):
@@ -117,10 +117,10 @@ class Perceptual(nn.Module):
                 published |= torch.load(file, map_location="cpu", weights_only=True)
             lpips.load_state_dict({name: published[re.sub(r"weights\.(\d)", r"lin\1.model.1.weight", name)]
                                    for name in lpips.state_dict()})          # VGG16's layers have the same names
-        except Exception as error:                                           # no network, no such file, a wrong file ...
+        except Exception as error:                                           # no network, no file, a wrong one ...
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise dq.UserError(f"no weights for the perceptual loss ({reason}); download {' and '.join(cls.urls)} and "
-                               "pass both files to --perceptual-weights, or turn the loss off with "
+            raise dq.UserError(f"no weights for the perceptual loss ({reason}); download {' and '.join(cls.urls)} "
+                               "and pass both files to --perceptual-weights, or turn the loss off with "
                                "--perceptual-weight 0") from None
         return lpips
 
@@ -420,7 +420,8 @@ def recall(args):
 
 def encode_only(args, saved, device, autocast):
     """--encode: write codes.pt with a DQ-VAE that is already trained."""
-    vae, path, trained_on = dq.load_vae(args.encode, device), args.out / "codes.pt", saved.get("settings", {}).get("data")
+    vae, path = dq.load_vae(args.encode, device), args.out / "codes.pt"
+    trained_on = saved.get("settings", {}).get("data")
     train, val = open_data(args.data, vae.config.size, seed=args.seed, skip=args.out, held_out=args.held_out)
     say(describe(train, val))
     if trained_on not in (None, identity(train)):
@@ -460,8 +461,9 @@ def main(argv=None):
         parts = dict(critic=discriminator, **optimizers)                     # these names are in checkpoints
     settings = dict(data=identity(train), held_out=identity(val), no_flip=args.no_flip, seed=args.seed)
     settings |= asdict(schedule) | machine(device, autocast)
-    folders = {name: folder and os.path.abspath(folder) for name, folder in dict(data=args.data, held_out=args.held_out).items()}
-    record = Record(args, args.out / "vae.pt", config, settings, model, parts, dict(preset=args.preset, folders=folders))
+    folders = {name: getattr(args, name) and os.path.abspath(getattr(args, name)) for name in ("data", "held_out")}
+    extra = dict(preset=args.preset, folders=folders)
+    record = Record(args, args.out / "vae.pt", config, settings, model, parts, extra)
     record.may_change = tuple(name for name in record.may_change if name != "accumulate")
     codes = args.out / "codes.pt"
     record.begin(codes.name)
@@ -531,8 +533,8 @@ def main(argv=None):
     say(f"done: {record.path}, {codes}, {args.out / 'vae.png'} and {record.log}")
     if metrics:
         out = "" if args.out == Path("out") else f" --out {shlex.quote(str(args.out))}"
-        say(f"{metrics['psnr']:.1f} dB PSNR on the validation images, {metrics['codes_per_image']:.1f} codes per image; "
-            f"next: python train_transformer.py{out}")
+        say(f"{metrics['psnr']:.1f} dB PSNR on the validation images at {metrics['codes_per_image']:.1f} codes per "
+            f"image; next: python train_transformer.py{out}")
 
 
 # ------------------------------------------------------------------------------------------------
