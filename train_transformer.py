@@ -7,6 +7,7 @@ the lowest validation loss), transformer.jsonl (log) and transformer.png (sample
 import argparse
 import contextlib
 import math
+import shlex
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -279,7 +280,7 @@ def main(argv=None):
     limit = f", limited by reconstructions of {stored['psnr']:.1f} dB" if "psnr" in stored else ""
     say(f"done: validation loss {metrics['nats_per_image']:.1f} nats per image (lowest: {record.best:.1f}), "
         f"{metrics['bits_per_code']:.2f} bits per code; samples: {args.out / 'transformer.png'}{limit}; "
-        f"next: python sample.py {args.out}")
+        f"next: python sample.py {shlex.quote(str(args.out))}")
 
 
 if __name__ == "__main__":

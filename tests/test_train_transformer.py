@@ -150,7 +150,7 @@ def test_which_weights_decay():
 def test_how_the_presets_of_stage_2_learn():
     """Ours by Muon, at a rate that falls linearly; the paper's by AdamW, at one that falls like a cosine."""
     for name, (_, schedule) in train_transformer.PRESETS.items():
-        papers = name in ("ffhq256", "imagenet256", "imagenet256-triple")
+        papers = name in ("toy-paper", "ffhq256", "imagenet256", "imagenet256-triple")
         assert schedule.optimizer == ("adamw" if papers else "muon"), name
         near_the_end = schedule.learning_rate(schedule.warmup + 0.75 * (schedule.steps - schedule.warmup))
         assert near_the_end / schedule.lr == pytest.approx(0.1464 if papers else 0.25, rel=1e-3), name
