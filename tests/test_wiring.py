@@ -500,12 +500,15 @@ def test_every_flag_arrives(stage, stage_1, images, tmp_path, monkeypatch):
     for preset in ("toy", "emoji64"):
         record = record_of(module.main, monkeypatch, *both, "--preset", preset)
         config, schedule = module.PRESETS[preset]
-        assert record.settings.items() >= asdict(schedule).items() and record.args.save_every == schedule.eval_every
+        schedule = asdict(schedule)
+        sampling = schedule.pop("sampling", dq.SampleOptions())              # of stage 2, beside the settings
+        assert record.settings.items() >= schedule.items() and record.args.save_every == schedule["eval_every"]
         if stage == "vae":
             assert record.config == config
         else:
             assert record.config.classes == ("circle", "cross", "square", "triangle")
             assert (record.config.width, record.config.size, record.config.codebook_size) == (config.width, 24, 16)
+            assert record.extra["sample_options"] == sampling._asdict()
 
 
 def test_no_flip(images, tmp_path, monkeypatch):
