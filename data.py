@@ -590,7 +590,7 @@ def to_rgb(image, packing=""):
         image.info["transparency"] = tuple(value >> 8 for value in key)
     elif image.mode in ("La", "RGBa"):                                       # premultiplied
         image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
-    grey = image.mode in ("1", "L", "LA")
+    grey = image.mode in ("1", "L", "LA") or packing == "LA;16B"             # which Pillow reads as RGBA
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

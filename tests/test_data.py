@@ -14,15 +14,17 @@
     to_rgb, to_srgb, grey_8_bits     test_one_order_of_treatments, test_images_of_every_mode
 """
 import errno
-import io
 import itertools
+import multiprocessing
 import os
 import shutil
 import struct
+import time
 import warnings
 import zlib
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -241,9 +243,9 @@ def test_a_broken_file_weighs_nothing(tmp_path, monkeypatch, capfd):
     data.augment = False                                                     # each once: none in place of another
     assert [red(x) for x, label in map(data.__getitem__, range(n)) if label != reading.BROKEN] == sorted(sound)
     data.augment = True
-    drawn = [red(data[i][0]) for i in range(100 * n)]
+    drawn = [red(data[i][0]) for i in range(40 * n)]
     count = Counter(drawn)
-    mean = 100 * n / len(sound)
+    mean = 40 * n / len(sound)
     assert count.keys() == sound
     assert max(abs(times - mean) for times in count.values()) < 5 * mean ** 0.5
     fresh = spoilt_folder(tmp_path / "images", monkeypatch)                  # a run that goes on has not seen the rest
@@ -459,6 +461,255 @@ def test_a_folder_that_the_system_can_not_read_ends_the_search(tmp_path, monkeyp
         f"error: can't read {tmp_path / 'b'}: Input/output error")
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_images_in_memory_are_those_of_the_disk(workers, tmp_path, monkeypatch, capfd):
+    """Bit by bit, with and without loader processes, over epochs; and broken files count as little as before."""
+    for i, (w, h) in enumerate([(40, 40), (97, 31), (31, 97), (9, 5), (300, 2), (8, 8)] * 4):
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (h, w, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
+    Image.effect_noise((640, 400), 60).save(tmp_path / "photo.jpg")
+    cut(tmp_path / "3.png")
+    seen = []
+    for memory in (1e9, 0):
+        monkeypatch.setattr(reading, "MEMORY", memory)
+        train, val = open_data(tmp_path, 8, augment=True, seed=5)
+        assert bool(train.kept) == bool(val.kept) == bool(memory)
+        if memory:
+            sound = [name for name, _ in train.files]
+            (tmp_path / "3.png").unlink()                                    # the two are not split in the same way else
+        batches = reading.stream(train, 6, seed=5, workers=workers)
+        seen.append([next(batches)[0] for _ in range(12)] + [x for x, _ in reading.loader(val, workers, batch_size=2)])
+        assert names(train) == sorted(sound)
+    for kept, read in zip(*seen):
+        assert torch.equal(kept, read) and kept.dtype == torch.float32 and kept.is_contiguous()
+    numbers = next(common.shuffled_indices(len(train), 6, seed=5))
+    assert torch.equal(seen[0][0], torch.stack([train[i][0] for i in numbers]))
+
+
+def test_each_file_is_decoded_once(tmp_path, monkeypatch):
+    put(tmp_path, *numbered(20))
+    read, real = [], Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read.append(path.name) or real(path))
+    train, val = open_data(tmp_path, 8, augment=True)
+    for data in (train, val):
+        [data[i] for i in range(3 * len(data))]
+    assert sorted(read) == sorted(numbered(20))
+
+
+def test_a_photo_is_decoded_no_larger_than_needed(tmp_path, monkeypatch):
+    """Pillow's draft, of which the result is close to the whole: sides of at least twice the crop's."""
+    ramp = np.add.outer(np.arange(320), np.arange(640)) % 512
+    Image.fromarray(np.minimum(ramp, 511 - ramp).astype(np.uint8)).save(tmp_path / "x.jpg", quality=95)
+    assert reading.open_image(tmp_path / "x.jpg", 32).size == (160, 80) and reading.open_image(tmp_path / "x.jpg").width == 640
+    small = reading.load_image(tmp_path / "x.jpg", 32)
+    monkeypatch.setattr(Image.Image, "draft", None)                          # of every format but these, so:
+    whole = reading.to_tensor(reading.crop(np.asarray(Image.open(tmp_path / "x.jpg").convert("RGB").resize((64, 32))), 32))
+    assert (small - whole).abs().max() < 0.05
+
+
+def test_a_long_panorama_keeps_its_proportions(tmp_path):
+    stripes = np.zeros((10, 400, 3), np.uint8)
+    stripes[:, ::2] = 255
+    Image.fromarray(stripes).save(tmp_path / "x.png")
+    assert reading.load_strip(tmp_path / "x.png", 10).shape == (10, 10 * reading.LONGEST, 3)
+    assert np.array_equal(reading.load_strip(tmp_path / "x.png", 10), stripes[:, 40:360])  # unscaled
+    assert reading.load_strip(tmp_path / "x.png", 20).shape == (20, 20 * reading.LONGEST, 3)
+
+
+def test_crops_reach_both_ends():
+    strip = np.arange(11, dtype=np.uint8)[None, :, None].repeat(8, 0).repeat(3, 2)  # 8 x 11: four places
+    for turned in (strip, strip.transpose(1, 0, 2)):
+        found = Counter(int(reading.crop(turned, 8, np.random.default_rng(i)).min()) for i in range(400))
+        assert sorted(found) == [0, 1, 2, 3] and min(found.values()) > 60
+    assert reading.crop(strip, 8).min() in (1, 2)
+
+
+def test_a_huge_file_is_not_read(tmp_path, monkeypatch, capfd):
+    """Neither by its bytes, nor by the pixels that its header promises."""
+    put(tmp_path / "images", *numbered(3))
+    with open(tmp_path / "images/scan.tif", "wb") as file:
+        file.write(b"II*\0")
+        file.truncate(reading.BYTES + 1)                                     # it takes no room on the disk
+    Image.new("1", (10_000, 9_000)).save(tmp_path / "images/wide.png")
+    read, real = [], Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read.append(path.name) or real(path))
+    train, val = open_data(tmp_path / "images", 8)
+    assert "; skipped: 2 broken" in reading.describe(train, val) and "scan.tif" not in read
+    error = capfd.readouterr().err
+    assert "scan.tif: has 536,870,913 bytes" in error and "wide.png: 10000 x 9000 pixels are too many" in error
+    with pytest.raises(dq.UserError, match="scan.tif: has 536,870,913 bytes"):
+        reading.load_image(tmp_path / "images/scan.tif", 8)                  # as sample.py --input does
+
+    def no_memory(path):
+        raise MemoryError
+    monkeypatch.setattr(Path, "read_bytes", no_memory)
+    with pytest.raises(dq.UserError, match="0.png: not enough memory"):
+        reading.open_image(tmp_path / "images/0.png")
+
+
+def test_one_question_per_file(tmp_path, monkeypatch):
+    """A file server may take a millisecond for each, and there may be a million files."""
+    put(tmp_path, *numbered(30, "a/"), *numbered(10, "b/"))
+    asked, opened, entries = Counter(), [], os.scandir
+
+    class Entry:
+        def __init__(self, entry):
+            self.entry = entry
+
+        def __getattr__(self, name):
+            return getattr(self.entry, name)
+
+        def stat(self):
+            asked["scan"] += 1
+            return self.entry.stat()
+    monkeypatch.setattr(os, "scandir", lambda path: map(Entry, entries(path)))
+    for name in ("stat", "lstat"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda path, *args, real=real, **how: (
+            asked.update([str(path).endswith(".png")]), real(path, *args, **how))[1])
+    monkeypatch.setattr(reading, "MEMORY", 0)
+    monkeypatch.setattr(reading, "image_sizes", lambda *args: opened.append(1) or [])
+    train, val = open_data(tmp_path, 8)
+    reading.describe(train, val), reading.identity(train), reading.identity(val)
+    assert asked["scan"] == 40 and asked[True] == 0 and len(opened) == 1
+
+
+def test_names_are_no_python_objects(tmp_path):
+    """Loader processes would copy each of them when they look at it."""
+    files = [(f"cat/\udcff{i}.png", i % 3) for i in range(50)]
+    data = ImageFolder(tmp_path, files, "abc", 8)
+    assert list(data.files) == files and data.files[-1] == files[-1] and len(data.files) == 50
+    assert all(isinstance(each, np.ndarray) for each in vars(data.files).values())
+    with pytest.raises(IndexError):
+        data.files[50]
+
+
+@pytest.mark.parametrize("links", [1, 2])
+def test_numbers_of_files_need_not_mean_anything(links, tmp_path, monkeypatch):
+    """A file with one link has no other name. With two, size and time must be the same as well."""
+    put(tmp_path, *numbered(12, "a/"), *numbered(12, "b/"))
+    (tmp_path / "b/again.png").symlink_to(tmp_path / "a/3.png")
+    for i, path in enumerate(sorted(tmp_path.rglob("*.png"))):
+        os.utime(path, (i, i))
+    entries = os.scandir
+
+    class Entry:
+        def __init__(self, entry):
+            self.entry = entry
+
+        def __getattr__(self, name):
+            return getattr(self.entry, name)
+
+        def stat(self):
+            info = self.entry.stat()
+            return SimpleNamespace(st_dev=1, st_ino=7, st_nlink=links, st_size=info.st_size,
+                                   st_mtime_ns=info.st_mtime_ns)
+    monkeypatch.setattr(os, "scandir", lambda path: map(Entry, entries(path)))
+    train, val = open_data(tmp_path, 8)
+    assert names(train, val) == sorted(numbered(12, "a/") + numbered(12, "b/"))
+
+
+def test_the_file_itself_is_kept_and_not_the_link_to_it(tmp_path):
+    """Whatever comes first in the alphabet: the class is that of the file."""
+    put(tmp_path, *numbered(4, "cat/"), *numbered(4, "dog/"))
+    for i in range(3):
+        os.symlink(tmp_path / f"dog/{i}.png", tmp_path / f"cat/a{i}.png")
+    assert names(*open_data(tmp_path, 8)) == numbered(4, "cat/") + numbered(4, "dog/")
+
+
+def test_images_of_both_folders_are_not_trained_on(tmp_path):
+    put(tmp_path / "a", *numbered(20))
+    with pytest.raises(dq.UserError, match="are also below --held-out"):
+        open_data(tmp_path / "a", 8, held_out=tmp_path / "a")
+    with pytest.raises(dq.UserError, match="are also below --held-out"):
+        open_data(tmp_path / "a", 8, held_out=tmp_path)                      # the folder around it
+    (tmp_path / "b").mkdir()
+    os.symlink(tmp_path / "a/1.png", tmp_path / "b/one.png")
+    os.link(tmp_path / "a/2.png", tmp_path / "b/two.png")
+    put(tmp_path / "b", "3.png")                                             # another file of the same name
+    train, val = open_data(tmp_path / "a", 8, held_out=tmp_path / "b")
+    assert names(train) == sorted(set(numbered(20)) - {"1.png", "2.png"}) and len(val) == 3
+    assert "skipped: 2 also below --held-out" in reading.describe(train, val)
+
+
+def test_a_validation_image_that_is_trained_on_is_said(tmp_path):
+    put(tmp_path / "one", "0.png")
+    put(tmp_path / "four", *(f"{name}/0.png" for name in "abcd"))
+    put(tmp_path / "five", *(f"{name}/0.png" for name in "abcd"), "a/1.png")
+    for name, n in (("one", 1), ("four", 4)):
+        said = reading.describe(*open_data(tmp_path / name, 8))
+        assert f"{n} training and 1 validation images (the same: there is no other), " in said
+    assert "the same" not in reading.describe(*open_data(tmp_path / "five", 8))
+
+
+@pytest.mark.parametrize("name", ["imgs.zip", "photo.png"])
+def test_a_file_is_no_folder(name, tmp_path):
+    put(tmp_path, "photo.png")
+    shutil.copy(tmp_path / "photo.png", tmp_path / "imgs.zip")
+    with pytest.raises(dq.UserError, match=f"{name} is a file; a folder of images is needed .unpack an archive"):
+        open_data(tmp_path / name, 8)
+    with pytest.raises(dq.UserError, match=f"{name} is a file"):
+        open_data(tmp_path, 8, held_out=tmp_path / name)
+
+
+def test_an_empty_name_is_no_folder_and_not_the_toy_data():
+    for flags in (("", None), (None, ""), ("images", "")):
+        with pytest.raises(dq.UserError, match="not an empty one"):
+            open_data(flags[0], 8, held_out=flags[1])
+
+
+def test_accents_of_classes_are_written_in_two_ways(tmp_path):
+    """Some systems split a letter from its accent in the names of files."""
+    put(tmp_path / "a", *numbered(3, "caf\u00e9/"), *numbered(3, "dog/"))
+    put(tmp_path / "b", "cafe\u0301/0.png")
+    train, val = open_data(tmp_path / "a", 8, held_out=tmp_path / "b")
+    assert train.classes == ("caf\u00e9", "dog") and val[0][1] == 0
+
+
+def test_the_short_side_of_a_folder(tmp_path):
+    for i, size in enumerate([(30, 50), (60, 40), (300, 90), (10, 10), (45, 45)]):
+        Image.new("RGB", size).save(tmp_path / f"{i}.png")
+    (tmp_path / "broken.png").touch()
+    found = reading.find_images(tmp_path)
+    for data in (tmp_path, str(tmp_path), found, ImageFolder(tmp_path, [(f"{i}.png", -1) for i in range(5)], (), 8)):
+        assert reading.image_side(data) == 40
+    assert reading.image_side(ToyShapes(48)) == 48
+    assert reading.image_side(found._replace(files=[found.files[-1]])) == 0  # nothing can be read
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the loader below is forked")
+def test_loaders_need_no_sockets(tmp_path, monkeypatch):
+    """Whose names in a long TMPDIR are too long: the loader lived, and nothing arrived."""
+    long = tmp_path / "a" / ("b" * 100)
+    long.mkdir(parents=True)
+    monkeypatch.setitem(multiprocessing.current_process()._config, "tempdir", str(long))
+    put(tmp_path / "images", *numbered(8))
+    for data in (open_data(tmp_path / "images", 8)[0], ToyShapes(8, n=8)):
+        loader = reading.loader(data, 1, batch_size=4)
+        loader.timeout = 20
+        x, y = next(iter(loader))
+        assert torch.equal(x, torch.stack([data[i][0] for i in range(4)])) and y.tolist() == [data[i][1] for i in range(4)]
+
+
+def test_loaders_that_deliver_nothing_end_the_run(tmp_path, monkeypatch):
+    put(tmp_path, *numbered(8))
+    loader = reading.loader(open_data(tmp_path, 8)[0], 1, batch_size=2)
+    loader.timeout = 0.01
+    monkeypatch.setattr(ImageFolder, "read", lambda data, i: time.sleep(1))
+    with pytest.raises(dq.UserError, match="no images from --workers for .* seconds; --workers 0 loads them in the main"):
+        next(iter(loader))
+
+
+def test_toy_shapes_are_computed_once(monkeypatch):
+    painted, real = [], ToyShapes.paint
+    monkeypatch.setattr(ToyShapes, "paint", lambda data, i: painted.append(i) or real(data, i))
+    data = ToyShapes(16, n=10, seed=2)
+    first = [data[i][0] for i in range(10)]
+    first[3].zero_()                                                         # the caller's own
+    assert [torch.equal(data[i + 10][0], real(data, i)) for i in range(10)] == [True] * 10 and painted == [*range(10)]
+    monkeypatch.setattr(reading, "MEMORY", 0)
+    assert torch.equal(ToyShapes(16, n=10, seed=2)[3][0], data[3][0]) and len(painted) == 12
+
+
 @pytest.mark.parametrize("size", [16, 32, 64])
 def test_toy_shapes(size):
     data = ToyShapes(size, n=40)
@@ -671,3 +922,83 @@ def test_resize_crop_and_flip(tmp_path):
     Image.fromarray(noise).save(tmp_path / "noise.png")
     small = reading.load_image(tmp_path / "noise.png", 8)
     assert small.abs().max() < 0.1
+
+
+# ------------------------------------------------------------------------------------------------
+# One order of treatments: depth, transparency, colours
+
+
+def naive_srgb(value, gamma):
+    """A level of 0 to 255 by a profile with sRGB's primaries and this power -> the level of sRGB."""
+    light = (value / 255) ** gamma
+    return 255 * (12.92 * light if light < 0.0031308 else 1.055 * light ** (1 / 2.4) - 0.055)
+
+
+def grey_profile(gamma):
+    """As `colour_profile`, for grey: one curve in place of three and their primaries."""
+    rgb = colour_profile("grey", gamma, *SRGB)
+    tags = {rgb[at:at + 4]: rgb[slice(*(lambda start, length: (start, start + length))(
+        *struct.unpack(">II", rgb[at + 4:at + 12])))] for at in range(132, 132 + 12 * 8, 12)}
+    tags = {b"desc": tags[b"desc"], b"wtpt": tags[b"wtpt"], b"kTRC": tags[b"rTRC"]}
+    start, index = 132 + 12 * 3, struct.pack(">I", 3)
+    for tag, data in tags.items():
+        index += tag + struct.pack(">II", start, len(data))
+        start += len(data)
+    return struct.pack(">I", start) + rgb[4:16] + b"GRAY" + rgb[20:128] + index + b"".join(tags.values())
+
+
+def pixels_of(kind, transparency):
+    """A PNG's depth, colour type, bytes of a row and chunks -> those, its level of 0 to 255, its opacity of 0 to 1."""
+    colour, depth = kind
+    key = {"key": True, "other key": False}.get(transparency)
+    level = {1: 255, 2: 170, 4: 102, 8: 100, 16: 100}[depth]
+    raw = {1: 1, 2: 2, 4: 6, 8: 100, 16: 100 * 257}[depth]
+    if colour == "palette":
+        row, palette = bytes([0] * (4 * depth // 8 or 1)), (b"PLTE", bytes([level] * 3 + [9] * 3))
+        alpha = {"key": [0], "other key": [255, 0], "half": [102], None: None}[transparency]
+        chunks = [palette] + ([(b"tRNS", bytes(alpha))] if alpha else [])
+        return 3, row, chunks, level, {"key": 0.0, "half": 0.4}.get(transparency, 1.0)
+    bands = 3 if colour == "rgb" else 1
+    if transparency == "half":                                               # a channel of its own
+        row = b"".join(struct.pack(">H", v) if depth == 16 else bytes([v])
+                       for v in ([raw] * bands + [round(0.4 * (2 ** depth - 1))]) * 4)
+        return (6 if bands == 3 else 4), row, [], level, 0.4
+    bits = "".join(f"{raw:0{depth}b}" for _ in range(4 * bands))
+    row = int(bits.ljust(-(-len(bits) // 8) * 8, "0"), 2).to_bytes(-(-len(bits) // 8), "big")
+    value = raw if key else raw ^ (256 if depth == 16 else 1)                 # Pillow reads 8 bits of colours
+    chunks = [] if key is None else [(b"tRNS", struct.pack(f">{bands}H", *[value] * bands))]
+    return (2 if bands == 3 else 0), row, chunks, level, 0.0 if key else 1.0
+
+
+KINDS = [("grey", 1), ("grey", 2), ("grey", 4), ("grey", 8), ("grey", 16), ("rgb", 8), ("rgb", 16), ("palette", 8)]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: f"{kind[0]}{kind[1]}")
+def test_one_order_of_treatments(kind, tmp_path):
+    """Depth, then transparency over white, then colours: every kind of PNG x transparency x profile."""
+    for transparency, profile in itertools.product([None, "key", "other key", "half"], [None, 1.0, 1.8, "rgb"]):
+        if transparency == "half" and kind[0] == "grey" and kind[1] < 8:
+            continue                                                         # there is no such PNG
+        colour, row, chunks, level, alpha = pixels_of(kind, transparency)
+        grey = kind[0] == "grey" and profile != "rgb"
+        gamma = 1.0 if profile == "rgb" else profile
+        if profile:
+            icc = grey_profile(gamma) if grey else colour_profile("any", gamma, *SRGB)
+            chunks = [(b"iCCP", b"x\0\0" + zlib.compress(icc)), *chunks]
+        (tmp_path / "x.png").write_bytes(png(row, kind[1], colour, *chunks))
+        wanted = level * alpha + 255 * (1 - alpha)
+        wanted = naive_srgb(wanted, gamma) if profile else wanted
+        found = np.asarray(reading.open_image(tmp_path / "x.png")).astype(int)
+        assert np.abs(found - wanted).max() <= 1.6, (kind, transparency, profile, found[0, 0], wanted)
+
+
+def test_signed_and_float_greys_have_colours_too(tmp_path):
+    """Other formats than PNG, and a lossless WebP whose pixels are all transparent."""
+    for image, level in ((flat("F", 0.25), 63.75), (flat("I;16", 64 * 257), 64), (flat("L", 64), 64)):
+        for gamma in (1.0, 1.8):
+            image.save(tmp_path / "x.tif", icc_profile=grey_profile(gamma))
+            found = reading.open_image(tmp_path / "x.tif").getpixel((0, 0))[0]
+            assert abs(found - naive_srgb(level, gamma)) <= 1.6
+    flat("RGBA", (100, 100, 100, 0)).save(tmp_path / "x.webp", lossless=True, exact=True,
+                                          icc_profile=colour_profile("any", 1.0, *SRGB))
+    assert reading.open_image(tmp_path / "x.webp").getpixel((0, 0)) == (255, 255, 255)
