@@ -3,7 +3,6 @@ import contextlib
 import errno
 import functools
 import io
-import itertools
 import multiprocessing
 import os
 import posixpath
@@ -16,13 +15,11 @@ import unicodedata
 import warnings
 import zlib
 from collections import Counter, namedtuple
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from PIL import Image, ImageChops, ImageCms, ImageOps, PngImagePlugin
 from torch.utils.data import DataLoader, Dataset, default_collate, default_convert, get_worker_info
 from tqdm import tqdm
@@ -148,11 +145,14 @@ def open_data(folder, size, augment=False, seed=0, skip=None, flip=True, held_ou
         files = [file for file in files if file.key not in taken]
         dq.require(files, f"all images below {folder} are also below --held-out {held_out}; none is left to train on")
     files, kept = decode_all(Found(root, files, left_out), size)
-    classes = sorted({class_of(file.name) for file in files if "/" in file.name})
-    label = {name: i for i, name in enumerate(classes)} if len(classes) > 1 else {}
+
+    def class_of(file):                                                      # systems write accents in different ways
+        return unicodedata.normalize("NFC", file.name.split("/")[0])
 
     def labelled(files):
-        return [(file.name, label.get(class_of(file.name), -1), file.size) for file in files]
+        return [(file.name, label.get(class_of(file), -1), file.size) for file in files]
+    classes = sorted({class_of(file) for file in files if "/" in file.name})
+    label = {name: i for i, name in enumerate(classes)} if len(classes) > 1 else {}
     train, val = split(labelled(files))
     where, kept_val = root, kept
     if other:
@@ -160,14 +160,8 @@ def open_data(folder, size, augment=False, seed=0, skip=None, flip=True, held_ou
         train, val, where = train + val, labelled(files), other.root
         strange = next((name for name, number, _ in val if label and number < 0), None)
         dq.require(not strange, f"{strange} below {where} has no matching class in {root}")
-    train = ImageFolder(root, train, label, size, augment, seed, left_out, flip, kept)
-    train.given = os.fspath(folder)
-    return train, ImageFolder(where, val, label, size, left_out=left_out, kept=kept_val)
-
-
-def class_of(name):
-    """The folder of the first level, whose accents are written in different ways by different systems."""
-    return unicodedata.normalize("NFC", name.split("/")[0])
+    return (ImageFolder(root, train, label, size, augment, seed, left_out, flip, kept),
+            ImageFolder(where, val, label, size, left_out=left_out, kept=kept_val))
 
 
 def find_images(root, skip=()):
@@ -177,6 +171,9 @@ def find_images(root, skip=()):
     counts once. skip: folders to leave out; None in it is ignored. If all images are in the sub-folders of one
     sub-folder, as in many archives, that one becomes the root.
     """
+    def ask(entry, question):                                                # None: no such file, or no permission
+        with contextlib.suppress(dq.UserError):
+            return patiently(lambda path: question(), entry.path)
     root = os.fspath(root)
     dq.require(not os.path.isfile(root), f"{root} is a file; a folder of images is needed (unpack an archive first)")
     dq.require(os.path.isdir(root), f"no such folder: {root}")
@@ -228,12 +225,6 @@ def find_images(root, skip=()):
     return Found(root, files, left_out)
 
 
-def ask(entry, question):
-    """question() of an entry of os.scandir; None if there is no such file, or it must not be read."""
-    with contextlib.suppress(dq.UserError):
-        return patiently(lambda path: question(), entry.path)
-
-
 def is_ours(path):
     """Did this project write the file, whatever its name?"""
     with contextlib.suppress(OSError), open(path, "rb") as file:
@@ -248,11 +239,8 @@ def progress(title, total=None):
 
 
 def decode_all(found, size):
-    """Decode all images once, on all cores of all ranks, if they fit into memory once they are small.
-
-    -> the files that can be decoded, {name: strip as of `load_strip`}; if they do not fit: all files, {}, and
-    ImageFolder decodes each image whenever it is needed.
-    """
+    """Decode all images once, on all cores, if they fit into memory at this size -> the files that can be decoded,
+    {name: strip as of `load_strip`}. If they do not fit: all files, {}; each is then decoded whenever it is needed."""
     root, files, left_out = found
     ratios = [min(max(side) / min(side), LONGEST) for side in image_sizes(root, [file.name for file in files])]
     if 3 * size ** 2 * np.mean(ratios or [1]) * len(files) > MEMORY:
@@ -262,22 +250,19 @@ def decode_all(found, size):
 
     def read(file):
         try:
-            return file.name, load_strip(os.path.join(root, file.name), size, decode)
+            return file.name, load_strip(os.path.join(root, file.name), size)
         except dq.UserError as error:
-            return file.name, str(error)
+            return file.name, error
     with (warnings.catch_warnings(), progress("reading images", len(files)) as bar,
           ThreadPoolExecutor(max(1, min(16, cores // world))) as pool):      # decoders run outside of Python's lock
-        warnings.simplefilter("ignore")                                      # for all threads: they share the filters
+        warnings.simplefilter("ignore")                                      # the threads share one list of filters
         for start in range(0, len(files), 4096):
-            parts, part = [None] * world, []
-            for pair in pool.map(read, files[start:start + 4096][rank::world]):
-                part.append(pair)
-                bar.update(world)
-            if world > 1:
-                dist.all_gather_object(parts, part)
-            strips.update(itertools.chain(*parts) if world > 1 else part)
-    dq.require(all(file.name in strips for file in files), f"the processes see different files below {root}")
-    errors = [strips.pop(file.name) for file in files if isinstance(strips[file.name], str)]
+            for name, strip in pool.map(read, files[start:start + 4096]):
+                bar.update()
+                if isinstance(strip, dq.UserError):
+                    errors.append(strip)
+                else:
+                    strips[name] = strip
     for error in errors[:NAMED if rank == 0 else 0]:
         print(printable(f"warning: skipped {error}"), file=sys.stderr)
     left_out["broken"] = len(errors)
@@ -294,52 +279,39 @@ def split(files):
     return [file for file in files if file not in held], [file for file in files if file in held] or files[:1]
 
 
-class Files(Sequence):
-    """Pairs (name, label), kept in arrays: loader processes would get their own copy of Python objects in time, since
-    looking at one changes its reference count."""
-
-    def __init__(self, files):
-        names, labels, *sizes = zip(*files)
-        names = [name.encode(errors="surrogateescape") for name in names]
-        self.ends = np.cumsum([0] + [len(name) for name in names])
-        self.bytes, self.labels = np.frombuffer(b"".join(names), np.uint8), np.array(labels)
-        self.sizes = np.array(sizes[0] if sizes else self.labels * 0)
-
-    def __len__(self):
-        return len(self.labels)
-
-    def __getitem__(self, k):
-        k = range(len(self))[k]
-        name = self.bytes[self.ends[k]:self.ends[k + 1]].tobytes().decode(errors="surrogateescape")
-        return name, int(self.labels[k])
-
-
 class ImageFolder(Dataset):
-    """Images of a folder. files: pairs (name below root, label); the label is -1 for an image without a class.
+    """Images of a folder. files: (name below root, label) or (name, label, size); label -1: without a class.
 
     self[i] -> image (3, S, S) in [-1, 1], label. An image that can't be decoded is black and has the label BROKEN.
 
-    augment: random crops and flips, for training. i may exceed the length: i // len(self) is the epoch, and (seed, i)
-    determines the crop and the flip. A file that can't be decoded is replaced by another one of the same epoch, drawn
-    by (seed, i): so none is favoured, and a resumed run sees the same images.
+    augment: random crops and flips. i may exceed the length: i // len(self) is the epoch, and (seed, i) determines the
+    crop and the flip. A file that can't be decoded is replaced by another one of the epoch, drawn by (seed, i): none is
+    favoured, and a resumed run sees the same images.
     kept: {name: strip} of all images, as of `decode_all`; without it each image is decoded whenever it is needed.
     """
 
     def __init__(self, root, files, classes, size, augment=False, seed=0, left_out=None, flip=True, kept=None):
-        self.root, self.files, self.classes, self.left_out = root, Files(files), tuple(classes), left_out or Counter()
-        self.size, self.augment, self.seed, self.flip, self.kept = size, augment, seed, flip, kept
-        self.given = self.root                                               # unless --data names a folder around it
+        names, self.labels, *sizes = zip(*files)
+        # arrays: to read a Python object is to change its reference count, so each loader process would get a copy
+        self.names = np.array([name.encode(errors="surrogateescape") for name in names])
+        self.labels, self.sizes = np.array(self.labels), np.array(sizes)[0] if sizes else np.zeros(len(files), int)
+        self.root, self.classes, self.left_out, self.size = root, tuple(classes), left_out or Counter(), size
+        self.augment, self.seed, self.flip, self.kept = augment, seed, flip, kept
         self.broken = torch.zeros(len(files), dtype=torch.bool)
 
+    @property
+    def files(self):
+        return [(name.decode(errors="surrogateescape"), label) for name, label in zip(self.names, self.labels.tolist())]
+
     def __len__(self):
-        return len(self.files)
+        return len(self.names)
 
     def __getitem__(self, i):
         pixels, label = self.pixels(i)
         return to_tensor(pixels), label
 
     def __getitems__(self, numbers):
-        """What a DataLoader asks for: as bytes, which `Batches` converts, so that little passes between processes."""
+        """For `Loader`, which converts a batch of bytes at once."""
         return [self.pixels(i) for i in numbers]
 
     def pixels(self, i):
@@ -356,7 +328,7 @@ class ImageFolder(Dataset):
         k = i % len(self)
         if self.broken[k]:
             return None
-        name, label = self.files[k]
+        name, label = self.names[k].decode(errors="surrogateescape"), int(self.labels[k])
         try:
             strip = self.kept[name] if self.kept else load_strip(os.path.join(self.root, name), self.size)
             return crop(strip, self.size, dq.numpy_rng(self.seed, i) if self.augment else None, self.flip), label
@@ -429,8 +401,7 @@ def describe(train, val):
         return f"data: the built-in toy shapes, {text}"
     if len(val) == 1 and val.root == train.root and val.files[0] in train.files:
         text = text.replace("images,", "images (the same: there is no other),", 1)
-    inside = f" (which holds all images of {train.given})" if train.given != train.root else ""
-    text = f"data: {train.root}{inside}, {text}; skipped: {reasons(train.left_out) or 'nothing'}"
+    text = f"data: {train.root}, {text}; skipped: {reasons(train.left_out) or 'nothing'}"
     if not train.kept:
         text += "; too many to be checked now, so broken files are skipped when they are met"
     if train.classes and {name.lower() for name in train.classes} <= SPLITS:
@@ -444,7 +415,7 @@ def identity(data):
     """Fingerprint of a data set, which is compared on --resume."""
     if isinstance(data, ToyShapes):
         return "the toy shapes"
-    files = "\n".join(f"{name} {size}" for (name, _), size in zip(data.files, data.files.sizes))
+    files = "\n".join(f"{name} {size}" for (name, _), size in zip(data.files, data.sizes))
     return (f"{len(data)} files (checksum of their names and sizes "
             f"{zlib.crc32(files.encode(errors='surrogateescape')):08x})")
 
@@ -452,12 +423,12 @@ def identity(data):
 def image_sizes(root, names, n=64):
     """(width, height) of up to n of the images, spread over the list; only their headers are read."""
     sizes = []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for k in np.linspace(0, len(names) - 1, min(n, len(names))).astype(int):
-            with contextlib.suppress(Exception):                             # broken, or a pipe, which would block
-                with Image.open(regular(os.path.join(root, names[k]))) as image:
-                    sizes.append(image.size)
+    for k in np.linspace(0, len(names) - 1, min(n, len(names))).astype(int):
+        path = os.path.join(root, names[k])
+        with contextlib.suppress(Exception), warnings.catch_warnings():      # broken files, and huge ones
+            warnings.simplefilter("ignore")
+            with Image.open(path if os.path.isfile(path) else os.devnull) as image:  # opening a pipe would block
+                sizes.append(image.size)
     return sizes
 
 
@@ -484,9 +455,9 @@ def load_image(path, size, rng=None, flip=True):
     return to_tensor(crop(load_strip(path, size), size, rng, flip))
 
 
-def load_strip(path, size, read=None):
+def load_strip(path, size):
     """One file -> uint8 (h, w, 3): all that crops are cut from. Its short side has `size` pixels (antialiased)."""
-    image = (read or open_image)(path, size)
+    image = open_image(path, size)
     short, long = min(image.size), min(max(image.size) * size // min(image.size), LONGEST * size)
     out = (long, size) if image.width >= image.height else (size, long)
     w, h = (side * short / size for side in out)                             # the ratio of the sides stays as it is
@@ -511,35 +482,25 @@ def to_tensor(pixels):
 def open_image(path, size=None):
     """One file -> Pillow image, RGB and upright; of a JPEG a smaller version may be decoded, whose sides are still at
     least twice `size`. UserError if the pixels can't be read, for any reason; metadata may be corrupt."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return decode(path, size)
-
-
-def decode(path, size=None):
-    """`open_image`, for threads: it leaves the filters of warnings alone, which all threads share."""
-    data = patiently(lambda path: Path(path).read_bytes(), regular(path))
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            most = Image.MAX_IMAGE_PIXELS or np.inf
-            dq.require(image.width * image.height <= most, f"{image.width} x {image.height} pixels are too many")
-            if size:
-                image.draft(None, (2 * size, 2 * size))
-            packing = image.tile[0][3] if image.tile else ""                 # load() forgets it
-            image.load()
-            with contextlib.suppress(Exception):
-                ImageOps.exif_transpose(image, in_place=True)                # turns the pixels, then corrects the EXIF
-            return to_rgb(image, packing)
-    except Exception as error:                                               # decoders raise nearly everything
-        raise dq.UserError(f"{path}: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from None
-
-
-def regular(path):
-    """path, or UserError if it is not a file, or a huge one."""
     info = patiently(os.stat, path)
     dq.require(stat.S_ISREG(info.st_mode), f"{path}: no such file")          # reading a pipe would block
     dq.require(info.st_size <= BYTES, f"{path}: has {info.st_size:,} bytes, more than {BYTES:,}")
-    return path
+    data = patiently(lambda path: Path(path).read_bytes(), path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(data)) as image:
+                most = Image.MAX_IMAGE_PIXELS or np.inf
+                dq.require(image.width * image.height <= most, f"{image.width} x {image.height} pixels are too many")
+                if size:
+                    image.draft(None, (2 * size, 2 * size))
+                packing = image.tile[0][3] if image.tile else ""             # load() forgets it
+                image.load()
+                with contextlib.suppress(Exception):
+                    ImageOps.exif_transpose(image, in_place=True)            # turns the pixels, then corrects the EXIF
+                return to_rgb(image, packing)
+    except Exception as error:                                               # decoders raise nearly everything
+        raise dq.UserError(f"{path}: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from None
 
 
 # errors that concern one file; all others are the system's, like a file server that does not answer
