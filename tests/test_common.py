@@ -20,6 +20,7 @@
 """
 import argparse
 import ast
+import contextlib
 import importlib
 import io
 import itertools
@@ -30,6 +31,7 @@ import random
 import shutil
 import signal
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -210,6 +212,26 @@ def test_the_best_checkpoint_is_that_of_the_lowest_loss(tmp_path):
     assert record.best == 1.5
 
 
+@pytest.mark.parametrize("done, looked_at", [(3, True), (7, True), (10, True), (4, False)])
+def test_losses_are_looked_at_before_anything_is_made_of_them(done, looked_at, tmp_path):
+    """In a step that is evaluated, saved or logged a loss that is no number, of any step before, ends the run."""
+    config, args = dq.VAEConfig(size=16, codebook_size=16), argparse.Namespace(save_every=7)
+    record = common.Record(args, tmp_path / "vae.pt", config, dict(steps=99, eval_every=3), dq.DQVAE(config), {}, {})
+    record.start("")
+    record.add(done - 1, dict(loss=torch.tensor(math.nan)))
+    record.add(done, dict(loss=torch.tensor(1.0)))
+    with pytest.raises(dq.UserError, match="not finite") if looked_at else contextlib.nullcontext():
+        record.after(done, SimpleNamespace(asked=lambda: 0))
+
+
+def test_logged_losses_are_means_over_the_processes(tmp_path, monkeypatch):
+    record = common.Record(None, tmp_path, None, {}, None, {}, {})
+    monkeypatch.setattr(dq, "rank_world", lambda: (0, 2))
+    monkeypatch.setattr(dq, "all_reduce_sum", lambda x: 3 * x)               # the other process has twice as much
+    record.add(1, dict(loss=torch.tensor(2.0), budget=torch.tensor(4.0)))
+    assert record.newest_losses() == dict(loss=3.0, budget=6.0)
+
+
 def test_schedules():
     assert [round(dq.gumbel_scale(s, 100), 3) for s in (0, 50, 70, 90, 99)] == [1, 1, 0.5, 0, 0]
 
@@ -351,6 +373,8 @@ def test_a_folder_is_one_runs_at_a_time(tmp_path):
         assert [path.name for path in tmp_path.iterdir()] == [".lock"]
     common.lock(tmp_path)                                                    # the other is gone, its file is not
     common.lock(tmp_path)                                                    # the same process, again
+    with open(tmp_path / ".lock", "a") as other, pytest.raises(BlockingIOError):
+        fcntl.flock(other, fcntl.LOCK_SH | fcntl.LOCK_NB)                    # nobody shares it
     assert list(common.LOCKS) == [os.path.realpath(tmp_path)]
     common.run(lambda: None)                                                 # at its end a program holds none
     assert not common.LOCKS

@@ -407,6 +407,19 @@ def test_what_is_held_out_is_not_trained_on(tmp_path):
     assert reading.describe(train, val).endswith("no classes; skipped: nothing")
 
 
+def test_what_is_drawn_of_a_folder_depends_on_the_seed(tmp_path):
+    """The crops, and what comes in place of a file that can't be decoded."""
+    for i in range(12):
+        Image.effect_noise((40, 20), 99).save(tmp_path / f"{i:02}.png")
+    (tmp_path / "00.png").write_bytes(b"")
+
+    def drawn(seed):
+        data = ImageFolder(tmp_path, [(f"{i:02}.png", i) for i in range(12)], (), 16, augment=True, seed=seed)
+        return data[5][0], [data[12 * epoch][1] for epoch in range(8)]
+    (a, first), (b, again), (c, other) = map(drawn, (1, 1, 2))
+    assert torch.equal(a, b) and first == again and not torch.equal(a, c) and first != other
+
+
 def test_arrows_need_not_be_mirrored(tmp_path):
     """Left and right are the same sequences else."""
     for name, columns in (("left", slice(0, 4)), ("right", slice(4, 8))):
@@ -920,6 +933,24 @@ def test_resize_crop_and_flip(tmp_path):
     Image.fromarray(noise).save(tmp_path / "noise.png")
     small = reading.load_image(tmp_path / "noise.png", 8)
     assert small.abs().max() < 0.1
+
+
+@pytest.mark.parametrize("shape", [(16, 40), (40, 16)], ids=["wide", "high"])
+def test_crops_reach_every_side(shape, tmp_path):
+    """The least and the largest random number give the first and the last square, its last column and row included."""
+    noise = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "x.png")
+    for number, square in ((0.0, noise[:16, :16]), (1 - 2.0 ** -53, noise[-16:, -16:])):
+        def random(n=None):
+            return np.full(n, number) if n else 0.9                          # the last one: not mirrored
+        crop = reading.load_image(tmp_path / "x.png", 16, SimpleNamespace(random=random))
+        assert np.abs(((crop + 1) * 127.5).permute(1, 2, 0).numpy() - square).max() < 1.5
+
+
+def test_deep_greys_are_rounded(tmp_path):
+    greys = np.uint16([[0, 128, 129, 385], [386, 500, 1000, 32767], [32900, 40000, 50000, 60000], [65406, 65407, 9, 1]])
+    pixels = read(tmp_path, Image.fromarray(greys))
+    assert (pixels.round()[..., 0] == np.round(greys / 257)).all()
 
 
 # ------------------------------------------------------------------------------------------------

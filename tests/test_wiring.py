@@ -16,6 +16,7 @@ import copy
 import itertools
 import json
 import math
+import shutil
 from dataclasses import asdict
 from types import SimpleNamespace
 
@@ -254,6 +255,31 @@ def test_the_end_is_saved(stage_1):
         BUDGET, GAN_START, L2, 3)
 
 
+def test_the_entropy_router_sees_2048_images_first(images, tmp_path, monkeypatch):
+    """Of those that are trained on, dealt by the seed."""
+    seen = SimpleNamespace()
+
+    def loader(data, workers, **how):
+        seen.data, seen.numbers = data, how["sampler"]
+        return [(torch.full((1,), float(i)), None) for i in range(5)]
+    monkeypatch.setattr(train_vae, "loader", loader)
+    monkeypatch.setattr(dq.EntropyRouter, "calibrate", lambda self, ratios, images: seen.__dict__.update(
+        ratios=ratios, images=torch.cat(list(images)).tolist()))
+    flags = ["--size", 16, "--router", "entropy", "--ratios", 0.7, 0.3, "--seed", 3, "--out", tmp_path, *CPU]
+    record_of(train_vae.main, monkeypatch, "--data", images, *flags)
+    assert seen.numbers == next(common.shuffled_indices(len(seen.data), 2048, seed=3)) and len(seen.numbers) == 2048
+    assert seen.data.augment and seen.images == [0, 1, 2, 3, 4] and tuple(seen.ratios) == (0.7, 0.3)
+
+
+def test_losses_of_stage_1_are_in_float32(images, tmp_path, monkeypatch):
+    stop_at(monkeypatch, train_vae, "backward")
+    flags = ["--size", 16, "--batch-size", 2, "--data", images, "--out", tmp_path, "--device", "cpu"]
+    with pytest.raises(Reached) as end:
+        train_vae.main([str(each) for each in (*flags, "--dtype", "bf16")])
+    y, _, loss, _, other = end.value.args[0][:5]
+    assert y.dtype == loss.dtype == other.dtype == torch.float32
+
+
 def test_no_clip(images, tmp_path, monkeypatch):
     def never(*args):
         raise AssertionError
@@ -460,7 +486,9 @@ def test_every_flag_arrives(stage, stage_1, images, tmp_path, monkeypatch):
     both += ["--out", tmp_path, *CPU]
     more = ["--uncond"]
     if stage == "vae":
-        more = ["--factors", 4, 2, "--ratios", 0.25, 0.75, "--no-flip", "--held-out", images, "--workers", 1]
+        other = tmp_path / "held out"
+        shutil.copytree(images, other)
+        more = ["--factors", 4, 2, "--ratios", 0.25, 0.75, "--no-flip", "--held-out", other, "--workers", 1]
     record = record_of(module.main, monkeypatch, *both, *itertools.chain(*flags.items()), *more)
     found = asdict(record.config) | record.settings | dict(save_every=record.args.save_every)
     for flag, value in flags.items():
@@ -468,7 +496,7 @@ def test_every_flag_arrives(stage, stage_1, images, tmp_path, monkeypatch):
     if stage == "vae":
         assert (record.config.factors, record.config.ratios) == ((4, 2), (0.25, 0.75))
         assert streams[-1] == (6, 9, 0, 1, 2)                                # batch, seed, first step, workers, parts
-        assert opened[-1] == dict(augment=True, seed=9, skip=tmp_path, flip=False, held_out=str(images))
+        assert opened[-1] == dict(augment=True, seed=9, skip=tmp_path, flip=False, held_out=str(other))
     else:
         assert record.config.classes == ()
     for preset in ("toy", "emoji64"):
