@@ -15,6 +15,7 @@ import unicodedata
 import warnings
 import zlib
 from collections import Counter, namedtuple
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -279,6 +280,22 @@ def split(files):
     return [file for file in files if file not in held], [file for file in files if file in held] or files[:1]
 
 
+class Files(Sequence):
+    """Pairs (name, label) in arrays. To read a Python object changes its reference count, so that each loader process
+    would soon have a copy of its own."""
+
+    def __init__(self, files):
+        names, labels, *sizes = zip(*files)
+        self.names = np.array([name.encode(errors="surrogateescape") for name in names])
+        self.labels, self.sizes = np.array(labels), np.array(sizes)[0] if sizes else np.zeros(len(names), int)
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, k):
+        return self.names[k].decode(errors="surrogateescape"), int(self.labels[k])
+
+
 class ImageFolder(Dataset):
     """Images of a folder. files: (name below root, label) or (name, label, size); label -1: without a class.
 
@@ -291,20 +308,12 @@ class ImageFolder(Dataset):
     """
 
     def __init__(self, root, files, classes, size, augment=False, seed=0, left_out=None, flip=True, kept=None):
-        names, self.labels, *sizes = zip(*files)
-        # arrays: to read a Python object is to change its reference count, so each loader process would get a copy
-        self.names = np.array([name.encode(errors="surrogateescape") for name in names])
-        self.labels, self.sizes = np.array(self.labels), np.array(sizes)[0] if sizes else np.zeros(len(files), int)
+        self.files, self.broken = Files(files), torch.zeros(len(files), dtype=torch.bool)
         self.root, self.classes, self.left_out, self.size = root, tuple(classes), left_out or Counter(), size
         self.augment, self.seed, self.flip, self.kept = augment, seed, flip, kept
-        self.broken = torch.zeros(len(files), dtype=torch.bool)
-
-    @property
-    def files(self):
-        return [(name.decode(errors="surrogateescape"), label) for name, label in zip(self.names, self.labels.tolist())]
 
     def __len__(self):
-        return len(self.names)
+        return len(self.files)
 
     def __getitem__(self, i):
         pixels, label = self.pixels(i)
@@ -328,7 +337,7 @@ class ImageFolder(Dataset):
         k = i % len(self)
         if self.broken[k]:
             return None
-        name, label = self.names[k].decode(errors="surrogateescape"), int(self.labels[k])
+        name, label = self.files[k]
         try:
             strip = self.kept[name] if self.kept else load_strip(os.path.join(self.root, name), self.size)
             return crop(strip, self.size, dq.numpy_rng(self.seed, i) if self.augment else None, self.flip), label
@@ -415,7 +424,7 @@ def identity(data):
     """Fingerprint of a data set, which is compared on --resume."""
     if isinstance(data, ToyShapes):
         return "the toy shapes"
-    files = "\n".join(f"{name} {size}" for (name, _), size in zip(data.files, data.sizes))
+    files = "\n".join(f"{name} {size}" for (name, _), size in zip(data.files, data.files.sizes))
     return (f"{len(data)} files (checksum of their names and sizes "
             f"{zlib.crc32(files.encode(errors='surrogateescape')):08x})")
 
