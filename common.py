@@ -95,7 +95,8 @@ def pick_device(name, dtype):
         device = torch.device(name)
         torch.ones(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
-        raise dq.UserError(f"no such device here: {name} ({first_line(error)})") from None
+        raise dq.UserError(f"no such device: {name}, on a machine with {torch.cuda.device_count()} CUDA GPUs "
+                           f"({first_line(error)})") from None
     if device.type == "cuda":
         device = torch.device("cuda", device.index or 0)
         torch.cuda.set_device(device)                                        # streams and graphs are created there
