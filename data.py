@@ -379,6 +379,7 @@ def loader(data, workers, **how):
 def leave_signals_to_the_parent(worker):
     """A signal that is sent to all processes of a run reaches the loaders too. The parent still needs them, so they
     ignore the first one, and the second one takes effect."""
+    signal.set_wakeup_fd(-1)                                                 # else the parent hears a loader's signals
     for number in SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:                       # as under nohup
             signal.signal(number, lambda number, frame: signal.signal(number, signal.SIG_DFL))
