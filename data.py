@@ -373,7 +373,7 @@ def loader(data, workers, **how):
         if data.kept and multiprocessing.get_start_method() != "fork":
             workers = 0                                                      # each would get a copy of all images
     return Loader(data, num_workers=workers, worker_init_fn=leave_signals_to_the_parent, collate_fn=Loader.collate,
-                  timeout=600 if workers else 0, **how)
+                  generator=torch.Generator(), timeout=600 if workers else 0, **how)  # draws none of the run's numbers
 
 
 def leave_signals_to_the_parent(worker):
