@@ -174,7 +174,7 @@ def run(main):
     line = printable(status) if isinstance(status, str) else ""
     if dq.rank_world()[1] > 1:                                               # a clean exit could deadlock
         print(line, file=sys.stderr, flush=True)
-        os._exit(1 if line else status)
+        os._exit(1 if line else status or 0)
     if status:
         sys.exit(line or status)
 
@@ -576,7 +576,5 @@ def distribute(model):
     """Wrap the forward pass in DistributedDataParallel: backward then averages the gradients over the ranks."""
     if dq.rank_world()[1] == 1:
         return model
-    # the buffers (codebook, batch norm) are equal on all ranks without help
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)                       # the argument's new name is too new
-        return DistributedDataParallel(model, broadcast_buffers=False)
+    warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)  # its new name is too new
+    return DistributedDataParallel(model, broadcast_buffers=False)           # they are equal on all ranks without help

@@ -497,7 +497,7 @@ PROGRAM = of(
     ("full disks as tracebacks", "(dq.UserError, OSError)", "dq.UserError", "test_how_a_script_ends"),
     ("Ctrl-C is a success", "status = 130", "status = 0", "test_how_a_script_ends", "run"),
     ("faults of the program hidden", "status is None", "False", "test_how_a_script_ends", "run"),
-    ("no hint where memory runs out", '"out of memory|allocate memory|MemoryError|bad_alloc|ALLOC_FAILED"', '"out of air"',
+    ("no hint on memory", '"out of memory|allocate memory|MemoryError|bad_alloc|ALLOC_FAILED"', '"out of air"',
      "test_how_a_script_ends"),
     ("a failure is a success", "sys.exit(line or status)", "sys.exit(0)", "test_how_a_script_ends"),
     ("numbers too low", "low <= kind(text) < below", "kind(text) < below", "test_numbers_of_flags"),
