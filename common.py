@@ -104,6 +104,11 @@ def pick_device(name, dtype):
     return device, lambda: torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
+def on_gpu(name):
+    """Does --device name a CUDA GPU? For settings that depend on the kind of device alone."""
+    return name.startswith("cuda") or name == "auto" and torch.cuda.is_available()
+
+
 def decodes_like_the_cpu(device):
     """Apple's GPUs have been known to compute other numbers without a word: does a small decoder give the same?"""
     torch.manual_seed(0)
@@ -387,6 +392,7 @@ class Record:
         rank, steps, self.log = dq.rank_world()[0], self.settings["steps"], self.path.with_suffix(".jsonl")
         self.bar = tqdm(range(self.step, steps), title, initial=self.step, total=steps,
                         disable=True if rank or self.step >= steps else None)
+        self.began = None
         if rank == 0:                                                        # later steps are about to be done again
             lines = [json.dumps(line) + "\n" for line in read_log(self.log) if line["step"] <= self.step]
             dq.write_file(self.log, lambda file: file.write("".join(lines).encode()))
@@ -419,6 +425,11 @@ class Record:
             newest = self.newest_losses()
             if done % 10 == 0:
                 self.write_log(done, newest)
+        self.began = self.began or (done, time.monotonic())                  # the first step warms up, and isn't timed
+        if done == self.began[0] + 19 and not last and dq.rank_world()[0] == 0:
+            left = self.settings["steps"] - done
+            minutes = (time.monotonic() - self.began[1]) / 19 * left / 60
+            tqdm.write(f"step {done}: about {max(1, round(minutes))} min for the other {left} steps")
         if asked:
             self.bar.close()
         return evaluates, saves, asked if not last else 0

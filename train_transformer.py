@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 import dq
-from common import (Record, Schedule, Stop, distribute, draw_grains, number, override, positive, prepare,
+from common import (Record, Schedule, Stop, distribute, draw_grains, number, on_gpu, override, positive, prepare,
                     run, save_grid, say, seed_all, shuffled_indices, to_picture, trainer_flags)
 
 
@@ -32,6 +32,11 @@ PAPER = TransformerSchedule(steps=507_000, batch_size=240, accumulate=4, lr=5e-4
                             weight_decay=0.01, warmup=1000, eval_every=5000,
                             decay="cosine", optimizer="adamw")               # 100 epochs of 1,217,000 images
 
+FOLDER = dq.TransformerConfig(dropout=0.1, qk_norm=True)
+FOLDER_GPU = TransformerSchedule(steps=10_000, batch_size=64, lr=3e-3, weight_decay=0.1, eval_every=500)
+
+FEW = 500                                # images; fewer need more dropout
+
 PRESETS = {                                                                  # what each is for: train_vae.py
     "toy": (
         dq.TransformerConfig(qk_norm=True),
@@ -39,6 +44,12 @@ PRESETS = {                                                                  # w
     "toy64": (
         dq.TransformerConfig(width=256, heads=8, content_layers=6, qk_norm=True),
         TransformerSchedule(steps=6000, batch_size=64, lr=3e-3, weight_decay=0.05)),
+    **dict.fromkeys(["folder32", "folder64"], (
+        FOLDER, TransformerSchedule(steps=1200, batch_size=32, lr=4e-3, weight_decay=0.1, eval_every=200))),
+    **dict.fromkeys(["folder64-large", "folder128"], (
+        replace(FOLDER, width=256, heads=8, content_layers=6, dropout=0.2), FOLDER_GPU)),
+    "folder256": (
+        replace(FOLDER, width=512, heads=8, position_layers=3, content_layers=9), FOLDER_GPU),
     "emoji64": (
         dq.TransformerConfig(width=160, heads=5, content_layers=6, dropout=0.3, qk_norm=True),
         TransformerSchedule(steps=5000, batch_size=64, lr=3e-3, weight_decay=0.1)),
@@ -59,17 +70,35 @@ PRESETS = {                                                                  # w
 # Flags and data
 
 
+def fit(gpu, codes, images):
+    """-> a preset's name, config and schedule for this many images with this many codes each, on a GPU or a CPU."""
+    name = ("folder256" if codes * images >= 5e6 else "folder64-large") if gpu else "folder64"
+    config, schedule = PRESETS[name]
+    if codes > 100 and not gpu:                                              # about as many codes per step
+        schedule = replace(schedule, batch_size=8)
+    return name, replace(config, dropout=0.3) if images < FEW else config, schedule
+
+
 def parse(argv=None):
-    """-> the flags, and the preset's config and schedule"""
+    """-> the flags, and the preset's config and schedule. Without --preset: those of the recipe that made the codes, or
+    those that fit them."""
     first = argparse.ArgumentParser(add_help=False)                          # the preset, from which defaults come
     first.add_argument("--codes", type=Path)
     first.add_argument("--out", type=Path, default=Path("out"))
+    first.add_argument("--device", default="auto")
+    first.add_argument("--preset")
     known = first.parse_known_args(argv)[0]
-    path, preset = known.codes or known.out / "codes.pt", "toy"
+    path, preset, presets = known.codes or known.out / "codes.pt", "toy", PRESETS
     with contextlib.suppress(Exception):                                     # whatever it is, `read_codes` will say it
-        preset = torch.load(path, mmap=True, weights_only=True)["preset"]
-    parser, config, schedule = trainer_flags("Train a DQ-Transformer on the codes of a DQ-VAE.", PRESETS, argv,
-                                             preset if preset in PRESETS else "toy")
+        stored = torch.load(path, mmap=True, weights_only=True)
+        preset, grains, factors = stored["preset"], stored["train"]["grains"], stored["config"]["factors"]
+        if not known.preset and (preset not in PRESETS or preset.startswith("folder")):
+            cells = torch.tensor([(factors[0] // f) ** 2 for f in factors])  # K: codes of a region
+            codes = cells[grains[:1000].long()].sum(dim=(2, 3)).float().mean().item()
+            preset, *fitted = fit(on_gpu(known.device), codes, len(grains))
+            presets = PRESETS | {preset: fitted}
+    parser, config, schedule = trainer_flags("Train a DQ-Transformer on the codes of a DQ-VAE.", presets, argv,
+                                             preset if preset in presets else "toy")
     add, share = parser.add_argument, number(float, 0, below=1)
     add("--codes", metavar="FILE", type=Path, default=path, help="what train_vae.py wrote, the preset's name included")
     add("--position-layers", type=positive, default=config.position_layers, help="layers of the position stack")

@@ -3,6 +3,7 @@
 Writes into --out: vae.pt (checkpoint), vae.best.pt (that of the lowest held-out loss), vae.jsonl (log), vae.png
 (original | reconstruction | grains) and, at the end, codes.pt (all that stage 2 needs).
 """
+import argparse
 import contextlib
 import functools
 import math
@@ -18,9 +19,9 @@ from torch.distributed.nn.functional import all_reduce
 from tqdm import tqdm
 
 import dq
-from common import (Record, Schedule, Stop, distribute, draw_grains, flag, natural, override, positive, prepare, run,
-                    save_grid, say, seed_all, set_aside, shuffled_indices, to_picture, trainer_flags, weight)
-from data import BROKEN, ToyShapes, describe, identity, loader, open_data, stream
+from common import (Record, Schedule, Stop, distribute, draw_grains, flag, natural, on_gpu, override, positive, prepare,
+                    run, save_grid, say, seed_all, set_aside, shuffled_indices, to_picture, trainer_flags, weight)
+from data import BROKEN, ToyShapes, describe, find_images, identity, image_side, loader, open_data, stream
 
 
 # ------------------------------------------------------------------------------------------------
@@ -47,11 +48,23 @@ PAPER = VAESchedule(steps=507_000, batch_size=120, accumulate=4, lr=5.4e-4, beta
                     eval_every=5000, clip=0.0, budget_weight=10.0, l2_weight=0.0, perceptual_weight=1.0,
                     gan_weight=1.0)                                          # 50 epochs of 1,217,000 images
 
+FOLDER = VAESchedule(steps=1800, batch_size=16, lr=2e-3, clip=0.0)
+WIDE = dict(codebook_size=1024, channels=128, width=64, multipliers=(1, 2, 2, 4), decoder_blocks=2, attention_from=8)
+
 PRESETS = {
     # minutes on two CPU cores: what the README's first command runs
     "toy": (dq.VAEConfig(), VAESchedule(steps=1000, batch_size=32, lr=2e-3, clip=0.0)),
     # the same data at 64 x 64, 160 codes an image: stage 1 takes 50 minutes on two cores, stage 2 wants a GPU
     "toy64": (dq.VAEConfig(size=64, codebook_size=512), VAESchedule(steps=4000, batch_size=32, lr=2e-3, clip=0.0)),
+    # a folder of images, for `choose`: the first two take 15 minutes on two CPU cores ...
+    "folder32": (dq.VAEConfig(), replace(FOLDER, steps=6000)),
+    "folder64": (dq.VAEConfig(size=64, factors=(16, 8), codebook_size=512, attention_from=8), FOLDER),
+    # ... and these take an hour on a GPU, by an estimate; they have not been tried on one
+    "folder64-large": (dq.VAEConfig(size=64, **WIDE), replace(FOLDER, steps=20_000, batch_size=64, eval_every=1000)),
+    "folder128": (dq.VAEConfig(size=128, factors=(16, 8), **WIDE),
+                  replace(FOLDER, steps=20_000, batch_size=64, eval_every=1000)),
+    "folder256": (dq.VAEConfig(size=256, factors=(16, 8), **WIDE),
+                  replace(FOLDER, steps=8000, batch_size=32, eval_every=1000)),
     # a few thousand pictures in 40 codes each: what assets/emoji64.pt was made with
     "emoji64": (dq.VAEConfig(size=64, factors=(16, 8), codebook_size=1024, channels=128, multipliers=(1, 2, 4, 4),
                              attention_from=8),
@@ -69,6 +82,9 @@ PRESETS = {
     "imagenet256": (DUAL, PAPER),
     "imagenet256-triple": (TRIPLE, replace(PAPER, budget_weight=1.0)),
 }
+
+
+FEW = 500                                # images; for fewer, codes.pt has crops of each
 
 
 # ------------------------------------------------------------------------------------------------
@@ -286,10 +302,17 @@ def show(path, images, reconstructions, grains, factors):
 # codes.pt: what stage 2 reads
 
 
+def crops(x):
+    """Images (B, 3, S, S) -> five of this shape: themselves, and 7/8 of their side from each corner, enlarged."""
+    S, side = x.shape[-1], x.shape[-1] * 7 // 8
+    corners = [x[..., top:top + side, left:left + side] for top in (0, S - side) for left in (0, S - side)]
+    return [x] + [F.interpolate(corner, (S, S), mode="bicubic").clamp(-1, 1) for corner in corners]
+
+
 @torch.no_grad()
-def encode(vae, data, device, autocast, workers, mirrored, stop):
-    """All images, and the mirror image of each if `mirrored` -> {codes: (M, views, H, W), grains: (M, views, h, w),
-    label: (M,)} on the CPU, in small integers, without what can't be decoded.
+def encode(vae, data, device, autocast, workers, mirrored, stop, cropped=False):
+    """All images, their crops if `cropped`, and the mirror image of each if `mirrored` -> {codes: (M, views, H, W),
+    grains: (M, views, h, w), label: (M,)} on the CPU, in small integers, without what can't be decoded.
 
     Each process encodes its part of the images, and all get the whole, in the order of the data set.
     """
@@ -302,7 +325,8 @@ def encode(vae, data, device, autocast, workers, mirrored, stop):
     for x, label in bar:
         x = x.to(device)                                                     # n, 3, S, S
         with autocast():
-            views = [vae.encode(view) for view in ((x, x.flip(3)) if mirrored else (x,))]
+            views = [vae.encode(view) for crop in (crops(x) if cropped else [x])
+                     for view in ((crop, crop.flip(3)) if mirrored else (crop,))]
         codes, grains = (torch.stack(each, dim=1) for each in zip(*views))   # n, views, H, W; n, views, h, w
         for name, part in dict(codes=codes, grains=grains, label=label).items():
             of_all = torch.zeros(world, *part.shape, dtype=torch.int, device=device)
@@ -324,17 +348,25 @@ def smallest(x):
     return x.to(next(kind for kind in kinds if torch.iinfo(kind).min <= low and high <= torch.iinfo(kind).max))
 
 
+def recipe(preset, config):
+    """The name of the preset, by which stage 2 trains; "custom" if flags have changed what the codes are like."""
+    like = (config.size, config.factors, config.ratios)
+    made = PRESETS.get(preset, (config,))[0]
+    return preset if preset in PRESETS and like == (made.size, made.factors, made.ratios) else "custom"
+
+
 def write_codes(path, vae, train, held_out, preset, args, device, autocast, stop):
     """Encode all images and write what stage 2 needs: these, the DQ-VAE, the classes, the name of the preset."""
     vae.eval()
     seed_all(args.seed)                                                      # the random router draws
-    train_codes, held_out_codes = (encode(vae, data, device, autocast, args.workers, mirrored, stop)
-                                   for data, mirrored in ((train, not args.no_flip), (held_out, False)))
+    cropped = bool(args.data) and len(train) < FEW
+    train_codes = encode(vae, train, device, autocast, args.workers, not args.no_flip, stop, cropped)
+    held_out_codes = encode(vae, held_out, device, autocast, args.workers, False, stop)
     weights, checksum = {name: x.cpu() for name, x in vae.state_dict().items()}, 0
     for x in (*weights.values(), *train_codes.values(), *held_out_codes.values()):
         checksum = zlib.crc32(x.contiguous().flatten().view(torch.uint8).numpy(), checksum)
     codes = dict(kind="dq-codes", version=1, name=f"{len(train_codes['label'])} images (checksum {checksum:08x})",
-                 preset=preset, classes=train.classes, config=asdict(vae.config), weights=weights,
+                 preset=recipe(preset, vae.config), classes=train.classes, config=asdict(vae.config), weights=weights,
                  train=train_codes, held_out=held_out_codes)
     if dq.rank_world()[0] == 0:
         dq.write_file(path, lambda file: torch.save(codes, file))
@@ -351,10 +383,34 @@ def holds_codes_of(path, vae):
 # Training
 
 
+def choose(gpu, images, side):
+    """-> the preset for so many images, `side` pixels on their short side, on a GPU or a CPU."""
+    if not gpu or side < 64:
+        return "folder64" if side >= 64 else "folder32"
+    if side < 128 or images < 1000:                                          # few images can't teach many codes
+        return "folder64-large"
+    return "folder128" if side < 256 or images < 10_000 else "folder256"
+
+
 def parse(argv=None):
-    """-> the flags, config, schedule"""
+    """-> the flags, config, schedule. Without --preset, the checkpoint to resume or the images of --data choose it."""
+    first, preset, side = argparse.ArgumentParser(add_help=False), "toy", None
+    for name in ("--data", "--held-out", "--device", "--preset", "--size", "--encode"):
+        first.add_argument(name)
+    first.add_argument("--out", type=Path, default=Path("out"))
+    first.add_argument("--resume", action="store_true")
+    known = first.parse_known_args(argv)[0]
+    gpu = on_gpu(known.device or "auto")
+    if known.resume:
+        with contextlib.suppress(Exception):                                 # Record.begin says what is wrong with it
+            stored = torch.load(known.out / "vae.pt", mmap=True, weights_only=True)["preset"]
+            preset = stored if stored in PRESETS else preset
+    elif known.data and not (known.preset or known.encode):
+        names, _ = find_images(known.data, [known.out, known.held_out])
+        side, size = image_side(known.data, names), known.size or ""
+        preset = choose(gpu, math.inf, int(size)) if size.isdecimal() else choose(gpu, len(names), side)
     parser, config, schedule = trainer_flags(
-        "Train a DQ-VAE: images to variable-length codes and back.", PRESETS, argv)
+        "Train a DQ-VAE: images to variable-length codes and back.", PRESETS, argv, preset)
     add = parser.add_argument
     add("--data", metavar="DIR", help="folder of images; None: the built-in toy shapes")
     add("--held-out", metavar="DIR", help="folder of images to evaluate on; None: one in 20 of --data")
@@ -375,10 +431,25 @@ def parse(argv=None):
     if args.ratios is None:
         K = len(args.factors)
         args.ratios = config.ratios if K == len(config.factors) else [1 / K] * K
-    for name, weighs, side in (("gan", args.gan_weight, 24), ("perceptual", args.perceptual_weight, 16)):
-        dq.require(not weighs or args.size >= side, f"the {name} loss needs images of at least {side} x {side} pixels, "
-                                                    f"not {args.size}; --{name}-weight 0 trains without")
-    return args, override(config, args), override(schedule, args)
+    for name, weighs, least in (("gan", args.gan_weight, 24), ("perceptual", args.perceptual_weight, 16)):
+        dq.require(not weighs or args.size >= least, f"the {name} loss needs images of at least {least} x {least} "
+                                                     f"pixels, not {args.size}; --{name}-weight 0 trains without")
+    config, schedule = override(config, args), override(schedule, args)
+    args.plan = outline(args.preset, config, schedule, side, gpu)
+    return args, config, schedule
+
+
+def outline(preset, config, schedule, side=None, gpu=False):
+    """One line: what this preset trains and, where images with this short side chose it, what would give more."""
+    cells = [(config.size // factor) ** 2 for factor in config.factors]      # K
+    codes = sum(ratio * n for ratio, n in zip(config.ratios, cells))
+    line = f"{config.size} x {config.size} pixels, about {codes:.0f} codes per image, {schedule.steps} steps"
+    if side is None:
+        return f"preset {preset}: {line}"
+    why = f"for images of {side} pixels on a {'GPU' if gpu else 'CPU'}" + ", enlarged" * (side < config.size)
+    more = (f"--size {2 * config.size} shows finer detail and takes about four times as long"
+            if 2 * config.size <= min(side, 256) else f"--steps {2 * schedule.steps} takes twice as long")
+    return f"preset {preset}, {why}: {line}; for more: {more}"
 
 
 def held_out_images(data, config, device):
@@ -414,6 +485,10 @@ def main(argv=None):
     train, held_out = open_data(args.data, config.size, augment=True, seed=args.seed, skip=args.out,
                                 flip=not args.no_flip, held_out=args.held_out)
     say(describe(train, held_out))
+    say(args.plan)
+    if args.data and len(train) < FEW:
+        say(f"note: with only {len(train)} images, expect samples that repeat or blend them; a few thousand images give "
+            "new ones. Stage 2 will train on five crops of each image")
     images, detailed = held_out_images(held_out, config, device)
     perceptual = Perceptual.load(args.perceptual_weights).to(device) if schedule.perceptual_weight else None
 
