@@ -226,8 +226,9 @@ def main(argv=None):
     vae = dq.rebuild(dq.DQVAE, dq.VAEConfig, stored["config"], stored["weights"], device)
     factors, classes = vae.config.factors, stored["classes"]
     train, held_out = (views(stored[part], factors, args.uncond) for part in ("train", "held_out"))
-    mirrored = ", with their mirror images" * (stored["train"]["codes"].shape[1] > 1)
-    say(f"codes: {args.codes}, {stored['name']}, {len(train.label)} to train on{mirrored}, {len(held_out.label)} held "
+    n, per_image = stored["train"]["codes"].shape[:2]
+    several = f", with {per_image} views of each" * (per_image > 1)
+    say(f"codes: {args.codes}, {stored['name']}, {n} to train on{several}, {len(held_out.label)} held "
         f"out; {len(classes)} classes; preset {args.preset}")
     config = override(config, args, size=vae.config.size, factors=factors, codebook_size=vae.config.codebook_size,
                       classes=() if args.uncond else classes)

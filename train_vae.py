@@ -392,23 +392,31 @@ def choose(gpu, images, side):
     return "folder128" if side < 256 or images < 10_000 else "folder256"
 
 
-def parse(argv=None):
-    """-> the flags, config, schedule. Without --preset, the checkpoint to resume or the images of --data choose it."""
-    first, preset, side = argparse.ArgumentParser(add_help=False), "toy", None
-    for name in ("--data", "--held-out", "--device", "--preset", "--size", "--encode"):
+def default_preset(argv):
+    """The preset without --preset: that of the run to resume, or for the images of --data. -> its name, the images'
+    short side (median, pixels; None without a choice), GPU or not"""
+    first = argparse.ArgumentParser(add_help=False)
+    for name in ("--data", "--held-out", "--preset", "--size", "--encode"):
         first.add_argument(name)
     first.add_argument("--out", type=Path, default=Path("out"))
+    first.add_argument("--device", default="auto")
     first.add_argument("--resume", action="store_true")
     known = first.parse_known_args(argv)[0]
-    gpu = on_gpu(known.device or "auto")
+    gpu, size = on_gpu(known.device), known.size or ""
     if known.resume:
         with contextlib.suppress(Exception):                                 # Record.begin says what is wrong with it
-            stored = torch.load(known.out / "vae.pt", mmap=True, weights_only=True)["preset"]
-            preset = stored if stored in PRESETS else preset
-    elif known.data and not (known.preset or known.encode):
-        names, _ = find_images(known.data, [known.out, known.held_out])
-        side, size = image_side(known.data, names), known.size or ""
-        preset = choose(gpu, math.inf, int(size)) if size.isdecimal() else choose(gpu, len(names), side)
+            preset = torch.load(known.out / "vae.pt", mmap=True, weights_only=True)["preset"]
+            return preset if preset in PRESETS else "toy", None, gpu
+    if not known.data or known.preset or known.encode:
+        return "toy", None, gpu
+    names, _ = find_images(known.data, [known.out, known.held_out])
+    side = image_side(known.data, names)
+    return choose(gpu, math.inf, int(size)) if size.isdecimal() else choose(gpu, len(names), side), side, gpu
+
+
+def parse(argv=None):
+    """-> the flags, config, schedule"""
+    preset, short_side, gpu = default_preset(argv)
     parser, config, schedule = trainer_flags(
         "Train a DQ-VAE: images to variable-length codes and back.", PRESETS, argv, preset)
     add = parser.add_argument
@@ -431,11 +439,11 @@ def parse(argv=None):
     if args.ratios is None:
         K = len(args.factors)
         args.ratios = config.ratios if K == len(config.factors) else [1 / K] * K
-    for name, weighs, least in (("gan", args.gan_weight, 24), ("perceptual", args.perceptual_weight, 16)):
-        dq.require(not weighs or args.size >= least, f"the {name} loss needs images of at least {least} x {least} "
-                                                     f"pixels, not {args.size}; --{name}-weight 0 trains without")
+    for name, weighs, side in (("gan", args.gan_weight, 24), ("perceptual", args.perceptual_weight, 16)):
+        dq.require(not weighs or args.size >= side, f"the {name} loss needs images of at least {side} x {side} pixels, "
+                                                    f"not {args.size}; --{name}-weight 0 trains without")
     config, schedule = override(config, args), override(schedule, args)
-    args.plan = outline(args.preset, config, schedule, side, gpu)
+    args.plan = outline(args.preset, config, schedule, short_side, gpu)
     return args, config, schedule
 
 

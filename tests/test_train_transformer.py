@@ -165,7 +165,7 @@ def test_the_preset_comes_with_the_codes(vae_run, tmp_path, monkeypatch):
     assert train_transformer.parse([])[0].preset == "toy"                    # there are none
     (tmp_path / "out").mkdir()
     codes = torch.load(vae_run / "codes.pt", weights_only=True)
-    for preset, found in (("emoji64", "emoji64"), ("of a later version", "toy")):
+    for preset, found in (("emoji64", "emoji64"), ("earth64", "earth64")):
         torch.save(codes | dict(preset=preset), "out/codes.pt")
         os.replace("out/codes.pt", "elsewhere.pt")
         args, config, schedule = train_transformer.parse(["--codes", "elsewhere.pt", "--heads", "4"])
@@ -218,7 +218,7 @@ def test_each_trainer_says_first_what_it_understood(images, tmp_path, capsys):
     train_transformer.main([*flags, *TRANSFORMER])
     first = capsys.readouterr().out.splitlines()[0]
     assert first.startswith(f"codes: {tmp_path / 'codes.pt'}, {len(train)} images (checksum ")
-    assert f"{2 * len(train)} to train on, with their mirror images, {len(held_out)} held out; 4 classes; " in first
+    assert f"{len(train)} to train on, with 10 views of each, {len(held_out)} held out; 4 classes; " in first
 
 
 def test_a_transformer_knows_its_classes(run):

@@ -69,7 +69,7 @@ def stage_1(images, tmp_path_factory):
     config = dq.VAEConfig(size=24, codebook_size=16, channels=32, multipliers=(1,), ratios=RATIOS)
     schedule = train_vae.VAESchedule(steps=STEPS, batch_size=4, lr=1e-3, betas=BETAS, l2_weight=L2, accumulate=2)
     flags = ["--budget-weight", BUDGET, "--perceptual-weight", LPIPS, "--gan-weight", GAN, "--gan-start", GAN_START,
-             "--clip", 0.5, "--seed", 3, "--data", images, "--out", out, *CPU]
+             "--clip", 0.5, "--seed", 3, "--preset", "toy", "--data", images, "--out", out, *CPU]
 
     def critic(real=train_vae.Discriminator):
         seen.critics.append(real(width=8))
@@ -272,7 +272,7 @@ def stage_2(stage_1, tmp_path_factory):
     seen = SimpleNamespace(out=out, forward=[], evaluated=[], steps=[], added=[], seeds=[])
     config = dq.TransformerConfig(width=32, heads=2, position_layers=1, content_layers=1, label_dropout=0.0)
     schedule = train_transformer.TransformerSchedule(steps=4, batch_size=6, lr=1e-3, accumulate=2, eval_every=2)
-    flags = ["--codes", stage_1.out / "codes.pt", "--out", out, "--clip", 0.05, "--seed", 3, *CPU]
+    flags = ["--codes", stage_1.out / "codes.pt", "--out", out, "--clip", 0.05, "--seed", 3, "--preset", "toy", *CPU]
 
     def forward(self, pos, code, label=None, real=dq.DQTransformer.forward):
         if not torch.is_grad_enabled():
@@ -486,7 +486,7 @@ def test_no_flip(images, tmp_path, monkeypatch):
     """Of what is trained on, codes.pt has mirror images only without it, of what is held out never."""
     for flags, mirrored in (([], [True, False]), (["--no-flip"], [False, False])):
         asked = []
-        monkeypatch.setattr(train_vae, "encode", lambda vae, data, device, autocast, workers, mirrored, stop: (
+        monkeypatch.setattr(train_vae, "encode", lambda vae, data, device, autocast, workers, mirrored, stop, *_: (
             asked.append(mirrored), dict(label=torch.zeros(len(data))))[1])
         flags = ["--size", 16, "--batch-size", 2, "--steps", 1, "--data", images, "--out", tmp_path, *flags, *CPU]
         assert call(train_vae.main, *flags) is None
