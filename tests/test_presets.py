@@ -105,8 +105,8 @@ def test_without_a_folder_nothing_is_chosen(monkeypatch):
 
 
 def test_the_line_names_what_gives_more(tmp_path, monkeypatch):
-    root = folder(tmp_path / "large", {"": 2}, (640, 480))
-    assert "for more: --size 128 " in parsed(root, monkeypatch)[3]
+    root = folder(tmp_path / "large", {"": 2}, (640, 600))
+    assert "for more: --size 128 " in parsed(root, monkeypatch)[3]            # at most 256, though they have 600
     assert "for more: --size 256 " in parsed(root, monkeypatch, "--size", "128")[3]
     assert "for more: --steps 20 " in parsed(root, monkeypatch, "--size", "256", "--steps", "10")[3]
     root = folder(tmp_path / "small", {"": 2}, (100, 100))                   # 128 is more than they have
