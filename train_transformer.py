@@ -45,7 +45,7 @@ PRESETS = {                                                                  # w
         dq.TransformerConfig(width=256, heads=8, content_layers=6, qk_norm=True),
         TransformerSchedule(steps=6000, batch_size=64, lr=3e-3, weight_decay=0.05)),
     **dict.fromkeys(["folder32", "folder64"], (
-        FOLDER, TransformerSchedule(steps=1200, batch_size=32, lr=4e-3, weight_decay=0.1, eval_every=200))),
+        FOLDER, TransformerSchedule(steps=800, batch_size=32, lr=4e-3, weight_decay=0.1, eval_every=200))),
     **dict.fromkeys(["folder64-large", "folder128"], (
         replace(FOLDER, width=256, heads=8, content_layers=6, dropout=0.2), FOLDER_GPU)),
     "folder256": (

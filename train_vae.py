@@ -48,7 +48,7 @@ PAPER = VAESchedule(steps=507_000, batch_size=120, accumulate=4, lr=5.4e-4, beta
                     eval_every=5000, clip=0.0, budget_weight=10.0, l2_weight=0.0, perceptual_weight=1.0,
                     gan_weight=1.0)                                          # 50 epochs of 1,217,000 images
 
-FOLDER = VAESchedule(steps=1800, batch_size=16, lr=2e-3, clip=0.0)
+FOLDER = VAESchedule(steps=1500, batch_size=16, lr=2e-3, clip=0.0)
 WIDE = dict(codebook_size=1024, channels=128, width=64, multipliers=(1, 2, 2, 4), decoder_blocks=2, attention_from=8)
 
 PRESETS = {
@@ -56,8 +56,8 @@ PRESETS = {
     "toy": (dq.VAEConfig(), VAESchedule(steps=1000, batch_size=32, lr=2e-3, clip=0.0)),
     # the same data at 64 x 64, 160 codes an image: stage 1 takes 50 minutes on two cores, stage 2 wants a GPU
     "toy64": (dq.VAEConfig(size=64, codebook_size=512), VAESchedule(steps=4000, batch_size=32, lr=2e-3, clip=0.0)),
-    # a folder of images, for `choose`: the first two take 15 minutes on two CPU cores ...
-    "folder32": (dq.VAEConfig(), replace(FOLDER, steps=6000)),
+    # a folder of images, for `choose`: the first two are for 15 minutes on two CPU cores ...
+    "folder32": (dq.VAEConfig(), replace(FOLDER, steps=5000)),
     "folder64": (dq.VAEConfig(size=64, factors=(16, 8), codebook_size=512, attention_from=8), FOLDER),
     # ... and these take an hour on a GPU, by an estimate; they have not been tried on one
     "folder64-large": (dq.VAEConfig(size=64, **WIDE), replace(FOLDER, steps=20_000, batch_size=64, eval_every=1000)),
