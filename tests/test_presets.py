@@ -62,8 +62,9 @@ def test_a_folder_chooses_its_preset(counts, size, on_cpu, on_gpu, tmp_path, mon
 @pytest.mark.parametrize("counts, size, on_cpu, on_gpu", [
     (3391, 256, "folder64", "folder128"), (4513, 64, "folder64", "folder64-large"),  # emoji, tiles of the earth
     (5200, 256, "folder64", "folder128"),                                    # one class of 5,000, ten of 20
-    (9999, 300, "folder64", "folder128"), (10_000, 256, "folder64", "folder256"), (70_000, 1024, "folder64", "folder256"),
-    (999, 128, "folder64", "folder64-large"), (1000, 128, "folder64", "folder128"), (10 ** 6, 31, "folder32", "folder32")])
+    (9999, 300, "folder64", "folder128"), (10_000, 256, "folder64", "folder256"),
+    (70_000, 1024, "folder64", "folder256"), (999, 128, "folder64", "folder64-large"),
+    (1000, 128, "folder64", "folder128"), (10 ** 6, 31, "folder32", "folder32")])
 def test_the_number_of_images_counts_on_a_gpu(counts, size, on_cpu, on_gpu, tmp_path, monkeypatch):
     root = folder(tmp_path, {"": 1}, (size, size))
     for gpu, expected in ((False, on_cpu), (True, on_gpu)):
@@ -77,7 +78,7 @@ def test_classes_of_any_number_choose_the_same(tmp_path, monkeypatch):
     root = folder(tmp_path, {"many": 50} | {f"few{i}": 2 for i in range(10)}, (64, 80))
     folder(root, {"odd": 4}, (20, 20))
     assert parsed(root, monkeypatch)[0] == "folder64"
-    (root / "many" / "0.bmp").write_bytes(b"no image")                       # the choice leaves it to others to complain
+    (root / "many" / "0.bmp").write_bytes(b"no image")                       # others report it
     assert parsed(root, monkeypatch)[0] == "folder64"
 
 
@@ -258,5 +259,5 @@ def test_the_time_is_estimated_once(tmp_path, monkeypatch):
         for step in record.start("test"):
             seconds.value += 6 if step > start else 500                      # seconds a step
             record.add(step + 1, dict(loss=torch.tensor(1.0)))
-            record.after(step + 1, SimpleNamespace(asked=lambda: 0))
+            record.after(step + 1, SimpleNamespace(asked=lambda: 0, alive=0))
     assert lines == ["step 20: about 20 min for the other 200 steps", "step 120: about 10 min for the other 100 steps"]
