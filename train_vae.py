@@ -398,7 +398,7 @@ def choose(gpu, images, side):
 
 def default_preset(argv):
     """The preset without --preset: that of the run to resume, or for the images of --data. -> its name, the images'
-    short side (median, pixels; None without a choice), GPU or not"""
+    short side (median, pixels), GPU or not, the images; without a choice, None for side and images"""
     first = argparse.ArgumentParser(add_help=False)
     for name in ("--preset", "--size", "--encode"):
         first.add_argument(name)
@@ -412,17 +412,18 @@ def default_preset(argv):
     if known.resume:
         with contextlib.suppress(Exception):                                 # Record.begin says what is wrong with it
             preset = torch.load(known.out / "vae.pt", mmap=True, weights_only=True)["preset"]
-            return preset if preset in PRESETS else "toy", None, gpu
+            return preset if preset in PRESETS else "toy", None, gpu, None
     if not known.data or known.preset or known.encode:
-        return "toy", None, gpu
-    names, _ = find_images(known.data, [known.out, known.held_out])
-    side = image_side(known.data, names)
-    return choose(gpu, math.inf, int(size)) if size.isdecimal() else choose(gpu, len(names), side), side, gpu
+        return "toy", None, gpu, None
+    found = find_images(known.data, [known.out, known.held_out])
+    side = image_side(found) or 32                                           # 0: no header can be read
+    preset = choose(gpu, math.inf, int(size)) if size.isdecimal() else choose(gpu, len(found.files), side)
+    return preset, side, gpu, found
 
 
 def parse(argv=None):
     """-> flags, config, schedule; args.given has the names of the flags that the command line sets."""
-    preset, short_side, gpu = default_preset(argv)
+    preset, short_side, gpu, found = default_preset(argv)
     parser, config, schedule = trainer_flags(
         "Train a DQ-VAE, which encodes images as variable-length codes.", PRESETS, argv, preset)
     add = parser.add_argument
@@ -456,7 +457,7 @@ def parse(argv=None):
         dq.require(not weighs or args.size >= side or args.encode, f"the {name} loss needs images of at least {side} x "
                    f"{side} pixels, not {args.size}; --{name}-weight 0 turns it off")
     config, schedule = override(config, args), override(schedule, args)
-    args.plan = outline(args.preset, config, schedule, short_side, gpu)
+    args.plan, args.found = outline(args.preset, config, schedule, short_side, gpu), found
     return args, config, schedule
 
 
@@ -521,7 +522,7 @@ def main(argv=None):
     if args.encode:
         return encode_only(args, saved, device, autocast)
     train, val = open_data(args.data, config.size, augment=True, seed=args.seed, skip=args.out, flip=not args.no_flip,
-                           held_out=args.held_out)
+                           held_out=args.held_out, found=args.found)
     say(describe(train, val))
     say(args.plan)
     if args.data and len(train) < FEW:
