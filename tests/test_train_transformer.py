@@ -326,7 +326,8 @@ def test_a_batch_in_parts_is_the_batch(vae_run, tmp_path):
     ends = []
     for n in ("1", "2"):
         train_transformer.main(["--out", str(tmp_path / n), "--codes", str(vae_run / "codes.pt"), "--steps", "3",
-                                "--dtype", "fp32", "--label-dropout", "0", *TRANSFORMER, "--accumulate", n])
+                                "--dtype", "fp32", "--label-dropout", "0", "--dropout", "0", *TRANSFORMER,
+                                "--accumulate", n])
         ends.append(dq.load_checkpoint(tmp_path / n / "transformer.pt", "dq-transformer")["weights"])
     for name in ends[0]:
         torch.testing.assert_close(ends[0][name], ends[1][name], atol=1e-4, rtol=1e-3)
