@@ -24,7 +24,7 @@ import dq
 from common import (PATIENCE, Record, Schedule, Stop, distribute, draw_grains, flag, machine, natural, on_gpu, override,
                     path, positive, prepare, run, save_grid, say, seed_all, set_aside, shuffled_indices, to_picture,
                     trainer_flags, weight)
-from data import BROKEN, ToyShapes, describe, find_images, identity, image_side, loader, open_data, stream
+from data import BROKEN, ImageFolder, ToyShapes, describe, find_images, identity, image_side, loader, open_data, stream
 
 
 # ------------------------------------------------------------------------------------------------
@@ -356,7 +356,7 @@ def write_codes(path, vae, train, val, args, device, autocast, stop):
     """Encode all images and write what stage 2 needs: the codes, the DQ-VAE, the classes, the name of the preset."""
     vae.eval()
     seed_all(args.seed)                                                      # for the random router
-    cropped = bool(args.data) and len(train) < FEW
+    cropped = isinstance(train, ImageFolder) and len(train) < FEW
     parts = [encode_dataset(vae, data, device, autocast, args.workers, mirrored, stop, args.part, crops_too)
              for data, mirrored, crops_too in ((train, not args.no_flip, cropped), (val, False, False))]
     if dq.rank_world()[0] > 0:
@@ -366,7 +366,7 @@ def write_codes(path, vae, train, val, args, device, autocast, stop):
     for x in (*weights.values(), *parts[0].values(), *parts[1].values()):
         checksum = zlib.crc32(x.contiguous().flatten().view(torch.uint8).numpy(), checksum)
     codes = dict(kind="dq-codes", version=1, name=f"{len(parts[0]['label'])} images (checksum {checksum:08x})",
-                 preset=recipe(args.preset, vae.config), classes=train.classes, config=asdict(vae.config),
+                 preset=args.preset, classes=train.classes, config=asdict(vae.config),
                  weights=weights, train=parts[0], held_out=parts[1])
     dq.write_file(path, lambda file: torch.save(codes, file))
 
@@ -510,6 +510,8 @@ def encode_only(args, saved, device, autocast):
     if trained_on not in (None, identity(train)):
         say(f"note: this DQ-VAE was trained on other images: {trained_on}")
     set_aside(path, hint="")
+    if "preset" not in args.given:
+        args.preset = recipe(args.preset, vae.config)
     with Stop(device, PATIENCE) as stop:
         write_codes(path, vae, train, val, args, device, autocast, stop)
     say(f"done: {path}")
@@ -525,7 +527,7 @@ def main(argv=None):
                            held_out=args.held_out, found=args.found)
     say(describe(train, val))
     say(args.plan)
-    if args.data and len(train) < FEW:
+    if isinstance(train, ImageFolder) and len(train) < FEW:
         say(f"note: with only {len(train)} images, expect samples that repeat or blend them; a few thousand images "
             "give new ones. Stage 2 will train on five crops of each image")
     images, detailed = validation_images(val, config)
@@ -616,6 +618,7 @@ def main(argv=None):
                 stop.leave(stops, f"after step {done}, saved in {record.path}")
         metrics = validate(record.step)
         train.augment = False                                                # encode each image once, without crops
+        args.preset = recipe(args.preset, config)
         write_codes(codes, model, train, val, args, device, autocast, stop)
     say(f"done: {record.path}, {codes}, {args.out / 'vae.png'} and {record.log}")
     if metrics:

@@ -478,7 +478,7 @@ def test_encoding_asks_the_checkpoint_how_it_was_trained(images, tmp_path, monke
     monkeypatch.chdir(tmp_path)                                              # where that name means nothing
     assert call(train_vae.main, "--encode", first / "vae.pt", "--out", again) is None
     codes = [dq.load_checkpoint(folder / "codes.pt", "dq-codes") for folder in (first, again)]
-    assert codes[0]["name"] == codes[1]["name"] and codes[0]["train"]["codes"].shape[1] == 1
+    assert codes[0]["name"] == codes[1]["name"] and codes[0]["train"]["codes"].shape[1] == 5  # crops
     assert torch.equal(codes[0]["held_out"]["codes"], codes[1]["held_out"]["codes"])
     capsys.readouterr()
     assert call(train_vae.main, "--encode", first / "vae.pt", "--out", out, "--data", images / "circle", "--seed", 6,
