@@ -273,31 +273,36 @@ function gelu(x) {                                           // erf by Abramowit
   return 0.5 * x * (1 + Math.sign(x) * erf);
 }
 
-function rope_table([row, column], d) {                      // -> angle of each of the d / 2 planes
-  const n = d / 4;
+function rope_table([row, column]) {                         // -> angle of each of the d / 2 planes of a head
+  const d = CONFIG.width / CONFIG.heads, n = d / 4;
   return Float32Array.from({length: d / 2}, (_, i) => (i < n ? row : column) * 10 ** -((i % n) / n));
 }
 
-function apply_rope(x, turns) {                              // turn the planes of channels i and i + d/2 of every head
-  if (!turns) return x;
-  const y = new Float32Array(x.length), n = turns.length;
-  for (let h = 0; h < x.length; h += 2 * n)
-    for (let i = 0; i < n; i++) {
-      const cos = Math.cos(turns[i]), sin = Math.sin(turns[i]), a = x[h + i], b = x[h + i + n];
-      y[h + i] = a * cos - b * sin;
-      y[h + i + n] = b * cos + a * sin;
+function apply_rope(x, angles) {                             // turn the planes of channels i and i + d/2 of every head
+  if (!angles) return x;
+  const y = new Float32Array(x.length), n = angles.length;
+  for (let i = 0; i < n; i++) {
+    const cos = Math.cos(angles[i]), sin = Math.sin(angles[i]);
+    for (let a = i, b = i + n; a < x.length; a += 2 * n, b += 2 * n) {
+      y[a] = x[a] * cos - x[b] * sin;
+      y[b] = x[b] * cos + x[a] * sin;
     }
+  }
   return y;
 }
 
-function attention(q, keys, values, heads) {                 // q (C), keys and values: t + 1 of these -> y (C), weights
-  const d = q.length / heads, y = new Float32Array(q.length), weights = [];
-  for (let h = 0; h < heads; h++) {
-    const of_head = (x) => x.subarray(h * d, (h + 1) * d), mine = of_head(q);
-    weights[h] = softmax(keys.map((key) => of_head(key).reduce((a, x, i) => a + x * mine[i], 0) / Math.sqrt(d)));
-    values.forEach((value, t) => {
-      for (let i = 0; i < d; i++) y[h * d + i] += weights[h][t] * value[h * d + i];
+function attention(q, keys, values) {                        // q (C), t + 1 keys and values (C) -> y (C), weights by head
+  const C = q.length, d = C / CONFIG.heads, y = new Float32Array(C), weights = [];
+  for (let h = 0; h < C; h += d) {
+    const scores = new Float32Array(keys.length);
+    keys.forEach((key, t) => {
+      for (let i = h; i < h + d; i++) scores[t] += q[i] * key[i] / Math.sqrt(d);
     });
+    const w = softmax(scores);
+    values.forEach((value, t) => {
+      for (let i = h; i < h + d; i++) y[i] += w[t] * value[i];
+    });
+    weights.push(w);
   }
   return [y, weights];
 }
@@ -310,7 +315,7 @@ function block(x, name, cache, t, query_turns, key_turns) {  // -> x, attention'
       for (let h = 0; h < C; h += d) vector.set(layer_norm(vector.slice(h, h + d)), h);
   q = apply_rope(q, query_turns);
   [cache.keys[t], cache.values[t]] = [apply_rope(k, key_turns), v];
-  const [y, weights] = attention(q, cache.keys.slice(0, t + 1), cache.values.slice(0, t + 1), CONFIG.heads);
+  const [y, weights] = attention(q, cache.keys, cache.values);
   const z = linear(y, name + ".proj");
   x = x.map((value, i) => value + z[i]);
   const up = linear(layer_norm(x, W[name + ".norm2.weight"].data), name + ".up").map(gelu);
@@ -327,7 +332,7 @@ function embed(pos, code) {                                  // content + positi
 }
 
 const condition = (label) => row_of("condition.weight", label < 0 ? n_classes : label);
-const turns_of = (pos) => CONFIG.rotary && rope_table(pos < 0 ? [0, 0] : layout.ids[pos].coordinates, CONFIG.width / CONFIG.heads);
+const rope_of = (pos) => CONFIG.rotary && rope_table(pos < 0 ? [0, 0] : layout.ids[pos].coordinates);
 
 // ---------------------------------------------------------------------------------------------------------------
 // 7  Sampling
@@ -379,14 +384,9 @@ function first_state(labels) {
   return {labels, caches, pairs: [], steps: []};
 }
 
-function rewind(state, t) {                                  // caches may keep what lies ahead: it is overwritten
-  [state.pairs.length, state.steps.length] = [t, t];
-  return state;
-}
-
 function decode_one(state, options, u, given = []) {         // write one more pair
   const t = state.pairs.length, [last, last_code] = t ? state.pairs[t - 1] : [-1, -1];
-  const last_turns = turns_of(last), order = row_of("order.weight", t), {position_layers, content_layers} = CONFIG;
+  const last_turns = rope_of(last), order = row_of("order.weight", t), {position_layers, content_layers} = CONFIG;
 
   // where: position stack, then one draw among the legal ids
   const hidden = state.labels.map((label, r) => {
@@ -401,7 +401,7 @@ function decode_one(state, options, u, given = []) {         // write one more p
   const pos = given[0] >= 0 ? given[0] : draw(place_logits(step, options), u[0]);
 
   // what: content stack, then one draw
-  const turns = turns_of(pos);
+  const turns = rope_of(pos);
   step.content = hidden.map((h, r) => {
     const position = row_of("position.weight", pos);
     h = h.map((x, i) => x + position[i]);
@@ -419,8 +419,9 @@ function decode_one(state, options, u, given = []) {         // write one more p
 
 const is_done = (state) => state.pairs.length > 0 && state.pairs.at(-1)[0] === layout.end;
 
-function* generate(label, options, uniform, given = [], state = null) {
-  state = state || first_state(n_classes && (label >= 0) ? [label, -1] : [-1]);
+const rows_of = (label, cfg) => (cfg !== 1 && n_classes && label >= 0 ? [label, -1] : [label]);
+
+function* generate(label, options, uniform, given = [], state = first_state(rows_of(label, options.cfg))) {
   while (!is_done(state)) {
     decode_one(state, options, uniform[state.pairs.length], given[state.pairs.length]);
     yield state;
@@ -513,4 +514,3 @@ function self_test() {
   check("unpack, pack", +differ(regrown, drawn[0].pairs), 0);
   return {ok: Object.values(checks).every((each) => each.ok), checks};
 }
-load_weights(); { const t0 = performance.now(); let r; try { r = self_test(); r.ms = performance.now() - t0; } catch (e) { r = {error: e.stack}; } document.body.innerHTML = "<pre id=selftest>" + JSON.stringify(r, null, 1) + "</pre>"; }

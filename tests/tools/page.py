@@ -2,8 +2,8 @@
 
 python tests/tools/page.py [CHECKPOINT] [--data DIR [--held-out DIR]] [--out FILE.html]
 
-The file needs no server, no network and no library: open it in a browser. page.html and page.js beside this tool are
-its template, and page.js follows dq.py, name by name. Weights are rounded: the decoder to float16, the matrices of the
+The file needs no server, no network and no library: open it in a browser. page.html, page.js and panels.js beside this tool
+are its template; page.js follows dq.py, name by name. Weights are rounded: the decoder to float16, the matrices of the
 transformer to int8 with a scale per row, or to float16 where int8 would cost more than 0.5 % of the validation nats.
 With #selftest behind its address the page compares itself with numbers that dq.py computed from the same weights.
 """
@@ -21,9 +21,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import common  # noqa: E402
+import data  # noqa: E402
 import dq  # noqa: E402
 import sample  # noqa: E402
-import train_vae  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 LARGEST = 20e6                                                               # bytes of a page
@@ -202,20 +202,21 @@ def digest(source):
     return "'sha256-" + base64.b64encode(hashlib.sha256(source.encode()).digest()).decode() + "'"
 
 
-def document(data, weights, script=None):
+def document(facts, weights, script=None):
     """The page as text. Its policy allows this script, its own style and pictures that it paints; no request at all."""
-    html, script = (HERE / "page.html").read_text("utf-8"), script or (HERE / "page.js").read_text("utf-8")
+    html = (HERE / "page.html").read_text("utf-8")
+    script = script or "\n".join((HERE / name).read_text("utf-8") for name in ("page.js", "panels.js"))
     style = html.split("<style>")[1].split("</style>")[0]
     policy = (f"default-src 'none'; script-src {digest(script)}; style-src {digest(style)}; img-src data:; "
               "base-uri 'none'; form-action 'none'")
-    for name, value in (("policy", policy), ("data", json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")),
+    for name, value in (("policy", policy), ("data", json.dumps(facts, separators=(",", ":")).replace("<", "\\u003c")),
                         ("weights", base64.b64encode(weights).decode()), ("script", script)):
         html = html.replace(f"<!--{name}-->", value)
     return html
 
 
 def make(model, vae, images, source, n=64):
-    """-> data and weights for `document`. images: a data set of validation images; source: the checkpoint's name"""
+    """-> facts and weights for `document`. images: a data set of validation images; source: the checkpoint's name"""
     layout, classes = model.layout, model.config.classes
     found = [(x, y if classes else -1) for x, y in (images[i] for i in range(min(len(images), n))) if y >= -1]
     dq.require(len(found) >= 3, f"a page needs at least 3 validation images that can be decoded, not {len(found)}")
@@ -230,12 +231,18 @@ def make(model, vae, images, source, n=64):
         cost = nats(model_, pos, code, label)
         if cost <= exact * (1 + WORSE):
             break
-    data = dict(source=source, config=vars(model.config) | {}, vae=vars(vae.config) | {}, tensors=weights.tensors,
+    params = dict(transformer=millions(sum(p.numel() for p in model.parameters())),
+                  decoder=millions(sum(x.numel() for x in needed(vae).values())))
+    facts = dict(source=source, params=params, config=vars(model.config) | {}, vae=vars(vae.config) | {}, tensors=weights.tensors,
                 crc=zlib.crc32(weights.bytes()), matrices=matrices,
                 nats=dict(exact=round(exact, 3), rounded=round(cost, 3), images=len(found)),
                 thresholds=thresholds(vae), pictures=describe(vae, x[:8], label[:8].tolist()),
                 reference=references(model_, vae_, pos, code, label))
-    return data, weights.bytes()
+    return facts, weights.bytes()
+
+
+def millions(n):
+    return f"{n / 1e6:.1f} million" if n >= 95_000 else f"{n:,}"
 
 
 def thresholds(vae):
@@ -258,15 +265,15 @@ def main(argv=None):
     size = page_bytes(model, vae, "int8")
     dq.require(size <= LARGEST, f"{args.checkpoint} makes a page of {size / 1e6:.0f} MB, more than the "
                                 f"{LARGEST / 1e6:.0f} MB that browsers open at once; {advice}")
-    images = train_vae.open_data(args.data, vae.config.size, skip=args.checkpoint.parent, held_out=args.held_out)[1]
-    data, weights = make(model, vae, images, args.checkpoint.name)
-    html = document(data, weights).encode()
-    dq.require(len(html) <= LARGEST, f"with {data['matrices']} weights the page of {args.checkpoint} takes "
+    images = data.open_data(args.data, vae.config.size, skip=args.checkpoint.parent, held_out=args.held_out)[1]
+    facts, weights = make(model, vae, images, args.checkpoint.name)
+    html = document(facts, weights).encode()
+    dq.require(len(html) <= LARGEST, f"with {facts['matrices']} weights the page of {args.checkpoint} takes "
                                      f"{len(html) / 1e6:.0f} MB, more than {LARGEST / 1e6:.0f}; {advice}")
     out.parent.mkdir(parents=True, exist_ok=True)
     dq.write_file(out, lambda file: file.write(html))
-    cost = data["nats"]
-    print(f"wrote {out}, {len(html) / 1e6:.1f} MB; {data['matrices']} weights: {cost['rounded']:.2f} nats per image, "
+    cost = facts["nats"]
+    print(f"wrote {out}, {len(html) / 1e6:.1f} MB; {facts['matrices']} weights: {cost['rounded']:.2f} nats per image, "
           f"{cost['exact']:.2f} with the checkpoint's, on {cost['images']} validation images")
 
 
