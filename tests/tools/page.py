@@ -26,6 +26,7 @@ import dq  # noqa: E402
 import sample  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
+ADVICE = "train a smaller model (--width and --content-layers of train_transformer.py, or --preset toy)"
 LARGEST = 20e6                                                               # bytes of a page
 WORSE = 0.005                                                                # int8 may cost this part of the nats
 
@@ -215,6 +216,14 @@ def document(facts, weights, script=None):
     return html
 
 
+def read(path):
+    """The page in a file -> its facts and weights."""
+    html = path.read_text("utf-8")
+    parts = [html.split(f'id="{name}">')[1].split("</script>")[0] for name in ("data", "weights") if f'id="{name}">' in html]
+    dq.require(len(parts) == 2, f"{path} is no page of this tool")
+    return json.loads(parts[0]), base64.b64decode(parts[1])
+
+
 def make(model, vae, images, source, n=64):
     """-> facts and weights for `document`. images: a data set of validation images; source: the checkpoint's name"""
     layout, classes = model.layout, model.config.classes
@@ -251,25 +260,33 @@ def thresholds(vae):
     return [round(value, 4) for value in held.tolist()]
 
 
+def make_from(args):
+    """The checkpoint and the images that the command names -> facts and weights."""
+    model, vae = dq.load_transformer(args.checkpoint, torch.device("cpu"))
+    size = page_bytes(model, vae, "int8")
+    dq.require(size <= LARGEST, f"{args.checkpoint} makes a page of {size / 1e6:.0f} MB, more than the "
+                                f"{LARGEST / 1e6:.0f} MB that browsers open at once; {ADVICE}")
+    images = data.open_data(args.data, vae.config.size, skip=args.checkpoint.parent, held_out=args.held_out)[1]
+    return make(model, vae, images, args.checkpoint.name)
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("checkpoint", nargs="?", type=Path, default=Path("out/transformer.pt"), help="what train_transformer.py wrote")
+    add("checkpoint", nargs="?", type=Path, default=Path("out/transformer.pt"),
+        help="what train_transformer.py wrote; or a page, which then gets today's template")
     add("--data", metavar="DIR", help="what it was trained on; None: the built-in toy shapes")
     add("--held-out", metavar="DIR", help="its validation images; None: a part of --data")
     add("--out", metavar="FILE.html", type=Path, help="None: page.html in the checkpoint's folder")
     args = parser.parse_args(argv)
     out = args.out or args.checkpoint.parent / "page.html"
-    model, vae = dq.load_transformer(args.checkpoint, torch.device("cpu"))
-    advice = "train a smaller model (--width and --content-layers of train_transformer.py, or --preset toy)"
-    size = page_bytes(model, vae, "int8")
-    dq.require(size <= LARGEST, f"{args.checkpoint} makes a page of {size / 1e6:.0f} MB, more than the "
-                                f"{LARGEST / 1e6:.0f} MB that browsers open at once; {advice}")
-    images = data.open_data(args.data, vae.config.size, skip=args.checkpoint.parent, held_out=args.held_out)[1]
-    facts, weights = make(model, vae, images, args.checkpoint.name)
+    if args.checkpoint.suffix == ".html":                                    # a page again, from today's template
+        out, (facts, weights) = args.out or args.checkpoint, read(args.checkpoint)
+    else:
+        facts, weights = make_from(args)
     html = document(facts, weights).encode()
     dq.require(len(html) <= LARGEST, f"with {facts['matrices']} weights the page of {args.checkpoint} takes "
-                                     f"{len(html) / 1e6:.0f} MB, more than {LARGEST / 1e6:.0f}; {advice}")
+                                     f"{len(html) / 1e6:.0f} MB, more than {LARGEST / 1e6:.0f}; {ADVICE}")
     out.parent.mkdir(parents=True, exist_ok=True)
     dq.write_file(out, lambda file: file.write(html))
     cost = facts["nats"]
