@@ -367,15 +367,15 @@ function draw(logits, u) {                                   // the first entry 
   return last;
 }
 
-function guided(rows, options) {                             // logits labelled, unlabelled -> guided, by temperature
+function apply_guidance(rows, options) {                             // logits labelled, unlabelled -> guided, by temperature
   const [labelled, unlabelled] = rows;
   if (!unlabelled || options.cfg === 1) return labelled.map((x) => x / options.temperature);
   return labelled.map((x, i) => (unlabelled[i] + options.cfg * (x - unlabelled[i])) / options.temperature);
 }
 
 const masked = (logits, legal) => logits.map((x, i) => (legal[i] ? x : -Infinity));
-const place_logits = (step, options) => masked(guided(step.position, options), step.legal);
-const content_logits = (step, options) => filter_logits(guided(step.content, options), options.top_k, options.top_p);
+const place_logits = (step, options) => masked(apply_guidance(step.position, options), step.legal);
+const content_logits = (step, options) => filter_logits(apply_guidance(step.content, options), options.top_k, options.top_p);
 
 // labels: of each row; caches: by row and layer; pairs: written so far; steps: what each of them was drawn from
 function first_state(labels) {

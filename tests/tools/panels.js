@@ -369,7 +369,7 @@ function show_step() {
   });
   $("scrub").value = t;
   $("scrub").setAttribute("aria-valuetext", `pair ${t + 1}: ${describe(pos)}`);
-  $("step").textContent = `pair ${t + 1} of ${trace.pairs.length}`;
+  $("step").textContent = `pair ${t + 1} / ${trace.pairs.length}`;
   show_c();
   show_d();
 }
@@ -463,7 +463,7 @@ function show_d() {
   bar($("barWhere"), [...p.keys()].filter((i) => p[i] > 0).map((i, n) => [total, (total += p[i]), short(i), `color-mix(in oklab, var(--where) ${n % 2 ? 76 : 100}%, black)`]), u[0], "places");
 
   // what: the likeliest codes, if the pair has a content
-  const q_logits = content_logits(step, options()), q = softmax(q_logits), raw = softmax(guided(step.content, options()));
+  const q_logits = content_logits(step, options()), q = softmax(q_logits), raw = softmax(apply_guidance(step.content, options()));
   const likeliest = [...raw.keys()].sort((a, b) => raw[b] - raw[a]).slice(0, 12), drawn_code = draw(q_logits, u[1]);
   $("barWhat").hidden = $("codes").hidden = is_eos(pos);
   $("whatD").textContent = is_eos(pos) ? "an EOS has no content" : `the ${likeliest.length} likeliest of ${V}`;
@@ -583,7 +583,7 @@ function draw_branches(list) {
     const frame = outline([...mine.keys()].filter((cell) => mine[cell] !== codes[cell]));
     return el("div", {class: "card" + (each === base ? " base" : "")},
       stack(image(each.pixels, `branch ${letter(each)}`), el("path", {class: "differs", d: frame})),
-      el("p", {}, el("strong", {}, `${letter(each)}  log p = -${each.nats.toFixed(1)}`), n_classes && each.label !== base.label ? ` (${CONFIG.classes[each.label] || "no class"})` : ""),
+      el("p", {}, el("strong", {}, `${letter(each)}: log p = -${each.nats.toFixed(1)}`), n_classes && each.label !== base.label ? ` (${CONFIG.classes[each.label] || "no class"})` : ""),
       el("p", {class: "soft"}, each === base ? "The others are compared with this one." : difference),
       el("div", {class: "row"}, button("Open", () => change({given: each.pairs, label: each.label, t: Math.max(t, 0)}), {"aria-label": `open branch ${letter(each)} in panels B to D`}),
         ...(each === base ? [] : [button("Compare", () => store(list, {base: i}), {"aria-label": `compare the others with branch ${letter(each)}`}),

@@ -420,7 +420,7 @@ def test_the_address_holds_the_view(name, made, browser):
     browser.js("document.getElementById('keep').disabled || document.getElementById('keep').click()")
     browser.settle()
     seen, address = browser.js(look), browser.js("location.hash")
-    assert json.loads(seen)[2].startswith("pair 5 of") and json.loads(seen)[0]["seed"] == 5
+    assert json.loads(seen)[2].startswith("pair 5 / ") and json.loads(seen)[0]["seed"] == 5
     browser.open(made("plain")[-1])                                          # leave
     browser.open(path, address[1:])
     assert browser.js(look) == seen and browser.js("location.hash") == address
