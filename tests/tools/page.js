@@ -114,7 +114,8 @@ function attn_block(x, name) {                               // one head, over a
   return add(x, conv({c, side, data: y}, name + ".proj"));
 }
 
-function* sequential(x, name) {                              // residual blocks, with attention after each where it is due
+// residual blocks, with attention after each where it is due
+function* sequential(x, name) {
   for (let i = 0; W[`${name}.${i}.qkv.weight`] || W[`${name}.${i}.conv1.weight`]; i++) {
     x = W[`${name}.${i}.qkv.weight`] ? attn_block(x, `${name}.${i}`) : res_block(x, `${name}.${i}`);
     yield;
@@ -122,7 +123,8 @@ function* sequential(x, name) {                              // residual blocks,
   return x;
 }
 
-function position_embedding(z) {                             // sines of a learned map of (x, y), a row and a column vector
+// sines of a learned map of (x, y), a row and a column vector
+function position_embedding(z) {
   const {c, side} = z, {data: fourier} = W["decoder.position.fourier.weight"];
   const bias = W["decoder.position.fourier.bias"].data;
   const line = Array.from({length: side}, (_, i) => (side > 1 ? 2 * i / (side - 1) - 1 : 0));
@@ -191,7 +193,8 @@ class Layout {
     this.end = this.n_positions - 1;
   }
 
-  pack(codes, grains) {                                      // -> [[position, content], ...] up to and with the last EOS
+  // -> [[position, content], ...] up to and with the last EOS
+  pack(codes, grains) {
     const pairs = [];
     this.ids.forEach((id, pos) => {
       if (id.is_eos) pairs.push([pos, -1]);
@@ -291,7 +294,8 @@ function apply_rope(x, angles) {                             // turn the planes 
   return y;
 }
 
-function attention(q, keys, values) {                        // q (C), t + 1 keys and values (C) -> y (C), weights by head
+// q (C), t + 1 keys and values (C) -> y (C), weights by head
+function attention(q, keys, values) {
   const C = q.length, d = C / CONFIG.heads, y = new Float32Array(C), weights = [];
   for (let h = 0; h < C; h += d) {
     const scores = new Float32Array(keys.length);
@@ -326,7 +330,8 @@ function block(x, name, cache, t, query_turns, key_turns) {  // -> x, attention'
 const n_classes = CONFIG.classes.length;
 
 function embed(pos, code) {                                  // content + position + granularity
-  const content = row_of("content.weight", code < 0 ? CONFIG.codebook_size : code), position = row_of("position.weight", pos);
+  const content = row_of("content.weight", code < 0 ? CONFIG.codebook_size : code),
+    position = row_of("position.weight", pos);
   const granularity = row_of("granularity.weight", layout.ids[pos].grain);
   return content.map((x, i) => x + position[i] + granularity[i]);
 }
@@ -367,7 +372,8 @@ function draw(logits, u) {                                   // the first entry 
   return last;
 }
 
-function apply_guidance(rows, options) {                             // logits labelled, unlabelled -> guided, by temperature
+// logits labelled, unlabelled -> guided, by temperature
+function apply_guidance(rows, options) {
   const [labelled, unlabelled] = rows;
   if (!unlabelled || options.cfg === 1) return labelled.map((x) => x / options.temperature);
   return labelled.map((x, i) => (unlabelled[i] + options.cfg * (x - unlabelled[i])) / options.temperature);
@@ -375,7 +381,8 @@ function apply_guidance(rows, options) {                             // logits l
 
 const masked = (logits, legal) => logits.map((x, i) => (legal[i] ? x : -Infinity));
 const place_logits = (step, options) => masked(apply_guidance(step.position, options), step.legal);
-const content_logits = (step, options) => filter_logits(apply_guidance(step.content, options), options.top_k, options.top_p);
+const content_logits = (step, options) => filter_logits(
+  apply_guidance(step.content, options), options.top_k, options.top_p);
 
 // labels: of each row; caches: by row and layer; pairs: written so far; steps: what each of them was drawn from
 function first_state(labels) {
@@ -406,7 +413,8 @@ function decode_one(state, options, u, given = []) {         // write one more p
     const position = row_of("position.weight", pos);
     h = h.map((x, i) => x + position[i]);
     for (let i = 0; i < content_layers; i++) {
-      const [next, weights] = block(h, `content_stack.${i}`, state.caches[r][position_layers + i], t, turns, last_turns);
+      const [next, weights] = block(h, `content_stack.${i}`, state.caches[r][position_layers + i], t, turns,
+        last_turns);
       h = next;
       if (r === 0) step.attention.push(weights);
     }
@@ -431,7 +439,8 @@ function* generate(label, options, uniform, given = [], state = first_state(rows
 
 // numpy's default_rng, as dq.py seeds it: the draws of image `number` are those of sample.py --seed
 function uniform(seed, number, n = layout.max_len) {
-  const words = [BigInt(seed) % 2n ** 32n, BigInt(number) % 2n ** 32n, BigInt(seed) >> 32n, BigInt(number) >> 32n].map(Number);
+  const words = [BigInt(seed) % 2n ** 32n, BigInt(number) % 2n ** 32n, BigInt(seed) >> 32n, BigInt(number) >> 32n].map(
+    Number);
   const hasher = (constant, factor) => (value) => {          // SeedSequence: mix the four words, then spread them
     value ^= constant;
     constant = Math.imul(constant, factor);
@@ -445,7 +454,8 @@ function uniform(seed, number, n = layout.max_len) {
         const mixed = Math.imul(0xca01f9dd, pool[j]) - Math.imul(0x4973f715, hash(pool[i]));
         pool[j] = mixed ^ (mixed >>> 16);
       }
-  const spread = hasher(0x8b51f9dd, 0x58f38ded), s = Array.from({length: 8}, (_, i) => BigInt(spread(pool[i % 4]) >>> 0));
+  const spread = hasher(0x8b51f9dd, 0x58f38ded),
+    s = Array.from({length: 8}, (_, i) => BigInt(spread(pool[i % 4]) >>> 0));
   const wide = (i) => (s[i + 1] << 96n) | (s[i] << 64n) | (s[i + 3] << 32n) | s[i + 2];
   const m128 = (1n << 128n) - 1n, m64 = (1n << 64n) - 1n, increment = (wide(4) << 1n | 1n) & m128;
   const next = (x) => (x * 0x2360ed051fc65da44385df649fccf645n + increment) & m128;
@@ -453,7 +463,8 @@ function uniform(seed, number, n = layout.max_len) {
   const halves = [];
   while (halves.length < 2 * n) {
     x = next(x);
-    const folded = (x >> 64n) ^ (x & m64), turn = x >> 122n, turned = ((folded >> turn) | (folded << (64n - turn))) & m64;
+    const folded = (x >> 64n) ^ (x & m64), turn = x >> 122n,
+      turned = ((folded >> turn) | (folded << (64n - turn))) & m64;
     halves.push(Number(turned & 0xffffffffn), Number(turned >> 32n));
   }
   return Array.from({length: n}, (_, t) => [0, 1].map((i) => 1 - (halves[2 * t + i] >>> 8) / 2 ** 24));
@@ -479,21 +490,25 @@ function finish(work) {                                      // a paused functio
 }
 
 function self_test() {
-  const {logits, drawn, legal, decoded} = DATA.reference, checks = {}, plain = {temperature: 1, top_k: 0, top_p: 1, cfg: 1};
+  const {logits, drawn, legal, decoded} = DATA.reference, checks = {},
+    plain = {temperature: 1, top_k: 0, top_p: 1, cfg: 1};
   const check = (name, value, limit) => (checks[name] = {value, limit, ok: value <= limit});
   check("checksum of the weights", Math.abs(crc32(WEIGHTS) - DATA.crc), 0);
 
   let [position, content, sums] = [0, 0, 0];                 // largest differences
   for (const {label, pairs, ...wanted} of logits) {
-    const state = finish(generate(label, plain, uniform(0, 0), pairs)), floats = (text) => new Float32Array(bytes_of(text).buffer);
-    const [where, what] = [floats(wanted.position), floats(wanted.content)], P = layout.n_positions, V = CONFIG.codebook_size;
+    const state = finish(generate(label, plain, uniform(0, 0), pairs)),
+      floats = (text) => new Float32Array(bytes_of(text).buffer);
+    const [where, what] = [floats(wanted.position), floats(wanted.content)], P = layout.n_positions,
+      V = CONFIG.codebook_size;
     state.steps.forEach((step, t) => {
       place_logits(step, plain).forEach((x, i) => {
         const y = where[t * P + i];
         if (x !== y) position = Math.max(position, Number.isFinite(x - y) ? Math.abs(x - y) : 1e9);
       });
       step.content[0].forEach((x, i) => (content = Math.max(content, Math.abs(x - what[t * V + i]))));
-      for (const p of [softmax(place_logits(step, plain)), softmax(content_logits(step, {...plain, temperature: 0.5, top_p: 0.9}))])
+      for (const p of [softmax(place_logits(step, plain)),
+        softmax(content_logits(step, {...plain, temperature: 0.5, top_p: 0.9}))])
         sums = Math.max(sums, Math.abs(sum(p) - 1));
     });
   }
@@ -508,7 +523,8 @@ function self_test() {
     +differ(legal, [...layout.ids.keys()].filter((i) => layout.legal(prev, grains)[i])))), 0);
   check("pixels decoded", Math.max(...decoded.map(({pairs, pixels}) => {
     const mine = finish(decode(layout.unpack(pairs)));
-    return bytes_of(pixels).reduce((most, x, i) => Math.max(most, Math.abs(x - mine[Math.floor(i / 3) * 4 + i % 3])), 0);
+    return bytes_of(pixels).reduce(
+      (most, x, i) => Math.max(most, Math.abs(x - mine[Math.floor(i / 3) * 4 + i % 3])), 0);
   })), 2);
   const regrown = layout.pack(layout.unpack(drawn[0].pairs), layout.grains(drawn[0].pairs));
   check("unpack, pack", +differ(regrown, drawn[0].pairs), 0);

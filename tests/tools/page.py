@@ -2,8 +2,8 @@
 
 python tests/tools/page.py [CHECKPOINT] [--data DIR [--held-out DIR]] [--out FILE.html]
 
-The file needs no server, no network and no library: open it in a browser. page.html, page.js and panels.js beside this tool
-are its template; page.js follows dq.py, name by name. Weights are rounded: the decoder to float16, the matrices of the
+The file needs no server, no network and no library: open it in a browser. Its template lies beside this tool: page.html,
+page.js (the models, which follow dq.py name by name) and panels.js. Weights are rounded: the decoder to float16, the matrices of the
 transformer to int8 with a scale per row, or to float16 where int8 would cost more than 0.5 % of the validation nats.
 With #selftest behind its address the page compares itself with numbers that dq.py computed from the same weights.
 """
@@ -14,6 +14,7 @@ import hashlib
 import json
 import sys
 import zlib
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ import sample  # noqa: E402
 HERE = Path(__file__).resolve().parent
 ADVICE = "train a smaller model (--width and --content-layers of train_transformer.py, or --preset toy)"
 LARGEST = 20e6                                                               # bytes of a page
-WORSE = 0.005                                                                # int8 may cost this part of the nats
+WORSE = 0.005                                                                # fraction of the nats that int8 may cost
 
 
 # ------------------------------------------------------------------------------------------------
@@ -60,7 +61,7 @@ class Weights:
         return start
 
     def add(self, name, x, matrices="float16"):
-        """x rounded: matrices as named, other tensors to float32 in the transformer, all to float16 in the decoder."""
+        """Append a tensor, rounded: a matrix as named, any other to float16. -> what the page will compute with"""
         entry, x = dict(name=name, shape=list(x.shape)), x.detach().float()
         if matrices == "int8" and x.dim() == 2:
             q, scale = round_rows(x)
@@ -168,7 +169,8 @@ def references(model, vae, pos, code, label, seed=0):
     for seed, first, of, given, options in (
             (0, 0, 0, None, dq.SampleOptions(0.7, cfg=2.0)), (1, 3, -1, None, dq.SampleOptions()),
             (2 ** 33 + 5, 0, 1, None, dq.SampleOptions(1.2, top_p=0.8, cfg=3.0)),
-            (7, 1, 2, None, dq.SampleOptions(0.9, top_k=5)), (8, 2, 0, None, dq.SampleOptions(1.0, top_k=20, top_p=0.5)),
+            (7, 1, 2, None, dq.SampleOptions(0.9, top_k=5)),
+            (8, 2, 0, None, dq.SampleOptions(1.0, top_k=20, top_p=0.5)),
             (3, 2, 0, sample.given_tiling(layout, with_map), dq.SampleOptions(1.0, cfg=1.5)),
             (4, 0, 0, kept, dq.SampleOptions(0.8, top_p=0.9))):
         of = min(of, n_classes - 1)
@@ -219,7 +221,8 @@ def document(facts, weights, script=None):
 def read(path):
     """The page in a file -> its facts and weights."""
     html = path.read_text("utf-8")
-    parts = [html.split(f'id="{name}">')[1].split("</script>")[0] for name in ("data", "weights") if f'id="{name}">' in html]
+    marks = [f'id="{name}">' for name in ("data", "weights")]
+    parts = [html.split(mark)[1].split("</script>")[0] for mark in marks if mark in html]
     dq.require(len(parts) == 2, f"{path} is no page of this tool")
     return json.loads(parts[0]), base64.b64decode(parts[1])
 
@@ -242,11 +245,11 @@ def make(model, vae, images, source, n=64):
             break
     params = dict(transformer=millions(sum(p.numel() for p in model.parameters())),
                   decoder=millions(sum(x.numel() for x in needed(vae).values())))
-    facts = dict(source=source, params=params, config=vars(model.config) | {}, vae=vars(vae.config) | {}, tensors=weights.tensors,
-                crc=zlib.crc32(weights.bytes()), matrices=matrices,
-                nats=dict(exact=round(exact, 3), rounded=round(cost, 3), images=len(found)),
-                thresholds=thresholds(vae), pictures=describe(vae, x[:8], label[:8].tolist()),
-                reference=references(model_, vae_, pos, code, label))
+    facts = dict(source=source, params=params, config=asdict(model.config), vae=asdict(vae.config),
+                 tensors=weights.tensors, crc=zlib.crc32(weights.bytes()), matrices=matrices,
+                 nats=dict(exact=round(exact, 3), rounded=round(cost, 3), images=len(found)),
+                 thresholds=thresholds(vae), pictures=describe(vae, x[:8], label[:8].tolist()),
+                 reference=references(model_, vae_, pos, code, label))
     return facts, weights.bytes()
 
 

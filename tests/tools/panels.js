@@ -2,18 +2,21 @@
 // The panels A to F around the models of page.js. `view` is all that a reader has chosen; it lives in the address
 
 const $ = (id) => document.getElementById(id);
-const S = CONFIG.size, K = layout.n_grains, V = CONFIG.codebook_size, UNIT = S / layout.fine_side, PICTURES = DATA.pictures;
-const NAMES = [["fixed"], ["coarse", "fine"], ["coarse", "medium", "fine"]][K - 1] || layout.cells.map((_, k) => `level ${k}`);
+const S = CONFIG.size, K = layout.n_grains, V = CONFIG.codebook_size, UNIT = S / layout.fine_side,
+  PICTURES = DATA.pictures;
+const NAMES = [["fixed"], ["coarse", "fine"], ["coarse", "medium", "fine"]][K - 1] || layout.cells.map(
+  (_, k) => `level ${k}`);
 const HUE = (k) => `var(--grain${Math.min(k, 2)})`;
 const PLAIN = {temperature: 1, top_k: 0, top_p: 1, cfg: 1}, LIKE_SAMPLE = {...PLAIN, temperature: 0.7, cfg: 2};
-const START = {pic: 0, cut: null, flip: {}, t: null, given: null, seed: 0, label: null, temperature: 1, top_p: 1, cfg: 1,
-               over: "order", head: "mean", keep: null, base: 0, map: null, mapseed: 0, kept: null};
+const START = {pic: 0, cut: null, flip: {}, t: null, given: null, seed: 0, label: null, temperature: 1, top_p: 1,
+               cfg: 1, over: "order", head: "mean", keep: null, base: 0, map: null, mapseed: 0, kept: null};
 const view = {...START};
 let trace = null, finished = null;                           // the sequence of panels B to D, and its pixels
 const options = () => ({temperature: view.temperature, top_k: 0, top_p: view.top_p, cfg: view.cfg});
 const label = () => view.label ?? PICTURES[view.pic].label;
 
-const percent = (p) => (p >= 0.0995 ? (100 * p).toFixed(0) : p >= 0.00095 ? (100 * p).toFixed(1) : p > 0 ? "<0.1" : "0") + "%";
+const percent = (p) =>
+  (p >= 0.0995 ? (100 * p).toFixed(0) : p >= 0.00095 ? (100 * p).toFixed(1) : p > 0 ? "<0.1" : "0") + "%";
 const plural = (n, noun) => `${n} ${noun}${n === 1 ? "" : "s"}`;
 const same = (a, b) => a[0] === b[0] && a[1] === b[1];
 const is_eos = (pos) => layout.ids[pos].is_eos;
@@ -60,7 +63,8 @@ function choice(text, names, chosen, act) {                  // names: [[value, 
 }
 
 function stats(node, entries) {                              // entries: [[number, what it is, class], ...]
-  node.replaceChildren(...entries.map(([value, text, name = ""]) => el("div", {}, el("strong", {class: name}, value), text)));
+  node.replaceChildren(...entries.map(
+    ([value, text, name = ""]) => el("div", {}, el("strong", {class: name}, value), text)));
 }
 
 // The address. Pairs are written in four characters: two digits of base 64 for the position, two for the content
@@ -74,7 +78,8 @@ const numbers = (text) => text.split("_").filter(Boolean).map(Number);
 const within = (x, low, high) => Math.min(Math.max(Number.isFinite(x) ? x : low, low), high);
 
 const WRITE = {
-  given: pairs_text, cut: (cut) => cut.join("_"), map: (map) => map.join("_"), flip: (flip) => Object.entries(flip).flat().join("_"),
+  given: pairs_text, cut: (cut) => cut.join("_"), map: (map) => map.join("_"),
+    flip: (flip) => Object.entries(flip).flat().join("_"),
   keep: (keep) => keep.map((each) => each.label + "." + pairs_text(each.pairs)).join("_~").replaceAll("_~", "~"),
 };
 const READ = {
@@ -83,10 +88,12 @@ const READ = {
   map: (text) => Array.from({length: layout.n_regions}, (_, i) => within(numbers(text)[i] | 0, 0, K - 1)),
   flip: (text) => Object.fromEntries(numbers(text).flatMap((region, i, all) =>
     (i % 2 || !(region < layout.n_regions) ? [] : [[region, within(all[i + 1] | 0, 0, K - 1)]]))),
-  keep: (text) => text.split("~").map((each) => ({label: within(parseInt(each), -1, n_classes - 1), pairs: text_pairs(each.split(".")[1] || "")}))
+  keep: (text) => text.split("~").map(
+    (each) => ({label: within(parseInt(each), -1, n_classes - 1), pairs: text_pairs(each.split(".")[1] || "")}))
     .filter(({pairs}) => complete(legal_part(pairs))).slice(0, 6),
   pic: (text) => within(text | 0, 0, PICTURES.length - 1), label: (text) => within(text | 0, -1, n_classes - 1),
-  kept: (text) => within(text | 0, 0, 7), temperature: (text) => within(+text, 0.1, 4), top_p: (text) => within(+text, 0.01, 1),
+  kept: (text) => within(text | 0, 0, 7), temperature: (text) => within(+text, 0.1, 4),
+    top_p: (text) => within(+text, 0.01, 1),
   cfg: (text) => within(+text, 0, 10),
 };
 
@@ -143,7 +150,8 @@ function paint(canvas, pixels, x = 0, y = 0, side = S) {     // S x S pixels, or
   return canvas;
 }
 
-function place_of(pos) {                                     // the square of a position: x, y, side, in pixels of the image
+// the square of a position: x, y, side, in pixels of the image
+function place_of(pos) {
   const {row, column, step} = layout.ids[pos];
   return [column * step * UNIT, row * step * UNIT, step * UNIT];
 }
@@ -160,7 +168,8 @@ const boxes = (pairs) => pairs.filter(([pos]) => !is_eos(pos)).map(([pos]) =>
   square(pos, {fill: "none", class: "box" + Math.min(layout.ids[pos].grain, 2), "stroke-width": 0.35}));
 const pixels_of = (pic) => {
   const bytes = bytes_of(PICTURES[pic].pixels);
-  return Uint8ClampedArray.from({length: 4 * S * S}, (_, i) => (i % 4 === 3 ? 255 : bytes[Math.floor(i / 4) * 3 + i % 4]));
+  return Uint8ClampedArray.from({length: 4 * S * S},
+    (_, i) => (i % 4 === 3 ? 255 : bytes[Math.floor(i / 4) * 3 + i % 4]));
 };
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -198,15 +207,19 @@ function all_cuts(pic) {                                     // each map of one 
 }
 
 async function show_a() {
-  const grains = grains_of(view.pic), {score} = PICTURES[view.pic], original = pixels_of(view.pic), most = Math.max(...score, 1e-9);
-  const side = S / layout.side, at = (r) => ({x: (r % layout.side) * side, y: Math.floor(r / layout.side) * side, width: side, height: side});
-  const heat = score.map((value, r) => el("g", {}, el("rect", {...at(r), fill: "var(--pin)", "fill-opacity": 0.85 * value / most}),
+  const grains = grains_of(view.pic), {score} = PICTURES[view.pic], original = pixels_of(view.pic),
+    most = Math.max(...score, 1e-9);
+  const side = S / layout.side, at = (r) => (
+    {x: (r % layout.side) * side, y: Math.floor(r / layout.side) * side, width: side, height: side});
+  const heat = score.map((value, r) => el(
+    "g", {}, el("rect", {...at(r), fill: "var(--pin)", "fill-opacity": 0.85 * value / most}),
     el("text", {x: at(r).x + side / 2, y: at(r).y + side / 2, "font-size": side / 3.2, "text-anchor": "middle",
                 "dominant-baseline": "central", fill: "var(--ink)"}, value.toFixed(2))));
   const flip = (r) => () => change({flip: {...view.flip, [r]: (grains[r] + 1) % K}, given: null, t: null});
   const cells = grains.map((k, r) => el("rect", {...at(r), class: "cell", tabindex: 0, role: "button", onclick: flip(r),
     onkeydown: entered(flip(r)), "aria-label": `region ${r + 1}, ${NAMES[k]}: flip`}));
-  const boxed = stack(image(original, "boxes of the codes"), el("rect", {width: S, height: S, fill: "var(--panel)", "fill-opacity": 0.35}),
+  const boxed = stack(image(original, "boxes of the codes"),
+    el("rect", {width: S, height: S, fill: "var(--panel)", "fill-opacity": 0.35}),
     ...boxes(layout.pack(codes_of(view.pic, grains), grains)), ...cells);
   boxed.lastChild.removeAttribute("aria-hidden");
   const again = el("div", {}, el("canvas", {width: S, height: S})), curve = el("div", {class: "curve"});
@@ -217,18 +230,21 @@ async function show_a() {
     figure("Granularity map", boxed, "one box per code; click to flip"),
     figure("Reconstruction", again, "decoded from the codes alone"),
     figure("What codes buy", curve, "all thresholds on the score"));
-  const cut = view.cut || DATA.thresholds, turn = (i) => (x) => change({cut: cut.map((old, j) => (j === i ? x : old)), flip: {}, given: null, t: null});
+  const cut = view.cut || DATA.thresholds,
+    turn = (i) => (x) => change({cut: cut.map((old, j) => (j === i ? x : old)), flip: {}, given: null, t: null});
   if ($("cuts").children.length && view.cut) {               // a slider that is being moved stays as it is
     $("cuts").lastChild.disabled = false;
   } else {
     $("cuts").replaceChildren(...cut.map((value, i) =>
-      slider(`Threshold on the score${K > 2 ? `, ${NAMES[i]} to ${NAMES[i + 1]}` : ""}`, value, 0, Math.max(K - 1, most), 0.01, turn(i))),
+      slider(`Threshold on the score${K > 2 ? `, ${NAMES[i]} to ${NAMES[i + 1]}` : ""}`, value, 0,
+        Math.max(K - 1, most), 0.01, turn(i))),
       button("Router's own choice", () => change({cut: null, flip: {}, given: null, t: null}),
         {disabled: !view.cut && !Object.keys(view.flip).length}));
   }
 
   // the chosen image first, then the film, then the curve of all thresholds
-  const decoded = await run("A", picture(codes_of(view.pic, grains)), 0, 2), n = count(grains), full = layout.n_regions * layout.cells[K - 1];
+  const decoded = await run("A", picture(codes_of(view.pic, grains)), 0, 2), n = count(grains),
+    full = layout.n_regions * layout.cells[K - 1];
   if (!decoded) return;
   const dB = psnr(original, decoded);
   again.replaceChildren(image(decoded, "reconstruction"));
@@ -239,7 +255,8 @@ async function show_a() {
     if (!pixels) return;
     card.setAttribute("aria-pressed", i === view.pic);
     card.setAttribute("aria-label", `image ${i + 1}, ${count(mine)} codes`);
-    card.replaceChildren(image(pixels_of(i), "image"), image(pixels, "reconstruction"), el("small", {}, `${count(mine)} codes`),
+    card.replaceChildren(image(pixels_of(i), "image"), image(pixels, "reconstruction"),
+      el("small", {}, `${count(mine)} codes`),
       el("small", {class: "soft"}, `${psnr(pixels_of(i), pixels).toFixed(1)} dB`));
   }
   const points = [];
@@ -250,11 +267,14 @@ async function show_a() {
   }
   end_job("A");
   draw_curve(curve, points, [n, dB]);
-  const [[low, worst], [high, best]] = [points[0], points.at(-1)], chord = worst + (best - worst) * (n - low) / Math.max(high - low, 1);
+  const [[low, worst], [high, best]] = [points[0], points.at(-1)],
+    chord = worst + (best - worst) * (n - low) / Math.max(high - low, 1);
   rich($("seeA"), K === 1 ? `There is one granularity, so every image has ${full} codes.` :
-    `${plural(n, "code")} give ${dB.toFixed(1)} dB. With every region ${NAMES[K - 1]}, ${full} codes give ${best.toFixed(1)} dB; with every region ` +
+    `${plural(n, "code")} give ${dB.toFixed(1)} dB. With every region ${NAMES[K - 1]}, ${full} codes give ` +
+    `${best.toFixed(1)} dB; with every region ` +
     `${NAMES[0]}, ${low} codes give ${worst.toFixed(1)} dB. ` + (n > low && n < full ? (dB > chord ?
-    `Spending codes where the score is high buys ${(dB - chord).toFixed(1)} dB over the straight line between these two.` :
+    `Spending codes where the score is high buys ${(dB - chord).toFixed(1)} dB over the straight line between these ` +
+    `two.` :
     `This map is ${(chord - dB).toFixed(1)} dB below the straight line between these two.`) : ""));
 }
 
@@ -267,8 +287,10 @@ function draw_curve(node, points, [n, dB]) {
   node.replaceChildren(el("svg", {viewBox: "0 0 222 176", role: "img", "aria-label": "PSNR by number of codes"},
     el("path", {class: "axis", d: "M34 8V146H214", fill: "none"}),
     el("polyline", {class: "chord", points: line([points[0], points.at(-1)])}), el("polyline", {points: line(points)}),
-    el("circle", {cx, cy, r: 5, fill: "var(--pin)"}), write(30, 143, "end", y0.toFixed(0)), write(30, 20, "end", y1.toFixed(0)),
-    write(38, 12, "start", "dB"), write(34, 159, "start", x0), write(212, 159, "end", x1), write(124, 172, "middle", "number of codes")));
+    el("circle", {cx, cy, r: 5, fill: "var(--pin)"}), write(30, 143, "end", y0.toFixed(0)),
+      write(30, 20, "end", y1.toFixed(0)),
+    write(38, 12, "start", "dB"), write(34, 159, "start", x0), write(212, 159, "end", x1),
+      write(124, 172, "middle", "number of codes")));
 }
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -298,7 +320,8 @@ function* follow(given, of_label, how, numbers, from, cfg = how.cfg) {
   return yield* generate(of_label, how, numbers, given, t ? fork(from, t, rows) : first_state(rows));
 }
 
-function costs(state) {                                      // nats of each pair, where and what, under the model as it is
+// nats of each pair, where and what, under the model as it is
+function costs(state) {
   return state.steps.map((step, t) => {
     const [pos, code] = state.pairs[t], where = softmax(place_logits(step, PLAIN))[pos];
     return [Math.abs(Math.log(where)), code < 0 ? 0 : -Math.log(softmax(content_logits(step, PLAIN))[code])];
@@ -326,8 +349,10 @@ async function show_sequence() {
 }
 
 function show_b() {
-  const cost = costs(trace), dear = cost.map(([a, b]) => a + b), limit = Math.log(V), top = Math.max(limit * 1.12, ...dear);
-  const height = (x) => ({height: `${100 * x / top}%`}), rule = (y, name = "") => el("div", {class: "rule" + name, style: {bottom: `${100 * y / top}%`}});
+  const cost = costs(trace), dear = cost.map(([a, b]) => a + b), limit = Math.log(V),
+    top = Math.max(limit * 1.12, ...dear);
+  const height = (x) => ({height: `${100 * x / top}%`}),
+    rule = (y, name = "") => el("div", {class: "rule" + name, style: {bottom: `${100 * y / top}%`}});
   const own = own_pairs(), left = trace.pairs.findIndex((pair, t) => !own[t] || !same(pair, own[t]));
   const scale = [0, 2, 4, 6, 8, 10, 12].filter((y) => y < top).map((y) => {
     const node = rule(y);
@@ -336,25 +361,33 @@ function show_b() {
   });
   $("tiles").replaceChildren(...scale, rule(limit, " limit"), ...cost.map(([where, what], t) =>
     el("div", {class: "tile", onclick: () => change({t}),
-               title: `pair ${t + 1}: ${describe(trace.pairs[t][0])}; where ${where.toFixed(2)}, what ${what.toFixed(2)} nats`},
+               title: `pair ${t + 1}: ${describe(trace.pairs[t][0])}; where ${where.toFixed(2)}, what ` +
+                 `${what.toFixed(2)} nats`},
       el("i", {class: "where", style: height(where)}), el("i", {class: "what", style: height(what)}))));
   $("strip").replaceChildren(...trace.pairs.map(([pos], t) => el("div", {onclick: () => change({t})},
     is_eos(pos) ? el("div", {class: "eos"}, "E") : paint(el("canvas"), finished, ...place_of(pos)),
     el("u", {style: {background: left >= 0 && t >= left ? "var(--pin)" : HUE(layout.ids[pos].grain)}}))));
-  rich($("legendB"), `Height in nats: [where where], [what what]. Dashed: ln ${V} = ${limit.toFixed(2)} nats, what a code costs without ` +
-    `a model. Below: the patch of each code; ${NAMES.map((name, k) => `[g${Math.min(k, 2)} ${name}]`).join(", ")}` + (left < 0 ? "." : "; [pin drawn by the model]."));
+  rich($("legendB"), `Height in nats: [where where], [what what]. Dashed: ln ${V} = ${limit.toFixed(2)} nats, what ` +
+    `a code costs without ` +
+    `a model. Below: the patch of each code; ${NAMES.map((name, k) => `[g${Math.min(k, 2)} ${name}]`).join(", ")}` +
+    (left < 0 ? "." : "; [pin drawn by the model]."));
 
-  const [where, what] = nats(trace), total = (where + what) / Math.LN2, n = trace.pairs.filter(([, code]) => code >= 0).length;
+  const [where, what] = nats(trace), total = (where + what) / Math.LN2,
+    n = trace.pairs.filter(([, code]) => code >= 0).length;
   stats($("statsB"), [[where.toFixed(1), "nats for where", "where"], [what.toFixed(1), "nats for what", "what"],
     [total.toFixed(0), "bits in all"], [(total / S ** 2).toFixed(3), "bits per pixel"]]);
   const most = dear.indexOf(Math.max(...dear)), name = CONFIG.classes[label()];
   rich($("seeB"), (left < 0 ? "These are the codes of the image in panel A. " : left > 0 ?
-    `The first ${plural(left, "pair")} ${left === 1 ? "is" : "are"} the image's; the model drew the rest. ` : "The model drew all of this" +
-    (view.given.length ? ". " : `, as python sample.py --n 1${name ? ` --label "${name}"` : ""} --seed ${view.seed} --temperature ${view.temperature} ` +
+    `The first ${plural(left, "pair")} ${left === 1 ? "is" : "are"} the image's; the model drew the rest. ` :
+    "The model drew all of this" +
+    (view.given.length ? ". " : `, as python sample.py --n 1${name ? ` --label "${name}"` : ""} --seed ${view.seed} ` +
+      `--temperature ${view.temperature} ` +
     `--top-p ${view.top_p} --cfg ${view.cfg} does, up to the rounding of the weights. `)) +
-    `[where Where] takes ${percent(where / (where + what))} of the cost, [what what] the rest. Without a model, ${plural(n, "code")} and the map take ` +
+    `[where Where] takes ${percent(where / (where + what))} of the cost, [what what] the rest. Without a model, ` +
+    `${plural(n, "code")} and the map take ` +
     `${bits(n).toFixed(0)} bits; the model ${total < bits(n) ? `saves ${percent(1 - total / bits(n))}` : "saves nothing here"}. ` +
-    `The most surprising pair is number ${most + 1} (${describe(trace.pairs[most][0])}) with ${dear[most].toFixed(1)} nats.`);
+    `The most surprising pair is number ${most + 1} (${describe(trace.pairs[most][0])}) with ` +
+    `${dear[most].toFixed(1)} nats.`);
   $("scrub").max = trace.pairs.length - 1;
 }
 
@@ -375,48 +408,62 @@ function show_step() {
 }
 
 function show_c() {
-  const {t, over} = view, step = trace.steps[t], written = trace.pairs.slice(0, t), [pos] = trace.pairs[t], name = NAMES[layout.ids[pos].grain];
+  const {t, over} = view, step = trace.steps[t], written = trace.pairs.slice(0, t), [pos] = trace.pairs[t],
+    name = NAMES[layout.ids[pos].grain];
   const codes = layout.unpack(written), blank = [...codes.keys()].filter((i) => codes[i] < 0), shapes = [];
   const write = (place, text) => {
     const [x, y, side] = place_of(place);
-    shapes.push(el("text", {class: "order", x: x + side / 2, y: y + side / 2, "text-anchor": "middle", "dominant-baseline": "central",
+    shapes.push(el("text", {class: "order", x: x + side / 2, y: y + side / 2, "text-anchor": "middle",
+      "dominant-baseline": "central",
                             style: {fontSize: `${Math.min(2.1, 0.55 * UNIT)}px`}}, text));
   };
-  shapes.push(el("pattern", {id: "hatch", width: 1.6, height: 1.6, patternUnits: "userSpaceOnUse", patternTransform: "rotate(45)"},
+  shapes.push(el("pattern", {id: "hatch", width: 1.6, height: 1.6, patternUnits: "userSpaceOnUse",
+    patternTransform: "rotate(45)"},
     el("line", {class: "hatch", y2: 1.6})));
   for (const look of [{class: "blank"}, {fill: "url(#hatch)"}])
-    shapes.push(el("path", {...look, d: blank.map((i) => `M${i % layout.fine_side * UNIT} ${Math.floor(i / layout.fine_side) * UNIT}h${UNIT}v${UNIT}h-${UNIT}z`).join("")}));
+    shapes.push(el("path", {...look,
+      d: blank.map((i) => `M${i % layout.fine_side * UNIT} ` +
+        `${Math.floor(i / layout.fine_side) * UNIT}h${UNIT}v${UNIT}h-${UNIT}z`).join("")}));
 
   let said = is_eos(pos) ? `The model ends the ${name} codes here.` : `The next code goes to ${describe(pos)}.`;
   if (over === "order") {
     shapes.push(...boxes(written));
     written.forEach(([place], i) => is_eos(place) || write(place, i + 1));
-    said = `${plural(written.filter(([, code]) => code >= 0).length, "code")} so far. The numbers tell the order: ${NAMES.join(", then ")}, each row by row.`;
+    said = `${plural(written.filter(([, code]) => code >= 0).length, "code")} so far. The numbers tell the order: ` +
+      `${NAMES.join(", then ")}, each row by row.`;
   } else if (over === "next") {
     const p = softmax(place_logits(step, options())), end = layout.eos[layout.ids[pos].grain];
     p.forEach((x, place) => {
       if (!step.legal[place] || is_eos(place)) return;
-      shapes.push(square(place, {fill: "var(--where)", "fill-opacity": 0.12 + 0.8 * x, stroke: "var(--where)", "stroke-width": 0.25}));
+      shapes.push(square(place, {fill: "var(--where)", "fill-opacity": 0.12 + 0.8 * x, stroke: "var(--where)",
+        "stroke-width": 0.25}));
       if (x >= 0.005) write(place, (100 * x).toFixed(0));
     });
-    said = `In percent: where the next ${name} code may go. ` + (step.legal[end] ? `EOS, which ends the ${name} codes, has ${percent(p[end])}.` : "EOS can't come yet.");
+    said = `In percent: where the next ${name} code may go. ` + (
+      step.legal[end] ? `EOS, which ends the ${name} codes, has ${percent(p[end])}.` : "EOS can't come yet.");
   } else if (over === "attention") {
     const [layer, head] = view.head.split(".").map(Number), all = step.attention.flat();
     const weights = step.attention[layer]?.[head] || all[0].map((_, i) => sum(all.map((each) => each[i])) / all.length);
     let rest = weights[0];                                   // entry i holds the pair before i; entry 0 the class
     const codes_only = written.map(([place], i) => (is_eos(place) ? (rest += weights[i + 1], 0) : weights[i + 1]));
     codes_only.forEach((x, i) => {
-      if (!is_eos(written[i][0])) shapes.push(square(written[i][0], {fill: "var(--pin)", "fill-opacity": 0.9 * x / Math.max(...codes_only, 1e-9)}));
+      if (!is_eos(written[i][0])) shapes.push(
+        square(written[i][0], {fill: "var(--pin)", "fill-opacity": 0.9 * x / Math.max(...codes_only, 1e-9)}));
       if (x >= 0.01) write(written[i][0], (100 * x).toFixed(0));
     });
-    said = `In percent: where the content stack looks from the framed place. ${n_classes ? "The class" : "The start"} and EOS get ${percent(rest)}.`;
+    said = `In percent: where the content stack looks from the framed place. ` +
+      `${n_classes ? "The class" : "The start"} and EOS get ${percent(rest)}.`;
   }
   if (!is_eos(pos)) shapes.push(square(pos, {class: "target"}));
   $("canvas").replaceChildren(image(finished, `the image after ${plural(t, "pair")}`), overlay(...shapes));
-  $("overlays").replaceChildren(...[["none", "Image"], ["order", "Order"], ["next", "Next place"], ["attention", "Attention"]].map(([each, text]) =>
+  $("overlays").replaceChildren(...[["none", "Image"], ["order", "Order"], ["next", "Next place"],
+    ["attention", "Attention"]].map(([each, text]) =>
     button(text, () => change({over: each}), pressed(over === each))));
-  const heads = step.attention.flatMap((layer, i) => layer.map((_, h) => [`${i}.${h}`, `layer ${i + 1}, head ${h + 1}`]));
-  $("heads").replaceChildren(...(over === "attention" ? [choice("Head", [["mean", "mean of all"], ...heads], view.head, (head) => change({head}))] : []));
+  const heads = step.attention.flatMap(
+    (layer, i) => layer.map((_, h) => [`${i}.${h}`, `layer ${i + 1}, head ${h + 1}`]));
+  $("heads").replaceChildren(...(
+    over === "attention" ? [choice("Head", [["mean", "mean of all"], ...heads], view.head, (head) => change({head}))] :
+      []));
   rich($("seeC"), said);
 }
 
@@ -427,52 +474,71 @@ function why_not(place, prev, grains) {                      // in words, what `
   const {grain, region, opens} = layout.ids[place];
   if (place <= prev) return "it lies behind the last place, and each granularity goes row by row";
   if (grains[region] >= 0 && grains[region] < grain) return `a ${NAMES[grains[region]]} code covers it`;
-  return opens || grains[region] === grain ? "a place in front of it must come first" : "a region begins at its first cell";
+  return opens || grains[region] === grain ? "a place in front of it must come first" :
+    "a region begins at its first cell";
 }
 
-function bar(node, parts, u, about) {                        // parts: [from, to, text, colour], in the order of the draw
+// parts: [from, to, text, colour], in the order of the draw
+function bar(node, parts, u, about) {
   node.replaceChildren(...parts.filter(([from, to]) => to > from).map(([from, to, text, colour]) => {
-    const style = {width: `${100 * (to - from)}%`, ...(colour && {background: colour})}, fits = 260 * (to - from) > 8 * text.length;
-    return el("div", {class: (colour ? "" : "rest ") + (u > from && u <= to ? "hit" : ""), style, title: `${text}: ${percent(to - from)}`}, colour && fits ? text : "");
+    const style = {width: `${100 * (to - from)}%`, ...(colour && {background: colour})},
+      fits = 260 * (to - from) > 8 * text.length;
+    return el("div", {class: (colour ? "" : "rest ") + (u > from && u <= to ? "hit" : ""), style,
+      title: `${text}: ${percent(to - from)}`}, colour && fits ? text : "");
   }), el("b", {style: {left: `${100 * u}%`}}));
   node.setAttribute("aria-label", `${about}; the pin is at ${u.toFixed(3)}`);
 }
 
 function show_d() {
-  const {t} = view, step = trace.steps[t], [pos, code] = trace.pairs[t], {grain} = layout.ids[pos], u = uniform(view.seed, 0, t + 1)[t];
-  const before = trace.pairs.slice(0, t), prev = t ? before[t - 1][0] : -1, grains = layout.grains(before), end = layout.eos[grain], side = layout.sides[grain];
+  const {t} = view, step = trace.steps[t], [pos, code] = trace.pairs[t], {grain} = layout.ids[pos],
+    u = uniform(view.seed, 0, t + 1)[t];
+  const before = trace.pairs.slice(0, t), prev = t ? before[t - 1][0] : -1, grains = layout.grains(before),
+    end = layout.eos[grain], side = layout.sides[grain];
   const force = (pair) => () => change({given: [...before, pair]});
 
   // where: a button per place of this granularity, then the bar
-  const logits = place_logits(step, options()), p = softmax(logits), drawn = draw(logits, u[0]), n_legal = step.legal.filter(Boolean).length;
+  const logits = place_logits(step, options()), p = softmax(logits), drawn = draw(logits, u[0]),
+    n_legal = step.legal.filter(Boolean).length;
   $("places").style.gridTemplateColumns = `repeat(${side}, 1fr)`;
   $("places").replaceChildren(...Array.from({length: side * side}, (_, i) => {
     const place = layout.offsets[grain] + i;
     if (!step.legal[place]) {
-      const reason = why_not(place, prev, grains), tell = () => rich($("seeD"), `${describe(place)} is not valid: ${reason}.`);
-      return el("button", {class: "no", tabindex: -1, onclick: tell, title: reason, "aria-disabled": "true", "aria-label": `${describe(place)}: not valid, ${reason}`});
+      const reason = why_not(place, prev, grains),
+        tell = () => rich($("seeD"), `${describe(place)} is not valid: ${reason}.`);
+      return el("button", {class: "no", tabindex: -1, onclick: tell, title: reason, "aria-disabled": "true",
+        "aria-label": `${describe(place)}: not valid, ${reason}`});
     }
-    return el("button", {class: place === pos ? "here" : "", onclick: force([place, -1]), "aria-label": `${describe(place)}: ${percent(p[place])}; force it`},
-      el("i", {style: {opacity: 0.75 * p[place]}}), el("span", {}, side <= 8 && p[place] >= 0.005 ? (100 * p[place]).toFixed(0) : ""));
+    return el("button", {class: place === pos ? "here" : "", onclick: force([place, -1]),
+      "aria-label": `${describe(place)}: ${percent(p[place])}; force it`},
+      el("i", {style: {opacity: 0.75 * p[place]}}),
+        el("span", {}, side <= 8 && p[place] >= 0.005 ? (100 * p[place]).toFixed(0) : ""));
   }));
   const ends = step.legal[end];
-  $("eos").replaceChildren(el("i", {style: {opacity: 0.75 * p[end]}}), el("span", {}, ends ? `EOS, no more ${NAMES[grain]} codes: ${percent(p[end])}` : "EOS can't come yet"));
+  $("eos").replaceChildren(el("i", {style: {opacity: 0.75 * p[end]}}),
+    el("span", {}, ends ? `EOS, no more ${NAMES[grain]} codes: ${percent(p[end])}` : "EOS can't come yet"));
   Object.assign($("eos"), {className: pos === end ? "here" : "", disabled: !ends, onclick: force([end, -1])});
   $("whereD").textContent = n_legal === 1 ? "only one place is valid" : `${n_legal} are valid, in percent`;
   let total = 0;
-  bar($("barWhere"), [...p.keys()].filter((i) => p[i] > 0).map((i, n) => [total, (total += p[i]), short(i), `color-mix(in oklab, var(--where) ${n % 2 ? 76 : 100}%, black)`]), u[0], "places");
+  bar($("barWhere"), [...p.keys()].filter((i) => p[i] > 0).map(
+    (i, n) => [total, (total += p[i]), short(i), `color-mix(in oklab, var(--where) ${n % 2 ? 76 : 100}%, black)`]),
+      u[0], "places");
 
   // what: the likeliest codes, if the pair has a content
-  const q_logits = content_logits(step, options()), q = softmax(q_logits), raw = softmax(apply_guidance(step.content, options()));
+  const q_logits = content_logits(step, options()), q = softmax(q_logits),
+    raw = softmax(apply_guidance(step.content, options()));
   const likeliest = [...raw.keys()].sort((a, b) => raw[b] - raw[a]).slice(0, 12), drawn_code = draw(q_logits, u[1]);
   $("barWhat").hidden = $("codes").hidden = is_eos(pos);
   $("whatD").textContent = is_eos(pos) ? "an EOS has no content" : `the ${likeliest.length} likeliest of ${V}`;
   show_patches(likeliest, q, u[1], force);
 
-  const given = t < (view.given ? view.given.length : trace.pairs.length), of = given ? "the sequence is given" : "the sequence has";
-  rich($("seeD"), (n_legal === 1 ? `The place is certain: ${describe(pos)}. ` : `[pin u = ${u[0].toFixed(3)}] draws ${describe(drawn)}${drawn === pos ? "" : `; ${of} ${describe(pos)}`}. `) +
-    (is_eos(pos) ? "" : `[pin u = ${u[1].toFixed(3)}] draws code ${drawn_code} (${percent(q[drawn_code])})${code === drawn_code ? "" : `; ${of} code ${code} (${percent(q[code])})`}. `) +
-    (!given ? "The model drew this pair and all after it." : drawn === pos && (is_eos(pos) || code === drawn_code) ? "The draw agrees with the given pair." :
+  const given = t < (view.given ? view.given.length : trace.pairs.length),
+    of = given ? "the sequence is given" : "the sequence has";
+  rich($("seeD"), (n_legal === 1 ? `The place is certain: ${describe(pos)}. ` :
+    `[pin u = ${u[0].toFixed(3)}] draws ${describe(drawn)}${drawn === pos ? "" : `; ${of} ${describe(pos)}`}. `) +
+    (is_eos(pos) ? "" : `[pin u = ${u[1].toFixed(3)}] draws code ${drawn_code} ` +
+      `(${percent(q[drawn_code])})${code === drawn_code ? "" : `; ${of} code ${code} (${percent(q[code])})`}. `) +
+    (!given ? "The model drew this pair and all after it." : drawn === pos && (is_eos(pos) || code === drawn_code) ?
+      "The draw agrees with the given pair." :
       "A frame marks the given pair; “Draw from here” lets the pins decide."));
   show_options(before, given);
 }
@@ -481,7 +547,8 @@ async function show_patches(likeliest, q, u, force) {
   const [pos, code] = trace.pairs[view.t], mine = (jobs.patches = {}), colours = {};
   if (is_eos(pos)) return (jobs.D = {}), end_job("D");
   const [x, y, side] = place_of(pos);
-  const cards = likeliest.map((c) => el("button", {class: (c === code ? "here " : "") + (q[c] > 0 ? "" : "cut"), onclick: force([pos, c]),
+  const cards = likeliest.map((c) => el(
+    "button", {class: (c === code ? "here " : "") + (q[c] > 0 ? "" : "cut"), onclick: force([pos, c]),
     "aria-label": `code ${c}: ${percent(q[c])}; force it`}, el("canvas", {width: 1, height: 1}), percent(q[c])));
   $("codes").replaceChildren(...cards);
   const lay = () => {                                        // in the order of ids, as `draw` adds them up
@@ -489,7 +556,8 @@ async function show_patches(likeliest, q, u, force) {
     let total = 0;
     q.forEach((p, c) => {
       const shown = likeliest.includes(c), last = parts.at(-1);
-      if (shown || !last || last[3]) parts.push([total, total + p, shown ? `${c}` : "other codes", shown && (colours[c] || "var(--soft)")]);
+      if (shown || !last || last[3]) parts.push(
+        [total, total + p, shown ? `${c}` : "other codes", shown && (colours[c] || "var(--soft)")]);
       else last[1] = total + p;
       total += p;
     });
@@ -515,7 +583,8 @@ function show_options(before, given) {
   const values = String([view.temperature, view.top_p, view.cfg, label() >= 0]);
   if ($("options").dataset.values !== values) {              // a slider that is being moved stays as it is
     const move = (name) => (x) => {
-      $("options").dataset.values = String([...["temperature", "top_p", "cfg"].map((each) => (each === name ? x : view[each])), label() >= 0]);
+      $("options").dataset.values = String(
+        [...["temperature", "top_p", "cfg"].map((each) => (each === name ? x : view[each])), label() >= 0]);
       $("options").act({[name]: x});
     };
     $("options").dataset.values = values;
@@ -525,7 +594,8 @@ function show_options(before, given) {
   }
   $("options").act = set;
   const classes = [...CONFIG.classes.entries(), [-1, "no class"]];
-  $("actions").replaceChildren(...(n_classes ? [choice("Class", classes, label(), (value) => set({label: +value}))] : []),
+  $("actions").replaceChildren(...(
+    n_classes ? [choice("Class", classes, label(), (value) => set({label: +value}))] : []),
     button("New u", () => set({seed: view.seed + 1})),
     button("Draw from here", () => change({given: before}), {class: given ? "main" : ""}),
     button("Draw all", () => change({given: [], t: null})),
@@ -540,8 +610,10 @@ async function show_e() {
   const wanted = view.keep || examples(), made = [];
   for (const [i, {label: of, pairs}] of wanted.entries()) {
     const wish = `${of}.${pairs_text(pairs)}`, old = branches.find((each) => each.wish === wish);
-    const state = old || await run("E", follow(pairs, of, LIKE_SAMPLE, uniform(view.seed, 0), trace), i, wanted.length + 1);
-    const pixels = old ? old.pixels : state && await run("E", picture(layout.unpack(state.pairs)), i, wanted.length + 1);
+    const state = old || await run(
+      "E", follow(pairs, of, LIKE_SAMPLE, uniform(view.seed, 0), trace), i, wanted.length + 1);
+    const pixels = old ? old.pixels : state && await run(
+      "E", picture(layout.unpack(state.pairs)), i, wanted.length + 1);
     if (!pixels) return;
     made.push(old || {wish, label: of, pairs: state.pairs, nats: sum(nats(state)), pixels});
     if (made.length === wanted.length || !branches.length) draw_branches(made);
@@ -551,57 +623,76 @@ async function show_e() {
   end_job("E");
 }
 
-function examples() {                                        // the sequence above, and what other choices at one step lead to
-  const t = most_open(trace), before = trace.pairs.slice(0, t), step = trace.steps[t], [pos, code] = trace.pairs[t], end = layout.eos[layout.ids[pos].grain];
+// the sequence above, and what other choices at one step lead to
+function examples() {
+  const t = most_open(trace), before = trace.pairs.slice(0, t), step = trace.steps[t], [pos, code] = trace.pairs[t],
+    end = layout.eos[layout.ids[pos].grain];
   const best = (p, ...not) => [...p.keys()].filter((i) => p[i] > 0 && !not.includes(i)).sort((a, b) => p[b] - p[a])[0];
-  const place = best(softmax(place_logits(step, PLAIN)), pos, end), other = best(softmax(content_logits(step, PLAIN)), code);
-  const firsts = [place >= 0 && [place, -1], code >= 0 && other >= 0 && [pos, other], step.legal[end] && pos !== end && [end, -1]];
-  return [trace.pairs, ...firsts.filter(Boolean).map((pair) => [...before, pair])].map((pairs) => ({label: label(), pairs}));
+  const place = best(softmax(place_logits(step, PLAIN)), pos, end),
+    other = best(softmax(content_logits(step, PLAIN)), code);
+  const firsts = [place >= 0 && [place, -1], code >= 0 && other >= 0 && [pos, other],
+    step.legal[end] && pos !== end && [end, -1]];
+  return [trace.pairs, ...firsts.filter(Boolean).map((pair) => [...before, pair])].map(
+    (pairs) => ({label: label(), pairs}));
 }
 
 function first_difference(a, b) {                            // -> step, and in words what differs there
   const t = a.findIndex((pair, i) => !b[i] || !same(pair, b[i]));
   if (t < 0) return [-1, "The same sequence."];
   const [[p, c], [q, d]] = [a[t], b[t]];
-  return [t, `First differs at pair ${t + 1}: ${p === q ? `code ${c} instead of ${d}` : `place ${short(p)} instead of ${short(q)}`}.`];
+  return [t, `First differs at pair ${t + 1}: ${p === q ? `code ${c} instead of ${d}` : `place ${short(
+    p)} instead of ${short(q)}`}.`];
 }
 
 function outline(cells) {                                    // the edges of a set of cells, as the d of a path
   const side = layout.fine_side, inside = new Set(cells);
   return cells.map((cell) => {
     const x = cell % side, y = Math.floor(cell / side);
-    return (inside.has(cell - side) && y ? "" : `M${x * UNIT} ${y * UNIT}h${UNIT}`) + (inside.has(cell + side) ? "" : `M${x * UNIT} ${(y + 1) * UNIT}h${UNIT}`) +
-      (x && inside.has(cell - 1) ? "" : `M${x * UNIT} ${y * UNIT}v${UNIT}`) + (x < side - 1 && inside.has(cell + 1) ? "" : `M${(x + 1) * UNIT} ${y * UNIT}v${UNIT}`);
+    return (inside.has(cell - side) && y ? "" : `M${x * UNIT} ${y * UNIT}h${UNIT}`) + (
+      inside.has(cell + side) ? "" : `M${x * UNIT} ${(y + 1) * UNIT}h${UNIT}`) +
+      (x && inside.has(cell - 1) ? "" : `M${x * UNIT} ${y * UNIT}v${UNIT}`) + (
+        x < side - 1 && inside.has(cell + 1) ? "" : `M${(x + 1) * UNIT} ${y * UNIT}v${UNIT}`);
   }).join("");
 }
 
 function draw_branches(list) {
-  const base = list[Math.min(view.base, list.length - 1)], codes = layout.unpack(base.pairs), letter = (each) => String.fromCharCode(97 + list.indexOf(each));
+  const base = list[Math.min(view.base, list.length - 1)], codes = layout.unpack(base.pairs),
+    letter = (each) => String.fromCharCode(97 + list.indexOf(each));
   const store = (kept, more = {}) => change({keep: kept.map(({label: of, pairs}) => ({label: of, pairs})), ...more});
   $("branches").replaceChildren(...list.map((each, i) => {
     const [t, difference] = first_difference(each.pairs, base.pairs), mine = layout.unpack(each.pairs);
     const frame = outline([...mine.keys()].filter((cell) => mine[cell] !== codes[cell]));
     return el("div", {class: "card" + (each === base ? " base" : "")},
       stack(image(each.pixels, `branch ${letter(each)}`), el("path", {class: "differs", d: frame})),
-      el("p", {}, el("strong", {}, `${letter(each)}: log p = -${each.nats.toFixed(1)}`), n_classes && each.label !== base.label ? ` (${CONFIG.classes[each.label] || "no class"})` : ""),
+      el("p", {}, el("strong", {}, `${letter(each)}: log p = -${each.nats.toFixed(1)}`),
+        n_classes && each.label !== base.label ? ` (${CONFIG.classes[each.label] || "no class"})` : ""),
       el("p", {class: "soft"}, each === base ? "The others are compared with this one." : difference),
-      el("div", {class: "row"}, button("Open", () => change({given: each.pairs, label: each.label, t: Math.max(t, 0)}), {"aria-label": `open branch ${letter(each)} in panels B to D`}),
-        ...(each === base ? [] : [button("Compare", () => store(list, {base: i}), {"aria-label": `compare the others with branch ${letter(each)}`}),
-          button("×", () => store(list.filter((other) => other !== each), {base: 0}), {"aria-label": `remove branch ${letter(each)}`})])));
+      el("div", {class: "row"}, button(
+        "Open", () => change({given: each.pairs, label: each.label, t: Math.max(t, 0)}),
+        {"aria-label": `open branch ${letter(each)} in panels B to D`}),
+        ...(each === base ? [] : [button(
+          "Compare", () => store(list, {base: i}), {"aria-label": `compare the others with branch ${letter(each)}`}),
+          button("×", () => store(list.filter((other) => other !== each), {base: 0}),
+            {"aria-label": `remove branch ${letter(each)}`})])));
   }));
   $("keep").disabled = list.length >= 6;
   $("keep").onclick = () => store([...list, {label: label(), pairs: trace.pairs}]);
   $("full").textContent = list.length >= 6 ? "Six are kept; remove one to keep another." : "";
-  const others = list.filter((each) => each !== base), best = others.reduce((a, b) => (a && a.nats < b.nats ? a : b), null);
-  const apart = best && Math.abs(best.nats - base.nats), times = apart < 7 ? `${Math.exp(apart).toFixed(1)} times` : `10^${(apart / Math.LN10).toFixed(0)} times`;
-  rich($("seeE"), !best ? "Force a choice in panel D, then keep its image here." : `log p is in nats, under the model as it is. The likeliest of the others is ${letter(best)}, ` +
-    `${times} ${best.nats < base.nats ? "more" : "less"} likely than ${letter(base)}. ` + (view.keep ? "" : "Each leaves the sequence at one pair: by another place, another code, or EOS at once."));
+  const others = list.filter((each) => each !== base),
+    best = others.reduce((a, b) => (a && a.nats < b.nats ? a : b), null);
+  const apart = best && Math.abs(best.nats - base.nats),
+    times = apart < 7 ? `${Math.exp(apart).toFixed(1)} times` : `10^${(apart / Math.LN10).toFixed(0)} times`;
+  rich($("seeE"), !best ? "Force a choice in panel D, then keep its image here." :
+    `log p is in nats, under the model as it is. The likeliest of the others is ${letter(best)}, ` +
+    `${times} ${best.nats < base.nats ? "more" : "less"} likely than ${letter(base)}. ` + (
+    view.keep ? "" : "Each leaves the sequence at one pair: by another place, another code, or EOS at once."));
 }
 
 // ---------------------------------------------------------------------------------------------------------------
 // F  Your map
 
-const STAMPS = {"image A": () => PICTURES[view.pic].grains, ring: (x, y) => Math.abs(Math.hypot(x, y) - 0.75) < 0.25, top: (x, y) => y < 0,
+const STAMPS = {"image A": () => PICTURES[view.pic].grains, ring: (x, y) => Math.abs(Math.hypot(x, y) - 0.75) < 0.25,
+  top: (x, y) => y < 0,
                 diagonal: (x, y) => Math.abs(x - y) < 0.4, "all fine": () => true, "all coarse": () => false};
 const stamp = (name) => (name === "image A" ? STAMPS[name]() : Array.from({length: layout.n_regions}, (_, r) => {
   const at = (i) => (2 * i + 1) / layout.side - 1;           // from -1 to 1
@@ -619,9 +710,11 @@ function show_map() {
   if (!$("map").children.length) {
     $("map").style.gridTemplateColumns = `repeat(${layout.side}, 1fr)`;
     $("map").append(...grains.map((_, r) => el("button", {
-      onpointerdown: (event) => (event.target.releasePointerCapture(event.pointerId), dip(r), paint_region(r)), onkeydown: entered(() => (dip(r), paint_region(r), (brush = null)))})));
+      onpointerdown: (event) => (event.target.releasePointerCapture(event.pointerId), dip(r), paint_region(r)),
+        onkeydown: entered(() => (dip(r), paint_region(r), (brush = null)))})));
     $("map").addEventListener("pointermove", (event) => {
-      const r = [...$("map").children].indexOf(document.elementFromPoint(event.clientX, event.clientY)?.closest("#map button"));
+      const r = [...$("map").children].indexOf(
+        document.elementFromPoint(event.clientX, event.clientY)?.closest("#map button"));
       if (event.buttons && r >= 0) paint_region(r);
     });
     addEventListener("pointerup", () => (brush = null));
@@ -634,32 +727,38 @@ function show_map() {
     cell.replaceChildren(...Array.from({length: c * c}, () => el("i")));
   });
   $("stamps").replaceChildren(...Object.keys(STAMPS).map((name) =>
-    button(name, () => change({map: name === "image A" ? null : stamp(name), kept: null}), pressed(stamp(name).join() === grains.join()))));
+    button(name, () => change({map: name === "image A" ? null : stamp(name), kept: null}),
+      pressed(stamp(name).join() === grains.join()))));
 }
 
 async function show_f() {
   show_map();
-  const grains = map(), tiling = layout.pack(new Int32Array(layout.fine_side ** 2).fill(-1), grains), {kept, mapseed} = view;
+  const grains = map(), tiling = layout.pack(new Int32Array(layout.fine_side ** 2).fill(-1), grains),
+    {kept, mapseed} = view;
   const plain = JSON.stringify(options()) === JSON.stringify(PLAIN), how = plain ? LIKE_SAMPLE : options();
   $("actionsF").replaceChildren(
-    ...(n_classes ? [choice("Class", [...CONFIG.classes.entries(), [-1, "no class"]], label(), (value) => change({label: +value}))] : []),
+    ...(n_classes ? [choice("Class", [...CONFIG.classes.entries(), [-1, "no class"]], label(),
+      (value) => change({label: +value}))] : []),
     button("Draw eight others", () => change({mapseed: mapseed + 1, kept: null}), {class: "main"}),
     button("Release the coarse codes", () => change({kept: null}), {disabled: kept === null}));
   rich($("seeF"), kept === null ? `${plural(count(grains), "code")} per image, all at the same places. ` +
-    (plain ? "They are drawn at temperature 0.7 with guidance 2, like those of sample.py. " : "The sliders of panel D apply. ") +
+    (plain ? "They are drawn at temperature 0.7 with guidance 2, like those of sample.py. " :
+      "The sliders of panel D apply. ") +
     `Click an image to keep its ${NAMES[0]} codes and draw the others again.` :
     `All eight have the [g0 ${NAMES[0]} codes] of image ${kept + 1}; the model drew only the others again.`);
   const held = kept === null ? null : await run("F", generate(label(), how, uniform(mapseed, kept), tiling), 0, 10);
   if (kept !== null && !held) return;
   const given = tiling.map((pair, t) => (held && layout.ids[pair[0]].grain === 0 ? held.pairs[t] : pair));
   let first = null;
-  for (let i = 0; i < 8; i++) {                              // the kept one stays as it was, the others have new numbers
+  // the kept one stays as it was, the others have new numbers
+  for (let i = 0; i < 8; i++) {
     const numbers = uniform(mapseed, held && i !== kept ? i + 8 : i);
     const state = await run("F", follow(given, label(), how, numbers, first), i + 1, 10);
     const pixels = state && await run("F", picture(layout.unpack(state.pairs)), i + 1, 10);
     if (!pixels) return;
     first = first || state;
-    const card = button("", () => change({kept: kept === i ? null : i}), {...pressed(kept === i), "aria-label": `image ${i + 1}: keep its ${NAMES[0]} codes`});
+    const card = button("", () => change({kept: kept === i ? null : i}),
+      {...pressed(kept === i), "aria-label": `image ${i + 1}: keep its ${NAMES[0]} codes`});
     card.append(image(pixels, `image ${i + 1}`));
     if ($("eight").children[i]) $("eight").children[i].replaceWith(card);
     else $("eight").append(card);
@@ -679,7 +778,8 @@ async function change(part) {
   if (sequence && !(await show_sequence())) return;
   if (!sequence && touched("t", "over", "head")) show_step();
   write_address();
-  if (touched("keep", "base") || (view.keep === null && touched("pic", "cut", "flip", "given", "label", "seed"))) show_e();
+  if (touched("keep", "base") || (
+    view.keep === null && touched("pic", "cut", "flip", "given", "label", "seed"))) show_e();
   if (touched("map", "mapseed", "kept", "label", "pic")) show_f();
 }
 
@@ -708,17 +808,24 @@ function play() {
 
 function start() {
   const sizes = layout.cells.map((cells, k) => `${plural(cells, "code")} per ${NAMES[k]} region`).join(", ");
-  $("facts").textContent = `${DATA.params.transformer} parameters in the transformer, ${DATA.params.decoder} in the decoder, images of ${S} x ${S} ` +
+  $("facts").textContent = `${DATA.params.transformer} parameters in the transformer, ${DATA.params.decoder} in the ` +
+    `decoder, images of ${S} x ${S} ` +
     `pixels, ${sizes}. Everything below is computed while you watch. Nothing is loaded from anywhere.`;
-  rich($("introA"), `DQ-VAE cuts an image into ${layout.side} x ${layout.side} regions, and a router scores each of them for detail. ` +
-    layout.cells.map((cells, k) => `[g${Math.min(k, 2)} ${k ? "a" : "A"} ${NAMES[k]} region] gets ${plural(cells, "code")}`).join(", ") + ".");
-  rich($("introB"), "Sorted by granularity and place, the codes form a sequence of pairs. Each tile is one pair. Its height is what the pair costs " +
+  rich($("introA"), `DQ-VAE cuts an image into ${layout.side} x ${layout.side} regions, and a router scores each of ` +
+    `them for detail. ` +
+    layout.cells.map((cells, k) => `[g${Math.min(k, 2)} ${k ? "a" : "A"} ${NAMES[k]} region] gets ` +
+      `${plural(cells, "code")}`).join(", ") + ".");
+  rich($("introB"), "Sorted by granularity and place, the codes form a sequence of pairs. Each tile is one pair. " +
+    "Its height is what the pair costs " +
     "under the model: [where violet for where], [what green for what]. A tall tile is a surprise.");
-  rich($("foot"), `tests/tools/page.py made this page from ${DATA.source}. The matrices of the transformer are rounded to ${DATA.matrices}: ` +
-    `${DATA.nats.rounded.toFixed(2)} nats per validation image, ${DATA.nats.exact.toFixed(2)} before rounding. The address of the page holds everything ` +
+  rich($("foot"), `tests/tools/page.py made this page from ${DATA.source}. The matrices of the transformer are ` +
+    `rounded to ${DATA.matrices}: ` +
+    `${DATA.nats.rounded.toFixed(2)} nats per validation image, ${DATA.nats.exact.toFixed(2)} before rounding. The ` +
+    `address of the page holds everything ` +
     "you chose, so a link shows what you see. ");
   $("foot").append(el("a", {href: "#selftest"}, "Compare this page with dq.py"), ".");
-  PICTURES.forEach((_, i) => $("film").append(button("", () => change({pic: i, flip: {}, given: null, label: null, t: null, keep: null, base: 0, kept: null}))));
+  PICTURES.forEach((_, i) => $("film").append(
+    button("", () => change({pic: i, flip: {}, given: null, label: null, t: null, keep: null, base: 0, kept: null}))));
   $("back").onclick = () => move(-1);
   $("forth").onclick = () => move(1);
   $("play").onclick = play;
@@ -734,7 +841,8 @@ function start() {
 
 function begin() {
   load_weights();
-  addEventListener("hashchange", () => (location.hash === "#selftest" || $("selftest") ? location.reload() : everything()));
+  addEventListener("hashchange", () => (
+    location.hash === "#selftest" || $("selftest") ? location.reload() : everything()));
   if (location.hash !== "#selftest") return start();
   let result;
   try {
