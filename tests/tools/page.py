@@ -2,10 +2,11 @@
 
 python tests/tools/page.py [CHECKPOINT] [--data DIR [--held-out DIR]] [--out FILE.html]
 
-The file needs no server, no network and no library: open it in a browser. Its template lies beside this tool: page.html,
-page.js (the models, which follow dq.py name by name) and panels.js. Weights are rounded: the decoder to float16, the matrices of the
-transformer to int8 with a scale per row, or to float16 where int8 would cost more than 0.5 % of the validation nats.
-With #selftest behind its address the page compares itself with numbers that dq.py computed from the same weights.
+The file needs no server, no network and no library: open it in a browser. Its template lies beside this tool:
+page.html, page.js (the models, which follow dq.py name by name) and panels.js. Weights are rounded: the decoder to
+float16, the matrices of the transformer to int8 with a scale per row, or to float16 where int8 would cost more than
+0.5 % of the validation nats. With #selftest behind its address the page compares itself with numbers that dq.py
+computed from the same weights. With a page in place of a checkpoint, the page gets today's template.
 """
 import argparse
 import base64

@@ -385,7 +385,7 @@ function show_b() {
     `--top-p ${view.top_p} --cfg ${view.cfg} does, up to the rounding of the weights. `)) +
     `[where Where] takes ${percent(where / (where + what))} of the cost, [what what] the rest. Without a model, ` +
     `${plural(n, "code")} and the map take ` +
-    `${bits(n).toFixed(0)} bits; the model ${total < bits(n) ? `saves ${percent(1 - total / bits(n))}` : "saves nothing here"}. ` +
+    `${bits(n).toFixed(0)} bits; the model saves ${total < bits(n) ? percent(1 - total / bits(n)) : "nothing here"}. ` +
     `The most surprising pair is number ${most + 1} (${describe(trace.pairs[most][0])}) with ` +
     `${dear[most].toFixed(1)} nats.`);
   $("scrub").max = trace.pairs.length - 1;

@@ -5,7 +5,8 @@
     what it is   test_no_request_leaves_the_page, test_a_large_checkpoint_is_refused, test_rounding,
                  test_the_page_in_assets_is_that_of_the_template
     panels       test_every_panel_shows_an_example, test_a_click_forces_a_place,
-                 test_sliders_stretch_the_bar_under_the_pin, test_the_address_holds_the_view, test_a_broken_address_does_no_harm
+                 test_sliders_stretch_the_bar_under_the_pin, test_the_address_holds_the_view,
+                 test_a_broken_address_does_no_harm
 Those that need Chromium are skipped where there is none; .ci/run installs it where it can.
 """
 import base64
