@@ -182,11 +182,12 @@ def references(model, vae, pos, code, label, seed=0):
                           pairs=pairs(p[0], c[0], layout.end)))
 
     legal = []
-    for _ in range(50):
+    for i in range(50):                                                      # by the grains so far, or the final ones
         grains = torch.randint(layout.n_grains, (1, layout.side, layout.side), generator=generator)
         p, c = layout.pack(torch.zeros(1, layout.fine_side, layout.fine_side, dtype=torch.long), grains)
         t = int(torch.randint(len(pairs(p[0], c[0], layout.end)), (), generator=generator))
-        known = layout.unpack(p[:, :t], c[:, :t])[1].flatten(1) if t else torch.full((1, layout.n_regions), -1)
+        known = layout.unpack(p[:, :t], c[:, :t])[1] if t else torch.full_like(grains, -1)
+        known = (grains if i % 2 else known).flatten(1)                      # 1, N
         prev = p[:, t - 1] if t else torch.tensor([-1])
         legal.append(dict(prev=int(prev), grains=known[0].tolist(),
                           legal=layout.legal(prev, known)[0].nonzero()[:, 0].tolist()))
