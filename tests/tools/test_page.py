@@ -4,7 +4,7 @@
                  test_any_map_of_granularities, test_the_costs_add_up_to_the_likelihood
     what it is   test_no_request_leaves_the_page, test_a_large_checkpoint_is_refused, test_rounding,
                  test_the_page_in_assets_is_that_of_the_template
-    panels       test_every_panel_shows_an_example, test_a_click_forces_a_place,
+    panels       test_every_panel_shows_an_example, test_a_click_forces_a_place, test_keys_and_paint,
                  test_sliders_stretch_the_bar_under_the_pin, test_the_address_holds_the_view,
                  test_a_broken_address_does_no_harm
 Those that need Chromium are skipped where there is none; .ci/run installs it where it can.
@@ -399,6 +399,29 @@ def test_a_click_forces_a_place(made, browser):
     browser.js("document.querySelector('#codes button:not(.here)').click()")
     browser.settle("B")
     assert browser.js("trace.pairs[2]")[0] == after[2][0] and browser.js("trace.pairs[2][1]") != after[2][1]
+
+
+def test_keys_and_paint(made, browser):
+    """Arrow keys move by a pair; a press on the map changes a region, and every image of panel F then has this map."""
+    browser.open(made("plain")[-1], "t=1")
+    for key in ("ArrowRight", "ArrowRight", "ArrowLeft"):
+        browser.send("Input.dispatchKeyEvent", type="keyDown", key=key)
+        browser.send("Input.dispatchKeyEvent", type="keyUp", key=key)
+    assert browser.js("view.t") == 2
+    x, y = browser.js("""(() => { const cell = document.getElementById('map').children[3];
+                         cell.scrollIntoView({block: 'center', behavior: 'instant'});
+                         const {x, y, width, height} = cell.getBoundingClientRect();
+                         return [x + width / 2, y + height / 2]; })()""")
+    before = browser.js("map()")
+    for kind in ("mousePressed", "mouseReleased"):
+        browser.send("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+    browser.settle()
+    assert browser.js("map()") == [*before[:3], 1 - before[3]]
+    codes = 4 + 3 * sum(browser.js("map()"))
+    assert browser.js("document.getElementById('seeF').textContent").startswith(f"{codes} codes per image")
+    browser.js("document.querySelector('#eight button').click()")
+    browser.settle()
+    assert browser.js("view.kept") == 0 and browser.js("location.hash").endswith("kept=0")
 
 
 def test_sliders_stretch_the_bar_under_the_pin(made, browser):
