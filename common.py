@@ -4,8 +4,6 @@ Pictures, in and out; a program, its device and its end; a training run: flags, 
 """
 import argparse
 import contextlib
-import errno
-import functools
 import io
 import itertools
 import json
@@ -13,7 +11,6 @@ import math
 import os
 import random
 import signal
-import stat
 import sys
 import time
 import warnings
@@ -23,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageCms, ImageDraw, ImageOps, PngImagePlugin
+from PIL import Image, ImageDraw, ImageOps
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -31,113 +28,7 @@ import dq
 
 
 # ------------------------------------------------------------------------------------------------
-# Pictures, in and out
-
-# Pillow refuses a PNG with much text beside its pixels
-PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2 ** 28
-
-
-def load_image(path, size, rng=None, flip=True):
-    """One file -> (3, S, S) in [-1, 1]: its centre square or, with rng, a random one, with flip every other time
-    mirrored."""
-    where = (0.5, 0.5) if rng is None else tuple(rng.random(2))
-    image = ImageOps.fit(open_image(path), (size, size), Image.Resampling.BICUBIC, centering=where)  # antialiased
-    if rng is not None and flip and rng.random() < 0.5:
-        image = ImageOps.mirror(image)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
-
-
-def open_image(path):
-    """One file -> Pillow image, RGB and upright. UserError when its pixels can't be read, whatever the reason; what is
-    written around them may be wrong in any way."""
-    kind = patiently(os.stat, path).st_mode
-    dq.require(stat.S_ISREG(kind), f"{path}: no such file")                  # who reads a pipe waits for ever
-    data = patiently(lambda path: Path(path).read_bytes(), path)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)   # more pixels than Pillow thinks sane
-            with Image.open(io.BytesIO(data)) as image:
-                packing = image.tile[0][3] if image.tile else ""             # load() forgets it
-                image.load()
-                with contextlib.suppress(Exception):
-                    ImageOps.exif_transpose(image, in_place=True)            # turns the pixels, then mends the EXIF
-                return to_rgb(image, packing)
-    except Exception as error:                                               # decoders raise nearly everything
-        raise dq.UserError(f"{path}: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from None
-
-
-# what says something of a file; all other errors are of the system: a file server that is away, no memory
-OF_A_FILE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG,
-             errno.EINVAL}
-
-
-def patiently(read, path):
-    """read(path). UserError when there is no file that may be read; what is the system's fault is tried again after a
-    moment, then OSError: it is no verdict on the file."""
-    for seconds in (1, 5, 0):
-        try:
-            return read(path)
-        except (OSError, MemoryError) as error:
-            missing = isinstance(error, FileNotFoundError)
-            reason = "no such file" if missing else getattr(error, "strerror", None) or type(error).__name__
-            dq.require(getattr(error, "errno", None) not in OF_A_FILE, f"{path}: {reason}")
-            time.sleep(seconds)
-    raise OSError(f"can't read {path}: {reason}; when that is mended, --resume goes on")
-
-
-@functools.lru_cache(16)
-def to_srgb(profile, mode):
-    """-> a function of images of this mode that takes their colours from an ICC profile (bytes) to sRGB; or None, where
-    there is nothing to do, or the profile is of no use."""
-    with contextlib.suppress(Exception):
-        described = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        name = ImageCms.getProfileDescription(described).lower()
-        if not name.startswith("srgb") or "linear" in name:
-            out = "RGBA" if mode == "RGBA" else "RGB"
-            transform = ImageCms.buildTransform(described, ImageCms.createProfile("sRGB"), mode, out)
-            return lambda image: ImageCms.applyTransform(image, transform)
-
-
-def to_rgb(image, packing=""):
-    """A Pillow image of any mode -> RGB; transparency over white, all depths scaled to 8 bits.
-    packing: Pillow's name for the layout of the pixels in the file, as "RGB;16B"."""
-    key = image.info.get("transparency")                                     # a colour that stands for transparent
-    if image.mode.startswith("I") or image.mode == "F":
-        opaque = np.uint8(255) * (np.asarray(image) != key)
-        image = Image.fromarray(np.dstack([grey_8_bits(image), opaque]))     # grey and alpha
-    elif key is not None and packing in ("L;2", "L;4"):                      # Pillow scales the pixels, not the key
-        image.info["transparency"] = key * {"L;2": 85, "L;4": 17}[packing]
-    elif key is not None and packing == "RGB;16B":
-        image.info["transparency"] = tuple(value >> 8 for value in key)
-    elif image.mode == "La":
-        image = image.convert("LA")
-    if image.mode in ("P", "PA"):
-        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
-    if convert := to_srgb(image.info.get("icc_profile"), image.mode):
-        image = convert(image)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-def grey_8_bits(image):
-    """A Pillow image of greys deeper than 8 bits -> (H, W), uint8, by the depth that its file declares.
-    Floats and signed numbers declare none: their white is the first of 1, 255, 65535 that the bright pixels do not
-    exceed by far, so neither overshoot nor a few extreme pixels make the others black."""
-    x, tags = np.asarray(image).astype(np.float32), getattr(image, "tag_v2", {})  # of TIFF; others fill 16 bits
-    bits, kind = tags.get(258, (16,))[0], tags.get(339, (1,))[0]             # kind 1: unsigned, 2: signed, 3: float
-    white = 2.0 ** (bits - (kind == 2)) - 1
-    if image.mode != "F" and kind == 1:
-        x = x % 2.0 ** bits                                                  # Pillow takes 32 bits as signed
-    else:
-        bright = np.quantile(np.append(x[np.isfinite(x) & (x > 0)], 0), 0.9)
-        white = min([white] + [scale for scale in (1, 255, 65535) if bright <= 2 * scale])
-    x = np.nan_to_num(x / white).clip(0, 1)                                  # what is no number is black
-    if tags.get(262) == 0:                                                   # white is zero; Pillow turns 8 bits itself
-        x = 1 - x
-    return (x * 255).round().astype(np.uint8)
+# Drawing
 
 
 def save_picture(path, picture, **options):
@@ -253,10 +144,10 @@ def run(main):
         status = f"error: {hint} ({str(error).strip().splitlines()[0]})"
     while LOCKS:
         LOCKS.popitem()[1].close()
-    if dq.processes()[1] > 1 and not status:                                 # none leaves while another is at work
+    if dq.rank_world()[1] > 1 and not status:                                 # none leaves while another is at work
         dist.barrier()
         dist.destroy_process_group()
-    elif dq.processes()[1] > 1:                                              # an orderly exit could wait for ever
+    elif dq.rank_world()[1] > 1:                                              # an orderly exit could wait for ever
         if isinstance(status, str):
             print(status, file=sys.stderr, flush=True)
         sys.stdout.flush()
@@ -356,7 +247,7 @@ def prepare(args, trains=True):
     if world > 1:                                                            # the job's barrier then knows its device
         dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
     args.out.mkdir(parents=True, exist_ok=True)
-    if dq.processes()[0] == 0:
+    if dq.rank_world()[0] == 0:
         lock(args.out)
     return device, autocast
 
@@ -389,7 +280,7 @@ def seed_all(*numbers):
 
 def distribute(model):
     """For the forward pass in training: with it, backward averages the gradients over the processes."""
-    if dq.processes()[1] == 1:
+    if dq.rank_world()[1] == 1:
         return model
     # the buffers (codebook, batch norm) are alike by themselves; where parts are accumulated, each is averaged
     with warnings.catch_warnings():
@@ -398,7 +289,7 @@ def distribute(model):
 
 
 def say(line):
-    if dq.processes()[0] == 0:
+    if dq.rank_world()[0] == 0:
         print(printable(line), flush=True)
 
 
@@ -407,11 +298,11 @@ def printable(text):
     return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
-def deal(n, batch_size, seed, start=0):
+def shuffled_indices(n, batch_size, seed, start=0):
     """Endless lists of batch_size numbers, from batch number `start` on; in epoch e they are e n to e n + n - 1, in an
     order of its own. All depends on the arguments alone, so a resumed run sees what it would have seen."""
     epochs = itertools.count(start * batch_size // n)
-    numbers = (e * n + int(i) for e in epochs for i in dq.random_numbers(seed, e).permutation(n))
+    numbers = (e * n + int(i) for e in epochs for i in dq.numpy_rng(seed, e).permutation(n))
     numbers = itertools.islice(numbers, start * batch_size % n, None)
     while True:
         yield list(itertools.islice(numbers, batch_size))
@@ -440,11 +331,11 @@ class Stop(contextlib.ExitStack):
     def asked(self):
         """After each step -> number of the signal that came, or 0. All processes leave together, or the rest would wait
         for ever. To agree they wait for the device, so not at every step; but in 30 s torchrun would kill them."""
-        world, self.calls = dq.processes()[1], self.calls + 1
+        world, self.calls = dq.rank_world()[1], self.calls + 1
         if world == 1 or self.calls < self.next:
             return self.number if world == 1 else 0
         seconds = (time.monotonic() - self.since) / self.calls               # a step; for 3 s or 10 steps all go on
-        noted, seconds = dq.total(torch.tensor([float(self.number), seconds], device=self.device)).tolist()
+        noted, seconds = dq.all_reduce_sum(torch.tensor([float(self.number), seconds], device=self.device)).tolist()
         self.next = self.calls + min(10, max(1, int(3 * world / seconds)))
         return signal.SIGTERM if noted else 0
 
@@ -493,7 +384,7 @@ class Record:
 
     def start(self, title):
         """-> the numbers of the steps to come, under a progress bar."""
-        rank, steps, self.log = dq.processes()[0], self.settings["steps"], self.path.with_suffix(".jsonl")
+        rank, steps, self.log = dq.rank_world()[0], self.settings["steps"], self.path.with_suffix(".jsonl")
         self.bar = tqdm(range(self.step, steps), title, initial=self.step, total=steps,
                         disable=True if rank or self.step >= steps else None)
         if rank == 0:                                                        # later steps are about to be done again
@@ -511,7 +402,7 @@ class Record:
     def newest_losses(self):
         """Their means over the processes. UserError if one since the last call is not finite."""
         for done, sums in self.losses.items():
-            means = dq.total(torch.stack(list(sums.values()))) / dq.processes()[1]
+            means = dq.all_reduce_sum(torch.stack(list(sums.values()))) / dq.rank_world()[1]
             newest = dict(zip(sums, means.tolist()))
             bad = ", ".join(name for name, value in newest.items() if not math.isfinite(value))
             dq.require(not bad, f"step {done}: not finite in the loss: {bad}; {self.last_good()}; "
@@ -534,7 +425,7 @@ class Record:
 
     def write_log(self, done, values, stays=False):
         """One JSON object a line. stays: on the terminal, on a line of its own"""
-        if dq.processes()[0] > 0:
+        if dq.rank_world()[0] > 0:
             return
         line = dict(step=done) | {name: round(x, 5) if isinstance(x, float) else x for name, x in values.items()}
         try:
@@ -562,7 +453,7 @@ class Record:
         self.step = done
 
     def write(self, path, done, **more):
-        if dq.processes()[0] == 0:
+        if dq.rank_world()[0] == 0:
             dq.save_checkpoint(path, f"dq-{self.path.stem}", self.config, self.model,
                                step=done, best=self.best, **self.extra, **more)
 
@@ -586,7 +477,7 @@ def set_aside(path, *also, hint=" (--resume would have gone on with it)"):
     """A run that starts anew moves what a former one left beside `path`, all of its stem and of the names `also`, into
     a folder of its own."""
     left = [file for pattern in (f"{path.stem}.*", *also) for file in path.parent.glob(pattern)]
-    if dq.processes()[0] > 0 or not {path.name, *also} & {file.name for file in left}:
+    if dq.rank_world()[0] > 0 or not {path.name, *also} & {file.name for file in left}:
         return
     folders = (path.with_name(f"former-{n}") for n in itertools.count(1))
     former = next(folder for folder in folders if not any((folder / file.name).exists() for file in left))

@@ -109,31 +109,6 @@ class TransformerConfig:
         require(unit > 0 and self.width % unit == 0, f"width {self.width} is not a multiple of {unit}, for its heads")
 
 
-def processes():
-    """-> number of this process, how many share a batch under torchrun: 0, 1 without it."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
-
-
-def total(x):
-    """Sum of a tensor over the processes, without a gradient."""
-    if processes()[1] > 1:
-        x = x.detach().clone()
-        dist.all_reduce(x)
-    return x
-
-
-def drawn_together(fill, shape, device):
-    """Random numbers (B, ...) for the images of this process. Every process draws the same, for the whole batch, and
-    takes its part: together they have what one would have. fill: torch.Tensor.uniform_, say"""
-    rank, world = processes()
-    return fill(torch.empty(world * shape[0], *shape[1:], device=device)).chunk(world)[rank]
-
-
-def random_numbers(*seeds):
-    """numpy's generator for whole numbers below 2^64, each as two words: so no others, as many, make the same one."""
-    return np.random.default_rng([seed % 2 ** 32 for seed in seeds] + [seed >> 32 for seed in seeds])
-
-
 # ------------------------------------------------------------------------------------------------
 # 2  Dynamic grained coding (the paper's stage 1: "Dynamic Grained Coding" and "budget loss")
 # Every router has score(x, maps) -> (B, h, w), higher where finer codes are wanted (what evaluation compares with the
@@ -175,10 +150,15 @@ class GrainRouter(nn.Module):
         logits = self.logits(maps)                                           # B, K, h, w
         if not self.training:
             return one_hot(logits.argmax(dim=1), logits.shape[1])
-        exponential = drawn_together(torch.Tensor.exponential_, logits.shape, logits.device)  # B, K, h, w
+        exponential = sample_global(torch.Tensor.exponential_, logits.shape, logits.device)  # B, K, h, w
         soft = (logits - noise * exponential.log()).softmax(dim=1)           # B, K, h, w
         hard = one_hot(soft.argmax(dim=1), logits.shape[1])
         return hard + (soft - soft.detach())                                 # B, K, h, w: exactly one-hot
+
+
+def gumbel_scale(step, steps):
+    """1 until half of training, 0 from 90 % on: the gate explores first and then learns its argmax."""
+    return min(1.0, max(0.0, (0.9 - step / steps) / 0.4))
 
 
 class ThresholdRouter(nn.Module):
@@ -200,10 +180,10 @@ class RandomRouter(ThresholdRouter):
     def score(self, x, maps):
         side = maps[0].shape[-1]
         if self.training:
-            return drawn_together(torch.Tensor.uniform_, (len(x), side, side), x.device)  # B, h, w
+            return sample_global(torch.Tensor.uniform_, (len(x), side, side), x.device)  # B, h, w
         # by torch's seed and the image, so that it is routed alike in any batch and on any process
         keys = [zlib.crc32(image.contiguous().numpy()) for image in x.float().cpu()]
-        scores = [random_numbers(torch.initial_seed(), key).random((side, side), np.float32) for key in keys]
+        scores = [numpy_rng(torch.initial_seed(), key).random((side, side), np.float32) for key in keys]
         return torch.from_numpy(np.stack(scores)).to(x.device)               # B, h, w
 
 
@@ -226,6 +206,16 @@ class EntropyRouter(ThresholdRouter):
         entropy = -(p * (p + 1e-10).log()).sum(-1)                           # B, N
         return entropy.view(-1, x.shape[2] // self.factor, x.shape[3] // self.factor)  # B, h, w
 
+    def calibrate(self, ratios, images):
+        """Set the thresholds: quantiles of the regions' entropies in training batches (B, 3, S, S). Where many regions
+        tie (blank surroundings), the ties go to the coarser side."""
+        scores = torch.cat([self.score(x).flatten() for x in images])
+        cuts = np.cumsum(ratios)[:-1].clip(0, 1)                             # K - 1
+        levels = np.quantile(scores.cpu().numpy().astype(float), cuts)
+        levels = np.where(cuts < 1e-6, -1, np.where(cuts > 1 - 1e-6, 1e3, levels))  # none, or all, are coarser
+        self.thresholds.copy_(torch.from_numpy(levels.astype(np.float32)))
+
+
 ROUTERS = {
     "learned": lambda config: GrainRouter(config.channels, len(config.factors)),
     "entropy": lambda config: EntropyRouter(config.ratios, config.factors[0]),
@@ -238,7 +228,7 @@ def budget_loss(gate, ratios):
     budget. gate: (B, K, h, w), one-hot; ratios: K wanted shares -> scalar"""
     share = gate.mean(dim=(0, 2, 3))                                         # K
     # of all processes in forward; the mean of their gradients is then that of the global batch
-    share = share + (total(share) / processes()[1] - share).detach()
+    share = share + (all_reduce_sum(share) / rank_world()[1] - share).detach()
     return sum((share[k] - ratio) ** 2 for k, ratio in enumerate(ratios))
 
 
@@ -248,16 +238,6 @@ def budget_loss(gate, ratios):
 def straight_through(z, q):
     """q, whose gradient goes to z unchanged, since the choice of the nearest code has no gradient of its own."""
     return z + (q - z).detach()
-
-
-def sample_vectors(z, weight, n):
-    """Vectors z (M, D) of all processes, drawn by weight (M,), none twice: n of them, or all -> (up to n, D)"""
-    (rank, world), M = processes(), len(z)
-    weights = torch.zeros(world, M, device=z.device)
-    weights[rank] = weight.nan_to_num(1.0)                                   # if the loss is NaN, the trainer says so
-    chosen = torch.multinomial(total(weights).view(-1), min(n, world * M))   # n
-    mine = (chosen // M == rank)[:, None]                                    # n, 1
-    return total(torch.where(mine, z[chosen % M], 0))                        # n, D: each came from one process
 
 
 class Codebook(nn.Module):
@@ -302,8 +282,8 @@ class Codebook(nn.Module):
         decay = (self.age / (9 + self.age)).clamp(max=self.decay)
         uses = torch.zeros_like(self.uses).index_add_(0, ids, weight)        # V
         sums = torch.zeros_like(self.sums).index_add_(0, ids, weight[:, None] * z)  # V, D
-        self.uses.lerp_(total(uses), 1 - decay)
-        self.sums.lerp_(total(sums), 1 - decay)
+        self.uses.lerp_(all_reduce_sum(uses), 1 - decay)
+        self.sums.lerp_(all_reduce_sum(sums), 1 - decay)
         self.codes.copy_(self.sums / self.uses[:, None].clamp(min=1e-6))
 
     @torch.no_grad()
@@ -311,7 +291,7 @@ class Codebook(nn.Module):
         """Dead codes, used less than dead_below times the mean (the batch's weight / V), start anew at vectors of the
         batch, drawn by weight, plus noise of 1 % of their deviation in each dimension. They count as used as often as
         the mean. At first all are dead. z: (M, D); weight: (M,)"""
-        mean_uses = total(weight.sum()) / len(self.uses)
+        mean_uses = all_reduce_sum(weight.sum()) / len(self.uses)
         dead = self.uses < self.dead_below * mean_uses                       # V
         vectors = sample_vectors(z, weight, len(self.uses))                  # up to V, D
         fresh = vectors[(dead.cumsum(0) - 1) % len(vectors)]                 # V, D; to dead codes, one after the other
@@ -528,7 +508,7 @@ class Layout(nn.Module):
 
         grain = torch.zeros(P, dtype=torch.long)                             # granularity of an id
         region = torch.full((P,), N)                                         # its region; N for an EOS
-        opener = torch.arange(P)                                             # the first id of its region
+        first_id = torch.arange(P)                                             # the first id of its region
         # row and column of a code's centre, in cells of the finest grid; 0, 0 for an EOS and, in row P, the start
         place = torch.zeros(P + 1, 2)
         for k, side in enumerate(self.sides):
@@ -536,10 +516,10 @@ class Layout(nn.Module):
             row, column = cells // side, cells % side
             grain[first:self.eos[k] + 1] = k
             region[first:self.eos[k]] = row // c * self.side + column // c
-            opener[first:self.eos[k]] = first + row // c * c * side + column // c * c
+            first_id[first:self.eos[k]] = first + row // c * c * side + column // c * c
             place[first:self.eos[k]] = (torch.stack([row, column], dim=1) + 0.5) * (self.fine_side / side)
-        tables = dict(ids=torch.arange(P), grain=grain, region=region, opener=opener, place=place,
-                      is_eos=region == N, opens=opener == torch.arange(P), finest=grain == K - 1)
+        tables = dict(ids=torch.arange(P), grain=grain, region=region, first_id=first_id, coordinates=place,
+                      is_eos=region == N, opens=first_id == torch.arange(P), finest=grain == K - 1)
         for name, table in tables.items():
             self.register_buffer(name, table, persistent=False)
 
@@ -586,7 +566,7 @@ class Layout(nn.Module):
         taken = taken.gather(1, self.region.expand(len(grains), -1))         # B, P
         taken = taken if prev.dim() == 1 else taken[:, None]                 # B, (1,) P
         ahead = (self.ids >= following) & (self.grain == self.grain[following])  # B, (L,) P
-        due = ahead & (taken == self.grain) & (self.opener < following)
+        due = ahead & (taken == self.grain) & (self.first_id < following)
         opens = ahead & (taken >= self.grain) & self.opens                   # EOS, the last one, is among these
         stops = due | opens & self.finest                                    # what can't be passed over
         return (due | opens) & (self.ids <= torch.where(stops, self.ids, self.end).amin(-1, keepdim=True))
@@ -611,8 +591,8 @@ def attention(q, k, v, mask=None, dropout=0.0):
     return F.dropout(weights, dropout) @ v                                   # B, heads, L, d
 
 
-def rotations(place, d):
-    """Angles of a rotary embedding by place, for `rotate`: places (n, 2) -> (n, 2, d). (Su et al., "RoFormer", 2021)
+def rope_table(place, d):
+    """Angles of a rotary embedding by place, for `apply_rope`: places (n, 2) -> (n, 2, d). (Su et al., "RoFormer", 2021)
     Each of the d / 2 planes turns by row or column times a frequency, 1 to 1 / 10, as grids of codes are small: so a
     product of query and key depends on how far apart in the picture they are, and place 0, 0 is not turned."""
     frequency = 10.0 ** -(torch.arange(d // 4) / (d // 4))                   # d/4
@@ -620,7 +600,7 @@ def rotations(place, d):
     return torch.stack([angle.cos().repeat(1, 2), torch.cat([-angle.sin(), angle.sin()], dim=1)], dim=1)
 
 
-def rotate(x, turns):
+def apply_rope(x, turns):
     """Turn the planes of channels i and i + d/2 of x (..., d), by cosines and signed sines (..., 2, d)."""
     cos, sin = turns.type_as(x).unbind(-2)                                   # each ..., d
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)    # ..., d
@@ -647,7 +627,7 @@ class Block(nn.Module):
             qk, v = qkv.split([2, 1], dim=2)                                 # B, L, 2, heads, d; B, L, 1, heads, d
             qkv = torch.cat([F.layer_norm(qk, qk.shape[-1:]).type_as(v), v], dim=2)  # B, L, 3, heads, d
         if turns is not None:
-            qkv = rotate(qkv, turns)                                         # B, L, 3, heads, d
+            qkv = apply_rope(qkv, turns)                                         # B, L, 3, heads, d
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                 # each B, heads, L, d
         if cache is None:
             y = attention(q, k, v, dropout=self.dropout if self.training else 0.0)  # B, heads, L, d
@@ -669,7 +649,7 @@ class DQTransformer(nn.Module):
         self.layout = Layout(config.size, config.factors)
         C, V, P, self.n_classes = config.width, config.codebook_size, self.layout.n_positions, len(config.classes)
         if config.rotary:
-            self.register_buffer("turns", rotations(self.layout.place, C // config.heads), persistent=False)
+            self.register_buffer("turns", rope_table(self.layout.coordinates, C // config.heads), persistent=False)
         self.content = nn.Embedding(V + 1, C)                                # the last row is the content of an EOS
         self.position = nn.Embedding(P, C)
         self.granularity = nn.Embedding(self.layout.n_grains, C)
@@ -691,7 +671,7 @@ class DQTransformer(nn.Module):
         content = self.content(code % (self.config.codebook_size + 1))       # that of an EOS, -1, is the last row
         return content + self.position(pos) + self.granularity(self.layout.grain[pos])
 
-    def turns_of(self, queries, keys):
+    def rope_of(self, queries, keys):
         """How a block rotates queries and keys that belong to these position ids, (B, L), -1 for the start."""
         if self.config.rotary:                                               # values stay, as if at the start
             ids = torch.stack([queries, keys, torch.full_like(keys, -1)], dim=-1)  # B, L, 3
@@ -710,13 +690,13 @@ class DQTransformer(nn.Module):
         x = torch.cat([start, self.embed(pos[:, :-1], code[:, :-1])], dim=1)  # B, L, C
         h = self.drop(x + self.order.weight[:L])
         prev = F.pad(pos[:, :-1], (1, 0), value=-1)                          # B, L
-        turns = self.turns_of(prev, prev)                                    # entry t holds the pair before t
+        turns = self.rope_of(prev, prev)                                    # entry t holds the pair before t
         for block in self.position_stack:
             h = block(h, turns)                                              # B, L, C
         legal = self.layout.legal(prev, self.layout.grains(pos))             # B, L, P
         position = self.position_head(self.position_norm(h)).float()         # B, L, P
         h = h + self.position(pos)                                           # now it knows where,
-        turns = self.turns_of(pos, prev)                                     # and looks around from there
+        turns = self.rope_of(pos, prev)                                     # and looks around from there
         for block in self.content_stack:
             h = block(h, turns)
         content = self.content_head(self.content_norm(h)).float()            # B, L, V
@@ -791,7 +771,7 @@ def make_job(model, label, options, seed, given, first, copies):
     """The job of `generate`, whose arguments these are. copies: 2 with guidance"""
     n, L, device = len(label), model.layout.max_len, label.device
     # each image has a generator of its own, so its draws depend on the seed and its number, and on nothing else
-    uniform = [1 - random_numbers(seed, i).random((L, 2), np.float32)        # 1 - [0, 1) is (0, 1]
+    uniform = [1 - numpy_rng(seed, i).random((L, 2), np.float32)        # 1 - [0, 1) is (0, 1]
                for i in range(first, first + n + 1)]
     condition = torch.stack([label, torch.full_like(label, -1)], dim=1)[:, :copies] % (model.n_classes + 1)
     given = given and F.pad(torch.stack(given, dim=-1), (0, 0, 0, 0, 0, 1), value=-1)  # n + 1, L, 2
@@ -843,7 +823,7 @@ def decode_one(model, job, state, end):
     caches = [cache[..., :end, :] for cache in state.cache]
 
     # where: position stack, then one draw among the legal ids
-    turns = model.turns_of(last[:, None], last[:, None])
+    turns = model.rope_of(last[:, None], last[:, None])
     for block, cache in zip(model.position_stack, caches):
         h = block(h, turns, cache, at, mask)                                 # R, 1, C
     logits = guided(model.position_head(model.position_norm(h)), options, B)  # B, P
@@ -852,7 +832,7 @@ def decode_one(model, job, state, end):
 
     # what: content stack, then one draw
     h = h + model.position(twice(pos))[:, None]                              # R, 1, C
-    turns = model.turns_of(twice(pos)[:, None], last[:, None])
+    turns = model.rope_of(twice(pos)[:, None], last[:, None])
     for block, cache in zip(model.content_stack, caches[len(model.position_stack):]):
         h = block(h, turns, cache, at, mask)
     logits = guided(model.content_head(model.content_norm(h)), options, B)   # B, V
@@ -904,20 +884,20 @@ def captured_steps(step, model, job, state):
 
 @torch.inference_mode()
 def generate(model, label, options=SampleOptions(), seed=0, given=None, slots=None, first=0, graphs=None, bucket=None,
-             look_every=None, compile=False):
+             sync_every=None, compile=False):
     """Draw images. label: (n,) classes, -1 for none -> pos, code, each (n, max_len); Layout.unpack reads them.
     given: optional (pos, code), each (n, max_len), -1 where it is to be drawn; positions that are given come first.
     slots: how many images are written at a time (None: all); a slot whose image is complete takes the next, so the
     cost follows the mean length. Image i depends on its label, the seed and first + i alone.
     For speed. bucket: attention sees a part of the cache that grows by so many places. graphs (None: on GPUs): for each
-    such size a step is captured as a CUDA graph when first needed. look_every: steps between the host's looks."""
+    such size a step is captured as a CUDA graph when first needed. sync_every: steps between the host's looks."""
     options.check()
     n, L, device = len(label), model.layout.max_len, label.device
     require((label < max(1, model.n_classes)).all(), f"labels must be below {model.n_classes}, the number of classes")
     in_front = given is None or ((given[0] < 0).int().diff(dim=1) >= 0).all()  # what is left can then be tiled
     require(in_front, "given positions must stand in front of those that are to be drawn")
     graphs = device.type == "cuda" if graphs is None else graphs
-    bucket, look_every = bucket or (128 if graphs else 32), look_every or (32 if graphs else 1)
+    bucket, sync_every = bucket or (128 if graphs else 32), sync_every or (32 if graphs else 1)
     step, slots = torch.compile(decode_one) if compile else decode_one, max(1, min(n, slots or n))
     copies = 2 if options.cfg != 1 and model.n_classes else 1
     with torch.cuda.device_of(label), torch.autocast(device.type, enabled=False):
@@ -928,7 +908,7 @@ def generate(model, label, options=SampleOptions(), seed=0, given=None, slots=No
         for n_steps in itertools.count(1):
             take((furthest // bucket + 1) * bucket)
             furthest = min(furthest + 1, L - 1)
-            if n_steps % look_every == 0:
+            if n_steps % sync_every == 0:
                 least, furthest = torch.stack([state.image.min(), state.t.max()]).tolist()
                 if least == n:                                               # every slot has run out of images
                     return state.pos[:n], state.code[:n]
@@ -998,3 +978,41 @@ def load_transformer(path, device):
     saved = load_checkpoint(path, "dq-transformer")
     return (rebuild(DQTransformer, TransformerConfig, saved.get("config"), saved.get("weights"), device),
             rebuild(DQVAE, VAEConfig, saved.get("vae_config"), saved.get("vae_weights"), device))
+
+
+# ------------------------------------------------------------------------------------------------
+# 9  Several processes
+
+def rank_world():
+    """-> number of this process, how many share a batch under torchrun: 0, 1 without it."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+def all_reduce_sum(x):
+    """Sum of a tensor over the processes, without a gradient."""
+    if rank_world()[1] > 1:
+        x = x.detach().clone()
+        dist.all_reduce(x)
+    return x
+
+
+def sample_global(fill, shape, device):
+    """Random numbers (B, ...) for the images of this process. Every process draws the same, for the whole batch, and
+    takes its part: together they have what one would have. fill: torch.Tensor.uniform_, say"""
+    rank, world = rank_world()
+    return fill(torch.empty(world * shape[0], *shape[1:], device=device)).chunk(world)[rank]
+
+
+def sample_vectors(z, weight, n):
+    """Vectors z (M, D) of all processes, drawn by weight (M,), none twice: n of them, or all -> (up to n, D)"""
+    (rank, world), M = rank_world(), len(z)
+    weights = torch.zeros(world, M, device=z.device)
+    weights[rank] = weight.nan_to_num(1.0)                                   # if the loss is NaN, the trainer says so
+    chosen = torch.multinomial(all_reduce_sum(weights).view(-1), min(n, world * M))   # n
+    mine = (chosen // M == rank)[:, None]                                    # n, 1
+    return all_reduce_sum(torch.where(mine, z[chosen % M], 0))                        # n, D: each came from one process
+
+
+def numpy_rng(*seeds):
+    """numpy's generator for whole numbers below 2^64, each as two words: so no others, as many, make the same one."""
+    return np.random.default_rng([seed % 2 ** 32 for seed in seeds] + [seed >> 32 for seed in seeds])

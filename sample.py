@@ -14,8 +14,8 @@ from PIL import Image
 from tqdm import tqdm
 
 import dq
-from common import (Stop, draw_grains, load_image, number, open_image, pick_device, positive, run, save_grid,
-                    save_picture, to_picture)
+from common import Stop, draw_grains, number, pick_device, positive, run, save_grid, save_picture, to_picture
+from data import load_image, open_image
 
 ROUND = 16    # batches in a call of dq.generate; slots stand idle at the end of a call only, pictures are written then
 

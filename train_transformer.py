@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 import dq
-from common import (Record, Schedule, Stop, deal, distribute, draw_grains, number, override, positive, prepare,
-                    run, save_grid, say, seed_all, to_picture, trainer_flags)
+from common import (Record, Schedule, Stop, distribute, draw_grains, number, override, positive, prepare,
+                    run, save_grid, say, seed_all, shuffled_indices, to_picture, trainer_flags)
 
 
 @dataclass
@@ -117,7 +117,7 @@ def batches(length, batch_size, seed, start=0):
     """Endless batches of image numbers (batch_size,), in the order of `deal`; inside a batch they are sorted by length
     (M,), so that parts of it need little padding. (Whole batches of like length would need less, but learned less: by
     AdamW, 168 nats against 164 after 600 steps on the toy data.)"""
-    for batch in deal(len(length), batch_size, seed, start):
+    for batch in shuffled_indices(len(length), batch_size, seed, start):
         index = np.array(batch) % len(length)
         yield torch.from_numpy(index[np.argsort(length[index], kind="stable")])
 
@@ -143,7 +143,7 @@ def sequences(images, index, layout, device):
 def evaluate(model, held_out, device, autocast, batch_size=64):
     """Held-out likelihood per image, code and pixel; each process takes its part of the images."""
     model.eval()
-    rank, world = dq.processes()
+    rank, world = dq.rank_world()
     sums = torch.zeros(2, device=device)
     for index in held_out.length.argsort().split(batch_size)[rank::world]:   # like lengths, so little padding
         pos, code, label = sequences(held_out, index, model.layout, device)  # B, L; B, L; B
@@ -151,7 +151,7 @@ def evaluate(model, held_out, device, autocast, batch_size=64):
             nll = model(pos, code, label)
         sums += torch.stack([nll["position"].sum(), nll["content"].sum()])
     model.train()
-    position, content = (dq.total(sums) / len(held_out.label)).tolist()
+    position, content = (dq.all_reduce_sum(sums) / len(held_out.label)).tolist()
     codes = (held_out.length - len(model.config.factors)).float().mean().item()
     bits = (position + content) / math.log(2)
     return dict(nats_per_image=position + content, position_nats=position, content_nats=content,
@@ -192,7 +192,7 @@ def make_optimizers(model, schedule):
 def main(argv=None):
     args, config, schedule = parse(argv)
     device, autocast = prepare(args)
-    rank, world = dq.processes()
+    rank, world = dq.rank_world()
     stored = read_codes(args.codes)
     vae = dq.rebuild(dq.DQVAE, dq.VAEConfig, stored["config"], stored["weights"], device)
     factors, classes = vae.config.factors, stored["classes"]

@@ -11,7 +11,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
-from train_vae import ToyShapes  # noqa: E402
+from data import ToyShapes  # noqa: E402
 
 torch.backends.cudnn.allow_tf32 = False                                    # comparisons are in float32
 DEVICE = os.environ.get("DQ_TEST_DEVICE", "cpu")

@@ -42,6 +42,7 @@ from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
 import common
+import data as reading
 import dq
 import train_vae
 from conftest import DEVICE, ROOT, TRANSFORMER, VAE, call, script
@@ -56,16 +57,17 @@ SCRIPTS = ["train_vae.py", "train_transformer.py", "sample.py"]
 OURS = {path.stem for path in ROOT.glob("*.py")}
 
 
-def test_scripts_import_dq_and_common_and_no_other_script():
+def test_scripts_import_no_other_script():
     def imported(name):
         tree = ast.parse((ROOT / name).read_text(encoding="utf-8"))
         names = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
         names += [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
         assert "importlib" not in names and "__import__" not in ast.unparse(tree)
         return OURS.intersection(names)
-    assert OURS == {"dq", "common", *(name[:-3] for name in SCRIPTS)}
-    assert imported("dq.py") == set() and imported("common.py") == {"dq"}
-    assert all(imported(name) == {"dq", "common"} for name in SCRIPTS)
+    assert OURS == {"dq", "data", "common", *(name[:-3] for name in SCRIPTS)}
+    assert imported("dq.py") == set() and imported("common.py") == {"dq"} and imported("data.py") == {"dq", "common"}
+    reads_images = {"train_vae.py", "sample.py"}                             # stage 2 never sees a pixel
+    assert all(imported(name) == {"dq", "common"} | ({"data"} if name in reads_images else set()) for name in SCRIPTS)
 
 
 @pytest.mark.parametrize("whole", SCRIPTS)
@@ -94,7 +96,7 @@ def read(tmp_path, image, name="x.png", size=4, **save):
         (tmp_path / name).write_bytes(image)
     else:
         image.save(tmp_path / name, **save)
-    return ((common.load_image(tmp_path / name, size) + 1) * 127.5).permute(1, 2, 0).numpy()
+    return ((reading.load_image(tmp_path / name, size) + 1) * 127.5).permute(1, 2, 0).numpy()
 
 
 def flat(mode, color, size=(4, 4), spoilt=None):
@@ -209,7 +211,7 @@ SRGB = [(0.4360, 0.2225, 0.0139), (0.3851, 0.7169, 0.0971), (0.1431, 0.0606, 0.7
 def test_colours_are_those_that_the_profile_means(profile, colour, wanted, mode, tmp_path):
     picture = Image.new("RGB", (8, 8), colour).convert(mode, palette=Image.Palette.ADAPTIVE)
     picture.save(tmp_path / "x.png", icc_profile=profile)
-    assert max(abs(a - b) for a, b in zip(common.open_image(tmp_path / "x.png").getpixel((3, 3)), wanted)) <= 1
+    assert max(abs(a - b) for a, b in zip(reading.open_image(tmp_path / "x.png").getpixel((3, 3)), wanted)) <= 1
 
 
 @pytest.mark.parametrize("kind", MODES)
@@ -222,7 +224,7 @@ def test_images_of_every_mode(tmp_path, kind):
 
 def test_premultiplied_grey(tmp_path):
     """Pillow reads such files from some version on."""
-    rgb = common.to_rgb(flat("LA", (128, 102)).convert("La"))
+    rgb = reading.to_rgb(flat("LA", (128, 102)).convert("La"))
     assert rgb.mode == "RGB" and abs(rgb.getpixel((1, 1))[0] - 204) <= 1     # 40 % of half grey, over white
 
 
@@ -256,15 +258,15 @@ def test_text_of_three_megabytes(tmp_path):
 def test_resize_crop_and_flip(tmp_path):
     ramp = np.tile(np.arange(64, dtype=np.uint8)[None] * 4, (16, 1))         # 64 x 16, brighter to the right
     Image.fromarray(ramp).save(tmp_path / "wide.png")
-    centre = common.load_image(tmp_path / "wide.png", 16)
+    centre = reading.load_image(tmp_path / "wide.png", 16)
     assert abs(((centre.mean() + 1) * 127.5).item() - ramp.mean()) < 2
-    crops = [common.load_image(tmp_path / "wide.png", 16, np.random.default_rng(i)) for i in range(40)]
+    crops = [reading.load_image(tmp_path / "wide.png", 16, np.random.default_rng(i)) for i in range(40)]
     rising = [bool(c[0, 0, -1] > c[0, 0, 0]) for c in crops]
     assert 8 < sum(rising) < 32                                              # half of them flipped
     assert len({round(c.mean().item(), 3) for c in crops}) > 15              # at many places
     noise = np.indices((64, 64)).sum(0).astype(np.uint8) % 2 * 255           # checks, which antialiasing makes grey
     Image.fromarray(noise).save(tmp_path / "noise.png")
-    small = common.load_image(tmp_path / "noise.png", 8)
+    small = reading.load_image(tmp_path / "noise.png", 8)
     assert small.abs().max() < 0.1
 
 def test_a_picture_is_its_pixels():
@@ -393,7 +395,7 @@ def test_the_best_checkpoint_is_that_of_the_lowest_loss(tmp_path):
 
 
 def test_schedules():
-    assert [round(train_vae.gumbel_scale(s, 100), 3) for s in (0, 50, 70, 90, 99)] == [1, 1, 0.5, 0, 0]
+    assert [round(dq.gumbel_scale(s, 100), 3) for s in (0, 50, 70, 90, 99)] == [1, 1, 0.5, 0, 0]
 
     linear = common.Schedule(steps=110, batch_size=1, lr=2.0, warmup=10, decay="linear")
     assert [linear.learning_rate(step) for step in (4, 9, 10, 35, 85, 110)] == pytest.approx([1, 2, 2, 1.5, 0.5, 0])

@@ -85,9 +85,9 @@ def test_places_are_the_centres_of_codes_on_the_finest_grid(device):
     layout, places = Layout(8, (4, 2, 1)).to(device), []
     for side, width in ((2, 4), (4, 2), (8, 1)):
         places += [[(y + 0.5) * width, (x + 0.5) * width] for y in range(side) for x in range(side)] + [[0, 0]]
-    assert layout.place.tolist() == places + [[0, 0]]
+    assert layout.coordinates.tolist() == places + [[0, 0]]
     ids = [*range(layout.n_positions), -1]
-    assert layout.place[ids].tolist() == [list(naive.place(layout, p)) for p in ids]
+    assert layout.coordinates[ids].tolist() == [list(naive.place(layout, p)) for p in ids]
 
 
 def test_the_example_of_the_docstring():

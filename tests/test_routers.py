@@ -6,7 +6,7 @@
     EntropyRouter.score     test_entropy_equals_a_loop_over_pixels
     ThresholdRouter         test_entropy_thresholds_and_random_routing_give_the_asked_ratios (with train_vae.calibrate),
                             test_blank_regions_are_coarse
-    drawn_together          test_processes_draw_together_what_one_would
+    sample_global          test_processes_draw_together_what_one_would
     budget_loss             test_budget_loss_equals_a_loop_and_pulls_on_all_regions_alike and two more
 """
 import pytest
@@ -14,9 +14,8 @@ import torch
 
 import dq
 import naive
-import train_vae
 from dq import EntropyRouter, GrainRouter, RandomRouter, budget_loss, one_hot
-from train_vae import ToyShapes
+from data import ToyShapes
 
 
 def test_straight_through_gradient_of_the_gate():
@@ -59,9 +58,9 @@ def test_the_score_is_the_mean_granularity():
 @pytest.mark.parametrize("fill", [torch.Tensor.uniform_, torch.Tensor.exponential_])
 def test_processes_draw_together_what_one_would(fill, monkeypatch):
     def drawn(rank, world):
-        monkeypatch.setattr(dq, "processes", lambda: (rank, world))
+        monkeypatch.setattr(dq, "rank_world", lambda: (rank, world))
         torch.manual_seed(3)
-        return dq.drawn_together(fill, (6 // world, 2), "cpu")
+        return dq.sample_global(fill, (6 // world, 2), "cpu")
     assert torch.equal(torch.cat([drawn(rank, 3) for rank in range(3)]), drawn(0, 1))
 
 
@@ -70,7 +69,7 @@ def test_blank_regions_are_coarse():
     x = torch.ones(4, 3, 16, 16)
     x[:, :, :8, :8] = torch.rand(4, 3, 8, 8) * 2 - 1                         # one region of four has something to tell
     router = EntropyRouter((0.5, 0.5), 8)
-    train_vae.calibrate(router, (0.5, 0.5), [x])
+    router.calibrate((0.5, 0.5), [x])
     assert router(x, None).argmax(1).tolist() == [[[1, 0], [0, 0]]] * 4
 
 
@@ -93,7 +92,7 @@ def shapes():
 @pytest.mark.parametrize("ratios", [(0.5, 0.5), (0.7, 0.3), (0.4, 0.3, 0.3), (1.0,)])
 def test_entropy_thresholds_and_random_routing_give_the_asked_ratios(ratios, shapes):
     x, entropy = shapes, EntropyRouter(ratios, 8)
-    train_vae.calibrate(entropy, ratios, x.split(32))
+    entropy.calibrate(ratios, x.split(32))
     for router in (entropy, RandomRouter(ratios)):
         share = router(x, [torch.zeros(1, 1, 8, 8)]).mean(dim=(0, 2, 3))
         torch.testing.assert_close(share, torch.tensor(ratios), atol=0.02, rtol=0)
@@ -145,7 +144,7 @@ def test_random_routes_depend_on_seed_and_image_alone():
 def test_none_and_all_are_none_and_all(ratios, shares):
     """By entropy: of images that were not in the sample as well. What is not finite would not be saved."""
     router = EntropyRouter(ratios, 4)
-    train_vae.calibrate(router, ratios, [torch.rand(50, 3, 8, 8) * 2 - 1])
+    router.calibrate(ratios, [torch.rand(50, 3, 8, 8) * 2 - 1])
     assert router.thresholds.isfinite().all()
     other = torch.cat([torch.rand(400, 3, 8, 8) * 2 - 1, torch.zeros(1, 3, 8, 8)])
     share = router(other, None).mean(dim=(0, 2, 3)).tolist()

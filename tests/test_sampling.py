@@ -71,7 +71,7 @@ def test_draws_follow_the_distribution():
 
 
 # in one batch or in few slots that are refilled, over many windows of the cache or a single one
-HOW = [dict(), dict(slots=2, bucket=2), dict(slots=3, bucket=8, look_every=4), dict(slots=2, bucket=64, look_every=32)]
+HOW = [dict(), dict(slots=2, bucket=2), dict(slots=3, bucket=8, sync_every=4), dict(slots=2, bucket=64, sync_every=32)]
 
 
 @pytest.mark.parametrize("size, factors, cfg", [(8, (4,), 1.0), (8, (4,), 2.5), (8, (4, 2), 1.0), (8, (4, 2, 1), 2.5)])
@@ -156,8 +156,8 @@ def test_any_seed_has_images_of_its_own(seed, device):
 @pytest.mark.parametrize("number", [1, 2, 3])
 def test_no_other_seed_has_the_same_draws(number):
     """Seeds and numbers of images are words of 32 bits; none may slip into the place of another."""
-    uniform = {seed: dq.random_numbers(seed, number).random(4).tolist() for seed in (0, number << 32, number)}
-    others = [dq.random_numbers(number << 32, 0), dq.random_numbers(0, number << 32), dq.random_numbers(number, 0)]
+    uniform = {seed: dq.numpy_rng(seed, number).random(4).tolist() for seed in (0, number << 32, number)}
+    others = [dq.numpy_rng(number << 32, 0), dq.numpy_rng(0, number << 32), dq.numpy_rng(number, 0)]
     draws = [*uniform.values(), *(each.random(4).tolist() for each in others)]
     assert len({tuple(each) for each in draws}) == len(draws)
 
@@ -283,7 +283,7 @@ def test_the_captured_path_draws_the_same(cfg, monkeypatch):
         pos, code = generate(model, label, options, seed=7, slots=2, **extra)
         with monkeypatch.context() as patch:
             cuda = FakeCuda(patch)
-            again = generate(model, label, options, seed=7, slots=2, graphs=True, bucket=16, look_every=4, **extra)
+            again = generate(model, label, options, seed=7, slots=2, graphs=True, bucket=16, sync_every=4, **extra)
         assert torch.equal(again[0], pos) and torch.equal(again[1], code)
         length = model.layout.lengths(pos)
         assert cuda.counts["captured"] == cuda.counts["direct"] == -(-int(length.max()) // 16)
@@ -295,7 +295,7 @@ def test_a_small_job_captures_no_more_than_it_needs(monkeypatch):
     model = tiny(8, (4, 2, 1), V=5)
     coarse = torch.zeros(3, 2, 2, dtype=torch.long)                          # 4 codes and 3 EOS ids
     cuda = FakeCuda(monkeypatch)
-    generate(model, torch.full((3,), -1), given=given_tiling(model.layout, coarse), graphs=True, bucket=8, look_every=1)
+    generate(model, torch.full((3,), -1), given=given_tiling(model.layout, coarse), graphs=True, bucket=8, sync_every=1)
     assert cuda.counts == dict(captured=1, direct=1, replayed=6)
 
 

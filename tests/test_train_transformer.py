@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 
 import common
+import data as reading
 import dq
 import sample
 import train_transformer
@@ -93,8 +94,8 @@ def test_processes_share_an_evaluation(monkeypatch):
     images = images_of(random_image(model.layout, grains, 5), grains)
 
     def nats(rank, world):
-        monkeypatch.setattr(dq, "processes", lambda: (rank, world))
-        monkeypatch.setattr(dq, "total", lambda x: x)                        # so each tells what it has added up
+        monkeypatch.setattr(dq, "rank_world", lambda: (rank, world))
+        monkeypatch.setattr(dq, "all_reduce_sum", lambda x: x)                        # so each tells what it has added up
         return train_transformer.evaluate(model, images, torch.device("cpu"), plain, batch_size=2)["nats_per_image"]
     assert nats(0, 2) + nats(1, 2) == pytest.approx(nats(0, 1), rel=1e-4) and nats(0, 2) < nats(0, 1)
 
@@ -197,7 +198,7 @@ def test_codes_in_another_folder_need_no_image(vae_run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "out").mkdir()
     shutil.copy(vae_run / "codes.pt", "out")
-    for module, name in ((common, "open_image"), (train_vae, "open_data"), (train_vae, "ToyShapes")):
+    for module, name in ((reading, "open_image"), (reading, "open_data"), (reading, "ToyShapes")):
         monkeypatch.setattr(module, name, None)
     before = (tmp_path / "out/codes.pt").read_bytes()
     assert call(train_transformer.main, *TRANSFORMER, "--steps", 2) is None
@@ -211,9 +212,9 @@ def test_codes_in_another_folder_need_no_image(vae_run, tmp_path, monkeypatch):
 def test_each_trainer_says_first_what_it_understood(images, tmp_path, capsys):
     flags = ["--out", str(tmp_path), "--steps", "1"]
     train_vae.main([*flags, *VAE, "--data", str(images)])
-    train, held_out = train_vae.open_data(images, 16)
+    train, held_out = reading.open_data(images, 16)
     first = capsys.readouterr().out.splitlines()[0]
-    assert first == train_vae.describe(train, held_out) and len(train) + len(held_out) == 48
+    assert first == reading.describe(train, held_out) and len(train) + len(held_out) == 48
     train_transformer.main([*flags, *TRANSFORMER])
     first = capsys.readouterr().out.splitlines()[0]
     assert first.startswith(f"codes: {tmp_path / 'codes.pt'}, {len(train)} images (checksum ")

@@ -36,12 +36,13 @@ import torch.nn.functional as F
 from PIL import Image
 
 import common
+import data as reading
 import dq
 import train_transformer
 import train_vae
 from conftest import DEVICE, VAE, call, plain
-from train_vae import (Discriminator, ImageFolder, Perceptual, ToyShapes, adaptive_weight, backward, hinge_loss,
-                       open_data)
+from data import ImageFolder, ToyShapes, open_data
+from train_vae import Discriminator, Perceptual, adaptive_weight, backward, hinge_loss
 
 
 # ------------------------------------------------------------------------------------------------
@@ -153,8 +154,8 @@ def test_what_a_folder_holds(make, tmp_path, monkeypatch, capfd):
     train, val = open_data(root, 8, skip=root / "run")
     assert names(train, val) == sorted(wanted)
     assert train.classes == val.classes == classes and len(val) > 0
-    assert f"{len(train)} images to train on, {len(val)} held out" in train_vae.describe(train, val)
-    assert train_vae.describe(train, val).endswith(f"; left out: {left_out}")
+    assert f"{len(train)} images to train on, {len(val)} held out" in reading.describe(train, val)
+    assert reading.describe(train, val).endswith(f"; left out: {left_out}")
     if classes:
         assert all(classes[label] == name.split("/")[0] for name, label in train.files + val.files)
         assert {label for _, label in train.files} == set(range(len(classes)))  # every class is trained on
@@ -165,12 +166,12 @@ def test_what_a_folder_holds(make, tmp_path, monkeypatch, capfd):
     else:
         assert not said
     for data in (train, val):
-        assert all(data[i][1] != train_vae.BROKEN for i in range(len(data)))
+        assert all(data[i][1] != reading.BROKEN for i in range(len(data)))
 
 
 def test_what_is_understood_is_said_in_one_line(tmp_path, monkeypatch):
     def said(*args, **kwargs):
-        return train_vae.describe(*open_data(*args, **kwargs))
+        return reading.describe(*open_data(*args, **kwargs))
 
     assert said(None, 8) == ("data: the built-in toy shapes, 8192 images to train on, 512 held out; "
                              "4 classes: circle, square, triangle, cross")
@@ -188,37 +189,37 @@ def test_what_is_understood_is_said_in_one_line(tmp_path, monkeypatch):
     assert "\\udcff" not in said(tmp_path / "b", 8)                          # the seventh
     os.rename(tmp_path / "b/b", os.fsencode(tmp_path) + b"/b/a\xe9")
     assert "a\udce9" in said(tmp_path / "b", 8)                             # `say` makes it fit for a terminal
-    monkeypatch.setattr(train_vae, "FILES", 5)
+    monkeypatch.setattr(reading, "FILES", 5)
     assert said(tmp_path / "a", 8).endswith("; so much that broken files are left out as they are met")
 
 
 def test_the_outer_folder_of_an_archive_is_noted(tmp_path):
     put(tmp_path, *numbered(3, "PetImages/cat/"), *numbered(3, "PetImages/dog/"))
-    said = train_vae.describe(*open_data(tmp_path, 8))
+    said = reading.describe(*open_data(tmp_path, 8))
     assert "no classes" in said
     assert said.endswith(f"for the folders in it as classes (cat, dog): --data {tmp_path / 'PetImages'}")
     put(tmp_path, "PetImages/notes.png")                                     # images of its own: no such archive
-    assert "note" not in train_vae.describe(*open_data(tmp_path, 8))
+    assert "note" not in reading.describe(*open_data(tmp_path, 8))
 
 
 def test_a_large_folder_is_not_read_at_the_start(tmp_path, monkeypatch):
     opened = []
-    monkeypatch.setattr(train_vae, "load_image", lambda path, *how: opened.append(path) or 1)
+    monkeypatch.setattr(reading, "load_image", lambda path, *how: opened.append(path) or 1)
     put(tmp_path, "0.png")
     for i in range(1, 100):
         shutil.copy(tmp_path / "0.png", tmp_path / f"{i}.png")
     for files, size, expected in ((100, 1e6, 100), (100, 100, 0), (99, 1e6, 0)):
-        monkeypatch.setattr(train_vae, "FILES", files)
-        monkeypatch.setattr(train_vae, "BYTES", size)
+        monkeypatch.setattr(reading, "FILES", files)
+        monkeypatch.setattr(reading, "BYTES", size)
         opened.clear()
         data = open_data(tmp_path, 8)
         assert sum(map(len, data)) == 100 and len(opened) == expected
-        assert train_vae.describe(*data).endswith("as they are met") == (expected == 0)
+        assert reading.describe(*data).endswith("as they are met") == (expected == 0)
 
 
 def spoilt_folder(root, monkeypatch):
     """30 images of which 10 in a row are broken, and none is looked at before it is met."""
-    monkeypatch.setattr(train_vae, "FILES", 0)
+    monkeypatch.setattr(reading, "FILES", 0)
     for i in range(30):
         root.mkdir(exist_ok=True)
         Image.new("RGB", (8, 8), (i, 0, 0)).save(root / f"{i:02d}.png")
@@ -237,7 +238,7 @@ def test_a_broken_file_weighs_nothing(tmp_path, monkeypatch, capfd):
     broken = n - len(sound)
     assert broken > 5
     data.augment = False                                                     # each once: none in place of another
-    assert [red(x) for x, label in map(data.__getitem__, range(n)) if label != train_vae.BROKEN] == sorted(sound)
+    assert [red(x) for x, label in map(data.__getitem__, range(n)) if label != reading.BROKEN] == sorted(sound)
     data.augment = True
     drawn = [red(data[i][0]) for i in range(100 * n)]
     count = Counter(drawn)
@@ -259,7 +260,7 @@ def test_a_broken_file_is_named_once_by_all_processes(tmp_path, monkeypatch, cap
     alone = [red(data[i][0]) for i in range(2 * len(data))]
     data.broken.zero_()
     capfd.readouterr()
-    loader = train_vae.loader(data, 2, batch_size=1, sampler=range(2 * len(data)))
+    loader = reading.loader(data, 2, batch_size=1, sampler=range(2 * len(data)))
     assert [red(x)[0] for x, _ in loader] == alone
     error = capfd.readouterr().err
     assert all(error.count(name) for name in broken)
@@ -267,12 +268,12 @@ def test_a_broken_file_is_named_once_by_all_processes(tmp_path, monkeypatch, cap
 
 
 def test_a_long_list_of_broken_files_ends_in_a_count(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(train_vae, "FILES", 0)
+    monkeypatch.setattr(reading, "FILES", 0)
     put(tmp_path, "sound.png")
     for i in range(40):
         (tmp_path / f"{i}.png").touch()
     train, val = open_data(tmp_path, 8)
-    black = [x for x, label in map(train.__getitem__, range(len(train))) if label == train_vae.BROKEN]
+    black = [x for x, label in map(train.__getitem__, range(len(train))) if label == reading.BROKEN]
     assert len(black) >= len(train) - 1 and all(x.shape == (3, 8, 8) for x in black)
     error = capfd.readouterr().err.splitlines()
     assert len(error) == 12 and error[10:] == [f"warning: left out {n} by now" for n in (16, 32)]
@@ -322,7 +323,7 @@ def test_stream_is_a_function_of_seed_and_batch_number():
             return i
 
     def take(n, **kwargs):
-        batches = train_vae.stream(Numbers(), 4, **kwargs)
+        batches = reading.stream(Numbers(), 4, **kwargs)
         return [next(batches).tolist() for _ in range(n)]
 
     whole = take(10, seed=1)
@@ -334,7 +335,7 @@ def test_stream_is_a_function_of_seed_and_batch_number():
 
 def test_each_epoch_has_other_numbers():
     """So that an image has another crop in each: its number says which epoch it is."""
-    numbers = sum((next(batches) for batches in [common.deal(10, 4, seed=1)] for _ in range(10)), [])
+    numbers = sum((next(batches) for batches in [common.shuffled_indices(10, 4, seed=1)] for _ in range(10)), [])
     assert sorted(numbers) == list(range(40))
 
 
@@ -355,11 +356,11 @@ def test_processes_share_every_part_of_a_batch(world, accumulate, monkeypatch):
 
         def __getitem__(self, i):
             return i
-    whole = next(train_vae.stream(Numbers(), 24, seed=1)).chunk(accumulate)
+    whole = next(reading.stream(Numbers(), 24, seed=1)).chunk(accumulate)
     shares = []
     for rank in range(world):
-        monkeypatch.setattr(dq, "processes", lambda: (rank, world))
-        shares.append(next(train_vae.stream(Numbers(), 24, seed=1, accumulate=accumulate)).chunk(accumulate))
+        monkeypatch.setattr(dq, "rank_world", lambda: (rank, world))
+        shares.append(next(reading.stream(Numbers(), 24, seed=1, accumulate=accumulate)).chunk(accumulate))
     for part, *of_each in zip(whole, *shares):
         assert torch.equal(torch.cat(of_each), part)
 
@@ -372,16 +373,16 @@ def test_a_file_of_two_names_is_one_image(tmp_path):
         os.link(tmp_path / f"images/cat/{i}.png", tmp_path / f"images/dog/hard{i}.png")
     train, val = open_data(tmp_path / "images", 8)
     assert names(train, val) == sorted(numbered(30, "cat/") + numbered(3, "dog/"))
-    assert "40 other names of the same file" in train_vae.describe(train, val)
+    assert "40 other names of the same file" in reading.describe(train, val)
 
 
 def test_other_pixels_under_the_same_names_are_other_data(tmp_path):
     put(tmp_path, *numbered(30))
-    before = [train_vae.identity(open_data(tmp_path, 8)[0]) for _ in range(2)]
+    before = [reading.identity(open_data(tmp_path, 8)[0]) for _ in range(2)]
     assert before[0] == before[1]
     noise = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / open_data(tmp_path, 8)[0].files[3][0])
-    assert train_vae.identity(open_data(tmp_path, 8)[0]) != before[0]
+    assert reading.identity(open_data(tmp_path, 8)[0]) != before[0]
 
 
 def test_a_folder_can_be_held_out(tmp_path):
@@ -404,7 +405,7 @@ def test_what_is_held_out_is_not_trained_on(tmp_path):
     put(tmp_path, *numbered(4, "train/"))
     train, val = open_data(str(tmp_path), 8, held_out=str(tmp_path / "val"))
     assert names(train) == sorted(numbered(7) + numbered(4, "train/")) and train.classes == val.classes == ()
-    assert train_vae.describe(train, val).endswith("no classes; left out: nothing")
+    assert reading.describe(train, val).endswith("no classes; left out: nothing")
 
 
 def test_all_classes_are_evaluated(tmp_path):
@@ -679,7 +680,7 @@ def test_batch_norm_of_two_processes_is_that_of_one(monkeypatch):
     wanted = one(x)
     mine, other = x.chunk(2)
     sums = torch.stack([other.mean(dim=(0, 2, 3)), other.square().mean(dim=(0, 2, 3))])
-    monkeypatch.setattr(dq, "processes", lambda: (0, 2))
+    monkeypatch.setattr(dq, "rank_world", lambda: (0, 2))
     monkeypatch.setattr(train_vae, "all_reduce", lambda own: own + sums)
     torch.testing.assert_close(two(mine), wanted[:2], atol=1e-5, rtol=1e-5)
     for name, value in one.state_dict().items():
@@ -692,7 +693,7 @@ def test_hinge_loss():
 
 
 def test_discriminator_learns_to_tell_sharp_from_blurred():
-    toy = train_vae.ToyShapes(32, n=256)
+    toy = reading.ToyShapes(32, n=256)
     real = torch.stack([toy[i][0] for i in range(256)])
     fake = F.avg_pool2d(real, 5, stride=1, padding=2, count_include_pad=False)
     critic = Discriminator(width=16)
@@ -800,7 +801,7 @@ def test_regions_with_a_tenth_of_detail_are_detailed():
 def test_encoding_keeps_every_image_and_its_mirror_image():
     torch.manual_seed(0)
     model = dq.DQVAE(dq.VAEConfig(size=16, codebook_size=8))
-    data = train_vae.ToyShapes(16, n=10)
+    data = reading.ToyShapes(16, n=10)
     x = torch.stack([data[i][0] for i in range(10)])
     model(x)
     model.eval()
@@ -845,7 +846,7 @@ def test_codes_hold_all_that_stage_2_needs(vae_run, images):
     assert stored["classes"] == ("circle", "cross", "square", "triangle")
     for name, x in vae.state_dict().items():
         assert torch.equal(stored["weights"][name], x.cpu())
-    for part, data in zip(("train", "held_out"), train_vae.open_data(images, 16)):
+    for part, data in zip(("train", "held_out"), reading.open_data(images, 16)):
         x, label = zip(*map(data.__getitem__, range(len(data))))
         x, found = torch.stack(x), stored[part]
         assert found["label"].tolist() == list(label) and {each.dtype for each in found.values()} == {torch.uint8}

@@ -1,9 +1,9 @@
 """DQTransformer, section 6 of dq.py: a proper distribution over tilings.
 
     add_linear                     test_a_sum_with_a_product_equals_both
-    rotations, rotate              test_rotation_is_a_product_of_complex_numbers,
+    rope_table, apply_rope              test_rotation_is_a_product_of_complex_numbers,
                                    test_products_depend_on_how_far_apart_places_are
-    attention, Block, turns_of     test_logits_equal_a_loop_over_prefixes
+    attention, Block, rope_of     test_logits_equal_a_loop_over_prefixes
     TransformerConfig              test_bad_configurations_are_refused
     its dropout                    test_dropout_acts_at_four_places_in_training
     its first weights              test_a_fresh_model_is_uniform
@@ -144,7 +144,7 @@ def test_a_fresh_model_is_uniform():
 @torch.no_grad()
 def test_rotation_is_a_product_of_complex_numbers():
     places, x = torch.tensor([[0.0, 0.0], [1.5, 4.0], [8.5, 11.0], [0.5, 0.5]]), torch.randn(4, 3, 16)
-    turned = dq.rotate(x, dq.rotations(places, 16)[:, None])
+    turned = dq.apply_rope(x, dq.rope_table(places, 16)[:, None])
     torch.testing.assert_close(turned, naive.rotate(x, places.tolist()), atol=1e-5, rtol=1e-5)
 
 
@@ -153,13 +153,13 @@ def test_products_depend_on_how_far_apart_places_are():
     """Of rotated vectors; in rows and in columns. Place 0, 0 turns nothing."""
     q, k = torch.randn(2, 16)
     places = torch.tensor([[0.0, 0.0], [1.5, 4.0], [3.0, 2.5], [8.5, 11.0], [10.0, 9.5]])
-    turns = dq.rotations(places, 16)                                         # the last two are moved by 7, 7
-    torch.testing.assert_close(dq.rotate(q, turns[0]), q)
-    products = [dq.rotate(q, turns[i]) @ dq.rotate(k, turns[j]) for i, j in ((1, 2), (3, 4), (1, 4), (2, 1))]
+    turns = dq.rope_table(places, 16)                                         # the last two are moved by 7, 7
+    torch.testing.assert_close(dq.apply_rope(q, turns[0]), q)
+    products = [dq.apply_rope(q, turns[i]) @ dq.apply_rope(k, turns[j]) for i, j in ((1, 2), (3, 4), (1, 4), (2, 1))]
     torch.testing.assert_close(products[0], products[1])
     assert all(abs(products[0] - other) > 1e-3 for other in products[2:])
     for row, column in ((1.0, 0.0), (0.0, 1.0)):                             # each of the two turns half of the planes
-        turned = dq.rotate(q, dq.rotations(torch.tensor([[row, column]]), 16)[0])
+        turned = dq.apply_rope(q, dq.rope_table(torch.tensor([[row, column]]), 16)[0])
         still = (turned == q).view(2, 2, 4)
         assert still[:, int(row)].all() and not still[:, int(column)].any()
 

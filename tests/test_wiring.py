@@ -25,6 +25,7 @@ import torch
 from PIL import Image
 
 import common
+import data as reading
 import dq
 import naive
 import sample
@@ -136,8 +137,8 @@ def stage_1(images, tmp_path_factory):
 
 
 def test_images_are_dealt_by_the_seed(stage_1, images):
-    data = train_vae.open_data(images, 24, augment=True, seed=3)[0]
-    for each, numbers in zip(zip(stage_1.forward[::2], stage_1.forward[1::2]), common.deal(len(data), 4, seed=3)):
+    data = reading.open_data(images, 24, augment=True, seed=3)[0]
+    for each, numbers in zip(zip(stage_1.forward[::2], stage_1.forward[1::2]), common.shuffled_indices(len(data), 4, seed=3)):
         batch = torch.stack([data[i][0] for i in numbers])
         assert torch.equal(torch.cat([part.x for part in each]), batch)
     assert len(stage_1.forward) == 2 * STEPS
@@ -331,7 +332,7 @@ def test_codes_are_dealt_by_the_seed(stage_2):
     """With their labels, each image once an epoch, in the order of the seed."""
     pos, code, label = images_in(stage_2.stored, "train", stage_2.forward[0].model.layout)
     n = len(label)
-    for first, second, numbers in zip(stage_2.forward[::2], stage_2.forward[1::2], common.deal(n, 6, seed=3)):
+    for first, second, numbers in zip(stage_2.forward[::2], stage_2.forward[1::2], common.shuffled_indices(n, 6, seed=3)):
         got = [row for part in (first, second) for row in rows(part.pos, part.code, part.label)]
         index = [i % n for i in numbers]
         assert sorted(got) == rows(pos[index], code[index], [label[i] for i in index])
@@ -398,8 +399,8 @@ def test_no_process_but_the_first_writes(stage, stage_1, images, tmp_path, monke
     module, flags = train_vae, ["--data", images, "--size", 16]
     if stage == "transformer":
         module, flags = train_transformer, ["--codes", stage_1.out / "codes.pt", "--width", 32, "--heads", 2]
-    monkeypatch.setattr(dq, "processes", lambda: (1, 2))
-    monkeypatch.setattr(dq, "total", lambda x: x)
+    monkeypatch.setattr(dq, "rank_world", lambda: (1, 2))
+    monkeypatch.setattr(dq, "all_reduce_sum", lambda x: x)
     monkeypatch.setattr(module, "distribute", lambda model: model)
     flags += ["--batch-size", 4, "--steps", 2, "--eval-every", 1, "--save-every", 1, "--out", tmp_path, *CPU]
     module.main([str(flag) for flag in flags])
@@ -451,7 +452,7 @@ TRANSFORMER_FLAGS = {"--position-layers": 3, "--content-layers": 5, "--width": 4
 def test_every_flag_arrives(stage, stage_1, images, tmp_path, monkeypatch):
     """In the configuration, the schedule or the record; without flags all have the values of the preset."""
     monkeypatch.setattr(train_vae.Perceptual, "load", lambda files: Distance())
-    opened, streams, real = [], [], train_vae.open_data
+    opened, streams, real = [], [], reading.open_data
     monkeypatch.setattr(train_vae, "open_data", lambda *args, **how: (opened.append(how), real(*args, **how))[1])
     monkeypatch.setattr(train_vae, "stream", lambda data, *how: streams.append(how))
     module, flags = (train_vae, VAE_FLAGS) if stage == "vae" else (train_transformer, TRANSFORMER_FLAGS)
@@ -576,7 +577,7 @@ def test_calls_draw_together_what_one_would(checkpoint, tmp_path, monkeypatch):
         picture = np.asarray(Image.open(folders[0] / f"{i:06d}.png")).astype(int)
         assert np.abs(picture - ((x.permute(1, 2, 0).numpy() + 1) * 127.5).clip(0, 255)).max() <= 0.51
     told = json.loads((folders[0] / "samples.json").read_text())             # by this mark they are no data
-    assert told["n"] == 5 and told["seed"] == 0 and (folders[0] / "samples.json").name in train_vae.WRITTEN
+    assert told["n"] == 5 and told["seed"] == 0 and (folders[0] / "samples.json").name in reading.WRITTEN
 
 
 def test_a_grid_of_samples(checkpoint, tmp_path, monkeypatch):

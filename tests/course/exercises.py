@@ -8,7 +8,7 @@ from collections import namedtuple
 
 ROUTERS, CODEBOOK, VAE = "test_routers.py", "test_codebook.py", "test_vae.py"
 LAYOUT, TRANSFORMER, SAMPLING = "test_layout.py", "test_transformer.py", "test_sampling.py"
-SOURCES = ["dq.py", "common.py", "sample.py", "train_vae.py", "train_transformer.py"]
+SOURCES = ["dq.py", "data.py", "common.py", "sample.py", "train_vae.py", "train_transformer.py"]
 SPEED = "course/test_speed.py"
 TESTS = ["conftest.py", "naive.py", ROUTERS, CODEBOOK, VAE, LAYOUT, TRANSFORMER, SAMPLING, SPEED]
 

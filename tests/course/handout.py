@@ -257,7 +257,7 @@ def example(space):
     for k, side in enumerate(layout.sides):
         table = [[""] * side for _ in range(side)]
         for i in range(layout.offsets[k], layout.eos[k]):
-            y, x = (layout.place[i] * side / layout.fine_side).long().tolist()
+            y, x = (layout.coordinates[i] * side / layout.fine_side).long().tolist()
             table[y][x] = i
         tables.append(table)
     n = int(layout.lengths(pos)[0])

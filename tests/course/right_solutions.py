@@ -134,16 +134,16 @@ def legal(self, prev, grains):
     if prev.dim() == 2:
         return torch.stack([self.legal(each, grains) for each in prev.unbind(1)], dim=1)
     mask = torch.zeros(len(prev), self.n_positions, dtype=torch.bool)
-    grain, region, opener = self.grain.tolist(), self.region.tolist(), self.opener.tolist()
+    grain, region, first_id = self.grain.tolist(), self.region.tolist(), self.first_id.tolist()
     for b, (last, known) in enumerate(zip(prev.tolist(), grains.tolist())):
         k = grain[min(last + 1, self.end)]
         for i in range(min(last + 1, self.end), self.eos[k] + 1):
             cover = known[region[i]] if i != self.eos[k] else -1
             free = cover < 0 or cover >= k
-            due = i != self.eos[k] and cover == k and opener[i] <= last
-            if due or free and opener[i] == i:
+            due = i != self.eos[k] and cover == k and first_id[i] <= last
+            if due or free and first_id[i] == i:
                 mask[b, i] = True
-            if due or free and opener[i] == i and k == self.n_grains - 1:
+            if due or free and first_id[i] == i and k == self.n_grains - 1:
                 break
     return mask'''),
     "DQTransformer.embed": ("products of one-hot vectors", '''
@@ -159,12 +159,12 @@ def logits(self, pos: Tensor, code: Tensor, label: Optional[Tensor] = None) -> t
     prev = torch.cat((torch.full_like(pos[:, :1], -1), pos[:, :-1]), 1)
     h = self.drop(self.shifted(pos, code, label))
     for block in self.position_stack:
-        h = block(h, self.turns_of(prev, prev))
+        h = block(h, self.rope_of(prev, prev))
     where = self.position_head(self.position_norm(h)).float()
     where[~self.layout.legal(prev, self.layout.grains(pos))] = -math.inf
     h = h + self.position(pos)
     for block in self.content_stack:
-        h = block(h, self.turns_of(pos, prev))
+        h = block(h, self.rope_of(pos, prev))
     return where, self.content_head(self.content_norm(h)).float()'''),
     "filter_logits": ("a loop over rows, float64", '''
 def filter_logits(logits, top_k, top_p):

@@ -124,12 +124,12 @@ def fresh_uses(f, words):
     ]
 
 
-def numbering(cells, opener, there, back, where, loops, first_cell, opens, words, example, follows):
+def numbering(cells, first_id, there, back, where, loops, first_cell, opens, words, example, follows):
     """Another order of the cells of a grid. where, loops, first_cell, opens: in naive.py"""
     first, position, content = example
     return [
         (D, "row, column = cells // side, cells % side", f"row, column = {cells}"),
-        (D, "= first + row // c * c * side + column // c * c", f"= first + {opener}"),
+        (D, "= first + row // c * c * side + column // c * c", f"= first + {first_id}"),
         (D, "codes[:, ::step, ::step].flatten(1)", f"codes[:, ::step, ::step]{there}.flatten(1)"),
         (D, ".view(-1, side, side) for o, side", f".view(-1, side, side){back} for o, side"),
         (D, "in raster order over the whole grid\n    (as the authors number them)",

@@ -47,7 +47,7 @@ WRONG = {
         ("a coarse code counts four times",
          "weight[:, None] * z", "z"),
         ("the average of this batch alone",
-         "self.sums.lerp_(total(sums), 1 - decay)", "self.sums.copy_(total(sums))"),
+         "self.sums.lerp_(all_reduce_sum(sums), 1 - decay)", "self.sums.copy_(all_reduce_sum(sums))"),
         ("the decay does not grow from small to large",
          "(self.age / (9 + self.age)).clamp(max=self.decay)", "self.decay"),
     ],

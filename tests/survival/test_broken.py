@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 import common
+import data as reading
 import dq
 import sample
 import train_transformer
@@ -176,8 +177,8 @@ def test_training_starts_without_a_look_at_every_file(tmp_path, monkeypatch):
     data = (root / "0.png").read_bytes()
     for i in range(1, 6000):
         (root / f"{i}.png").write_bytes(data)
-    opened, real = [], common.open_image
-    monkeypatch.setattr(common, "open_image", lambda *args: (opened.append(1), real(*args))[1])
+    opened, real = [], reading.open_image
+    monkeypatch.setattr(reading, "open_image", lambda *args: (opened.append(1), real(*args))[1])
     monkeypatch.setattr(train_vae, "write_codes", lambda *args: opened.append("codes"))  # at the end all are read
     train_vae.main(["--data", str(root), "--out", str(tmp_path), "--steps", "2", *VAE])
     assert opened.index("codes") <= 512 + 2 * 4                              # the held-out images, two batches

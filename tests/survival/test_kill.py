@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 import common
+import data as reading
 import dq
 import train_vae
 from conftest import ROOT, VAE, call
@@ -37,7 +38,7 @@ def test_a_signal_ends_the_run_after_a_whole_step(stage, number, vae_run, images
 
 def loader_that_is_hit(number, times):
     signal.signal(number, signal.SIG_DFL)                                    # ignored, in a shell's background
-    train_vae.leave_signals_to_the_parent(0)
+    reading.leave_signals_to_the_parent(0)
     for _ in range(times):
         os.kill(os.getpid(), number)
 
@@ -81,8 +82,8 @@ def test_a_run_that_is_stopped_while_it_encodes_goes_on(tmp_path):
 def test_several_processes_ask_each_other_by_steps_and_by_seconds_whether_to_stop(seconds, asks, monkeypatch):
     """At the same steps on all, whatever each measures, or they would wait for each other for ever."""
     clock, asked, before = [0.0], [], signal.getsignal(signal.SIGINT)        # ignored, in a shell's background
-    monkeypatch.setattr(dq, "processes", lambda: (0, 2))
-    monkeypatch.setattr(dq, "total", lambda each: (asked.append(step), 2 * each)[1])  # the other says the same
+    monkeypatch.setattr(dq, "rank_world", lambda: (0, 2))
+    monkeypatch.setattr(dq, "all_reduce_sum", lambda each: (asked.append(step), 2 * each)[1])  # the other says the same
     monkeypatch.setattr(common.time, "monotonic", lambda: clock[0])
     with common.Stop(torch.device("cpu")) as stop:
         for step in range(1, 22):
@@ -152,8 +153,8 @@ def test_a_loader_process_that_dies_is_reported(images, tmp_path, monkeypatch):
         if os.getpid() != parent:
             os.kill(os.getpid(), signal.SIGKILL)
         return real(self, i)
-    parent, real = os.getpid(), train_vae.ImageFolder.__getitem__
-    monkeypatch.setattr(train_vae.ImageFolder, "__getitem__", trap)
+    parent, real = os.getpid(), reading.ImageFolder.__getitem__
+    monkeypatch.setattr(reading.ImageFolder, "__getitem__", trap)
     line = call(train_vae.main, "--data", images, "--out", tmp_path, "--steps", 4, *VAE, "--workers", 1)
     assert line.startswith("error: a process that loads images died") and "\n" not in line
 

@@ -14,7 +14,7 @@ import train_vae
 from common import read_log
 from conftest import DEVICE, ROOT, TRANSFORMER, VAE, call
 from helpers import CRITIC, STAGES, load, same, wait_for
-from train_vae import ToyShapes
+from data import ToyShapes
 from warm import FORKS, Script
 
 
@@ -82,8 +82,8 @@ def several_steps(rank, world):
         out = model(mine)
         budget = dq.budget_loss(out.gate, (0.5, 0.5))
         gradient = torch.autograd.grad(budget, model.router.mlp[2].weight)[0]
-        commitment = dq.total(out.commitment.detach()) / world
-        losses.append(torch.stack([budget.detach(), commitment, dq.total(gradient.sum()) / world]))
+        commitment = dq.all_reduce_sum(out.commitment.detach()) / world
+        losses.append(torch.stack([budget.detach(), commitment, dq.all_reduce_sum(gradient.sum()) / world]))
     return dict(codes=model.codebook.codes, uses=model.codebook.uses, losses=torch.stack(losses))
 
 

@@ -41,10 +41,10 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import common  # noqa: E402
+import data as reading  # noqa: E402
 import dq  # noqa: E402
 import quality  # noqa: E402
 import train_transformer  # noqa: E402
-import train_vae  # noqa: E402
 from runs import flags_to_end, refuse, split_flags  # noqa: E402
 
 
@@ -132,7 +132,7 @@ class RasterLayout(dq.Layout):
         key = self.key(*first.unbind(1))                                     # P: alike for all first cells of a region
         key[self.is_eos] = H * H
         written = F.pad(key, (0, 1), value=-1)                               # row P, which is also row -1: the start
-        for name, table in dict(rank=key, written=written, home=key[self.opener]).items():
+        for name, table in dict(rank=key, written=written, home=key[self.first_id]).items():
             self.register_buffer(name, table, persistent=False)
 
     def key(self, row, column):
@@ -157,7 +157,7 @@ class RasterLayout(dq.Layout):
         taken = taken if prev.dim() == 1 else taken[:, None]                 # B, (1,) P
         ids = torch.arange(self.n_positions, device=prev.device)
         due = (taken == self.grain) & (self.home <= written) & (self.rank > written) & ~self.is_eos
-        opens = (self.opener == ids) & (self.home > written) & ~self.is_eos
+        opens = (self.first_id == ids) & (self.home > written) & ~self.is_eos
         may = due | opens | (ids == self.end)                                # B, (L,) P
         return may & (self.rank == torch.where(may, self.rank, self.fine_side ** 2).amin(-1, keepdim=True))
 
@@ -371,7 +371,7 @@ def main(argv=None):
     unknown = [name for name in names if name not in known]
     dq.require(not unknown, f"no such variant: {', '.join(unknown)}; there are {', '.join(known)}")
     codes = train_transformer.read_codes(args.codes)                         # before a folder is made
-    toy = codes["classes"] == train_vae.ToyShapes.classes
+    toy = codes["classes"] == reading.ToyShapes.classes
     dq.require(not args.samples or toy, "--samples is for the toy data")
     runs = {name: [] for name in names}
     for seed in args.seeds:                                                  # so that all are there early, once

@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import data as reading  # noqa: E402
 import dq  # noqa: E402
 import fake_gpu  # noqa: E402
 import sample  # noqa: E402
@@ -311,7 +312,7 @@ class TextbookBlock(dq.Block):
             q, k = (F.layer_norm(x, x.shape[-1:]).type_as(v) for x in (q, k))
         if turns is not None:
             of_q, of_k, _ = turns.unbind(2)                                  # each B, L, 1, 2, d
-            q, k = dq.rotate(q, of_q.transpose(1, 2)), dq.rotate(k, of_k.transpose(1, 2))
+            q, k = dq.apply_rope(q, of_q.transpose(1, 2)), dq.apply_rope(k, of_k.transpose(1, 2))
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.proj(y.transpose(1, 2).reshape(B, L, C))                # B, L, C
         return x + self.down(F.gelu(self.up(self.norm2(x))))
@@ -325,7 +326,7 @@ def stage2(args):
     layout = dq.Layout(config.size, config.factors)
     torch.manual_seed(0)
     if args.preset == "toy":
-        toy = train_vae.ToyShapes()
+        toy = reading.ToyShapes()
         detail = torch.stack([toy.detail_mask(i) for i in range(2048)]).float()  # M, S, S
         grains = (F.avg_pool2d(detail, config.factors[0]) > 0.1).long()      # M, h, w
     else:

@@ -18,6 +18,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import common  # noqa: E402
+import data as reading  # noqa: E402
 import dq  # noqa: E402
 
 SOUTH, NORTH = -60, 72                   # degrees; what lies beyond is stretched too far
@@ -65,7 +66,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     dq.require(not args.out.exists(), f"{args.out} is there already; name a new folder")
     Image.MAX_IMAGE_PIXELS = None                                            # a map may be large
-    earth = common.open_image(args.file)
+    earth = reading.open_image(args.file)
     dq.require(earth.width == 2 * earth.height, f"{args.file} is not twice as wide as high, as maps of the earth are")
     pixels, seas, counts = np.asarray(earth), {"train": 0, "held_out": 0}, {}
     for left, top, part in tiles(args.size, args.step, *earth.size):

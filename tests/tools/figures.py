@@ -26,6 +26,7 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
+import data as reading  # noqa: E402
 import dq  # noqa: E402
 import sample  # noqa: E402
 import train_vae  # noqa: E402
@@ -569,9 +570,9 @@ def walk_through(args):
     model, vae = dq.load_transformer(args.checkpoint, "cpu")
     size, classes = vae.config.size, model.config.classes
     if args.image:
-        x, label, name = common.load_image(args.image, size), -1, str(args.image)
+        x, label, name = reading.load_image(args.image, size), -1, str(args.image)
     else:
-        toy = train_vae.open_data(None, size)[1]
+        toy = reading.open_data(None, size)[1]
         x, label = toy[args.seed]
         name = f"held-out toy image {args.seed % len(toy)}"
         label = label if classes == toy.classes else -1                      # a model of other pictures knows none
@@ -613,9 +614,9 @@ def neighbours(args):
     model, vae = dq.load_transformer(args.checkpoint, "cpu")
     classes, size = model.config.classes, vae.config.size
     parts = []
-    for data in train_vae.open_data(args.data, size, skip=args.checkpoint.parent, held_out=args.held_out):
+    for data in reading.open_data(args.data, size, skip=args.checkpoint.parent, held_out=args.held_out):
         pairs = map(data.__getitem__, range(len(data)))
-        parts.append(torch.stack([x for x, label in pairs if label != train_vae.BROKEN]))
+        parts.append(torch.stack([x for x, label in pairs if label != reading.BROKEN]))
     train, held_out = parts                                                  # M, 3, S, S each
     label = torch.arange(args.n) % len(classes) if classes else torch.full((args.n,), -1)
     options = dq.SampleOptions(args.temperature, cfg=args.cfg)

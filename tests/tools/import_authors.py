@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import data as reading  # noqa: E402
 import dq  # noqa: E402
 import train_vae  # noqa: E402
 from common import pick_device, run  # noqa: E402
@@ -166,7 +167,7 @@ def main(argv=None):
     dq.save_checkpoint(path, "dq-vae", config, model, preset=preset)
     print(f"wrote {path}")
     if args.data:
-        _, held_out = train_vae.open_data(args.data, config.size, skip=args.out)
+        _, held_out = reading.open_data(args.data, config.size, skip=args.out)
         images, detailed = train_vae.held_out_images(held_out, config, device)
         figures, y, grains = train_vae.evaluate(model, images, detailed, autocast, batch_size=8)
         told = ", ".join(f"{name} {x:.3f}" if isinstance(x, float) else f"{name} {x}" for name, x in figures.items())

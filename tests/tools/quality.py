@@ -39,7 +39,7 @@ import train_vae  # noqa: E402
 from benchmark import hardware  # noqa: E402
 from common import natural, number, positive  # noqa: E402
 from runs import flags_to_end  # noqa: E402
-from train_vae import ToyShapes  # noqa: E402
+from data import ToyShapes  # noqa: E402
 
 TRAIN, TEST, REAL, OTHER = range(2_000_003, 2_000_007)                       # seeds of toy images, plus --seed
 NEIGHBOURS, SLOTS, TEXTURES = 3, 64, len(ToyShapes.textures)

@@ -17,8 +17,8 @@ from PIL import Image, ImageDraw, ImageFont
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
+import data as reading  # noqa: E402
 import dq  # noqa: E402
-import train_vae  # noqa: E402
 from common import read_log  # noqa: E402
 
 
@@ -95,7 +95,7 @@ def pictures(case, out, n=3):
             tiles += [common.to_picture(x), common.draw_grains(x, g, vae.config.factors)]
         return tiles
     vae = dq.load_vae(folder / "vae.pt", "cpu")
-    x = torch.stack([train_vae.ToyShapes(vae.config.size, n=8, seed=1)[i][0] for i in range(n)])
+    x = torch.stack([reading.ToyShapes(vae.config.size, n=8, seed=1)[i][0] for i in range(n)])
     codes, grains = vae.encode(x)
     for x, y, g in zip(x, vae.decode(codes), grains):
         tiles += [common.to_picture(x), common.to_picture(y), common.draw_grains(x, g, vae.config.factors)]
@@ -123,7 +123,7 @@ def main():
     few = args.out / "few"
     if not few.exists():
         few.mkdir(parents=True)
-        toy = train_vae.ToyShapes(32, n=96)
+        toy = reading.ToyShapes(32, n=96)
         for i in range(96):
             common.save_picture(few / f"{i}.png", common.to_picture(toy[i][0], 0))
     rows = {}

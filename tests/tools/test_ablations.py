@@ -7,11 +7,11 @@ import torch
 
 import ablations
 import common
+import data as reading
 import dq
 import naive
 import quality
 import train_transformer
-import train_vae
 from conftest import ROOT, TRANSFORMER
 from test_layout import grain_maps, padded, random_image
 from test_quality import save, small_models
@@ -290,7 +290,7 @@ def test_the_figures_are_nats_of_the_same_codes(argv, images, tmp_path, capsys):
     held_out = dq.load_checkpoint(argv["codes"], "dq-codes")["held_out"]     # encoded in bfloat16, perhaps
     codes, grains, label = (held_out[name].long() for name in ("codes", "grains", "label"))
     codes, grains = codes[:, 0], grains[:, 0]                                # as they are: the only view
-    assert len(codes) == len(train_vae.open_data(images, 16)[1]) and (label >= 0).all()
+    assert len(codes) == len(reading.open_data(images, 16)[1]) and (label >= 0).all()
     for name, layout, layers in (("raster", ablations.RasterLayout, (1, 2)), ("2+1", dq.Layout, (2, 1))):
         with ablations.Variant(layout).classes():
             model, _ = dq.load_transformer(tmp_path / f"{name}-0" / "transformer.pt", "cpu")
@@ -353,12 +353,12 @@ def test_samples_are_drawn_in_the_order_of_the_variant(tmp_path, monkeypatch, ca
     monkeypatch.setattr(common, "pick_device", lambda *names: (torch.device("cpu"), plain))
     codes = tmp_path / "codes.pt"
     held_out = dict(codes=torch.zeros(1, 1, 4, 4), grains=torch.zeros(1, 1, 2, 2), label=torch.zeros(1))
-    dq.save_checkpoint(codes, "dq-codes", vae.config, vae, version=1, classes=train_vae.ToyShapes.classes,
+    dq.save_checkpoint(codes, "dq-codes", vae.config, vae, version=1, classes=reading.ToyShapes.classes,
                        held_out=held_out)
     judge = quality.Judge(classifier, 16, 8, 0, torch.device("cpu"))
     expected = {}
     for name in ("ours", "raster"):
-        model = tiny(name, size=16, factors=(8, 4), V=16, classes=train_vae.ToyShapes.classes, width=32)
+        model = tiny(name, size=16, factors=(8, 4), V=16, classes=reading.ToyShapes.classes, width=32)
         folder = tmp_path / f"{name}-0"
         with KNOWN[name].classes():
             save(folder / "transformer.pt", model, vae, step=6, settings=dict(steps=6))

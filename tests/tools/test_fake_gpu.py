@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import common
+import data as reading
 import dq
 import sample
 import train_transformer
@@ -170,7 +171,7 @@ class NoDouble(TorchDispatchMode):
 def test_no_script_needs_double_precision(tmp_path, monkeypatch):
     """Both stages with their evaluations, all losses but LPIPS, and samples of every option."""
     flags = ["--out", tmp_path, "--steps", 1, "--eval-every", 1, "--dtype", "fp32"]
-    monkeypatch.setattr(train_vae.ToyShapes, "__len__", lambda toy: 8)
+    monkeypatch.setattr(reading.ToyShapes, "__len__", lambda toy: 8)
     monkeypatch.setattr(train_vae, "Discriminator", functools.partial(train_vae.Discriminator, width=8))
     with NoDouble():
         assert call(train_vae.main, *flags, *VAE, "--router", "entropy", "--size", 24, "--gan-weight", 1) is None

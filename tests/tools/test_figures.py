@@ -14,11 +14,11 @@ from PIL import Image
 
 import common
 import conftest
+import data as reading
 import dq
 import figures
 import naive
 import symptoms
-import train_vae
 from warm import Script
 
 SHAPES = [(16, (8,)), (16, (8, 4)), (16, (8, 4, 2))]
@@ -34,7 +34,7 @@ def untrained(path, size, factors, router="entropy", classes=()):
 
     -> DQTransformer, DQVAE, toy image 0
     """
-    K, x = len(factors), train_vae.open_data(None, size)[1][0][0]
+    K, x = len(factors), reading.open_data(None, size)[1][0][0]
     vae = dq.DQVAE(dq.VAEConfig(size=size, factors=factors, ratios=(1 / K,) * K, router=router, codebook_size=12))
     vae.codebook.codes.normal_()
     if router == "entropy":
@@ -215,7 +215,7 @@ def test_a_long_sequence_is_shortened(tmp_path, capsys):
 
 @torch.no_grad()
 def test_the_class_of_a_toy_image_is_known_and_that_of_a_file_is_not(tmp_path, capsys):
-    path, toy = tmp_path / "t.pt", train_vae.open_data(None, 16)[1]
+    path, toy = tmp_path / "t.pt", reading.open_data(None, 16)[1]
     model, vae, _ = untrained(path, 16, (8, 4), classes=toy.classes)
     x, _ = toy[6]                                                            # a triangle
     common.to_picture(x, 16).save(tmp_path / "x.png")

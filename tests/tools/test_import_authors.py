@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 import common
+import data as reading
 import dq
 import import_authors
 import train_vae
@@ -233,7 +234,7 @@ def test_the_authors_weights_give_the_authors_numbers(K, tmp_path):
 def test_the_command_writes_a_checkpoint_that_the_other_scripts_take(tmp_path, capsys):
     torch.save({"state_dict": authors_checkpoint()}, tmp_path / "theirs.ckpt")
     for i in range(3):
-        common.to_picture(train_vae.ToyShapes(32)[i][0]).save(tmp_path / f"{i}.png")
+        common.to_picture(reading.ToyShapes(32)[i][0]).save(tmp_path / f"{i}.png")
     flags = ["--data", str(tmp_path), "--out", str(tmp_path / "out"), "--dtype", "fp32"]
     import_authors.main([str(tmp_path / "theirs.ckpt"), *flags])
     said = capsys.readouterr().out

@@ -15,7 +15,7 @@ import train_transformer
 import train_vae
 from conftest import plain
 from quality import features, frechet_distance, precision_recall
-from train_vae import ToyShapes
+from data import ToyShapes
 
 
 def with_moments(n, mean, covariance):

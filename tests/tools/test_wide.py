@@ -26,7 +26,7 @@ def test_what_is_given_is_the_tiling_and_the_left_half():
     pos, code = wide.given_left_half(layout, codes, grains)
     all_pos, all_code = layout.pack(codes, grains)
     assert torch.equal(pos, all_pos)
-    column = layout.place[pos][..., 1]                                       # of a code's centre, on the finest grid
+    column = layout.coordinates[pos][..., 1]                                       # of a code's centre, on the finest grid
     left = (column < 4) & (all_code >= 0)
     assert torch.equal(code[left], all_code[left]) and (code[~left] == -1).all() and 0 < left.sum() < left.numel()
 

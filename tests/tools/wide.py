@@ -16,6 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import common  # noqa: E402
+import data as reading  # noqa: E402
 import dq  # noqa: E402
 import sample  # noqa: E402
 
@@ -72,7 +73,7 @@ def main(argv=None):
     side, half = model.layout.side, model.layout.side // 2
     dq.require(side % 2 == 0, f"a picture of this model has {side} regions a row, which have no half")
     label = -1 if args.label is None else sample.label_number(args.label, model.config.classes)
-    picture = common.open_image(args.map)
+    picture = reading.open_image(args.map)
     columns = max(2, round(picture.width / picture.height * side / half)) * half
     grains = sample.read_grain_map(args.map, model.layout, columns)[0]       # h, columns
     image = draw(model, vae, grains, label, options, args.seed)
