@@ -53,7 +53,7 @@ def show():
             print(f"Week {1 + (number > 1)}")
         parts = [f"        # {part} points" for part in e.parts] or [""] * len(paths(e))
         tests = [path + part for path, part in zip(paths(e), parts)]
-        print(f"{number:2}  {e.name}: {e.function}, {e.points} points, {e.minutes} minutes, difficulty {'*' * e.level}"
+        print(f"{number:2}  {e.name}: {e.function}, {e.points} points, {e.minutes} minutes, difficulty {e.level} of 3"
               + (f", needs {', '.join(e.needs.split())}" if e.needs else ""), f"learned: {e.learned}",
               "\n             ".join(["tests:   " + tests[0], *tests[1:]]), sep="\n    ")
     print(f"\n{in_all()}\n\n{RULES}")
@@ -111,7 +111,7 @@ def make(folder, variant):
             sys.exit("common.py has changed: a script of the copy could not say which exercise is missing")
         scripts = scripts.replace(name, "except (dq.UserError, OSError, NotImplementedError) as error:")
         (folder / "common.py").write_text(scripts, encoding="utf-8")
-        handout.write(folder, full, variant, space=vars(executed(full, "dq")))
+        handout.write(folder, full, in_all(), vars(executed(full, "dq")))
     except (OSError, ValueError) as error:
         sys.exit(f"could not write {folder}: {error}")
     print(f"{folder} is a copy with {len(EXERCISES)} functions to write; there, "

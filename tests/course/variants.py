@@ -5,7 +5,7 @@ variation, by its seed. A choice is a list of edits, so that solution, docstring
 together:
     (file, function, old code, new code)    compared as syntax trees: comments and line breaks don't matter. Names _1,
                                             _2, ... stand for any expression, and in the new code for what it was.
-    (file, function, None, text)            a new docstring; in the file PAGE, the mathematics of an exercise's page
+    (file, function, None, text)            a new docstring
     (GONE, pattern)                         words of the published rule, which no text of the variant may contain
 
 HIDDEN are other sizes for the same tests; other seeds go with them. Whoever has this file can solve a variant, just as
@@ -15,8 +15,9 @@ import ast
 import functools
 import random
 import re
+import textwrap
 
-D, N, S, PAGE, GONE = "dq.py", "tests/naive.py", "tests/course/test_speed.py", "page", "gone"
+D, N, S, GONE = "dq.py", "tests/naive.py", "tests/course/test_speed.py", "gone"
 ROUTERS, CODEBOOK, VAE = "tests/test_routers.py", "tests/test_codebook.py", "tests/test_vae.py"
 LAYOUT, TRANSFORMER, SAMPLING = "tests/test_layout.py", "tests/test_transformer.py", "tests/test_sampling.py"
 
@@ -57,7 +58,8 @@ def located(text, function, old, new):
     if inside is None:
         raise ValueError(f"there is no {function}")
     if old is None:
-        where, new = [node for node in inside.body[:1] if ast.get_docstring(inside)], f'"""{new}"""'
+        filled = [each if "\n " in each else textwrap.fill(each, 112) for each in new.split("\n\n")]
+        where, new = [node for node in inside.body[:1] if ast.get_docstring(inside)], '"""' + "\n\n".join(filled) + '"""'
     else:
         pattern = parse(old).body[0]
         pattern = pattern.value if isinstance(pattern, ast.Expr) else pattern
@@ -86,53 +88,42 @@ def located(text, function, old, new):
 
 
 def temperature(T):
+    test = "test_straight_through_gradient_of_the_gate"
     return [
-        (D, "GrainRouter.forward", "(logits - noise * exponential.log()).softmax(dim=1)",
-         f"((logits - noise * exponential.log()) / {T}).softmax(dim=1)"),
+        (D, "GrainRouter.forward", "(logits - _1).softmax(dim=1)", f"((logits - _1) / {T}).softmax(dim=1)"),
         (D, "GrainRouter.forward", None, f"""\
-In training a sample (hard Gumbel-softmax, its noise scaled by `noise`), otherwise the argmax. The output is
-exactly one-hot. It multiplies the maps (DQVAE.mix), so c_k = d loss / d gate_k says what a move of the region
-towards granularity k would do. Backward sees p, the softmax of (noisy logits / {T}), by a straight-through gradient:
+In training a sample (hard Gumbel-softmax, its noise scaled by `noise`), otherwise the argmax. The output is exactly
+one-hot. It multiplies the maps (DQVAE.mix), so c_k = d loss / d gate_k says what a move of the region towards
+granularity k would do. Backward sees p, the softmax of (noisy logits / {T}), by a straight-through gradient:
 {T} d loss / d logit_k = p_k (c_k - sum_j p_j c_j). The noise must fade before training ends, or the *sampled* ratio
 meets the budget while that of the *argmax* does not."""),
-        (ROUTERS, "test_straight_through_gradient_of_the_gate", "logits.detach().softmax(1)",
-         f"(logits.detach() / {T}).softmax(1)"),
-        (ROUTERS, "test_straight_through_gradient_of_the_gate", "expected = _1", f"expected = (_1) / {T}"),
-        (ROUTERS, "test_straight_through_gradient_of_the_gate", None,
-         f"Forward is one-hot; backward is the softmax's at temperature {T}: {T} dL/dlogit_k = p_k (c_k - sum p_j c_j)."),
-        (PAGE, "GrainRouter.forward", None, rf"""
-Let $l_k$ be the logits and $E_k$ independent samples of Exponential(1). $\arg\max_k (l_k - \log E_k)$ has the
-probabilities $\mathrm{{softmax}}(l)$. With noise scaled by $s$, the noisy logits are $m_k = l_k - s \log E_k$.
-Forward, the gate is $g = \mathrm{{onehot}}(\arg\max m)$, exactly. Backward, with $c_k = \partial L / \partial g_k$ and
-$p = \mathrm{{softmax}}(m / {T})$: ${T}\, \partial L / \partial l_k = p_k (c_k - \sum_j p_j c_j)$."""),
-        (GONE, r"dL/dlogit_k = p_k \(c_k - sum_j|softmax of \$m\$")]
+        (ROUTERS, test, "logits.detach().softmax(1)", f"(logits.detach() / {T}).softmax(1)"),
+        (ROUTERS, test, "expected = _1", f"expected = (_1) / {T}"),
+        (ROUTERS, test, None, f"Forward is one-hot. Backward is the softmax's at temperature {T}, in all terms."),
+        (GONE, r"dL/dlogit_k = p_k \(c_k - sum_j")]
 
 
 def grey(red, green, blue):
     return [
-        (D, "EntropyRouter.score", "0.2989 * red + 0.5870 * green + 0.1140 * blue",
-         f"{red} * red + {green} * green + {blue} * blue"),
+        (D, "EntropyRouter.score", "_1 * red + _2 * green + _3 * blue", f"{red} * red + {green} * green + {blue} * blue"),
         (D, "EntropyRouter.score", None, f"""\
 x: (B, 3, S, S) in [-1, 1] -> entropy of each region in nats (B, h, w). Grey is {red} red + {green} green +
 {blue} blue. There are 32 bins, linspace(-1, 1, 32). Each bin weighs a pixel by a Gaussian of deviation 0.01."""),
-        (N, "entropy", "0.2989 * r + 0.587 * g + 0.114 * b", f"{red} * r + {green} * g + {blue} * b"),
+        (N, "entropy", "_1 * r + _2 * g + _3 * b", f"{red} * r + {green} * g + {blue} * b"),
         (GONE, r"0\.2989|0\.587|0\.114")]
 
 
-def budget(code, words, slope, formula):
-    """code, slope: of a = fraction and b = ratio, as _1 and _2"""
+def budget(code, words, slope):
+    """code, slope: with _1 for the fraction and _2 for the ratio"""
     test = "test_budget_loss_equals_a_loop_and_pulls_on_all_regions_alike"
     return [
         (D, "budget_loss", "(_1 - _2) ** 2", code),
         (D, "budget_loss", None, f"""\
-Sum over k of {words}: images may differ, but not the data set
-from its budget. gate: (B, K, h, w), one-hot; ratios: K target fractions -> scalar"""),
+Sum over k of {words}. Images may differ, but not the data
+set from its budget. gate: (B, K, h, w), one-hot; ratios: K target fractions -> scalar"""),
         (ROUTERS, test, "2 * (_1 - _2) / 12", f"{slope} / 12"),
         (ROUTERS, test, "(_1 - _2) ** 2", code),
-        (PAGE, "budget_loss", None, rf"""
-$s_k$ is the fraction of granularity $k$ among all regions of all images of the batch, $r_k$ its target:
-$L = \sum_k {formula}$. Its gradient is the same for every region: no image has to meet the budget alone."""),
-        (GONE, r"sum_k \(s_k|over k of \(")]
+        (GONE, r"over k of \(")]
 
 
 def passed_on(S):
@@ -141,34 +132,24 @@ def passed_on(S):
         (D, "straight_through", "z + (q - z).detach()", f"{S} * z + (q - {S} * z).detach()"),
         (D, "straight_through", None, f"q, whose gradient goes to z times {S}: the choice of the nearest code has none."),
         (CODEBOOK, test, "torch.testing.assert_close(z.grad, cost, msg=_1)",
-         f'torch.testing.assert_close(z.grad, {S} * cost, msg=lambda why: (\n'
-         f'    f"the gradient does not reach z times {S}: {{why}}"))'),
-        (PAGE, "straight_through", None, rf"""
-With $f(z) = q$ the nearest code, $f$ is constant almost everywhere. Straight-through pretends that
-$\partial f / \partial z$ is {S} times the identity: the value is $q$, and the gradient of $z$ is {S} times that of the
-output."""),
-        (GONE, "unchanged|is the identity")]
+         f'torch.testing.assert_close(z.grad, {S} * cost, msg=lambda why: f"the gradient of z is not {S} times: {{why}}")'),
+        (GONE, "unchanged")]
 
 
-NEAREST = "float((codes[v] - vector).square().sum())"
-
-
-def nearest(code, words, key, page, words_gone):
+def nearest(code, words, key, words_gone):
     return [
         (D, "Codebook.assign", "centre = _1", ""),
         (D, "Codebook.assign", "codes = _1", ""),
         (D, "Codebook.assign", "return _1", code),
         (D, "Codebook.assign", None, f"z: (M, D) -> ids of the nearest codes (M,), {words}."),
-        (N, "nearest", NEAREST, key),
-        (PAGE, "Codebook.assign", None, page),
+        (N, "nearest", "float((codes[v] - vector).square().sum())", key),
         (GONE, words_gone)]
 
 
 def city_block():
     return nearest(
         "return (z[:, None] - self.codes).abs().sum(-1).argmin(dim=1)", "by the city-block distance sum_d |z_d - e_d|",
-        "float((codes[v] - vector).abs().sum())",
-        r"The distance of $z$ and $e$ is $\sum_d |z_d - e_d|$, for all vectors and codes at once.", r"\|z - e\||cdot e")
+        "float((codes[v] - vector).abs().sum())", r"\|z - e\|")
 
 
 def later_ties():
@@ -176,10 +157,7 @@ def later_ties():
     return nearest(
         "distance = self.codes.square().sum(1) - 2 * z @ self.codes.t()           # M, V\n"
         "return len(self.codes) - 1 - distance.flip(1).argmin(dim=1)", "by |z - e|^2; among equally near codes the last",
-        f"({NEAREST}, -v)", r"""
-$|z - e|^2 = |z|^2 - 2 z \cdot e + |e|^2$. The first term is the same for all codes $e$, the second is a product of
-matrices for all vectors and codes at once. Of several codes at the same distance, the one with the highest id wins.""",
-        r"\|z\|\^2, the same") + [
+        "(float((codes[v] - vector).square().sum()), -v)", r"\|z\|\^2, the same") + [
         (CODEBOOK, test, "torch.randn(50, 3)", "torch.randint(-2, 3, (50, 3)).float()"),
         (CODEBOOK, test, "book.codes.copy_(_1)", "book.codes.copy_(torch.randint(-2, 3, (7, 3)))  # many ties"),
         (CODEBOOK, test, "assert i == naive.nearest(_1, _2), _3",
@@ -195,10 +173,6 @@ the encoder moves. The averages are short at first (decay n / ({c} + n) in batch
 behind an encoder that has just begun to learn. It first adds 1 to `age`. z: (M, D); weight, ids: (M,)"""),
         (CODEBOOK, "test_ema_update_equals_a_loop_over_codes", "[_1, _2, _3]",
          f"[(0, 1 / {c + 1}), (5, 6 / {c + 6}), (1000, 0.9)]"),
-        (PAGE, "Codebook.update", None, rf"""
-In batch $n$, with $d = \min(n / ({c} + n), \mathrm{{decay}})$, weights $w_i$ and $A_v$ the vectors that chose code $v$:
-$u_v = d u_v + (1 - d) \sum_{{i \in A_v}} w_i$, $s_v = d s_v + (1 - d) \sum_{{i \in A_v}} w_i z_i$,
-$e_v = s_v / u_v$."""),
         (GONE, r"\b9 \+ ")]
 
 
@@ -206,12 +180,11 @@ def fresh_uses(f, words):
     revives, few = "test_restart_revives_dead_codes_and_leaves_the_others", "book.restart(torch.randn(3, 2).repeat(20, 1),"
     told = '"a code that starts again does not count as used as often as it should"'
     return [
-        (D, "Codebook.restart", "torch.where(dead, mean_uses, self.uses)",
-         f"torch.where(dead, {f} * mean_uses, self.uses)"),
+        (D, "Codebook.restart", "torch.where(dead, _1, self.uses)", f"torch.where(dead, {f} * _1, self.uses)"),
         (D, "Codebook.restart", "fresh * mean_uses", f"fresh * ({f} * mean_uses)"),
         (D, "Codebook.restart", None, f"""\
 Dead codes, used less than dead_below times the mean (the batch's weight / V), start again at vectors of the batch,
-which are drawn by weight, plus noise of 1 % of their deviation in each dimension. They then count as used {words}
+drawn by weight, plus noise of 1 % of their deviation in each dimension. They then count as used {words}
 the mean. At first all are dead. z: (M, D); weight: (M,)"""),
         (CODEBOOK, revives, "assert (book.uses == 4).all(), _1", f"assert (book.uses == 4 * {f}).all(), _1"),
         (CODEBOOK, revives, "assert book.uses[5] == 4, _1", f"assert book.uses[5] == 4 * {f}, _1"),
@@ -220,35 +193,25 @@ the mean. At first all are dead. z: (M, D); weight: (M,)"""),
          f"book.restart(z, _1)\nassert (book.uses == 4 * {f}).all(), {told}"),
         (CODEBOOK, "test_a_batch_of_few_different_vectors_gives_codes_that_differ", f"{few} _1)",
          f"{few} _1)\nassert (book.uses == 3.75 * {f}).all(), {told}"),
-        (PAGE, "Codebook.restart", None, rf"""
-With weights $w_i$ and $V$ codes, the mean use is $\bar u = \sum_i w_i / V$. Code $v$ is dead if
-$u_v < \mathrm{{dead\_below}} \cdot \bar u$. It starts again at $e_v = z_i + 0.01 \sigma \epsilon$, where $i$ is drawn with
-a probability proportional to $w_i$. Its uses become $u_v = {f} \bar u$, its sums $s_v = u_v e_v$."""),
-        (GONE, r"count as used as often as\s+the mean|with uses \$u_v = \\bar")]
+        (GONE, r"count as used as often as\s+the mean")]
 
 
-def scaled_maps(W, formula):
+def scaled_maps(W):
     return [
         (D, "DQVAE.mix", "upsample(_1, side) * upsample(_2, side)", f"{W} * upsample(_1, side) * upsample(_2, side)"),
-        (D, "DQVAE.mix", None, f"""\
-sum_k {W} gate_k map_k on the finest grid; the gradient reaches every gate. -> (B, Z, H, W)"""),
+        (D, "DQVAE.mix", None,
+         f"sum_k {W} gate_k map_k on the finest grid; the gradient reaches every gate. -> (B, Z, H, W)"),
         (N, "mix", "gate[_1, _2, _3] * _4", f"{W} * gate[_1, _2, _3] * _4"),
-        (VAE, "test_mix_equals_a_loop", None, f"The mixed map, in which map k counts {W}, and what the gate learns."),
-        (PAGE, "DQVAE.mix", None, rf"""
-$M(y, x) = \sum_k {formula} g_k(y, x) m_k(y, x)$, $k = 0, 1, ...$, where gates and maps are repeated over the finest
-grid. So $\partial L / \partial g_k = {formula} \sum \partial L / \partial M \cdot m_k$: each gate learns what its map
-would have done."""),
-        (GONE, r"sum_k gate_k|sum_k g_k")]
+        (GONE, r"sum_k gate_k")]
 
 
 def turned_gate(g):
     test = "test_cell_weight_equals_a_loop"
     return [
-        (D, "DQVAE.cell_weight", "gate.detach()[:, k:k + 1]",
-         f"({g} * gate + {1 - g} * gate.detach())[:, k:k + 1]"),
+        (D, "DQVAE.cell_weight", "gate.detach()[_1]", f"({g} * gate + {1 - g} * gate.detach())[:, k:k + 1]"),
         (D, "DQVAE.cell_weight", None, f"""\
-1 / (how many cells of the finest grid share a code); the gate gets {g} times the gradient of that.
-gate: (B, K, h, w) -> (B, H, W)"""),
+1 / (how many cells of the finest grid share a code); the gate gets {g} times the gradient of
+sum_k gate_k / cells_k. gate: (B, K, h, w) -> (B, H, W)"""),
         (VAE, test, "assert not weight.requires_grad, _1", f"""\
 gate = one_hot(grains, 3).requires_grad_()
 model.cell_weight(gate).sum().backward()
@@ -256,11 +219,7 @@ assert gate.grad is not None, "no gradient reaches the gate through the weights"
 for k, cells in enumerate((1, 4, 16)):
     torch.testing.assert_close(gate.grad[:, k], torch.full_like(gate.grad[:, k], {g} * cells), msg=lambda why: (
         f"through the weights, the gate gets another gradient than {g} times theirs: {{why}}"))"""),
-        (PAGE, "DQVAE.cell_weight", None, rf"""
-A code of granularity $k$ fills $(F_k / F_K)^2$ cells of the finest grid, with $F_k$ the factors. Each of these cells
-weighs $w = \sum_k g_k (F_K / F_k)^2$, so that a sum over cells is a sum over codes. Backward, the gate gets {g} times
-the gradient of this formula."""),
-        (GONE, "no gradient\\.")]
+        (GONE, "share a code\\), no gradient")]
 
 
 def numbering(cells, first_id, turned, where, loops, first_cell, opens, words, line, example, follows):
@@ -271,15 +230,15 @@ def numbering(cells, first_id, turned, where, loops, first_cell, opens, words, l
         (D, "Layout.__init__", "first + row // c * c * side + column // c * c", f"first + {first_id}"),
         (D, "Layout.pack", "codes[:, ::step, ::step]", f"codes[:, ::step, ::step]{turned}"),
         (D, "Layout.unpack", "_1.view(-1, side, side)", f"_1.view(-1, side, side){turned}"),
-        (D, "Layout", 'name = "coarse to fine, row by row"', f'name = "coarse to fine, {words}"'),
+        (D, "Layout", "name = _1", f'name = "coarse to fine, {words}"'),
         (D, "Layout", None, f"""\
 Between (codes, grains) and the sequence of (position, content) pairs of an image.
 
-Granularity k owns the position ids  offset_k + i  for cell i of its own grid, {words} over the whole
-grid, and then one EOS id; the ids of the next granularity follow. So an id gives the granularity, the coordinates and
-the order at once. The sequence of an image is its codes *sorted by id*, with all EOS ids among them: coarse codes first,
-each granularity {words}. The last EOS repeats until the end, an ordinary token that is certain and costs
-nothing. The content of an EOS is -1.
+Granularity k owns the position ids  offset_k + i  for cell i of its own grid, {words} over the
+whole grid, and then one EOS id; the ids of the next granularity follow. So an id gives granularity, coordinates and
+order at once. The sequence of an image is its codes *sorted by id*, with all EOS ids among them: coarse codes first,
+each granularity {words}. The last EOS repeats until the end. It is an ordinary token that is
+certain and costs nothing. The content of an EOS is -1.
 
 Example, 2 x 2 regions of which the second is fine (factors 2 and 1, 4 x 4 pixels):
     grains   codes      ids: coarse 0 to 3, EOS 4; fine 5 to 8 ({line}), 9 to 12, 13 to 16, 17 to 20, EOS 21
@@ -287,21 +246,20 @@ Example, 2 x 2 regions of which the second is fine (factors 2 and 1, 4 x 4 pixel
     0 0      a a d e    content   {content}      and then (21, -1) up to max_len
              f f g g
              f f g g
-{follows}
+Here {follows}
 """),
         (N, "where", "return k, (p - first) // side, (p - first) % side", f"return k, {where}"),
         (N, "pack", "for y in range(side):\n    for x in range(side):\n        if _1 == k:\n"
                     "            pairs.append((first + y * side + x, _2))",
          f"{loops}\n        if _1 == k:\n            pairs.append((first + {first_cell}, _2))"),
-        (N, "pack", None, f"One image (H, W), (h, w) -> its pairs: coarse codes first, each granularity {words}, and then "
-                          "its EOS."),
+        (N, "pack", None, f"One image (H, W), (h, w) -> its pairs: each granularity {words}, and its EOS."),
         (N, "legal", "y, x = (p - first) // side, (p - first) % side", f"y, x = {where}"),
         (N, "legal", "y % c == x % c == 0", opens),
         (N, "legal", None, f"""\
-The ids that may follow a list of ids, as the rules have it.
+The ids that may follow a list of ids. A granularity is written {words}.
 
-A granularity is written {words}. Its first cell in a region opens the region, and then the others have to
-follow. A region that is not opened is left to a finer granularity, but the finest one must leave none.
+Its first cell in a region opens the region, and then the others have to follow. A region that is not opened is left to
+a finer granularity, but the finest one must leave none.
 """),
         (N, "granularities", "yield first, side, first + side * side",
          "yield first, side, first + side * side                               # ids of the cells, then one for the EOS"),
@@ -329,27 +287,24 @@ def from_the_last_row():
 
 def masks(result, returned, where, step, tested):
     """What `legal` returns; how logits, a step and the tests use it."""
+    steps, walks = "test_packed_sequences_are_legal_at_each_step", "test_every_legal_walk_is_a_complete_tiling"
     return [
         (D, "Layout.legal", "return _1", f"return {returned}"),
         (D, "Layout.legal", None, f"""\
-Which position ids may follow. prev: (B,) or (B, L) ids, -1 at the start; grains: (B, N) granularities known
-so far, -1 elsewhere -> (B, P) or (B, L, P): {result}.
+Which position ids may follow. prev: (B,) or (B, L) ids, -1 at the start; grains: (B, N) granularities known so far,
+-1 elsewhere -> (B, P) or (B, L, P): {result}.
 
-Candidates lie after prev, in the granularity that is being written. A region is open once its first cell is
-written, and its other cells are then pending. Valid are the first cells of uncovered regions before the next pending
-cell, and that cell; if none is pending, EOS as well. The finest granularity may leave no hole: there only the
-first candidate is valid. The class's docstring has an example.
-
-*Final* grains, as in training, give the same result: of the regions that are not open yet, coarser ones were there
-before, and all others count as free."""),
+Candidates lie after prev, in the granularity that is being written. A region is open once its first cell is written,
+and its other cells are then pending. Valid are the first cells of uncovered regions before the next pending cell, and
+that cell; if none is pending, EOS as well. The finest granularity may leave no hole: there only the first candidate is
+valid. *Final* grains, as in training, give the same result: of the regions that are not open yet, coarser ones were
+there before, and all others count as free. The class's docstring has an example."""),
         (D, "DQTransformer.logits", "position.masked_fill(~legal, -math.inf)", where),
         (D, "decode_one", "logits.masked_fill(~model.layout.legal(_1, _2), -math.inf)", step),
         *((LAYOUT, test, f"{name} = layout.legal(_1, _2)", f"{name} = {tested('layout.legal(_1, _2)')}")
-          for test, name in (("test_packed_sequences_are_legal_at_each_step", "mask"),
-                             ("test_packed_sequences_are_legal_at_each_step", "step"),
-                             ("test_every_legal_walk_is_a_complete_tiling", "mask"))),
+          for test, name in ((steps, "mask"), (steps, "step"), (walks, "mask"))),
         (S, "test_legal_is_faster_than_the_loop", "layout.legal(*batch)", tested("layout.legal(*batch)")),
-        (GONE, r"-> mask \(B, P\)|orange: True")]
+        (GONE, r"-> mask \(B, P\)")]
 
 
 def forbidden():
@@ -362,9 +317,8 @@ def added():
                  "position + legal", "logits + model.layout.legal(_1, _2)", lambda call: f"{call} == 0")
 
 
-def double(what):
-    """Of content or granularity, in the sum that embeds a pair."""
-    a, b = ("2 * ", "") if what == "content" else ("", "2 * ")
+def double(a, b):
+    """a: in front of the content, b: in front of the granularity, in the sum that embeds a pair"""
     return [
         (D, "DQTransformer.embed", "_1 + _2 + _3", f"{a}_1 + _2 + {b}_3"),
         (D, "DQTransformer.embed", None, f"""\
@@ -372,43 +326,33 @@ A pair as a vector: {a}content, shared by the granularities, + position, a row p
 pos, code (...) -> (..., C)"""),
         (N, "embed", "_1 + _2 + _3", f"{a}_1 + _2 + {b}_3"),
         (N, "embed", None, f"A pair -> (C,): {a}its content's row, its position's row, {b}its granularity's row."),
-        (PAGE, "DQTransformer.embed", None, rf"""
-$E(p, c) = {a.replace(" * ", "")}\,\mathrm{{content}}[c] + \mathrm{{position}}[p] + {b.replace(" * ", "")}\,\mathrm{{granularity}}[k(p)]$, and
-an EOS has a content of its own."""),
-        (GONE, r": content, shared.*\+ granularity\.|row for the content, one for|\$E\(p, c\) = \\math.*\+ \\math.*\+ \\math")]
+        (GONE, r": content, shared.*\+ granularity\.|row for the content, one for")]
 
 
 def capped(c):
-    head = f"{c} * (_1 / {c}).tanh()"
     return [
         (D, "DQTransformer.logits", "content = self.content_head(_1).float()",
-         f"content = self.content_head(_1).float()\ncontent = {c} * (content / {c}).tanh()"),
+         f"content = {c} * (self.content_head(_1).float() / {c}).tanh()"),
         (D, "DQTransformer.logits", None, f"""\
 pos, code (B, L), label (B,), -1 or None: no label -> position logits (B, L, P), -inf for ids that may not follow, and
 content logits (B, L, V): {c} tanh(x / {c}) of the head's x. Entry t depends on the label and the pairs before t, that
 of contents also on pos[:, t]. The t-th input of the position stack is the vector of the label or of a pair, plus row t
-of `order`; dropout follows."""),
-        (D, "decode_one", "guided(model.content_head(_1), options, B)",
-         f"guided({c} * (model.content_head(_1).float() / {c}).tanh(), options, B)"),
+of `order`; dropout follows. In training, labels are hidden with probability `label_dropout`."""),
+        (D, "decode_one", "model.content_head(_1)", f"{c} * (model.content_head(_1).float() / {c}).tanh()"),
         (D, "decode_one", None, f"""\
-Write one more pair of the image in every slot. Attention sees `end` entries of the cache, more than any t.
-Content logits are {c} tanh(x / {c}) of the head's x. The step changes only `state`, in place, and never asks the
-device for a value, so it can be captured as a CUDA graph."""),
-        (N, "next_content", "return _1", f"return {head.replace('(_1', '((_1)')}"),
-        (PAGE, "DQTransformer.logits", None, rf"""
-Input $t$ is pair $t - 1$, and input 0 the label, so output $t$ is about pair $t$ and knows what is before. The position
-stack says where. Then the position of pair $t$ is added, and the content stack says what: its logits $x$ become
-${c} \tanh(x / {c})$."""),
+Write one more pair of the image in every slot. Attention sees `end` entries of the cache, more than any t. Content
+logits are {c} tanh(x / {c}) of the head's x. The step changes only `state`, in place, and never asks the device for a
+value, so it can be captured as a CUDA graph."""),
+        (N, "next_content", "return _1", f"return {c} * ((_1) / {c}).tanh()"),
         (GONE, r"content logits \(B, L, V\)\. ")]
 
 
-def filtered(code, words, naive_code, naive_words, page, words_gone):
+def filtered(code, words, mass, naive_words, words_gone):
     return [
         *((D, "filter_logits", old, new) for old, new in code),
         (D, "filter_logits", None, f"-inf for all but the k likeliest, ties included, {words}. (B, V)"),
-        (N, "filter_logits", *naive_code),
+        (N, "filter_logits", *mass),
         (N, "filter_logits", None, f"The k likeliest entries of a list of logits, {naive_words}. -> set of entries"),
-        (PAGE, "filter_logits", None, page),
         (GONE, words_gone)]
 
 
@@ -416,13 +360,11 @@ def of_all():
     return filtered(
         [("if 0 < top_k < logits.shape[-1]:\n    logits = _1",
           "every = logits.softmax(-1)\nif 0 < top_k < logits.shape[-1]:\n    logits = _1"),
-         ("logits.softmax(-1).sort(-1, descending=True)", "every.masked_fill(logits == -math.inf, 0.0).sort("
-                                                          "-1, descending=True)")],
+         ("logits.softmax(-1).sort(-1, descending=True)",
+          "every.masked_fill(logits == -math.inf, 0.0).sort(-1, descending=True)")],
         "and if p < 1, of these the fewest that reach p of all V, or all",
         ("mass += weight / sum(weights)", "mass += weight / sum(math.exp(each) for each in row)"),
-        "of these the likeliest that reach p of all entries", r"""
-Sort the probabilities of all $V$ entries, $q_1 \ge q_2 \ge ...$; they keep their values when top-k drops some. If
-$p < 1$, entry $i$ stays if $q_1 + ... + q_{i-1} < p$: the one that crosses $p$ is the last.""", "renormalised")
+        "of these the likeliest that reach p of all entries", "renormalised")
 
 
 def least_share():
@@ -430,9 +372,7 @@ def least_share():
         [("surplus = _1", "surplus = probs < top_p * probs[:, :1]                               # too far below the best")],
         "and if p < 1, of these the ones with at least p times the largest probability",
         ("kept and mass >= top_p", "kept and top_p < 1 and weight < top_p * weights[0]"),
-        "and if p < 1, of these the ones with p times the largest", r"""
-Sort the probabilities, $q_1 \ge q_2 \ge ...$. If $p < 1$, entry $i$ stays if $q_i \ge p q_1$; with $p = 1$ all stay.""",
-        r"renormalised|reach p|crosses")
+        "and if p < 1, of these the ones with p times the largest", "renormalised|reach p")
 
 
 def from_the_end():
@@ -444,8 +384,7 @@ def from_the_end():
         (D, "draw", None, "The first entry, from the last one down, whose cumulative probability reaches u times the sum.\n"
                           "logits (B, n), u (B,) in (0, 1] -> (B,)"),
         (N, "draw", "sorted(_1.items())", "sorted(_1.items(), reverse=True)"),
-        (N, "draw", None, "The entry at which the sum of the probabilities, from the last entry down, reaches u. "
-                          "logits: {entry: logit} -> entry"),
+        (N, "draw", None, "The entry at which the sum of probabilities, from the last one down, reaches u."),
         (SAMPLING, test, "assert (drawn.diff() >= 0).all(), _1",
          'assert (drawn.diff() <= 0).all(), "a larger u must not draw an entry that comes later"'),
         (SAMPLING, test, "assert ends[0] == possible[0], _1",
@@ -454,10 +393,7 @@ def from_the_end():
          'assert ends[2] == possible[0], "u = 1 does not draw the first entry that has a probability"'),
         (SAMPLING, test, "assert dq.draw(_1, u) == one, _2",
          'assert dq.draw(_1, u) == one, "not the entry at which the sum from the last one down reaches u"'),
-        (PAGE, "draw", None, r"""
-With $F(i) = p_i + ... + p_n$ and $u$ uniform in (0, 1], the last $i$ with $F(i) \ge u$ has probability $p_i$.
-Rounding must neither draw an entry of probability 0 nor miss the first one."""),
-        (GONE, r"p_1 \+ \.\.\. \+ p_i|The first entry whose|probabilities so far|miss the last")]
+        (GONE, r"The first entry whose|probabilities so far")]
 
 
 # what varies, the exercises that the published solution then fails, the choices
@@ -467,20 +403,19 @@ VARIATIONS = [
         grey(0.2126, 0.7152, 0.0722), grey(0.25, 0.5, 0.25), grey(0.6, 0.3, 0.1)]),
     ("distance from the budget", ["budget_loss"], [
         budget("abs(_1 - _2)", "|fraction of granularity k in the batch - ratio k|",
-               "((_1 > _2) * 1.0 - (_1 < _2) * 1.0)", "|s_k - r_k|"),
+               "((_1 > _2) * 1.0 - (_1 < _2) * 1.0)"),
         budget("(k + 1) * (_1 - _2) ** 2", "k + 1 times (fraction of granularity k in the batch - ratio k)^2",
-               "2 * (k + 1) * (_1 - _2)", "(k + 1) (s_k - r_k)^2")]),
+               "2 * (k + 1) * (_1 - _2)")]),
     ("how much passes straight through", ["straight_through"], [passed_on(0.5), passed_on(2)]),
     ("what is nearest", ["Codebook.assign"], [city_block(), later_ties()]),
     ("how averages start", ["Codebook.update"], [decay(3), decay(19)]),
-    ("uses of a code that starts again", ["Codebook.restart"], [fresh_uses(2, "twice as often as"),
-                                                               fresh_uses(0.5, "half as often as")]),
-    ("how much a map counts", ["DQVAE.mix"], [scaled_maps("(k + 1)", "(k + 1)"),
-                                              scaled_maps("(1 / (k + 1))", r"\frac{1}{k + 1}")]),
+    ("uses of a code that starts again", ["Codebook.restart"], [
+        fresh_uses(2, "twice as often as"), fresh_uses(0.5, "half as often as")]),
+    ("how much a map counts", ["DQVAE.mix"], [scaled_maps("(k + 1)"), scaled_maps("(1 / (k + 1))")]),
     ("gradient of the weights", ["DQVAE.cell_weight"], [turned_gate(1), turned_gate(0.5)]),
     ("numbers of cells", ["Layout.pack", "Layout.unpack"], [column_by_column(), from_the_last_row()]),
     ("what a mask says", ["Layout.legal"], [forbidden(), added()]),
-    ("sum of a pair", ["DQTransformer.embed"], [double("content"), double("granularity")]),
+    ("sum of a pair", ["DQTransformer.embed"], [double("2 * ", ""), double("", "2 * ")]),
     ("logits of contents", ["DQTransformer.logits", "decode_one"], [capped(1), capped(0.5)]),
     ("top-p", ["filter_logits"], [of_all(), least_share()]),
     ("order of a draw", ["draw"], [from_the_end()]),
@@ -544,11 +479,6 @@ def applied(texts, edits):
             data = data[:first] + new + data[last:]
         texts[file] = data.decode()
     return texts
-
-
-def pages(edits):
-    """{exercise: the mathematics of its page}, where edits say so."""
-    return {each[1]: each[3] for each in edits if each[0] == PAGE}
 
 
 def gone(edits):
