@@ -17,6 +17,7 @@ clock = time.process_time                                                    # t
 ALLOWED = 1 / 5
 
 
+@torch.no_grad()
 def faster(B, make, ours, loop):
     """make() -> a batch of B rows; ours(batch) -> tensors; loop(batch, b) -> the same for row b, by naive.py"""
     took, by_loop = [], []
