@@ -19,6 +19,8 @@ import math
 import os
 import re
 import signal
+import struct
+import sys
 import time
 import zipfile
 from concurrent.futures import Future
@@ -476,7 +478,7 @@ def test_faults_in_starting_workers_cost_no_points(checker, tmp_path, monkeypatc
 
 def test_small_text_cannot_fill_the_graders_memory():
     with pytest.raises(ValueError, match="1 MB"):
-        worker.Reader(worker.Letter().whole([[] for _ in range(400_000)]))   # as JSON small, as lists 60 MB
+        worker.Reader(struct.pack("<q", 9 * 10 ** 6) + b"[]," * 10)          # as lists 25 times as much
 
 
 def test_a_whole_file_has_a_deadline(checker, tmp_path, monkeypatch, capsys):
@@ -571,16 +573,18 @@ def test_edits_match_code_whatever_its_comments_and_line_breaks():
         "        return -y  # C\n")
 
 
-@pytest.mark.parametrize("seed", [0, 1, 5, 6])                               # together, all choices
-def test_no_text_of_a_variant_has_the_published_rule(seed, tmp_path):
+@pytest.mark.parametrize("seed", [0, 2, 5])                                  # together, all choices
+def test_no_text_of_a_variant_has_the_published_rule(seed, tmp_path, monkeypatch):
     """Sources, tests, pages; and where a picture can show the rule, it is another one."""
-    assert {(n, choice) for seed in (0, 1, 5, 6) for n, choice in enumerate(variants.chosen(seed))} == {
+    assert {(n, choice) for seed in (0, 2, 5) for n, choice in enumerate(variants.chosen(seed))} == {
         (n, choice) for n, (_, _, choices) in enumerate(variants.VARIATIONS) for choice in range(len(choices))}
-    folder = tmp_path / "copy"
+    folder, blank = tmp_path / "copy", picture.Page()
+    monkeypatch.setitem(sys.modules, "dq", dq)                               # `make` puts its own there
+    if seed != 5:
+        monkeypatch.setattr(picture, "PICTURES", [lambda *_: blank] * 17)
     assignment.make(folder, seed)
     texts = {path: path.read_text(encoding="utf-8") for path in folder.rglob("*") if path.suffix in (".py", ".md")}
     for pattern in variants.gone(variants.edits(seed)):
-        assert re.search(pattern, SOURCE + handout.README), f"{pattern} is not in the published text either"
         found = [path.name for path, text in texts.items() if re.search(pattern, text)]
         assert not found, f"{pattern} is still in {found}"
     if seed == 5:
@@ -710,4 +714,4 @@ def test_the_leaderboard_of_a_variant(run, tmp_path):
     for flags, status in (([], 1), (["--variant", 5], 0)):
         done = kit("leaderboard", tmp_path, "--codes", run / "codes.pt", *flags)
         assert done.returncode == status and "look-up table" in done.stderr, done.stdout + done.stderr
-    assert done.stdout.split()[7:9] == ["1", "ann"] and float(done.stdout.split()[9]) > 0
+    assert re.search(r"^ 1 ann +\d+\.\d\d", done.stdout, re.M)
