@@ -1,22 +1,24 @@
-"""Dynamic vector quantization: images as variable-length codes, and a transformer that writes them.
+"""Dynamic vector quantization: images as variable-length codes, and a transformer that generates them.
 
-After Huang, Mao, Chen, Zhang, "Towards Accurate Image Coding: Improved Autoregressive Image Generation with Dynamic
-Vector Quantization", CVPR 2023 (arXiv 2305.11718). The file reads in the order in which data flows:
-    1  configuration                  what fixes the architecture of the two models
-    2  dynamic grained coding         routers pick a granularity for every region; the budget loss
-    3  codebook                       one for all granularities, learned by moving averages
-    4  encoder, decoder, DQVAE        image -> codes and grains -> image
-    5  sequences                      Layout: codes and grains <-> (position, content) pairs
+An implementation of Huang, Mao, Chen, Zhang, "Towards Accurate Image Coding: Improved Autoregressive Image Generation
+with Dynamic Vector Quantization", CVPR 2023 (arXiv 2305.11718). The file follows the data flow:
+    1  configuration                  hyperparameters of the two models
+    2  dynamic grained coding         routers choose a granularity for every region; the budget loss
+    3  codebook                       shared by all granularities, EMA updates
+    4  encoder, decoder, DQVAE        image -> codes and granularities -> image
+    5  sequences                      Layout: codes and granularities <-> (position, content) pairs
     6  DQ-Transformer                 a position stack and, on top of it, a content stack
-    7  sampling                       one step over explicit state, and the loop around it
-    8  checkpoints                    written so that a crash loses nothing, read without running any code
+    7  sampling                       the simple loop first, then one decoding step with a KV cache, for many images
+    8  checkpoints                    atomic writes, safe loading
+    9  several processes              helpers for distributed training; skip them on a first reading
 
-Symbols, the same everywhere:
-    B batch   K granularities, k = 0 the coarsest   N regions = cells of the coarsest grid, h x w
-    s_k codes that a region of granularity k has (1, 4, 16)   H x W the finest grid   S image side
+Notation, the same everywhere:
+    B batch size   K granularities, k = 0 the coarsest   N regions = cells of the coarsest grid, h x w
+    s_k codes per region at granularity k (1, 4, 16)   H x W the finest grid   S image side
     Z encoder channels   D code dimension   V codebook size   P position ids   L sequence length   C transformer width
+    d channels per attention head   M length of a KV cache   -1 "none": no label, the start, the content of an EOS
     grains (B, h, w): the granularity of every region
-    codes  (B, H, W): codebook ids on the finest grid, a coarse code repeated over its region
+    codes  (B, H, W): codebook ids on the finest grid; a coarse code is repeated over its region
 """
 import itertools
 import math
@@ -33,11 +35,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 
-# ------------------------------------------------------------------------------------------------
-# 1  Configuration
+# ---- 1  Configuration --------------------------------------------------------------------------
 
 class UserError(ValueError):
-    """Something that the user can mend; the message is one clear line."""
+    """An error that the user can fix. The message is a single line."""
 
 
 def require(condition, message):
@@ -46,7 +47,7 @@ def require(condition, message):
 
 
 def check_factors(size, factors):
-    """UserError unless factors are powers of two, coarse to fine, and fit an image of this size."""
+    """Raise UserError unless the factors are powers of two, coarse to fine, and fit an image of this size."""
     powers = factors and all(f >= 1 and f & (f - 1) == 0 for f in factors)
     require(powers, f"factors must be powers of two, not {factors}")
     require(all(a > b for a, b in zip(factors, factors[1:])), f"factors must fall from coarse to fine, not {factors}")
@@ -55,31 +56,33 @@ def check_factors(size, factors):
 
 @dataclass
 class VAEConfig:
-    """Everything that fixes the architecture of a DQVAE (stage 1)."""
-    size: int = 32                       # side of the square images, pixels
+    """Hyperparameters that define a DQVAE (stage 1)."""
+    size: int = 32                       # side of the square images, in pixels
     factors: tuple = (8, 4)              # downsampling factor of each granularity, coarse to fine
-    ratios: tuple = (0.5, 0.5)           # wanted share of the regions in each granularity
+    ratios: tuple = (0.5, 0.5)           # target fraction of regions per granularity
     router: str = "learned"              # learned | entropy | random
     codebook_size: int = 256             # V
     code_dim: int = 8                    # D
-    channels: int = 64                   # Z, channels of the encoder's maps and the decoder's input
-    width: int = 32                      # channels at full resolution ...
-    multipliers: tuple = (1, 1, 2)       # ... times this at factor 1, 2, 4, ...; the last one repeats
-    encoder_blocks: int = 1              # residual blocks a level
+    channels: int = 64                   # Z, channels of the encoder's maps and of the decoder's input
+    width: int = 32                      # channels at full resolution
+    multipliers: tuple = (1, 1, 2)       # channel multiplier at downsampling factor 1, 2, 4, ...; the last one repeats
+    encoder_blocks: int = 1              # residual blocks per level
     decoder_blocks: int = 1
-    attention_from: int = 4              # attention in the trunk at this factor and above; heads always have it
+    attention_from: int = 4              # self-attention at factors >= this one; output heads always have it
 
     def __post_init__(self):
         self.factors, self.ratios, self.multipliers = tuple(self.factors), tuple(self.ratios), tuple(self.multipliers)
         check_factors(self.size, self.factors)
-        K, shares = len(self.factors), min(self.ratios) >= 0 and abs(sum(self.ratios) - 1) < 1e-6
+        K = len(self.factors)
         require(len(self.ratios) == K, f"{K} factors need {K} ratios, coarse to fine, not {self.ratios}")
-        require(shares, f"ratios must be shares that sum to 1, not {self.ratios}")
-        require(self.router in ROUTERS, f"router must be learned, entropy or random, not {self.router!r}")
-        require(min(self.codebook_size, self.code_dim) >= 1, "a codebook needs at least one code of one dimension")
+        sums_to_one = min(self.ratios) >= 0 and abs(sum(self.ratios) - 1) < 1e-6
+        require(sums_to_one, f"ratios must be non-negative and sum to 1, not {self.ratios}")
+        require(self.router in ROUTERS, f"router must be {' or '.join(ROUTERS)}, not {self.router!r}")
+        require(min(self.codebook_size, self.code_dim) >= 1, "codebook_size and code_dim must be at least 1")
         require(self.channels % 32 == self.width % 32 == 0, "channels and width must be multiples of 32, for GroupNorm")
-        least = min(self.channels, *map(self.level_width, range(self.factors[0].bit_length())[-2:]))  # channels there
-        require(self.size > self.factors[0] or least > 32, "GroupNorm of one region needs more than 32 channels")
+        # in a map of 1 x 1, a group with a single channel has no variance
+        fewest = min(self.channels, *map(self.level_width, range(self.factors[0].bit_length())[-2:]))
+        require(self.size > self.factors[0] or fewest > 32, "a single region needs more than 32 channels per level")
 
     def level_width(self, level):
         """Channels at downsampling factor 2**level."""
@@ -88,31 +91,30 @@ class VAEConfig:
 
 @dataclass
 class TransformerConfig:
-    """Everything that fixes the architecture of a DQTransformer (stage 2)."""
-    size: int = 32                       # these three come from the DQ-VAE whose codes are modelled
+    """Hyperparameters that define a DQTransformer (stage 2)."""
+    size: int = 32                       # size, factors and codebook_size are those of the DQ-VAE
     factors: tuple = (8, 4)
     codebook_size: int = 256
-    classes: tuple = ()                  # names of the labels; none: unconditional
+    classes: tuple = ()                  # class names; empty: unconditional
     width: int = 192                     # C
     heads: int = 6
     position_layers: int = 2
     content_layers: int = 4
     dropout: float = 0.0
-    label_dropout: float = 0.1           # share of training images whose label is hidden, for guidance
-    rotary: bool = True                  # attention finds codes by their places (ours; not in the paper's model)
-    qk_norm: bool = False                # queries and keys normalised, as in ViT-22B (ours; older checkpoints: False)
+    label_dropout: float = 0.1           # probability of dropping the label, for classifier-free guidance
+    rotary: bool = True                  # 2-D RoPE; not in the paper
+    qk_norm: bool = False                # QK-norm as in ViT-22B, but without learned scales; not in the paper
 
     def __post_init__(self):
         self.factors, self.classes = tuple(self.factors), tuple(self.classes)
         check_factors(self.size, self.factors)
         unit = self.heads * (4 if self.rotary else 1)
-        require(unit > 0 and self.width % unit == 0, f"width {self.width} is not a multiple of {unit}, for its heads")
+        require(unit > 0 and self.width % unit == 0, f"width {self.width} must be divisible by {unit}, for its heads")
 
 
-# ------------------------------------------------------------------------------------------------
-# 2  Dynamic grained coding (the paper's stage 1: "Dynamic Grained Coding" and "budget loss")
-# Every router has score(x, maps) -> (B, h, w), higher where finer codes are wanted (what evaluation compares with the
-# truth), and forward(x, maps, noise) -> gate (B, K, h, w), one-hot over K.
+# ---- 2  Dynamic grained coding (the paper's "Dynamic Grained Coding" and "budget loss") --------
+# Every router has two methods. score(x, maps) -> (B, h, w) is higher where finer codes should go; evaluation compares
+# it with the true detail mask. forward(x, maps, noise) -> gate (B, K, h, w) is one-hot over K.
 
 def norm(channels):
     return nn.GroupNorm(32, channels, eps=1e-6)
@@ -124,7 +126,7 @@ def one_hot(grains, n):
 
 
 class GrainRouter(nn.Module):
-    """The paper's learned gate: normalise each map, pool to the regions, and let an MLP choose."""
+    """The paper's learned gate: normalise each map, average-pool it per region, and let an MLP choose."""
     def __init__(self, channels, n_grains):
         super().__init__()
         self.norms = nn.ModuleList(norm(channels) for _ in range(n_grains))
@@ -138,31 +140,34 @@ class GrainRouter(nn.Module):
         return self.mlp(x).permute(0, 3, 1, 2).float()                       # B, K, h, w
 
     def score(self, x, maps):
+        """The expected granularity of each region, (B, h, w)."""
         p = self.logits(maps).softmax(dim=1)                                 # B, K, h, w
-        return sum(k * p[:, k] for k in range(p.shape[1]))                   # B, h, w: the mean granularity
+        return sum(k * p[:, k] for k in range(p.shape[1]))                   # B, h, w
 
     def forward(self, x, maps, noise=1.0):
-        """In training a sample (hard Gumbel-softmax, its noise scaled by `noise`), else the argmax.
-        The output multiplies the maps (DQVAE.mix), so c_k = d loss / d gate_k says what moving the region towards
-        granularity k would do. Backward sees p, the softmax of the noisy logits (straight-through): d loss / d logit_k
-        = p_k (c_k - sum_j p_j c_j), so what is better than the average of its rivals becomes likelier. The noise must
-        fade before training ends, or the *sampled* ratio meets the budget while that of the *argmax* does not."""
+        """In training the gate is a hard Gumbel-softmax sample with noise scaled by `noise`, in evaluation the argmax.
+
+        Why it learns: the gate multiplies the maps (DQVAE.mix), so the cost c_k = d loss / d gate_k is the effect on
+        the loss of moving a region towards granularity k. The backward pass uses p, the softmax of the noisy logits
+        (straight-through): d loss / d logit_k = p_k (c_k - sum_j p_j c_j). Gradient descent therefore makes
+        granularities that cost less than average more likely. The noise must be annealed to zero (gumbel_scale), or the
+        *sampled* fractions meet the budget and those of the *argmax* do not."""
         logits = self.logits(maps)                                           # B, K, h, w
         if not self.training:
             return one_hot(logits.argmax(dim=1), logits.shape[1])
         exponential = sample_global(torch.Tensor.exponential_, logits.shape, logits.device)  # B, K, h, w
-        soft = (logits - noise * exponential.log()).softmax(dim=1)           # B, K, h, w
+        soft = (logits - noise * exponential.log()).softmax(dim=1)           # B, K, h, w; -log E is Gumbel noise
         hard = one_hot(soft.argmax(dim=1), logits.shape[1])
         return hard + (soft - soft.detach())                                 # B, K, h, w: exactly one-hot
 
 
 def gumbel_scale(step, steps):
-    """1 until half of training, 0 from 90 % on: the gate explores first and then learns its argmax."""
+    """1 in the first half of training, then a linear decay to 0 at 90 %: the gate explores, then learns its argmax."""
     return min(1.0, max(0.0, (0.9 - step / steps) / 0.4))
 
 
 class ThresholdRouter(nn.Module):
-    """Cuts a score into granularities at K - 1 thresholds."""
+    """Turns a score into granularities by K - 1 thresholds."""
     def __init__(self, thresholds):
         super().__init__()
         self.register_buffer("thresholds", thresholds)                       # K - 1
@@ -173,7 +178,7 @@ class ThresholdRouter(nn.Module):
 
 
 class RandomRouter(ThresholdRouter):
-    """Granularities drawn blindly at the wanted ratios: the control for every claim about routing."""
+    """Random granularities at the target ratios: the baseline for every claim about routing."""
     def __init__(self, ratios):
         super().__init__(torch.tensor(ratios).cumsum(0)[:-1])
 
@@ -181,24 +186,24 @@ class RandomRouter(ThresholdRouter):
         side = maps[0].shape[-1]
         if self.training:
             return sample_global(torch.Tensor.uniform_, (len(x), side, side), x.device)  # B, h, w
-        # by torch's seed and the image, so that it is routed alike in any batch and on any process
+        # seeded by torch's seed and the image's checksum: the same routing in any batch and on any rank
         keys = [zlib.crc32(image.contiguous().numpy()) for image in x.float().cpu()]
         scores = [numpy_rng(torch.initial_seed(), key).random((side, side), np.float32) for key in keys]
         return torch.from_numpy(np.stack(scores)).to(x.device)               # B, h, w
 
 
 class EntropyRouter(ThresholdRouter):
-    """Shannon entropy of the grey levels of each region, cut at quantiles of the training images."""
+    """Shannon entropy of the grey levels of each region, with thresholds at quantiles of the training images."""
     def __init__(self, ratios, factor):
-        super().__init__(torch.zeros(len(ratios) - 1))                       # in nats; the trainer measures them
+        super().__init__(torch.zeros(len(ratios) - 1))                       # in nats; set by `calibrate`
         self.factor = factor
 
     def score(self, x, maps=None):
         """x: (B, 3, S, S) in [-1, 1] -> entropy of each region in nats (B, h, w). Grey is 0.2989 red + 0.5870 green +
-        0.1140 blue; of the 32 bins, linspace(-1, 1, 32), each weighs a pixel by a Gaussian of deviation 0.01."""
+        0.1140 blue. The histogram has 32 soft bins, Gaussians around linspace(-1, 1, 32) with deviation 0.01."""
         red, green, blue = x.float().split(1, dim=1)                         # each B, 1, S, S
         grey = 0.2989 * red + 0.5870 * green + 0.1140 * blue
-        pixels = F.unfold(grey, self.factor, stride=self.factor)             # B, F F, N
+        pixels = F.unfold(grey, self.factor, stride=self.factor)             # B, F F, N for regions of F x F pixels
         bins = torch.linspace(-1, 1, 32, device=x.device)
         hist = [torch.exp(-0.5 * ((pixels - centre) / 0.01) ** 2).mean(1) for centre in bins]  # 32 x (B, N)
         hist = torch.stack(hist, dim=-1)                                     # B, N, 32
@@ -207,8 +212,7 @@ class EntropyRouter(ThresholdRouter):
         return entropy.view(-1, x.shape[2] // self.factor, x.shape[3] // self.factor)  # B, h, w
 
     def calibrate(self, ratios, images):
-        """Set the thresholds: quantiles of the regions' entropies in training batches (B, 3, S, S). Where many regions
-        tie (blank surroundings), the ties go to the coarser side."""
+        """Set the thresholds to quantiles over batches of training images (B, 3, S, S). Ties become coarse."""
         scores = torch.cat([self.score(x).flatten() for x in images])
         cuts = np.cumsum(ratios)[:-1].clip(0, 1)                             # K - 1
         levels = np.quantile(scores.cpu().numpy().astype(float), cuts)
@@ -224,37 +228,39 @@ ROUTERS = {
 
 
 def budget_loss(gate, ratios):
-    """Sum over k of (share of granularity k in the batch - ratio k)^2: images may differ, but not the data set from its
-    budget. gate: (B, K, h, w), one-hot; ratios: K wanted shares -> scalar"""
-    share = gate.mean(dim=(0, 2, 3))                                         # K
-    # of all processes in forward; the mean of their gradients is then that of the global batch
-    share = share + (all_reduce_sum(share) / rank_world()[1] - share).detach()
-    return sum((share[k] - ratio) ** 2 for k, ratio in enumerate(ratios))
+    """Sum over k of (fraction of granularity k in the batch - ratio k)^2: single images may deviate from the budget,
+    the batch may not. gate: (B, K, h, w), one-hot; ratios: K target fractions -> scalar"""
+    fraction = gate.mean(dim=(0, 2, 3))                                      # K
+    # forward: the fraction in the global batch; backward: DDP averages the gradients of all ranks
+    fraction = fraction + (all_reduce_sum(fraction) / rank_world()[1] - fraction).detach()
+    return sum((fraction[k] - ratio) ** 2 for k, ratio in enumerate(ratios))
 
 
-# ------------------------------------------------------------------------------------------------
-# 3  Codebook
+# ---- 3  Codebook -------------------------------------------------------------------------------
 
 def straight_through(z, q):
-    """q, whose gradient goes to z unchanged, since the choice of the nearest code has no gradient of its own."""
+    """Returns q, whose gradient is passed to z unchanged, because nearest-neighbour lookup has no gradient."""
     return z + (q - z).detach()
 
 
 class Codebook(nn.Module):
-    """Vector quantization with one codebook for all granularities, learned by moving averages.
-    forward(z (B, D, H, W), weight (B, H, W)) -> quantised z (B, D, H, W), ids (B, H, W), loss. `weight` makes every
-    *code* count once, in loss and averages: a coarse code repeated over 4 cells gives each of them 1/4."""
+    """Vector quantization with one codebook for all granularities, trained by exponential moving averages (EMA).
+
+    forward(z (B, D, H, W), weight (B, H, W)) -> quantised z (B, D, H, W), ids (B, H, W), commitment loss. `weight`
+    makes every *code* count once: a coarse code that is repeated over 4 cells gives each of them 1/4.
+    A training step restarts dead entries, assigns vectors to entries, and updates the entries. At the start every entry
+    is dead, so the first restart is also the data-dependent initialisation."""
     def __init__(self, size, dim, decay=0.99, commitment=0.25, dead_below=0.1):
         super().__init__()
         self.decay, self.commitment, self.dead_below = decay, commitment, dead_below
-        self.register_buffer("codes", torch.zeros(size, dim))
-        self.register_buffer("uses", torch.zeros(size))                      # moving average per batch
-        self.register_buffer("sums", torch.zeros(size, dim))                 # of the vectors that chose it
+        self.register_buffer("codes", torch.zeros(size, dim))                # the codebook entries
+        self.register_buffer("uses", torch.zeros(size))                      # EMA of the assignments per batch
+        self.register_buffer("sums", torch.zeros(size, dim))                 # EMA of the sum of assigned vectors
         self.register_buffer("age", torch.tensor(0.0))                       # batches seen
 
     def assign(self, z):
-        """z: (M, D) -> ids of the nearest codes (M,), by |z - e|^2 without |z|^2, the same for every code."""
-        centre = self.codes.mean(0)                                          # as the origin: rounding then is smallest
+        """z: (n, D) -> ids of the nearest codes (n,), by |z - e|^2 without |z|^2, the same for every code."""
+        centre = self.codes.mean(0)                                          # subtracted to reduce rounding error
         codes = self.codes - centre                                          # V, D
         return (codes.square().sum(1) - 2 * (z - centre) @ codes.t()).argmin(dim=1)
 
@@ -275,9 +281,9 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def update(self, z, weight, ids):
-        """Online k-means: a code moves to sums / uses, moving averages over batches of the vectors that chose it, for
-        the encoder moves; short ones at first (decay n / (9 + n) in batch n, up to self.decay), or they lag behind an
-        encoder that has just begun to learn. It first adds 1 to `age`. z: (M, D); weight, ids: (M,)"""
+        """EMA update (online k-means): every entry becomes sums / uses, the moving average of its assigned vectors.
+        The encoder changes quickly at first, so the average starts short: decay n / (9 + n) in batch n, capped at
+        self.decay. First, `age` increases by 1. z: (n, D); weight, ids: (n,)"""
         self.age += 1
         decay = (self.age / (9 + self.age)).clamp(max=self.decay)
         uses = torch.zeros_like(self.uses).index_add_(0, ids, weight)        # V
@@ -288,21 +294,21 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def restart(self, z, weight):
-        """Dead codes, used less than dead_below times the mean (the batch's weight / V), start anew at vectors of the
-        batch, drawn by weight, plus noise of 1 % of their deviation in each dimension. They count as used as often as
-        the mean. At first all are dead. z: (M, D); weight: (M,)"""
+        """Move dead entries, used less than dead_below times the mean (the batch's weight / V), to vectors of the batch
+        that are sampled in proportion to weight, plus noise of 1 % of the standard deviation per dimension. Their usage
+        is set to the mean. z: (n, D); weight: (n,)"""
         mean_uses = all_reduce_sum(weight.sum()) / len(self.uses)
         dead = self.uses < self.dead_below * mean_uses                       # V
         vectors = sample_vectors(z, weight, len(self.uses))                  # up to V, D
-        fresh = vectors[(dead.cumsum(0) - 1) % len(vectors)]                 # V, D; to dead codes, one after the other
-        fresh = fresh + 0.01 * fresh.std(0, correction=0) * torch.randn_like(fresh)  # rounding must not decide ties
+        # dead entry number i gets vectors[i]: for dead = 0 1 1 0 1, cumsum - 1 is -1 0 1 1 2, read at the ones
+        fresh = vectors[(dead.cumsum(0) - 1) % len(vectors)]                 # V, D
+        fresh = fresh + 0.01 * fresh.std(0, correction=0) * torch.randn_like(fresh)  # so that equal vectors don't tie
         self.codes.copy_(torch.where(dead[:, None], fresh, self.codes))
         self.uses.copy_(torch.where(dead, mean_uses, self.uses))
         self.sums.copy_(torch.where(dead[:, None], fresh * mean_uses, self.sums))
 
 
-# ------------------------------------------------------------------------------------------------
-# 4  Encoder, decoder, DQVAE (the VQGAN trunk, with one head per granularity)
+# ---- 4  Encoder, decoder, DQVAE (the VQGAN trunk, with one head per granularity) ---------------
 
 class ResBlock(nn.Module):
     def __init__(self, c_in, c_out):
@@ -318,7 +324,7 @@ class ResBlock(nn.Module):
 
 
 class AttnBlock(nn.Module):
-    """Single-headed attention over all positions of the map."""
+    """Single-head self-attention over all cells of the map."""
     def __init__(self, c):
         super().__init__()
         self.norm, self.qkv, self.proj = norm(c), nn.Conv2d(c, 3 * c, 1), nn.Conv2d(c, c, 1)
@@ -332,7 +338,7 @@ class AttnBlock(nn.Module):
 
 
 def make_level(config, level, c_in, n_blocks):
-    """The blocks at downsampling factor 2**level, with attention after each where it is due."""
+    """The blocks at downsampling factor 2**level, each followed by attention at factors >= attention_from."""
     layers, c = [], config.level_width(level)
     for _ in range(n_blocks):
         layers.append(ResBlock(c_in, c))
@@ -343,7 +349,7 @@ def make_level(config, level, c_in, n_blocks):
 
 
 class Encoder(nn.Module):
-    """Image (B, 3, S, S) -> K maps (B, Z, S/F_k, S/F_k), coarse to fine."""
+    """Image (B, 3, S, S) -> K maps (B, Z, S/F_k, S/F_k), coarse to fine, for the downsampling factors F_k."""
     def __init__(self, config):
         super().__init__()
         self.levels_of = [f.bit_length() - 1 for f in config.factors]        # level i has downsampling factor 2^i
@@ -352,10 +358,9 @@ class Encoder(nn.Module):
         self.levels = nn.ModuleList(make_level(config, i, c_in, config.encoder_blocks)
                                     for i, c_in in enumerate([config.width, *widths[:-1]]))
         self.downs = nn.ModuleList(nn.Conv2d(c, c, 3, stride=2) for c in widths[:-1])
-        self.heads = nn.ModuleList()                                         # from the trunk to a granularity's map
-        for c in [widths[i] for i in self.levels_of]:
-            self.heads.append(nn.Sequential(ResBlock(c, c), AttnBlock(c), ResBlock(c, c), norm(c), nn.SiLU(),
-                                            nn.Conv2d(c, config.channels, 3, padding=1)))
+        self.heads = nn.ModuleList(nn.Sequential(ResBlock(c, c), AttnBlock(c), ResBlock(c, c), norm(c), nn.SiLU(),
+                                                 nn.Conv2d(c, config.channels, 3, padding=1))
+                                   for c in [widths[i] for i in self.levels_of])  # from the trunk to Z channels
 
     def forward(self, x):
         h = self.stem(x)                                                     # B, width, S, S
@@ -365,13 +370,13 @@ class Encoder(nn.Module):
             if i in self.levels_of:
                 maps[i] = self.heads[self.levels_of.index(i)](h)             # B, Z, S/2^i, S/2^i
             if i < len(self.downs):
-                h = F.pad(h, (0, 1, 0, 1))                                   # right and below only, as in VQGAN
+                h = F.pad(h, (0, 1, 0, 1))                                   # right and bottom only, as in VQGAN
                 h = self.downs[i](h)                                         # B, c_i, S/2^(i+1), S/2^(i+1)
         return [maps[i] for i in self.levels_of]
 
 
 class PositionEmbedding(nn.Module):
-    """Adds where a cell is: sines of a learned linear map of (x, y), then a row and a column vector."""
+    """Adds learned Fourier features of a cell's (x, y), and learned row and column embeddings."""
     def __init__(self, channels, side):
         super().__init__()
         self.fourier = nn.Conv2d(2, channels, 1)
@@ -387,7 +392,7 @@ class PositionEmbedding(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Quantised grid (B, Z, H, W) -> image (B, 3, S, S). It sees codes only, never the grains."""
+    """Quantised grid (B, Z, H, W) -> image (B, 3, S, S). The decoder sees codes only, never the granularities."""
     def __init__(self, config):
         super().__init__()
         top = config.factors[-1].bit_length() - 1
@@ -413,7 +418,7 @@ class Decoder(nn.Module):
 
 
 def upsample(x, side):
-    """Repeat every cell of (..., h, h) so that the side becomes `side`, a multiple of h."""
+    """Nearest-neighbour upsampling of (..., h, h) to (..., side, side); side is a multiple of h."""
     n = side // x.shape[-1]
     return x.repeat_interleave(n, -2).repeat_interleave(n, -1) if n > 1 else x
 
@@ -444,9 +449,9 @@ class DQVAE(nn.Module):
         return sum(upsample(gate[:, k:k + 1], side) * upsample(m, side) for k, m in enumerate(maps))
 
     def cell_weight(self, gate):
-        """1 / (how many cells of the finest grid share a code), no gradient. gate: (B, K, h, w) -> (B, H, W)"""
-        share = [(self.config.factors[-1] / f) ** 2 for f in self.config.factors]
-        weight = sum(share[k] * gate.detach()[:, k:k + 1] for k in range(len(share)))  # B, 1, h, w
+        """1 / (number of finest cells that share a code), without gradient. gate: (B, K, h, w) -> (B, H, W)"""
+        per_cell = [(self.config.factors[-1] / f) ** 2 for f in self.config.factors]
+        weight = sum(per_cell[k] * gate.detach()[:, k:k + 1] for k in range(len(per_cell)))  # B, 1, h, w
         return upsample(weight, self.config.size // self.config.factors[-1])[:, 0]  # B, H, W
 
     def quantize(self, x, noise=1.0):
@@ -471,17 +476,21 @@ class DQVAE(nn.Module):
         return self.decoder(self.post_quant(q))                              # B, 3, S, S
 
 
-# ------------------------------------------------------------------------------------------------
-# 5  Sequences (the paper's stage 2: coarse to fine, position and content)
+# ---- 5  Sequences (the paper's stage 2: coarse to fine, position and content) ------------------
+
+def none_last(ids, n):
+    """Row numbers of a table with n rows and, after them, a row for "none": -1 becomes n."""
+    return ids % (n + 1)
+
 
 class Layout(nn.Module):
-    """Between (codes, grains) and the sequence of (position, content) pairs of an image.
+    """Converts between (codes, grains) and the sequence of (position, content) pairs of an image.
 
     Granularity k owns the position ids  offset_k + i  for cell i of its own grid, in raster order over the whole grid
-    (as the authors number them), and then one EOS id; the next granularity's ids follow. So an id names granularity,
-    place and order at once, and an image's sequence is its codes *sorted by id*, the EOS ids among them: coarse codes
-    first, each granularity row by row. The last EOS goes on for ever, an ordinary token that is certain and so costs
-    nothing. The content of an EOS is -1.
+    (as the authors number them), and then one EOS id. The ids of the next granularity follow. An id therefore
+    determines granularity, location and order, and the sequence of an image is its codes *sorted by id*, with every EOS
+    id in its place: coarse codes first, each granularity row by row. The content of an EOS is -1. Sequences are padded
+    with the last EOS: nothing else is valid after it, so padding has probability 1 and adds nothing to the loss.
 
     Example, 2 x 2 regions of which the second is fine (factors 2 and 1, 4 x 4 pixels):
         grains   codes      ids: coarse 0 to 3, EOS 4; fine 5 to 8 (first row), 9 to 12, 13 to 16, 17 to 20, EOS 21
@@ -489,125 +498,132 @@ class Layout(nn.Module):
         0 0      a a d e    content   a  f  g  -1  b  c  d  e  -1      and then (21, -1) up to max_len
                  f f g g
                  f f g g
-    """
-    name = "coarse to fine, row by row"                                      # checkpoints say what their ids mean
+    The tables have an entry for each of the 22 ids (N = 4 stands for "no region"):
+        ids        0  1  2  3   4    5  6  7  8   9 10 11 12  13 14 15 16  17 18 19 20  21
+        grain      0  0  0  0   0    1  1  1  1   1  1  1  1   1  1  1  1   1  1  1  1   1
+        region     0  1  2  3   4    0  0  1  1   0  0  1  1   2  2  3  3   2  2  3  3   4
+        first_id   0  1  2  3   4    5  5  7  7   5  5  7  7  13 13 15 15  13 13 15 15  21"""
+    name = "coarse to fine, row by row"                                      # stored in checkpoints with the weights
 
     def __init__(self, size, factors):
         super().__init__()
         check_factors(size, factors)
-        self.sides = [size // f for f in factors]                            # of the grid of each granularity
+        self.sides = [size // f for f in factors]                            # side of the grid of each granularity
         self.side, self.fine_side = self.sides[0], self.sides[-1]            # h, H
         self.n_regions = N = self.side ** 2
         self.cells = [(side // self.side) ** 2 for side in self.sides]       # s_k
         self.n_grains = K = len(factors)
-        self.max_len = N * self.cells[-1] + K                                # all fine, and the EOS ids
-        ends = list(itertools.accumulate(side ** 2 + 1 for side in self.sides))  # of the ids of each granularity
+        self.max_len = N * self.cells[-1] + K                                # all regions fine, and the EOS ids
+        ends = list(itertools.accumulate(side ** 2 + 1 for side in self.sides))  # end of each granularity's id range
         self.offsets, self.eos = [0, *ends[:-1]], [end - 1 for end in ends]
         self.n_positions = P = ends[-1]
         self.end = P - 1                                                     # the last EOS
 
         grain = torch.zeros(P, dtype=torch.long)                             # granularity of an id
         region = torch.full((P,), N)                                         # its region; N for an EOS
-        first_id = torch.arange(P)                                             # the first id of its region
-        # row and column of a code's centre, in cells of the finest grid; 0, 0 for an EOS and, in row P, the start
-        place = torch.zeros(P + 1, 2)
+        first_id = torch.arange(P)                                           # the first id of its region
+        # row and column of a code's centre in cells of the finest grid; (0, 0) for an EOS and in row P, the start (-1)
+        coordinates = torch.zeros(P + 1, 2)
         for k, side in enumerate(self.sides):
             c, cells, first = side // self.side, torch.arange(side ** 2), self.offsets[k]
             row, column = cells // side, cells % side
             grain[first:self.eos[k] + 1] = k
             region[first:self.eos[k]] = row // c * self.side + column // c
             first_id[first:self.eos[k]] = first + row // c * c * side + column // c * c
-            place[first:self.eos[k]] = (torch.stack([row, column], dim=1) + 0.5) * (self.fine_side / side)
-        tables = dict(ids=torch.arange(P), grain=grain, region=region, first_id=first_id, coordinates=place,
-                      is_eos=region == N, opens=first_id == torch.arange(P), finest=grain == K - 1)
-        for name, table in tables.items():
-            self.register_buffer(name, table, persistent=False)
+            coordinates[first:self.eos[k]] = (torch.stack([row, column], dim=1) + 0.5) * (self.fine_side / side)
+
+        self.register_buffer("ids", torch.arange(P, dtype=torch.int32), persistent=False)
+        self.register_buffer("grain", grain, persistent=False)
+        self.register_buffer("region", region, persistent=False)
+        self.register_buffer("first_id", first_id, persistent=False)
+        self.register_buffer("opens", first_id == torch.arange(P), persistent=False)  # a region's first id, or an EOS
+        self.register_buffer("is_eos", region == N, persistent=False)
+        self.register_buffer("finest", grain == K - 1, persistent=False)
+        self.register_buffer("coordinates", coordinates, persistent=False)
 
     def pack(self, codes, grains):
         """codes (B, H, W), grains (B, h, w) -> pos, code, each (B, max_len)."""
-        covers = F.pad(grains.flatten(1), (0, 1))[:, self.region]            # B, P: granularity where an id lies
-        there = self.is_eos | (covers == self.grain)                         # B, P
-        pos, order = torch.where(there, self.ids, self.end).sort(dim=1)      # B, P: what is not there sorts last
+        grain_at_id = F.pad(grains.flatten(1), (0, 1))[:, self.region]       # B, P: granularity of the id's region
+        present = self.is_eos | (grain_at_id == self.grain)                  # B, P
+        pos, order = torch.where(present, self.ids, self.end).sort(dim=1)    # B, P: absent ids become `end`, sort last
         steps = [self.fine_side // side for side in self.sides]              # one code fills step x step cells
         code = torch.cat([F.pad(codes[:, ::step, ::step].flatten(1), (0, 1), value=-1) for step in steps], 1)  # B, P
-        code = code.masked_fill(~there, -1).gather(1, order)
-        return pos[:, :self.max_len], code[:, :self.max_len]
+        code = code.masked_fill(~present, -1).gather(1, order)
+        return pos[:, :self.max_len].long(), code[:, :self.max_len]
 
     def unpack(self, pos, code):
-        """pos, code (B, L) -> codes (B, H, W), grains (B, h, w); -1 in what is not there (yet)."""
+        """pos, code (B, L) -> codes (B, H, W), grains (B, h, w); -1 where nothing has been written yet."""
         canvas = pos.new_full((len(pos), self.n_positions), -1).scatter(1, pos, code)  # B, P: a content per id
         grains = self.grains(pos).view(-1, self.side, self.side)             # B, h, w
         blocks = [canvas[:, o:o + side ** 2].view(-1, side, side) for o, side in zip(self.offsets, self.sides)]
         codes = torch.stack([upsample(block, self.fine_side) for block in blocks], dim=1)  # B, K, H, W
-        here = upsample(grains, self.fine_side).clamp(min=0)[:, None]        # B, 1, H, W; nothing there: all are -1
-        return codes.gather(1, here)[:, 0], grains
+        pick = upsample(grains, self.fine_side).clamp(min=0)[:, None]        # B, 1, H, W; unwritten regions read -1
+        return codes.gather(1, pick)[:, 0], grains
 
     def grains(self, pos):
         """Granularity of the regions that the ids pos (B, L) cover, -1 elsewhere. -> (B, N)"""
         known = torch.full((len(pos), self.n_regions + 1), -1, device=pos.device)
-        return known.scatter(1, self.region[pos], self.grain[pos])[:, :-1]   # EOS wrote to a spare column
+        return known.scatter(1, self.region[pos], self.grain[pos])[:, :-1]   # EOS ids write to a spare column
 
     def lengths(self, pos):
-        """Pairs up to and with the last EOS. pos (B, L) -> (B,)"""
+        """Number of pairs, with the last EOS. pos (B, L) -> (B,)"""
         return (pos != self.end).sum(1) + 1
 
     def legal(self, prev, grains):
-        """Which position ids may follow. prev: (B,) or (B, L) ids, -1 at the start; grains: (B, N) granularities known
-        so far, -1 elsewhere -> mask (B, P) or (B, L, P).
+        """The mask of valid next position ids. (tests/naive.py has the same rules as a loop.) prev: (B,) or (B, L) ids,
+        -1 at the start; grains: (B, N) granularities known so far, -1 elsewhere -> (B, P) or (B, L, P), bool.
 
-        All that may come lies ahead, in the granularity that is being written. There a region is open from its first
-        cell on, and its other cells then are *due*. So may come: the first cell that is due, or EOS if none is; before
-        that, whatever *opens* a region that nothing covers yet; but in the finest granularity, which must leave no
-        hole, nothing past the first of those. In the class's example 0 may be followed by 1, 2, 3, 4; 7 by 8 alone; 8,
-        since region 1 goes on in the next row, by 11 alone. *Final* grains, as in training, give the same mask: of
-        regions that are not open yet, coarser ones were there before, and all others count as free."""
-        following = (prev + 1).clamp(max=self.end)[..., None]                # B, (L,) 1
-        taken = F.pad(grains % (self.n_grains + 1), (0, 1), value=self.n_grains)  # B, N + 1: K where nothing covers
-        taken = taken.gather(1, self.region.expand(len(grains), -1))         # B, P
-        taken = taken if prev.dim() == 1 else taken[:, None]                 # B, (1,) P
-        ahead = (self.ids >= following) & (self.grain == self.grain[following])  # B, (L,) P
-        due = ahead & (taken == self.grain) & (self.first_id < following)
-        opens = ahead & (taken >= self.grain) & self.opens                   # EOS, the last one, is among these
-        stops = due | opens & self.finest                                    # what can't be passed over
-        return (due | opens) & (self.ids <= torch.where(stops, self.ids, self.end).amin(-1, keepdim=True))
+        Candidates lie after prev, in the granularity that is being written. A region is open once its first cell is
+        written; its other cells are then pending. Valid are the first cells of uncovered regions that come before the
+        next pending cell, and that cell. If none is pending, the EOS is valid too. The finest granularity may leave no
+        hole: there only the first candidate is valid. In the class's example:
+            prev  -1 -> 0 1 2 3 4      0 -> 1 2 3 4      3 -> 4        coarse codes may skip regions
+            prev   4 -> 7     (the first hole)           7 -> 8        8 -> 11 (pending)      12 -> 21
+
+        Training calls this with the *final* grains and gets the same mask for all steps at once: regions that are not
+        open yet and turn out finer count as uncovered, and coarser ones were covered before."""
+        following = (prev + 1).clamp(max=self.end)[..., None]                # B, (L,) 1: the id after prev
+        # the granularity that covers an id's region; K where none does yet, and for EOS ids
+        covered_by = F.pad(none_last(grains, self.n_grains), (0, 1), value=self.n_grains)  # B, N + 1
+        covered_by = covered_by.gather(1, self.region.expand(len(grains), -1))  # B, P
+        covered_by = covered_by if prev.dim() == 1 else covered_by[:, None]  # B, (1,) P
+        candidate = (self.ids >= following) & (self.grain == self.grain[following])  # B, (L,) P
+        pending = candidate & (covered_by == self.grain) & (self.first_id < following)
+        opening = candidate & (covered_by >= self.grain) & self.opens        # the last of these is the EOS
+        must_take = pending | opening & self.finest                          # cannot be skipped
+        limit = torch.where(must_take, self.ids, self.end).amin(-1, keepdim=True)  # B, (L,) 1: the first of those
+        return (pending | opening) & (self.ids <= limit)
 
 
-# ------------------------------------------------------------------------------------------------
-# 6  DQ-Transformer (the paper's stage 2: Position-Transformer and Content-Transformer)
-
-def add_linear(x, layer, y):
-    """x + layer(y), one pair in every row, by one kernel. x: (B, 1, C), y: (B, 1, n), layer: without bias"""
-    return torch.addmm(x[:, 0], y[:, 0], layer.weight.t())[:, None]          # B, 1, C
-
+# ---- 6  DQ-Transformer (the paper's stage 2: Position-Transformer and Content-Transformer) -----
 
 def attention(q, k, v, mask=None, dropout=0.0):
     """softmax(q k^T / sqrt(d) + mask) v; causal when there is no mask. q: (B, heads, L, d); k, v: (B, heads, M, d)"""
     if q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None)  # B, heads, L, d
-    # written out: on CPUs a training step with the fused kernel takes twice as long
-    if mask is None:
+    if mask is None:                                                         # on CPUs this trains twice as fast
         mask = torch.full((q.shape[2], k.shape[2]), -math.inf, dtype=q.dtype, device=q.device).triu(1)  # L, M
     weights = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5 + mask).softmax(-1)  # B, heads, L, M
     return F.dropout(weights, dropout) @ v                                   # B, heads, L, d
 
 
-def rope_table(place, d):
-    """Angles of a rotary embedding by place, for `apply_rope`: places (n, 2) -> (n, 2, d). (Su et al., "RoFormer", 2021)
-    Each of the d / 2 planes turns by row or column times a frequency, 1 to 1 / 10, as grids of codes are small: so a
-    product of query and key depends on how far apart in the picture they are, and place 0, 0 is not turned."""
+def rope_table(coordinates, d):
+    """2-D rotary position embedding (RoPE; Su et al., "RoFormer", 2021): (n, 2) -> cosines and signed sines (n, 2, d).
+    Half of the channel pairs rotate with the row, half with the column, at frequencies from 1 to 1/10, because grids of
+    codes are small. Then q . k depends on the offset of two codes in the image. (0, 0) is not rotated."""
     frequency = 10.0 ** -(torch.arange(d // 4) / (d // 4))                   # d/4
-    angle = (place[:, :, None] * frequency).flatten(1)                       # n, d/2: by the row, by the column
+    angle = (coordinates[:, :, None] * frequency).flatten(1)                 # n, d/2: by the row, by the column
     return torch.stack([angle.cos().repeat(1, 2), torch.cat([-angle.sin(), angle.sin()], dim=1)], dim=1)
 
 
-def apply_rope(x, turns):
-    """Turn the planes of channels i and i + d/2 of x (..., d), by cosines and signed sines (..., 2, d)."""
-    cos, sin = turns.type_as(x).unbind(-2)                                   # each ..., d
+def apply_rope(x, rope):
+    """Rotate the channel pairs (i, i + d/2) of x (..., d) by cosines and signed sines (..., 2, d)."""
+    cos, sin = rope.type_as(x).unbind(-2)                                    # each ..., d
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)    # ..., d
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block. In training causal over a whole sequence; in sampling a step over a cache."""
+    """Pre-norm transformer block. `forward` trains on whole sequences, `step` decodes one token with a KV cache."""
     def __init__(self, config):
         super().__init__()
         C = config.width
@@ -617,202 +633,209 @@ class Block(nn.Module):
         self.up, self.down = nn.Linear(C, 4 * C, bias=False), nn.Linear(4 * C, C, bias=False)
         self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, x, turns=None, cache=None, at=None, mask=None):
-        """x: (B, L, C) -> (B, L, C). turns: (B, L, 3, 1, 2, d), by which queries, keys, values are rotated, or None.
-        In sampling L = 1. cache (2, B, heads, M, d): the keys and values of the pairs so far; it takes those of x too,
-        at the rows and places `at`, (B,) and (B,). mask (B, heads, 1, M): -inf where attention is not to look."""
+    def queries_keys_values(self, x, rope):
+        """x: (B, L, C); rope: (B, L, 3, 1, 2, d) or None -> (B, L, 3, heads, d)"""
         B, L, C = x.shape
         qkv = self.qkv(self.norm1(x)).view(B, L, 3, self.heads, C // self.heads)
         if self.qk_norm:
             qk, v = qkv.split([2, 1], dim=2)                                 # B, L, 2, heads, d; B, L, 1, heads, d
             qkv = torch.cat([F.layer_norm(qk, qk.shape[-1:]).type_as(v), v], dim=2)  # B, L, 3, heads, d
-        if turns is not None:
-            qkv = apply_rope(qkv, turns)                                         # B, L, 3, heads, d
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                 # each B, heads, L, d
-        if cache is None:
-            y = attention(q, k, v, dropout=self.dropout if self.training else 0.0)  # B, heads, L, d
-            x = x + self.drop(self.proj(y.transpose(1, 2).reshape(B, L, C)))  # B, L, C
-            return x + self.drop(self.down(F.gelu(self.up(self.norm2(x)))))
-        cache[:, at[0], :, at[1]] = qkv[:, 0, 1:]                            # B, 2, heads, d
-        y = attention(q, *cache, mask)                                       # B, heads, 1, d
-        x = add_linear(x, self.proj, y.view(B, 1, C))                        # B, 1, C
-        return add_linear(x, self.down, F.gelu(self.up(self.norm2(x))))
+        return qkv if rope is None else apply_rope(qkv, rope)                # B, L, 3, heads, d
+
+    def forward(self, x, rope=None):
+        """Causal attention over the sequence: (B, L, C) -> (B, L, C). rope: see DQTransformer.rope_of"""
+        q, k, v = self.queries_keys_values(x, rope).permute(2, 0, 3, 1, 4)   # each B, heads, L, d
+        y = attention(q, k, v, dropout=self.dropout if self.training else 0.0)  # B, heads, L, d
+        x = x + self.drop(self.proj(y.transpose(1, 2).reshape(x.shape)))     # B, L, C
+        return x + self.drop(self.down(F.gelu(self.up(self.norm2(x)))))
+
+    def step(self, x, rope, cache, at, mask):
+        """One token per row: (B, 1, C) -> (B, 1, C). cache (2, B, heads, M, d) holds the keys and values so far; those
+        of x are written into it at `at`, rows (B,) and steps (B,). mask (B, heads, 1, M): -inf where not to attend"""
+        qkv = self.queries_keys_values(x, rope)                              # B, 1, 3, heads, d
+        cache[:, at[0], :, at[1]] = qkv[:, 0, 1:]                            # B, 2, heads, d: indexed dimensions lead
+        y = attention(qkv[:, :, 0].transpose(1, 2), *cache, mask)            # B, heads, 1, d
+        x = torch.addmm(x[:, 0], y.flatten(1), self.proj.weight.t())         # B, C: x + proj(y) by one kernel
+        return torch.addmm(x, F.gelu(self.up(self.norm2(x))), self.down.weight.t())[:, None]  # B, 1, C
 
 
 class DQTransformer(nn.Module):
-    """p(image) = prod_t p(pos_t | before) p(code_t | before, pos_t): where, then what, by two stacks. Each factor sums
-    to 1 over what may come at its step, and every legal walk ends in a complete tiling, so the product sums to 1 over
-    all images. Position comes first: a content needs to know its place and size."""
+    """p(image) = prod_t p(pos_t | pairs before) p(code_t | pairs before, pos_t): one stack predicts the position, and
+    a second one on top of it the content, which depends on location and size. Every factor is normalised over the valid
+    choices, and every valid sequence ends in a complete tiling, so the product is normalised over images."""
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.layout = Layout(config.size, config.factors)
         C, V, P, self.n_classes = config.width, config.codebook_size, self.layout.n_positions, len(config.classes)
         if config.rotary:
-            self.register_buffer("turns", rope_table(self.layout.coordinates, C // config.heads), persistent=False)
-        self.content = nn.Embedding(V + 1, C)                                # the last row is the content of an EOS
+            self.register_buffer("rope", rope_table(self.layout.coordinates, C // config.heads), persistent=False)
+        self.content = nn.Embedding(V + 1, C)                                # last row: the content of an EOS
         self.position = nn.Embedding(P, C)
         self.granularity = nn.Embedding(self.layout.n_grains, C)
         self.order = nn.Embedding(self.layout.max_len, C)
-        self.condition = nn.Embedding(self.n_classes + 1, C)                 # the last row: no label, the start vector
+        self.condition = nn.Embedding(self.n_classes + 1, C)                 # last row: no label
         self.drop = nn.Dropout(config.dropout)
         self.position_stack = nn.ModuleList(Block(config) for _ in range(config.position_layers))
         self.content_stack = nn.ModuleList(Block(config) for _ in range(config.content_layers))
         self.position_norm, self.position_head = nn.LayerNorm(C, bias=False), nn.Linear(C, P, bias=False)
         self.content_norm, self.content_head = nn.LayerNorm(C, bias=False), nn.Linear(C, V, bias=False)
         for name, weight in self.named_parameters():
-            if weight.dim() == 2:                                            # branches and predictions begin as nothing
+            if weight.dim() == 2:                                            # zero: residual projections, output heads
                 zero = name.endswith(("proj.weight", "down.weight", "head.weight"))
                 nn.init.normal_(weight, std=0.0 if zero else 0.02)
 
     def embed(self, pos, code):
-        """A pair as a vector: content, shared by the granularities, + position, a row per id, + granularity.
-        pos, code (...) -> (..., C)"""
-        content = self.content(code % (self.config.codebook_size + 1))       # that of an EOS, -1, is the last row
+        """content (shared by all granularities) + position (a row per id) + granularity. pos, code (...) -> (..., C)"""
+        content = self.content(none_last(code, self.config.codebook_size))   # ..., C
         return content + self.position(pos) + self.granularity(self.layout.grain[pos])
 
     def rope_of(self, queries, keys):
-        """How a block rotates queries and keys that belong to these position ids, (B, L), -1 for the start."""
-        if self.config.rotary:                                               # values stay, as if at the start
+        """RoPE tables for queries and keys at these position ids (B, L), -1 for the start -> (B, L, 3, 1, 2, d)."""
+        if self.config.rotary:                                               # v: as the start, which rotates nothing
             ids = torch.stack([queries, keys, torch.full_like(keys, -1)], dim=-1)  # B, L, 3
-            return self.turns[ids][:, :, :, None]                            # B, L, 3, 1, 2, d
+            return self.rope[ids][:, :, :, None]                             # B, L, 3, 1, 2, d
 
     def logits(self, pos, code, label=None):
-        """pos, code (B, L), label (B,), -1 or None: no label -> position logits (B, L, P), -inf where not legal, and
-        content logits (B, L, V). Entry t depends on the label and the pairs before t, of contents on pos[:, t] too.
-        To the t-th input of the position stack, the label's or a pair's vector, `order` adds row t; dropout follows."""
+        """pos, code (B, L), label (B,), -1 or None: no label -> position logits (B, L, P), -inf where not valid, and
+        content logits (B, L, V). Entry t depends on the label and the pairs before t; the content logits also depend on
+        pos[:, t]. Input t of the position stack is the condition (t = 0) or pair t - 1, plus the learned order[t]."""
         B, L = pos.shape
         label = torch.full_like(pos[:, 0], -1) if label is None else label
         if self.training:
             hide = torch.rand(B, device=pos.device) < self.config.label_dropout
             label = torch.where(hide, -1, label)
-        start = self.condition(label % (self.n_classes + 1))[:, None]        # B, 1, C; that of -1 is the last row
+        start = self.condition(none_last(label, self.n_classes))[:, None]    # B, 1, C
         x = torch.cat([start, self.embed(pos[:, :-1], code[:, :-1])], dim=1)  # B, L, C
         h = self.drop(x + self.order.weight[:L])
         prev = F.pad(pos[:, :-1], (1, 0), value=-1)                          # B, L
-        turns = self.rope_of(prev, prev)                                    # entry t holds the pair before t
+        rope = self.rope_of(prev, prev)                                      # entry t holds the pair before t
         for block in self.position_stack:
-            h = block(h, turns)                                              # B, L, C
+            h = block(h, rope)                                               # B, L, C
         legal = self.layout.legal(prev, self.layout.grains(pos))             # B, L, P
-        position = self.position_head(self.position_norm(h)).float()         # B, L, P
-        h = h + self.position(pos)                                           # now it knows where,
-        turns = self.rope_of(pos, prev)                                     # and looks around from there
+        position_logits = self.position_head(self.position_norm(h)).float()  # B, L, P
+        h = h + self.position(pos)                                           # add the chosen position: from here on
+        rope = self.rope_of(pos, prev)                                       # queries use it, keys the pair before
         for block in self.content_stack:
-            h = block(h, turns)
-        content = self.content_head(self.content_norm(h)).float()            # B, L, V
-        return position.masked_fill(~legal, -math.inf), content
+            h = block(h, rope)
+        content_logits = self.content_head(self.content_norm(h)).float()     # B, L, V
+        return position_logits.masked_fill(~legal, -math.inf), content_logits
 
     def forward(self, pos, code, label=None):
-        """-> {"position": (B,), "content": (B,)}: negative log-likelihoods of the images, in nats."""
+        """-> {"position": (B,), "content": (B,)}: negative log-likelihoods of the images, in nats.
+        A position costs nothing where only one id is valid, a content nothing at an EOS."""
         position, content = self.logits(pos, code, label)
         nll = dict(position=F.cross_entropy(position.flatten(0, 1), pos.flatten(), reduction="none"),  # B L
                    content=F.cross_entropy(content.flatten(0, 1), code.flatten(), reduction="none", ignore_index=-1))
-        return {name: each.view(pos.shape).sum(1) for name, each in nll.items()}  # 0 where forced, 0 at EOS
+        return {name: each.view(pos.shape).sum(1) for name, each in nll.items()}
 
 
-# ------------------------------------------------------------------------------------------------
-# 7  Sampling
+# ---- 7  Sampling -------------------------------------------------------------------------------
 
 class SampleOptions(NamedTuple):
-    """Guidance, unlabelled + cfg (labelled - unlabelled), and temperature on both draws; top-k, top-p on contents."""
+    """Classifier-free guidance, uncond + cfg (cond - uncond), and temperature apply to positions and contents; top-k
+    and top-p to contents only."""
     temperature: float = 1.0
-    top_k: int = 0                       # 0: all
-    top_p: float = 1.0
-    cfg: float = 1.0                     # 1: no guidance
+    top_k: int = 0                       # 0: off
+    top_p: float = 1.0                   # 1: off
+    cfg: float = 1.0                     # 1: off
 
     def check(self):
-        require(1e-6 <= self.temperature <= 1e6, f"temperature must lie in 1e-6 to 1e6, not {self.temperature}")
-        require(self.top_k >= 0, f"top-k must be at least 0 (0: all), not {self.top_k}")
+        require(1e-6 <= self.temperature <= 1e6, f"temperature must be between 1e-6 and 1e6, not {self.temperature}")
+        require(self.top_k >= 0, f"top-k must be at least 0 (0: off), not {self.top_k}")
         require(0 < self.top_p <= 1, f"top-p must be above 0 and at most 1, not {self.top_p}")
-        require(0 <= self.cfg <= 1e6, f"cfg must lie in 0 to 1e6, not {self.cfg}")
+        require(0 <= self.cfg <= 1e6, f"cfg must be between 0 and 1e6, not {self.cfg}")
 
 
-def filter_logits(logits, top_k, top_p):
-    """-inf for all but the k likeliest, ties included, and of these, renormalised, the fewest that reach p. (B, V)"""
-    if 0 < top_k < logits.shape[-1]:
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
-    if top_p < 1:
-        probs, order = logits.softmax(-1).sort(-1, descending=True)
-        surplus = probs.cumsum(-1) - probs >= top_p                          # already reached without this one
-        logits = logits.masked_fill(torch.zeros_like(surplus).scatter(1, order, surplus), -math.inf)
-    return logits
-
-
-def draw(logits, u):
-    """The first entry whose cumulated probability reaches u times the sum. logits (B, n), u (B,) in (0, 1] -> (B,)"""
-    p = logits.softmax(-1)                                                   # B, n
-    cdf = p.cumsum(-1).masked_fill(p == 0, 0.0)                              # what can't be drawn is never reached
-    reached = cdf >= u[:, None] * cdf.amax(-1, keepdim=True)                 # the largest is 1, but for rounding
-    return reached.int().argmax(-1)                                          # B: the first of those
-
-
-class Job(NamedTuple):
-    """What is wanted, n images. Row n is for slots that have run out of images; what they write is thrown away."""
-    condition: torch.Tensor              # n + 1, 1 or, with guidance, 2: rows of the condition embedding
-    uniform: torch.Tensor                # n + 1, L, 2: what decides the draws of position and content
-    given: torch.Tensor                  # n + 1, L, 2: position and content, -1 where they are to be drawn; or None
-    options: SampleOptions
-
-
-class State(NamedTuple):
-    """What changes while B slots write images; R = B rows, or 2 B with guidance: labelled, then unlabelled."""
-    cache: list                          # for each layer its keys and values: 2, R, heads, M, d
-    image: torch.Tensor                  # B: which image the slot is writing; n when there is none left
-    newest: torch.Tensor                 # scalar: the last image that a slot has begun
-    t: torch.Tensor                      # B: number of the pair that comes next
-    last: torch.Tensor                   # B: position of the pair before, -1 at the start
-    last_code: torch.Tensor              # B: its content
-    grains: torch.Tensor                 # B, N + 1: granularities known so far; in the last column EOS ids write
-    pos: torch.Tensor                    # n + 1, L: the images; the end id where nothing is written
-    code: torch.Tensor                   # n + 1, L
-
-
-def make_job(model, label, options, seed, given, first, copies):
-    """The job of `generate`, whose arguments these are. copies: 2 with guidance"""
-    n, L, device = len(label), model.layout.max_len, label.device
-    # each image has a generator of its own, so its draws depend on the seed and its number, and on nothing else
-    uniform = [1 - numpy_rng(seed, i).random((L, 2), np.float32)        # 1 - [0, 1) is (0, 1]
-               for i in range(first, first + n + 1)]
-    condition = torch.stack([label, torch.full_like(label, -1)], dim=1)[:, :copies] % (model.n_classes + 1)
-    given = given and F.pad(torch.stack(given, dim=-1), (0, 0, 0, 0, 0, 1), value=-1)  # n + 1, L, 2
-    return Job(F.pad(condition, (0, 0, 0, 1)), torch.from_numpy(np.stack(uniform)).to(device), given, options)
-
-
-def first_state(model, n, slots, rows, end, device):
-    """In front of the first step, with caches for `end` pairs."""
-    config, layout = model.config, model.layout
-    cache = model.order.weight.new_zeros(2, rows, config.heads, end, config.width // config.heads)
-    with device:
-        return State([cache.clone() for _ in range(config.position_layers + config.content_layers)],
-                     image=torch.arange(slots), newest=torch.full((), slots - 1), t=torch.full((slots,), 0),
-                     last=torch.full((slots,), -1), last_code=torch.full((slots,), -1),
-                     grains=torch.full((slots, layout.n_regions + 1), -1),
-                     pos=torch.full((n + 1, layout.max_len), layout.end), code=torch.full((n + 1, layout.max_len), -1))
-
-
-def guided(logits, options, B):
-    """Logits (R, 1, n) of labelled and, with guidance, unlabelled rows -> (B, n), divided by the temperature."""
-    logits = logits[:, 0].float()                                            # R, n
+def apply_guidance(logits, options, B):
+    """Logits of B conditional rows and, with guidance, B unconditional ones, (R, n) -> (B, n), over temperature."""
+    logits = logits.float()
     if len(logits) > B:
         labelled, unlabelled = logits.chunk(2)
         logits = unlabelled + options.cfg * (labelled - unlabelled)
     return logits / options.temperature                                      # B, n
 
 
+def filter_logits(logits, top_k, top_p):
+    """Keep the top k (ties included), then the nucleus, the fewest of these that reach p after renormalising; all other
+    entries become -inf. logits: (B, V)"""
+    if 0 < top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
+    if top_p < 1:
+        probs, order = logits.softmax(-1).sort(-1, descending=True)
+        surplus = probs.cumsum(-1) - probs >= top_p                          # p is reached without this entry
+        logits = logits.masked_fill(torch.zeros_like(surplus).scatter(1, order, surplus), -math.inf)
+    return logits
+
+
+def draw(logits, u):
+    """The first entry whose cumulative probability reaches u (inverse CDF). logits (B, n), u (B,) in (0, 1] -> (B,)"""
+    p = logits.softmax(-1)                                                   # B, n
+    cdf = p.cumsum(-1).masked_fill(p == 0, 0.0)                              # impossible entries never reach u
+    reached = cdf >= u[:, None] * cdf.amax(-1, keepdim=True)                 # the largest is 1, up to rounding
+    return reached.int().argmax(-1)                                          # B: the first of those
+
+
+@torch.no_grad()
+def generate_one(model, label=-1, options=SampleOptions(), seed=0, index=0):
+    """The simplest sampler: one image and no cache, so every step reads the whole sequence again. label: class, -1 for
+    none -> pos, code (L,), up to and including the last EOS: image `index` of `generate`. For models in eval mode."""
+    layout, device = model.layout, model.order.weight.device
+    labels = torch.tensor([label] if options.cfg == 1 else [label, -1], device=device)  # R = 1, or 2 with guidance
+    u = torch.from_numpy(1 - numpy_rng(seed, index).random((layout.max_len, 2), np.float32)).to(device)  # L, 2
+    pos, code = torch.zeros(2, 1, 0, dtype=torch.long, device=device)        # each 1, 0
+    for t in range(layout.max_len):
+        pos, code = F.pad(pos, (0, 1), value=layout.end), F.pad(code, (0, 1), value=-1)  # each 1, t + 1; placeholders
+        valid = model.layout.legal(F.pad(pos, (1, 0), value=-1)[:, t], layout.grains(pos))  # 1, P
+        logits, _ = model.logits(pos.expand(len(labels), -1), code.expand(len(labels), -1), labels)  # R, t + 1, P
+        logits = apply_guidance(logits[:, t], options, 1).masked_fill(~valid, -math.inf)  # 1, P
+        pos[:, t] = draw(logits, u[t, :1])
+        _, logits = model.logits(pos.expand(len(labels), -1), code.expand(len(labels), -1), labels)  # R, t + 1, V
+        logits = filter_logits(apply_guidance(logits[:, t], options, 1), options.top_k, options.top_p)  # 1, V
+        code[:, t] = torch.where(layout.is_eos[pos[:, t]], -1, draw(logits, u[t, 1:]))
+        if pos[0, t] == layout.end:
+            return pos[0], code[0]
+
+
+# The same for many images, fast: continuous batching with a KV cache. B slots (batch rows) decode one pair per step; a
+# slot whose image is complete starts the next one, so that the cost follows the mean length.
+
+
+class Job(NamedTuple):
+    """The constant inputs of a sampling run for n images. Row n is a dummy for idle slots."""
+    condition: torch.Tensor              # n + 1, 1 or, with guidance, 2: rows of the condition embedding
+    uniform: torch.Tensor                # n + 1, L, 2: random numbers for position and content
+    given: torch.Tensor                  # n + 1, L, 2: position and content, -1 where they are sampled; or None
+    options: SampleOptions
+
+
+class State(NamedTuple):
+    """The mutable decoding state of B slots. R = B rows, or 2 B with guidance: conditional, then unconditional ones."""
+    cache: list                          # keys and values of each layer: 2, R, heads, M, d
+    image: torch.Tensor                  # B: index of the slot's image; n when the slot is idle
+    newest: torch.Tensor                 # scalar: index of the most recently started image
+    t: torch.Tensor                      # B: step within the image
+    last: torch.Tensor                   # B: position of the previous pair, -1 at the start
+    last_code: torch.Tensor              # B: its content
+    grains: torch.Tensor                 # B, N + 1: granularities known so far; the last column is a target for EOS ids
+    pos: torch.Tensor                    # n + 1, L: the images; `end` where nothing is written
+    code: torch.Tensor                   # n + 1, L
+
+
 def decode_one(model, job, state, end):
-    """Write one more pair of the image in every slot. Attention sees `end` places of the cache, more than any t.
-    Changes nothing but `state`, in place, and never asks the device for a value, so it can be captured as a graph."""
+    """Sample one pair in every slot. Attention reads the first `end` > max(t) entries of the cache.
+    Changes `state` in place and nothing else. Never synchronises with the device, so it can be captured as a graph."""
     options, image, t = job.options, state.image, state.t
     B, R = len(t), state.cache[0].shape[1]
     u = job.uniform[image, t].unbind(1)                                      # 2 x (B,)
     given = (None, None) if job.given is None else job.given[image, t].unbind(1)  # 2 x (B,)
 
     def twice(x):
-        return torch.cat([x, x]) if R > B else x                             # R, ...: for labelled and unlabelled rows
-    def unless_given(drawn, given):
-        return drawn if given is None else torch.where(given < 0, drawn, given)  # B
+        return torch.cat([x, x]) if R > B else x                             # R, ...: conditional, unconditional rows
+    def unless_given(sampled, given):
+        return sampled if given is None else torch.where(given < 0, sampled, given)  # B
 
-    # embed the last pair, or at the start the condition
+    # embed the previous pair, or the condition at the start
     condition = model.condition(job.condition[image].t().flatten())          # R, C
     at, last = (torch.arange(R, device=t.device), twice(t)), twice(state.last)
     pair = twice(model.embed(state.last.clamp(min=0), state.last_code))      # R, C
@@ -822,28 +845,28 @@ def decode_one(model, job, state, end):
     mask = torch.zeros(R, model.config.heads, 1, end, dtype=h.dtype, device=t.device).masked_fill(future, -math.inf)
     caches = [cache[..., :end, :] for cache in state.cache]
 
-    # where: position stack, then one draw among the legal ids
-    turns = model.rope_of(last[:, None], last[:, None])
+    # where: the position stack, then a sample of the valid ids
+    rope = model.rope_of(last[:, None], last[:, None])
     for block, cache in zip(model.position_stack, caches):
-        h = block(h, turns, cache, at, mask)                                 # R, 1, C
-    logits = guided(model.position_head(model.position_norm(h)), options, B)  # B, P
+        h = block.step(h, rope, cache, at, mask)                             # R, 1, C
+    logits = apply_guidance(model.position_head(model.position_norm(h))[:, 0], options, B)  # B, P
     logits = logits.masked_fill(~model.layout.legal(state.last, state.grains[:, :-1]), -math.inf)
     pos = unless_given(draw(logits, u[0]), given[0])                         # B
 
-    # what: content stack, then one draw
+    # what: the content stack, then a sample of the codebook
     h = h + model.position(twice(pos))[:, None]                              # R, 1, C
-    turns = model.rope_of(twice(pos)[:, None], last[:, None])
+    rope = model.rope_of(twice(pos)[:, None], last[:, None])
     for block, cache in zip(model.content_stack, caches[len(model.position_stack):]):
-        h = block(h, turns, cache, at, mask)
-    logits = guided(model.content_head(model.content_norm(h)), options, B)   # B, V
+        h = block.step(h, rope, cache, at, mask)
+    logits = apply_guidance(model.content_head(model.content_norm(h))[:, 0], options, B)  # B, V
     code = draw(filter_logits(logits, options.top_k, options.top_p), u[1])   # B
     code = unless_given(code, given[1]).masked_fill(model.layout.is_eos[pos], -1)
     write(model.layout, state, pos, code)
 
 
 def write(layout, state, pos, code):
-    """Store a pair (B,), (B,) of each slot's image. Behind its last EOS a slot goes on with the next image: slots that
-    end together take consecutive ones."""
+    """Store a pair (B,), (B,) of each slot's image. After its last EOS a slot starts the next image; slots that finish
+    together take consecutive ones."""
     state.pos[state.image, state.t], state.code[state.image, state.t] = pos, code
     state.grains.scatter_(1, layout.region[pos][:, None], layout.grain[pos][:, None])
     done = pos == layout.end                                                 # B
@@ -857,84 +880,116 @@ def write(layout, state, pos, code):
     state.grains.masked_fill_(done[:, None], -1)
 
 
+def start(model, label, options, seed, given, first, slots, end):
+    """-> the Job and the initial State of B = `slots` slots, with a KV cache of length `end`. See `generate`."""
+    n, layout, config, device = len(label), model.layout, model.config, label.device
+    copies = 2 if options.cfg != 1 and model.n_classes else 1                # rows per image
+    labels = torch.stack([label, torch.full_like(label, -1)], dim=1)[:, :copies]
+    # one generator per image: its random numbers, in (0, 1], depend on the seed and its index alone
+    uniform = [1 - numpy_rng(seed, first + i).random((layout.max_len, 2), np.float32) for i in range(n + 1)]
+    given = given and F.pad(torch.stack(given, dim=-1), (0, 0, 0, 0, 0, 1), value=-1)  # n + 1, L, 2
+    cache = model.order.weight.new_zeros(2, copies * slots, config.heads, end, config.width // config.heads)
+    with device:
+        state = State([cache.clone() for _ in range(config.position_layers + config.content_layers)],
+                      image=torch.arange(slots), newest=torch.full((), slots - 1), t=torch.full((slots,), 0),
+                      last=torch.full((slots,), -1), last_code=torch.full((slots,), -1),
+                      grains=torch.full((slots, layout.n_regions + 1), -1),
+                      pos=torch.full((n + 1, layout.max_len), layout.end),
+                      code=torch.full((n + 1, layout.max_len), -1))
+    condition = F.pad(none_last(labels, model.n_classes), (0, 0, 0, 1))      # n + 1, copies
+    return Job(condition, torch.from_numpy(np.stack(uniform)).to(device), given, options), state
+
+
+def check_given(model, pos, code):
+    """UserError unless the given pairs (n, L) begin with a valid prefix, and their contents are in the codebook."""
+    layout, V = model.layout, model.config.codebook_size
+    require(-1 <= code.min() and code.max() < V, f"given contents must be below {V}, the codebook's size")
+    require(-1 <= pos.min() and pos.max() <= layout.end, f"given positions must be below {layout.n_positions}")
+    for pos in pos.unique(dim=0).split(8):                                   # the mask takes much memory
+        known = pos >= 0
+        require((known.int().diff(dim=1) <= 0).all(), "given positions must form a prefix of the sequence")
+        pos = torch.where(known, pos, layout.end)
+        legal = layout.legal(F.pad(pos[:, :-1], (1, 0), value=-1), layout.grains(pos))  # 8, L, P
+        require((legal.gather(2, pos[..., None])[..., 0] | ~known).all(), "given positions leave holes, or overlap")
+
+
+def generate(model, label, options=SampleOptions(), seed=0, given=None, slots=None, first=0, graphs=None, bucket=None,
+             sync_every=None, compile=False):
+    """Sample images. label: (n,) classes, -1 for none -> pos, code, each (n, max_len); Layout.unpack reads them.
+
+    Image i depends on its label, the seed and first + i alone. given: optional (pos, code), each (n, max_len), -1 where
+    it is sampled; given positions must form a prefix of the sequence. slots: images that are decoded at a time
+    (None: all). For speed only: the cache length grows in steps of `bucket` pairs; graphs (None: on GPUs) captures a
+    CUDA graph for each of these lengths; sync_every is the number of steps between host synchronisations."""
+    options.check()
+    n, L, device = len(label), model.layout.max_len, label.device
+    last = max(0, model.n_classes - 1)                                       # without classes, 0 is the same as none
+    require(((label >= -1) & (label <= last)).all(), f"labels must be -1 (none) to {last}")
+    if given is not None:
+        check_given(model, *given)
+    graphs = device.type == "cuda" if graphs is None else graphs
+    bucket, sync_every = bucket or (128 if graphs else 32), sync_every or (32 if graphs else 1)
+    step, slots = torch.compile(decode_one) if compile else decode_one, max(1, min(n, slots or n))
+    with torch.inference_mode(), torch.cuda.device_of(label), torch.autocast(device.type, enabled=False):
+        longest, end = 0, -(-L // bucket) * bucket if graphs else bucket     # longest: upper bound on t
+        job, state = start(model, label, options, seed, given, first, slots, end)
+        take = (captured_steps if graphs else plain_steps)(step, model, job, state)
+        for n_steps in itertools.count(1):
+            take((longest // bucket + 1) * bucket)
+            longest = min(longest + 1, L - 1)
+            if n_steps % sync_every == 0:
+                oldest, longest = torch.stack([state.image.min(), state.t.max()]).tolist()
+                if oldest == n:                                              # all slots are idle
+                    break
+    return state.pos[:n].clone(), state.code[:n].clone()                     # normal tensors, no inference tensors
+
+
 def plain_steps(step, model, job, state):
-    """-> a function that takes a step with room for `end` pairs. The caches grow, and shrink by half, to fit: CPUs read
-    caches without gaps up to three times faster than slices."""
+    """-> a function that takes a step with a cache of at least `end` pairs. The cache is reallocated to fit: on CPUs
+    contiguous caches are up to three times faster than slices."""
     def take(end):
         nonlocal state
         size = state.cache[0].shape[3]
-        if end > size or end <= size // 2:                                   # a negative padding crops
+        if end > size or end <= size // 2:                                   # negative padding crops
             state = state._replace(cache=[F.pad(old, (0, 0, 0, end - size)) for old in state.cache])
         step(model, job, state, state.cache[0].shape[3])
     return take
 
 
 def captured_steps(step, model, job, state):
-    """The same, by CUDA graphs, one for each `end`. They read memory that stays where it is."""
+    """The same by CUDA graphs, one for each `end`. Graphs need fixed memory addresses, so the cache has full length."""
     graphs, pool, stream = {}, torch.cuda.graph_pool_handle(), torch.cuda.Stream(state.t.device)
     def take(end):
         if end in graphs:
             return graphs[end].replay()
-        step(model, job, state, end)                                         # a step like any other, and the warm-up of
-        graphs[end] = torch.cuda.CUDAGraph()                                 # the capture, which computes nothing
+        step(model, job, state, end)                                         # also warms up; a capture computes nothing
+        graphs[end] = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graphs[end], pool=pool, stream=stream):
             step(model, job, state, end)
     return take
 
 
-@torch.inference_mode()
-def generate(model, label, options=SampleOptions(), seed=0, given=None, slots=None, first=0, graphs=None, bucket=None,
-             sync_every=None, compile=False):
-    """Draw images. label: (n,) classes, -1 for none -> pos, code, each (n, max_len); Layout.unpack reads them.
-    given: optional (pos, code), each (n, max_len), -1 where it is to be drawn; positions that are given come first.
-    slots: how many images are written at a time (None: all); a slot whose image is complete takes the next, so the
-    cost follows the mean length. Image i depends on its label, the seed and first + i alone.
-    For speed. bucket: attention sees a part of the cache that grows by so many places. graphs (None: on GPUs): for each
-    such size a step is captured as a CUDA graph when first needed. sync_every: steps between the host's looks."""
-    options.check()
-    n, L, device = len(label), model.layout.max_len, label.device
-    require((label < max(1, model.n_classes)).all(), f"labels must be below {model.n_classes}, the number of classes")
-    in_front = given is None or ((given[0] < 0).int().diff(dim=1) >= 0).all()  # what is left can then be tiled
-    require(in_front, "given positions must stand in front of those that are to be drawn")
-    graphs = device.type == "cuda" if graphs is None else graphs
-    bucket, sync_every = bucket or (128 if graphs else 32), sync_every or (32 if graphs else 1)
-    step, slots = torch.compile(decode_one) if compile else decode_one, max(1, min(n, slots or n))
-    copies = 2 if options.cfg != 1 and model.n_classes else 1
-    with torch.cuda.device_of(label), torch.autocast(device.type, enabled=False):
-        job = make_job(model, label, options, seed, given, first, copies)
-        state = first_state(model, n, slots, copies * slots, -(-L // bucket) * bucket if graphs else bucket, device)
-        take = (captured_steps if graphs else plain_steps)(step, model, job, state)
-        furthest = 0                                                         # no slot is further than this
-        for n_steps in itertools.count(1):
-            take((furthest // bucket + 1) * bucket)
-            furthest = min(furthest + 1, L - 1)
-            if n_steps % sync_every == 0:
-                least, furthest = torch.stack([state.image.min(), state.t.max()]).tolist()
-                if least == n:                                               # every slot has run out of images
-                    return state.pos[:n], state.code[:n]
+# ---- 8  Checkpoints ----------------------------------------------------------------------------
 
-
-# ------------------------------------------------------------------------------------------------
-# 8  Checkpoints
-
-def write_file(path, save):
-    """save(file) under another name first, so that whatever fails or stops leaves the older file whole."""
+def write_file(path, save, sync=True):
+    """Atomic write: save(file) to a temporary file, then rename it, so that a failure leaves the older file intact.
+    sync: wait until the disk has the data; False for files that are easy to make again."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
             save(file)
             file.flush()
-            os.fsync(file)
+            if sync:
+                os.fsync(file)
         os.replace(temporary, path)
     except (OSError, RuntimeError, ValueError) as error:
-        reason = str(error).split("\n")[0]
-        raise UserError(f"could not write {path} ({reason}); what was there before is whole") from None
+        raise UserError(f"could not write {path} ({str(error).splitlines()[0]}); the previous file is intact") from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def save_checkpoint(path, kind, config, model, **state):
-    """One file: kind, config as a plain dict, weights, and whatever a trainer needs to go on."""
+    """One file: kind, config as a plain dict, weights, and whatever a trainer needs to resume."""
     checkpoint = dict(kind=kind, layout=Layout.name, config=asdict(config), weights=model.state_dict(), **state)
     write_file(path, lambda file: torch.save(checkpoint, file))
 
@@ -945,26 +1000,26 @@ def load_checkpoint(path, kind):
     require(os.path.isfile(path), f"no such file: {path} ({maker} writes it)")
     try:
         with zipfile.ZipFile(path) as archive:
-            require(archive.testzip() is None, "a checksum is wrong")        # torch.load doesn't look at them
+            require(archive.testzip() is None, "wrong checksum")             # torch.load doesn't verify them
         checkpoint = torch.load(path, map_location="cpu", mmap=kind == "dq-codes", weights_only=True)  # runs no code
         found = checkpoint.get("kind", "something else")
     except Exception as error:
-        raise UserError(f"{path} is not a checkpoint, or is damaged ({type(error).__name__})") from None
+        raise UserError(f"{path} is not a checkpoint, or is corrupt ({type(error).__name__})") from None
     require(found == kind, f"{path} holds {found}; a {kind} is needed ({maker} writes it)")
     if kind == "dq-transformer":
         layout = checkpoint.get("layout", "of an older version")
-        require(layout == Layout.name, f"{path} was trained on sequences in another order ({layout}) than is read here "
-                                       f"({Layout.name}); {maker} trains a new one")
+        require(layout == Layout.name, f"{path} was trained with another token order ({layout}; this version uses "
+                                       f"{Layout.name}); retrain with {maker}")
     return checkpoint
 
 
 def rebuild(model_class, config_class, config, weights, device):
-    """A saved model for use, not for training. config: the dict that was saved"""
+    """Rebuild a saved model in evaluation mode, without gradients. config: the dict that was saved"""
     try:
         model = model_class(config_class(**config))
         model.load_state_dict(weights)
     except (TypeError, AttributeError, RuntimeError) as error:
-        raise UserError(f"the checkpoint is damaged or of another version ({str(error).splitlines()[0]})") from None
+        raise UserError(f"the checkpoint is corrupt or from another version ({str(error).splitlines()[0]})") from None
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -974,22 +1029,21 @@ def load_vae(path, device):
 
 
 def load_transformer(path, device):
-    """-> DQTransformer and the DQVAE that its checkpoint carries."""
+    """-> DQTransformer and the DQVAE that is bundled in its checkpoint."""
     saved = load_checkpoint(path, "dq-transformer")
     return (rebuild(DQTransformer, TransformerConfig, saved.get("config"), saved.get("weights"), device),
             rebuild(DQVAE, VAEConfig, saved.get("vae_config"), saved.get("vae_weights"), device))
 
 
-# ------------------------------------------------------------------------------------------------
-# 9  Several processes
+# ---- 9  Several processes, and random numbers that do not depend on them -----------------------
 
 def rank_world():
-    """-> number of this process, how many share a batch under torchrun: 0, 1 without it."""
+    """-> rank and world size under torchrun, (0, 1) without it."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
 
 def all_reduce_sum(x):
-    """Sum of a tensor over the processes, without a gradient."""
+    """Sum of a tensor over the ranks, without gradient."""
     if rank_world()[1] > 1:
         x = x.detach().clone()
         dist.all_reduce(x)
@@ -997,22 +1051,23 @@ def all_reduce_sum(x):
 
 
 def sample_global(fill, shape, device):
-    """Random numbers (B, ...) for the images of this process. Every process draws the same, for the whole batch, and
-    takes its part: together they have what one would have. fill: torch.Tensor.uniform_, say"""
+    """Random numbers (B, ...) for the images of this rank. Every rank samples those of the global batch and keeps its
+    slice, so results don't depend on the number of ranks. fill: torch.Tensor.uniform_, for example"""
     rank, world = rank_world()
     return fill(torch.empty(world * shape[0], *shape[1:], device=device)).chunk(world)[rank]
 
 
 def sample_vectors(z, weight, n):
-    """Vectors z (M, D) of all processes, drawn by weight (M,), none twice: n of them, or all -> (up to n, D)"""
-    (rank, world), M = rank_world(), len(z)
-    weights = torch.zeros(world, M, device=z.device)
-    weights[rank] = weight.nan_to_num(1.0)                                   # if the loss is NaN, the trainer says so
-    chosen = torch.multinomial(all_reduce_sum(weights).view(-1), min(n, world * M))   # n
-    mine = (chosen // M == rank)[:, None]                                    # n, 1
-    return all_reduce_sum(torch.where(mine, z[chosen % M], 0))                        # n, D: each came from one process
+    """n vectors of z (m, D) of all ranks, or all, sampled without replacement by weight (m,). -> (up to n, D)"""
+    (rank, world), m = rank_world(), len(z)
+    weights = torch.zeros(world, m, device=z.device)
+    weights[rank] = weight.nan_to_num(1.0)                                   # a NaN is reported by the trainer
+    chosen = torch.multinomial(all_reduce_sum(weights).view(-1), min(n, world * m))  # n
+    mine = (chosen // m == rank)[:, None]                                    # n, 1
+    return all_reduce_sum(torch.where(mine, z[chosen % m], 0))               # n, D: each came from one rank
 
 
 def numpy_rng(*seeds):
-    """numpy's generator for whole numbers below 2^64, each as two words: so no others, as many, make the same one."""
+    """NumPy's generator, seeded with integers below 2**64. Each is split into two 32-bit words: different seeds, as
+    many, give different streams."""
     return np.random.default_rng([seed % 2 ** 32 for seed in seeds] + [seed >> 32 for seed in seeds])

@@ -33,11 +33,11 @@ def test_checkpoints(tmp_path):
     whole = path.read_bytes()
     for missing in ({"kind": "dq-vae"}, {"kind": "dq-vae", "config": {"colour": 1}, "weights": {}}):
         torch.save(missing, path)
-        with pytest.raises(dq.UserError, match="damaged or of another version"):
+        with pytest.raises(dq.UserError, match="corrupt or from another version"):
             dq.load_vae(path, torch.device("cpu"))
     for damage in (b"", b"hello", whole[:len(whole) // 2]):
         path.write_bytes(damage)
-        with pytest.raises(ValueError, match="damaged"):
+        with pytest.raises(ValueError, match="corrupt"):
             dq.load_checkpoint(path, "dq-vae")
 
 
@@ -48,7 +48,7 @@ def test_a_flipped_bit_is_seen(tmp_path):
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1                                                # torch.load does not look at checksums
     path.write_bytes(data)
-    with pytest.raises(dq.UserError, match="damaged"):
+    with pytest.raises(dq.UserError, match="corrupt"):
         dq.load_checkpoint(path, "dq-codes")
 
 
@@ -72,7 +72,7 @@ def test_a_file_is_whole_or_as_it_was(error, tmp_path):
     with pytest.raises(KeyboardInterrupt if error is KeyboardInterrupt else dq.UserError) as told:
         dq.write_file(tmp_path / "x.png", save)
     if error is not KeyboardInterrupt:
-        assert str(told.value).startswith(f"could not write {tmp_path / 'x.png'} (for some reason); what was there")
+        assert str(told.value).startswith(f"could not write {tmp_path / 'x.png'} (for some reason); the previous file")
     assert [path.name for path in tmp_path.iterdir()] == ["x.png"] and (tmp_path / "x.png").read_bytes() == b"old"
     dq.write_file(tmp_path / "x.png", lambda file: file.write(b"new"))
     assert [path.name for path in tmp_path.iterdir()] == ["x.png"] and (tmp_path / "x.png").read_bytes() == b"new"
@@ -88,8 +88,8 @@ def test_checkpoints_of_other_orders_are_refused(run, tmp_path):
         torch.save({name: x for name, x in held.items() if name != "layout"} | ({"layout": layout} if layout else {}),
                    out / "transformer.pt")
         before = {path: path.read_bytes() for path in out.iterdir()}
-        line = (f"error: {out / 'transformer.pt'} was trained on sequences in another order ({told}) than is read here "
-                "(coarse to fine, row by row); train_transformer.py trains a new one")
+        line = (f"error: {out / 'transformer.pt'} was trained with another token order ({told}; this version uses "
+                "coarse to fine, row by row); retrain with train_transformer.py")
         assert call(sample.main, out / "transformer.pt") == line
         assert call(train_transformer.main, "--out", out, "--resume", *TRANSFORMER) == line
         assert {path: path.read_bytes() for path in out.iterdir()} == before

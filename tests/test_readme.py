@@ -1,7 +1,9 @@
-"""README.md and the tools' RESULTS.md: every command in them is one that its script understands.
+"""README.md and the other pages: every command in them is one that its script understands.
 
     the commands     test_every_command_is_understood, test_torchrun_can_share_the_batch
     links            test_every_link_leads_to_a_file_or_a_heading
+    use from Python  test_the_example_in_python_runs
+    its length       test_readme_is_a_landing_page
 """
 import argparse
 import re
@@ -15,7 +17,8 @@ import train_transformer
 import train_vae
 from conftest import ROOT
 
-PAGES = [ROOT / "README.md", ROOT / "tests/tools/RESULTS.md", ROOT / "tests/course/README.md"]
+PAGES = [ROOT / name for name in ("README.md", "tests/tools/RESULTS.md", "tests/tools/MANUAL.md", "tests/course/README.md",
+                               "assets/README.md")]
 COMMAND = re.compile(r"\s*((?:\w+/)*\w+\.py)((?:\s.*)?)$")
 
 
@@ -83,3 +86,19 @@ def test_every_link_leads_to_a_file_or_a_heading(page):
         assert file.exists(), target
         if anchor:
             assert anchor in {heading(title) for title in re.findall(r"^#+ (.*)$", file.read_text(), re.M)}, target
+
+
+def test_the_example_in_python_runs(monkeypatch):
+    """From a file of weights to images, and from an image to its likelihood; with one sample, to save time."""
+    example = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    monkeypatch.chdir(ROOT)
+    names = {}
+    exec(example.replace("(4,)", "(1,)"), names)
+    assert names["images"].shape == (1, 3, 64, 64) and names["images"].isfinite().all()
+    assert 500 < names["nats"].item() < 6000 and (names["grains"] >= 0).all()
+
+
+def test_readme_is_a_landing_page():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 150 and len(text.split()) <= 1500
+    assert all(len(line) <= 250 for line in text.splitlines() if not line.startswith("|"))

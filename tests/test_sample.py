@@ -40,7 +40,7 @@ def draw(run, *args):
     (["--gif", "g"], "--gif g: pictures that move end in .gif, .webp or .png"),
     (["--gif", "a.png", "--out", "a.png"], "--out and --gif are the same file, a.png"),
     (["--input", "a.png", "--grain-map", "b.png"], "--input and --grain-map exclude each other"),
-    (["--cfg", "inf"], "cfg must lie in 0 to 1e6, not inf"),
+    (["--cfg", "inf"], "cfg must be between 0 and 1e6, not inf"),
 ])
 def test_what_could_not_be_written_is_refused_in_one_line(args, line, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

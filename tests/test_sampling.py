@@ -3,11 +3,14 @@
     SampleOptions.check    test_options_out_of_range_are_refused
     filter_logits          test_top_k_and_top_p_equal_a_loop
     draw                   test_draws_follow_the_distribution
-    make_job, first_state  test_an_image_depends_on_its_number_alone, test_any_seed_has_images_of_its_own
+    start                  test_an_image_depends_on_its_number_alone, test_any_seed_has_images_of_its_own
     decode_one, write      test_the_step_draws_what_the_naive_loop_draws,
                            test_sampled_frequencies_match_exact_probabilities,
                            test_given_tilings_and_given_codes_are_kept;
                            nothing waits for a GPU: tools/test_fake_gpu.py
+    generate_one           test_the_simple_sampler_generates_the_same
+    check_given            test_given_positions_that_are_no_valid_prefix_are_refused,
+                           test_given_contents_outside_the_codebook_are_refused
     generate               test_the_fused_loop_draws_what_the_naive_loop_draws,
                            test_refilled_slots_cost_the_mean_length,
                            test_guidance_costs_nothing_where_there_are_no_classes
@@ -169,15 +172,57 @@ def test_no_image_is_drawn_for_no_label(device):
 
 def test_what_can_not_be_drawn_is_refused(device):
     model = tiny(8, (4, 2), V=5, classes=("a", "b"), device=device)
-    with pytest.raises(dq.UserError, match="below 2"):
-        generate(model, torch.tensor([0, 2], device=device))
-    pos, code = (each.clone() for each in generate(model, torch.tensor([0, 1], device=device)))
-    pos[1, 2] = -1                                                           # drawn, in front of what is given
-    with pytest.raises(dq.UserError, match="in front"):
-        generate(model, torch.tensor([0, 1], device=device), given=(pos, code))
+    for label, classes in ((2, ("a", "b")), (-2, ("a", "b")), (1, ())):      # -2 would be the last class
+        with pytest.raises(dq.UserError, match=f"labels must be -1 .none. to {max(0, len(classes) - 1)}"):
+            generate(tiny(8, (4, 2), V=5, classes=classes, device=device), torch.tensor([0, label], device=device))
     for bad in (dict(cfg=float("inf")), dict(cfg=float("nan")), dict(temperature=float("inf")), dict(top_p=0.0)):
         with pytest.raises(dq.UserError):
             generate(model, torch.tensor([0], device=device), SampleOptions(**bad))
+
+
+@pytest.mark.parametrize("row, column, value, why", [
+    (1, 2, -1, "prefix"),                    # a position that is sampled, before one that is given
+    (0, 0, 3, "holes"), (1, 1, 0, "holes"),  # a coarse code twice, or out of order
+    (0, 0, 22, "below 22"), (1, 0, -2, "below 22")])
+def test_given_positions_that_are_no_valid_prefix_are_refused(row, column, value, why, device):
+    model, label = tiny(8, (4, 2), V=5, device=device), torch.full((2,), -1, device=device)
+    grains = torch.tensor([[[0, 0], [0, 0]], [[0, 1], [1, 0]]], device=device)
+    pos, code = model.layout.pack(torch.zeros(2, 4, 4, dtype=torch.long, device=device), grains)
+    generate(model, label, given=(pos, code))
+    pos[row, column] = value
+    with pytest.raises(dq.UserError, match=why):
+        generate(model, label, given=(pos, code))
+
+
+def test_given_contents_outside_the_codebook_are_refused(device):
+    model, label = tiny(8, (4, 2), V=5, device=device), torch.full((1,), -1, device=device)
+    pos = torch.full((1, 18), -1, device=device)
+    for bad in (5, -2):
+        code = torch.full_like(pos, -1)
+        code[0, 0] = bad
+        with pytest.raises(dq.UserError, match="below 5"):
+            generate(model, label, given=(pos, code))
+
+
+def test_samples_can_be_used_for_training(device):
+    """They are normal tensors: inference tensors could not be saved for a backward pass."""
+    model = tiny(8, (4, 2), V=5, device=device)
+    pos, code = generate(model, torch.full((2,), -1, device=device))
+    sum(model(pos, code).values()).sum().backward()
+    assert model.content.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("factors, cfg", [((4, 2), 1.0), ((4, 2), 2.5), ((8,), 1.0), ((4, 2, 1), 2.5)])
+def test_the_simple_sampler_generates_the_same(factors, cfg, device):
+    model = tiny(8, factors, V=5, classes=("a", "b"), device=device)
+    options = SampleOptions(temperature=2.0, top_k=4, top_p=0.95, cfg=cfg)
+    label = torch.tensor([0, 1, -1, 1], device=device)
+    pos, code = generate(model, label, options, seed=7, first=10)
+    for i, number in enumerate(label.tolist()):
+        one_pos, one_code = dq.generate_one(model, number, options, seed=7, index=10 + i)
+        n = len(one_pos)
+        assert pos[i, :n].tolist() == one_pos.tolist() and (pos[i, n:] == model.layout.end).all()
+        assert code[i, :n].tolist() == one_code.tolist()
 
 
 def test_an_image_depends_on_its_number_alone(device):
@@ -204,11 +249,12 @@ def test_refilled_slots_cost_the_mean_length(device, monkeypatch):
 
 
 def test_guidance_costs_nothing_where_there_are_no_classes(monkeypatch):
-    rows, real = [], dq.first_state
-    monkeypatch.setattr(dq, "first_state", lambda *args: (rows.append(args[3]), real(*args))[1])
+    rows, real = [], dq.decode_one
+    monkeypatch.setattr(dq, "decode_one", lambda model, job, state, end: (
+        rows.append(state.cache[0].shape[1]), real(model, job, state, end))[1])
     for classes in ((), ("a", "b")):
         generate(tiny(8, (4, 2), V=5, classes=classes), torch.zeros(3, dtype=torch.long), SampleOptions(cfg=2.0))
-    assert rows == [3, 6]                                                    # labelled ones, then unlabelled ones
+    assert rows[0] == 3 and rows[-1] == 6 and set(rows) == {3, 6}                    # conditional, then unconditional rows
 
 
 def test_given_tilings_and_given_codes_are_kept(device):

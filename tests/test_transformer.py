@@ -150,15 +150,15 @@ def test_rotation_is_a_product_of_complex_numbers():
 
 @torch.no_grad()
 def test_products_depend_on_how_far_apart_places_are():
-    """Of rotated vectors; in rows and in columns. Place 0, 0 turns nothing."""
+    """Of rotated vectors; in rows and in columns. Place 0, 0 rope nothing."""
     q, k = torch.randn(2, 16)
     places = torch.tensor([[0.0, 0.0], [1.5, 4.0], [3.0, 2.5], [8.5, 11.0], [10.0, 9.5]])
-    turns = dq.rope_table(places, 16)                                         # the last two are moved by 7, 7
-    torch.testing.assert_close(dq.apply_rope(q, turns[0]), q)
-    products = [dq.apply_rope(q, turns[i]) @ dq.apply_rope(k, turns[j]) for i, j in ((1, 2), (3, 4), (1, 4), (2, 1))]
+    rope = dq.rope_table(places, 16)                                         # the last two are moved by 7, 7
+    torch.testing.assert_close(dq.apply_rope(q, rope[0]), q)
+    products = [dq.apply_rope(q, rope[i]) @ dq.apply_rope(k, rope[j]) for i, j in ((1, 2), (3, 4), (1, 4), (2, 1))]
     torch.testing.assert_close(products[0], products[1])
     assert all(abs(products[0] - other) > 1e-3 for other in products[2:])
-    for row, column in ((1.0, 0.0), (0.0, 1.0)):                             # each of the two turns half of the planes
+    for row, column in ((1.0, 0.0), (0.0, 1.0)):                             # each of the two rope half of the planes
         turned = dq.apply_rope(q, dq.rope_table(torch.tensor([[row, column]]), 16)[0])
         still = (turned == q).view(2, 2, 4)
         assert still[:, int(row)].all() and not still[:, int(column)].any()
@@ -207,8 +207,18 @@ def test_label_dropout_hides_labels_in_training_only(device):
     assert (is_labelled ^ is_unlabelled).all() and 4 < is_labelled.sum() < 28
 
 
-def test_a_sum_with_a_product_equals_both(device):
-    layer = torch.nn.Linear(24, 7, bias=False).to(device)
-    x, y = torch.randn(3, 1, 7, device=device), torch.randn(3, 1, 24, device=device)
-    wanted = x.double() + (y.double()[..., None, :] * layer.weight.double()).sum(-1)
-    torch.testing.assert_close(dq.add_linear(x, layer, y).double(), wanted, atol=1e-5, rtol=1e-5)
+@torch.no_grad()
+@pytest.mark.parametrize("rotary, qk_norm", [(True, True), (False, False)])
+def test_a_block_decodes_step_by_step_what_it_computes_at_once(rotary, qk_norm, device):
+    model = tiny(8, (4, 2), V=5, rotary=rotary, qk_norm=qk_norm, device=device)
+    block, heads = model.position_stack[0], model.config.heads
+    B, L, C = 3, 6, model.config.width
+    x, pos = torch.randn(B, L, C, device=device), torch.randint(22, (B, L), device=device)
+    rope = model.rope_of(pos, pos)
+    cache = torch.zeros(2, B, heads, L, C // heads, device=device)
+    for t in range(L):
+        at = torch.arange(B, device=device), torch.full((B,), t, device=device)
+        mask = torch.zeros(B, heads, 1, L, device=device)
+        mask[..., t + 1:] = -math.inf
+        y = block.step(x[:, t:t + 1], rope if rope is None else rope[:, t:t + 1], cache, at, mask)
+        torch.testing.assert_close(y, block(x, rope)[:, t:t + 1], atol=1e-4, rtol=1e-4)

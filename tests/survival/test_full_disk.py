@@ -1,4 +1,4 @@
-"""A disk that is full: one line, and what was there before is whole."""
+"""A disk that is full: one line, and the previous file is intact."""
 import resource
 from contextlib import contextmanager
 
@@ -59,5 +59,5 @@ def test_a_full_disk_leaves_the_older_picture_whole(option, name, run, tmp_path)
         line = call(sample.main, run / "transformer.pt", "--device", DEVICE, "--n", 1,
                     "--out", tmp_path / "other.png", option, target)
     assert line == (f"error: could not write {tmp_path / name} ([Errno 27] File too large); "
-                    "what was there before is whole")
+                    "the previous file is intact")
     assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name).read_bytes() == b"an older one"

@@ -85,10 +85,8 @@ def count_step(batch_size, dtype, cfg, end=384):
         model = dq.DQTransformer(config).to(dtype).eval()
         label = torch.zeros(batch_size, dtype=torch.long)
     with torch.no_grad():
-        copies = 1 + (cfg != 1)
-        job = dq.make_job(model, label, dq.SampleOptions(cfg=cfg), 0, None, 0, copies)
         # as in dq.generate: the caches hold a whole image
-        state = dq.first_state(model, batch_size, batch_size, copies * batch_size, 1152, label.device)
+        job, state = dq.start(model, label, dq.SampleOptions(cfg=cfg), 0, None, first=0, slots=batch_size, end=1152)
         with fake_gpu.rehearsal(fused_attention=True) as seen:
             dq.decode_one(model, job, state, end)
     assert not seen.waits, seen.waits
@@ -141,7 +139,8 @@ def sampling(args):
         peak = f"  {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB at most" if device.type == "cuda" else ""
         pos, code = (t[:B] for t in fused())
         length = int(layout.lengths(pos)[0])
-        u = dq.make_job(model, label[:B], dq.SampleOptions(), 1, None, 0, 1).uniform[:B]  # B, L, 2: decides the draws
+        job, _ = dq.start(model, label[:B], dq.SampleOptions(), 1, None, first=0, slots=1, end=1)
+        u = job.uniform[:B]                                                  # B, L, 2: the random numbers
         with torch.inference_mode():
             naive = 0.0
             for t in range(0, length, 16):
@@ -304,14 +303,14 @@ def stage1(args):
 class TextbookBlock(dq.Block):
     """Attention by torch's own function on every device."""
 
-    def forward(self, x, turns=None):
+    def forward(self, x, rope=None):
         B, L, C = x.shape
         q, k, v = self.qkv(self.norm1(x)).chunk(3, dim=-1)                   # each B, L, C
         q, k, v = (t.view(B, L, self.heads, -1).transpose(1, 2) for t in (q, k, v))  # each B, heads, L, d
         if self.qk_norm:
             q, k = (F.layer_norm(x, x.shape[-1:]).type_as(v) for x in (q, k))
-        if turns is not None:
-            of_q, of_k, _ = turns.unbind(2)                                  # each B, L, 1, 2, d
+        if rope is not None:
+            of_q, of_k, _ = rope.unbind(2)                                   # each B, L, 1, 2, d
             q, k = dq.apply_rope(q, of_q.transpose(1, 2)), dq.apply_rope(k, of_k.transpose(1, 2))
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.proj(y.transpose(1, 2).reshape(B, L, C))                # B, L, C

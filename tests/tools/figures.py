@@ -7,6 +7,8 @@ python tests/tools/figures.py log FILE.jsonl
     draws the curves of a run's log beside it, FILE.curves.png
 python tests/tools/figures.py walk [CHECKPOINT] [--image FILE]
     follows one picture through both models: a commented printout, and the same as a figure, walk.png
+python tests/tools/figures.py teaser CHECKPOINT FILE [FILE ...]
+    draws images, the tokens that they become, their reconstructions, and samples: README's first picture
 python tests/tools/figures.py neighbours CHECKPOINT --data DIR
     draws samples, and below each its nearest training picture: are they copies?
 python tests/tools/figures.py shrink CHECKPOINT FILE.pt
@@ -638,6 +640,55 @@ def neighbours(args):
 
 
 # ------------------------------------------------------------------------------------------------
+# The first picture of README
+
+
+def panel(rows, titles, side=144, gap=6):
+    """Rows of (Pillow image, label) below one another, under a title for each column. -> Pillow image"""
+    font, top = ImageFont.load_default(15), 26
+    w, h = side + gap, side + 22
+    sheet = Image.new("RGB", (len(titles) * w - gap, top + len(rows) * h), "white")
+    pen = ImageDraw.Draw(sheet)
+    for column, title in enumerate(titles):
+        pen.text((column * w + side / 2, 4), title, fill="black", font=font, anchor="ma")
+        for row, cells in enumerate(rows):
+            image, label = cells[column]
+            sheet.paste(image.resize((side, side), Image.Resampling.NEAREST), (column * w, top + row * h))
+            pen.text((column * w + side / 2, top + row * h + side + 2), label, fill="#555555", anchor="ma",
+                     font=ImageFont.load_default(13))
+    return sheet
+
+
+@torch.inference_mode()
+def teaser(args):
+    """On the left images, their tokens and reconstructions; on the right samples and their tokens."""
+    out = args.out or args.checkpoint.parent / "teaser.png"
+    sample.check_ending("--out", out)
+    model, vae = dq.load_transformer(args.checkpoint, "cpu")
+    n, config, classes = len(args.images), vae.config, model.config.classes
+    x = torch.stack([reading.load_image(path, config.size) for path in args.images])  # n, 3, S, S
+    label = torch.full((2 * n,), sample.label_number(args.label, classes) if args.label else -1)
+    options = dq.SampleOptions(args.temperature, cfg=args.cfg)
+    codes, grains = vae.encode(x)                                            # n, H, W; n, h, w
+    new, new_grains = model.layout.unpack(*dq.generate(model, label, options, args.seed))
+    y, z = (vae.decode(each).clamp(-1, 1) for each in (codes, new))          # n and 2 n images, 3, S, S
+
+    def tokens(image, grains):
+        cells = torch.tensor(model.layout.cells)[grains].sum()
+        return common.draw_grains(image, grains, config.factors), f"{cells} tokens"
+
+    rows = []
+    for i in range(n):
+        psnr = 10 * math.log10(4 / (x[i] - y[i]).square().mean().item())
+        left = [(common.to_picture(x[i]), ""), tokens(x[i], grains[i]), (common.to_picture(y[i]), f"{psnr:.1f} dB")]
+        pairs = [[(common.to_picture(z[j]), ""), tokens(z[j], new_grains[j])] for j in (2 * i, 2 * i + 1)]
+        rows.append(left + sum(pairs, []))
+    titles = ["image", "where its tokens go", "reconstruction"]
+    common.save_picture(out, panel(rows, [*titles, *("generated", "its tokens") * 2]))
+    print(f"wrote {out}")
+
+
+# ------------------------------------------------------------------------------------------------
 # A checkpoint to give away
 
 
@@ -649,7 +700,8 @@ def shrink(path, out):
     def rounded(weights):
         return {name: x.bfloat16() if x.is_floating_point() and not name.startswith("codebook") else x
                 for name, x in weights.items()}
-    kept = {name: held[name] for name in ("kind", "layout", "config", "vae_config", "step", "best")}
+    kept = {name: held[name] for name in ("kind", "layout", "config", "vae_config", "step", "best",
+                                           "sample_options") if name in held}
     kept |= {name: rounded(held[name]) for name in ("weights", "vae_weights")}
     dq.write_file(out, lambda file: torch.save(kept, file))
     print(f"wrote {out}, {out.stat().st_size / 1e6:.1f} MB instead of {path.stat().st_size / 1e6:.1f}")
@@ -684,6 +736,16 @@ def main(argv=None):
     add("--pairs", metavar="N", type=int, default=9, help="of each granularity, print so many pairs at most")
     add("--out", metavar="PNG", type=Path, help="None: walk.png in the checkpoint's folder")
 
+    add = commands.add_parser("teaser", help="images, their tokens, reconstructions and samples",
+                              formatter_class=argparse.ArgumentDefaultsHelpFormatter).add_argument
+    add("checkpoint", type=Path, help="what train_transformer.py wrote")
+    add("images", metavar="FILE", type=Path, nargs="+", help="images to encode, a row for each")
+    add("--label", metavar="CLASS", help="class of the samples, by name or number; None: no class")
+    add("--temperature", type=float, default=1.0)
+    add("--cfg", type=float, default=1.5, help="guidance")
+    add("--seed", type=natural, default=0)
+    add("--out", metavar="PNG", type=Path, help="None: teaser.png in the checkpoint's folder")
+
     add = commands.add_parser("neighbours", help="samples beside the nearest training pictures",
                               formatter_class=argparse.ArgumentDefaultsHelpFormatter).add_argument
     add("checkpoint", type=Path, help="what train_transformer.py wrote")
@@ -712,6 +774,8 @@ def main(argv=None):
         walk_through(args)
     elif args.command == "neighbours":
         neighbours(args)
+    elif args.command == "teaser":
+        teaser(args)
     else:
         shrink(args.checkpoint, args.out)
 

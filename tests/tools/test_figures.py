@@ -434,6 +434,23 @@ def test_samples_are_shown_beside_their_neighbours(images, tmp_path, capsys):
     assert "48 training pictures" in (told := capsys.readouterr().out) and "48 held-out pictures" in told
 
 
+def test_the_teaser_shows_images_tokens_reconstructions_and_samples(images, tmp_path):
+    path, files = tmp_path / "t.pt", sorted(images.glob("circle/*.png"))[:2]
+    untrained(path, 16, (8, 4), classes=("circle", "cross"))
+    assert call("teaser", path, *files, "--label", "cross", "--seed", 3) is None
+    sheet = Image.open(tmp_path / "teaser.png")
+    assert sheet.size == (7 * 150 - 6, 26 + 2 * 166)                         # tiles of 144, 6 apart, 22 for a label
+    model, vae = dq.load_transformer(path, "cpu")
+    x = torch.stack([reading.load_image(file, 16) for file in files])
+    codes, _ = vae.encode(x)
+    new, _ = model.layout.unpack(*dq.generate(model, torch.ones(4, dtype=torch.long), dq.SampleOptions(1.0, cfg=1.5), 3))
+    shown = {0: x, 2: vae.decode(codes), 3: vae.decode(new[::2]), 5: vae.decode(new[1::2])}
+    for column, wanted in shown.items():
+        for row in range(2):
+            tile = sheet.crop((column * 150, 26 + row * 166, column * 150 + 144, 26 + row * 166 + 144))
+            assert tile.tobytes() == common.to_picture(wanted[row], 144).tobytes(), (column, row)
+
+
 # ------------------------------------------------------------------------------------------------
 # A checkpoint to give away
 
