@@ -106,7 +106,7 @@ def test_legal_is_faster_than_the_loop():
         ids = batch[0][b].tolist()
         may = [legal(layout, ids[1:t + 1]) for t in range(len(ids))]
         return [[[p in each for p in range(layout.n_positions)] for each in may]]
-    faster(16, make, lambda batch: [layout.legal(*batch)], loop)
+    faster(16, make, lambda batch: [layout.legal(batch[0], batch[1])], loop)
 
 
 def test_embed_is_faster_than_the_loop():

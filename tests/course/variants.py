@@ -5,6 +5,7 @@ variation, by its seed. A choice is a list of edits, so that solution, docstring
 together:
     (file, function, old code, new code)    compared as syntax trees: comments and line breaks don't matter. Names _1,
                                             _2, ... stand for any expression, and in the new code for what it was.
+                                            Function "*": everywhere in the file
     (file, function, None, text)            a new docstring
     (GONE, pattern)                         words of the published rule, which no text of the variant may contain
 
@@ -52,35 +53,37 @@ def part(tree, name):
 
 
 def located(text, function, old, new):
-    """-> where an edit acts in a text, first and last byte, and what stands there then. ValueError unless it is there
-    once. New code that brings a comment, or is empty, also takes the place of the old comment."""
-    inside, data, found = part(parse(text), function), text.encode(), {}
+    """-> [where an edit acts in a text, first and last byte, and what stands there then]. ValueError unless it is there
+    once, or, where the function is "*", at least once. New code that brings a comment, or is empty, replaces the old
+    comment, too."""
+    inside, data = part(parse(text), function.strip("*")), text.encode()
+    starts = [0, *(each.end() for each in re.finditer(b"\n", data))]
     if inside is None:
         raise ValueError(f"there is no {function}")
-    if old is None:
-        filled = [each if "\n " in each else textwrap.fill(each, 112) for each in new.split("\n\n")]
-        where, new = [node for node in inside.body[:1] if ast.get_docstring(inside)], '"""' + "\n\n".join(filled) + '"""'
-    else:
-        pattern = parse(old).body[0]
-        pattern = pattern.value if isinstance(pattern, ast.Expr) else pattern
-        where = [node for node in ast.walk(inside) if type(node) is type(pattern) and matches(pattern, node, {})]
-    if len(where) != 1:
-        raise ValueError(f"{function} contains {len(where)} times, not once: {old or 'a docstring'}")
-    node = where[0]
-    starts = [0, *(each.end() for each in re.finditer(b"\n", data))]
 
     def span(node):
         return starts[node.lineno - 1] + node.col_offset, starts[node.end_lineno - 1] + node.end_col_offset
-    if old is not None:
-        matches(pattern, node, found)
-    for name, each in found.items():
-        new = new.replace(name, data[slice(*span(each))].decode())
-    line, (first, last) = starts[node.lineno - 1], span(node)
-    if old is not None and ("#" in new or not new):
-        end = starts[node.end_lineno]
-        first, last = (first, end - 1) if new else (line, end)
-    indent = re.match(b" *", data[line:]).group().decode()
-    return first, last, re.sub(r"\n(?=.)", "\n" + indent, new).encode()
+    if old is None:
+        filled = [each if "\n " in each else textwrap.fill(each, 112) for each in new.split("\n\n")]
+        where, new = [(inside.body[0], {})] * bool(ast.get_docstring(inside)), '"""' + "\n\n".join(filled) + '"""'
+    else:
+        pattern = parse(old).body[0]
+        pattern = pattern.value if isinstance(pattern, ast.Expr) else pattern
+        where = [(node, found) for node in ast.walk(inside) if type(node) is type(pattern)
+                 for found in [{}] if matches(pattern, node, found)]
+    if not where or len(where) > 1 and function != "*":
+        raise ValueError(f"{function} contains {len(where)} times, not once: {old or 'a docstring'}")
+    pieces = []
+    for node, found in where:
+        piece, line, (first, last) = new, starts[node.lineno - 1], span(node)
+        for name, each in found.items():
+            piece = piece.replace(name, data[slice(*span(each))].decode())
+        if old is not None and ("#" in new or not new):
+            end = starts[node.end_lineno]
+            first, last = (first, end - 1) if new else (line, end)
+        indent = re.match(b" *", data[line:]).group().decode()
+        pieces.append((first, last, re.sub(r"\n(?=.)", "\n" + indent, piece).encode()))
+    return pieces
 
 
 # ------------------------------------------------------------------------------------------------
@@ -90,7 +93,7 @@ def located(text, function, old, new):
 def temperature(T):
     test = "test_straight_through_gradient_of_the_gate"
     return [
-        (D, "GrainRouter.forward", "(logits - _1).softmax(dim=1)", f"((logits - _1) / {T}).softmax(dim=1)"),
+        (D, "GrainRouter.forward", "(_1 - _2).softmax(dim=1)", f"((_1 - _2) / {T}).softmax(dim=1)"),
         (D, "GrainRouter.forward", None, f"""\
 In training a sample (hard Gumbel-softmax, its noise scaled by `noise`), otherwise the argmax. The output is exactly
 one-hot. It multiplies the maps (DQVAE.mix), so c_k = d loss / d gate_k says what a move of the region towards
@@ -180,8 +183,8 @@ def fresh_uses(f, words):
     revives, few = "test_restart_revives_dead_codes_and_leaves_the_others", "book.restart(torch.randn(3, 2).repeat(20, 1),"
     told = '"a code that starts again does not count as used as often as it should"'
     return [
-        (D, "Codebook.restart", "torch.where(dead, _1, self.uses)", f"torch.where(dead, {f} * _1, self.uses)"),
-        (D, "Codebook.restart", "fresh * mean_uses", f"fresh * ({f} * mean_uses)"),
+        (D, "Codebook.restart", "torch.where(_1, _2, self.uses)", f"torch.where(_1, {f} * _2, self.uses)"),
+        (D, "Codebook.restart", "torch.where(_1, _2 * _3, self.sums)", f"torch.where(_1, {f} * _2 * _3, self.sums)"),
         (D, "Codebook.restart", None, f"""\
 Dead codes, used less than dead_below times the mean (the batch's weight / V), start again at vectors of the batch,
 drawn by weight, plus noise of 1 % of their deviation in each dimension. They then count as used {words}
@@ -193,7 +196,7 @@ the mean. At first all are dead. z: (M, D); weight: (M,)"""),
          f"book.restart(z, _1)\nassert (book.uses == 4 * {f}).all(), {told}"),
         (CODEBOOK, "test_a_batch_of_few_different_vectors_gives_codes_that_differ", f"{few} _1)",
          f"{few} _1)\nassert (book.uses == 3.75 * {f}).all(), {told}"),
-        (GONE, r"count as used as often as\s+the mean")]
+        (GONE, r"count as used as often as\s+the mean|usage\s+is set to the mean")]
 
 
 def scaled_maps(W):
@@ -219,7 +222,7 @@ assert gate.grad is not None, "no gradient reaches the gate through the weights"
 for k, cells in enumerate((1, 4, 16)):
     torch.testing.assert_close(gate.grad[:, k], torch.full_like(gate.grad[:, k], {g} * cells), msg=lambda why: (
         f"through the weights, the gate gets another gradient than {g} times theirs: {{why}}"))"""),
-        (GONE, "share a code\\), no gradient")]
+        (GONE, r"share a code\), (no|without) gradient")]
 
 
 def numbering(cells, first_id, turned, where, loops, first_cell, opens, words, line, example, follows):
@@ -285,36 +288,34 @@ def from_the_last_row():
         "0 may be followed by 1, 2, 3, 4; 15 by 16 alone; 16, since region 1 continues in the row above, by 19 alone.")
 
 
-def masks(result, returned, where, step, tested):
-    """What `legal` returns; how logits, a step and the tests use it."""
-    steps, walks = "test_packed_sequences_are_legal_at_each_step", "test_every_legal_walk_is_a_complete_tiling"
+def masks(result, returned, valid):
+    """What `legal` returns; valid: how a mask comes from that."""
     return [
         (D, "Layout.legal", "return _1", f"return {returned}"),
         (D, "Layout.legal", None, f"""\
 Which position ids may follow. prev: (B,) or (B, L) ids, -1 at the start; grains: (B, N) granularities known so far,
 -1 elsewhere -> (B, P) or (B, L, P): {result}.
 
-Candidates lie after prev, in the granularity that is being written. A region is open once its first cell is written,
-and its other cells are then pending. Valid are the first cells of uncovered regions before the next pending cell, and
-that cell; if none is pending, EOS as well. The finest granularity may leave no hole: there only the first candidate is
-valid. *Final* grains, as in training, give the same result: of the regions that are not open yet, coarser ones were
-there before, and all others count as free. The class's docstring has an example."""),
-        (D, "DQTransformer.logits", "position.masked_fill(~legal, -math.inf)", where),
-        (D, "decode_one", "logits.masked_fill(~model.layout.legal(_1, _2), -math.inf)", step),
-        *((LAYOUT, test, f"{name} = layout.legal(_1, _2)", f"{name} = {tested('layout.legal(_1, _2)')}")
-          for test, name in ((steps, "mask"), (steps, "step"), (walks, "mask"))),
-        (S, "test_legal_is_faster_than_the_loop", "layout.legal(*batch)", tested("layout.legal(*batch)")),
-        (GONE, r"-> mask \(B, P\)")]
+Candidates lie after prev, in the granularity that is being written. A region is open once its first cell is written;
+its other cells are then pending. Valid are the first cells of uncovered regions that come before the next pending
+cell, and that cell. If none is pending, the EOS is valid too. The finest granularity may leave no hole: there only the
+first candidate is valid. The class's docstring has an example.
+
+Training calls this with the *final* grains and gets the same for all steps at once: regions that are not open yet and
+turn out finer count as uncovered, and coarser ones were covered before."""),
+        (D, "*", "_1.legal(_2, _3)", valid.replace("...", "_1.legal(_2, _3)")),
+        (LAYOUT, "*", "layout.legal(_1, _2)", valid.replace("...", "layout.legal(_1, _2)")),
+        (S, "*", "layout.legal(_1, _2)", valid.replace("...", "layout.legal(_1, _2)")),
+        (GONE, r"The mask of valid|\(B, L, P\), bool")]
 
 
 def forbidden():
-    return masks("True where an id may *not* follow", "~(_1)", "position.masked_fill(legal, -math.inf)",
-                 "logits.masked_fill(model.layout.legal(_1, _2), -math.inf)", lambda call: f"~{call}")
+    return masks("True where an id may *not* follow", "~(_1)", "(~...)")
 
 
 def added():
     return masks("0 where an id may follow, -inf elsewhere, to be added to logits", "torch.where(_1, 0.0, -math.inf)",
-                 "position + legal", "logits + model.layout.legal(_1, _2)", lambda call: f"{call} == 0")
+                 "(... == 0)")
 
 
 def double(a, b):
@@ -326,13 +327,13 @@ A pair as a vector: {a}content, shared by the granularities, + position, a row p
 pos, code (...) -> (..., C)"""),
         (N, "embed", "_1 + _2 + _3", f"{a}_1 + _2 + {b}_3"),
         (N, "embed", None, f"A pair -> (C,): {a}its content's row, its position's row, {b}its granularity's row."),
-        (GONE, r": content, shared.*\+ granularity\.|row for the content, one for")]
+        (GONE, r"content \(shared by all granularities\) \+ pos|row for the content, one for")]
 
 
 def capped(c):
     return [
-        (D, "DQTransformer.logits", "content = self.content_head(_1).float()",
-         f"content = {c} * (self.content_head(_1).float() / {c}).tanh()"),
+        (D, "DQTransformer.logits", "self.content_head(_1).float()",
+         f"{c} * (self.content_head(_1).float() / {c}).tanh()"),
         (D, "DQTransformer.logits", None, f"""\
 pos, code (B, L), label (B,), -1 or None: no label -> position logits (B, L, P), -inf for ids that may not follow, and
 content logits (B, L, V): {c} tanh(x / {c}) of the head's x. Entry t depends on the label and the pairs before t, that
@@ -369,7 +370,7 @@ def of_all():
 
 def least_share():
     return filtered(
-        [("surplus = _1", "surplus = probs < top_p * probs[:, :1]                               # too far below the best")],
+        [("_1.cumsum(-1) - _2 >= top_p", "_2 < top_p * _2[:, :1]                               # too far below the best")],
         "and if p < 1, of these the ones with at least p times the largest probability",
         ("kept and mass >= top_p", "kept and top_p < 1 and weight < top_p * weights[0]"),
         "and if p < 1, of these the ones with p times the largest", "renormalised|reach p")
@@ -472,7 +473,8 @@ def applied(texts, edits):
     texts = dict(texts)
     for file in texts.keys() & {each[0] for each in edits}:
         try:
-            data, pieces = texts[file].encode(), [located(texts[file], *rest) for name, *rest in edits if name == file]
+            data = texts[file].encode()
+            pieces = [piece for name, *rest in edits if name == file for piece in located(texts[file], *rest)]
         except ValueError as error:
             raise ValueError(f"variants.py: {file}: {error}") from None
         for first, last, new in sorted(pieces, reverse=True):
