@@ -58,7 +58,8 @@ def by_memory():
 ROUTES = dict(
     opened=lambda: open(f"{ROOT}/dq.py").read(), descriptor=by_descriptor, history=by_history, mapping=by_mapping,
     program=by_program, memory=by_memory, environment=lambda: os.environ["DQ_COURSE_HIDDEN"],
-    copy=lambda: open(glob.glob("/tmp/*/tests/course/worker.py")[0]).read(), naive=lambda: importlib.import_module("naive"),
+    copy=lambda: open(glob.glob("/tmp/*/tests/course/worker.py")[0]).read(),
+    naive=lambda: importlib.import_module("naive"),
     shell=lambda: subprocess.run(["cat", f"{ROOT}/dq.py"], capture_output=True, check=True).stdout,
     grader=lambda: open(f"/proc/{os.getppid()}/environ").read())
 
@@ -73,7 +74,8 @@ def daemon():
 DEEDS = dict(
     daemon=daemon, kill=lambda: os.kill(os.getppid(), 9), thread=lambda: os.kill(os.getpid(), 0),
     pidfd=lambda: signal.pidfd_send_signal(os.pidfd_open(os.getppid()), 9), written=lambda: open(TARGET, "w"),
-    mapped=lambda: torch.from_file(TARGET, shared=True, size=9, dtype=torch.uint8).zero_(), renamed=lambda: os.rename("dq.py", TARGET),
+    mapped=lambda: torch.from_file(TARGET, shared=True, size=9, dtype=torch.uint8).zero_(),
+    renamed=lambda: os.rename("dq.py", TARGET),
     database=lambda: sqlite3.connect(TARGET).execute("create table a (b)"), mode=lambda: os.chmod(TARGET, 0),
     time=lambda: os.utime(TARGET), udp=lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM),
     server=lambda: torch.distributed.TCPStore("127.0.0.1", 0, is_master=True), removed=lambda: os.remove(TARGET))

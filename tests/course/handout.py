@@ -75,20 +75,21 @@ $s_k$ is the fraction of granularity $k$ among all regions of all images of the 
 function of $s$ alone, so its gradient is the same for every region: no image has to meet the budget by itself.""",
     "straight_through": """\
 With $f(z) = q$ the nearest code, $f$ is constant almost everywhere. A straight-through gradient replaces
-$\\partial f / \\partial z$ by a multiple of the identity: the docstring says how much of the output's gradient $z$ gets.""",
+$\\partial f / \\partial z$ by a multiple of the identity: the docstring says how much of the gradient $z$ gets.""",
     "Codebook.assign": """\
 Compare a vector $z$ with all codes $e$ at once. For Euclidean distances, $|z - e|^2 = |z|^2 - 2 z \\cdot e + |e|^2$
 needs one product of matrices. The docstring says which distance is used here.""",
     "Codebook.update": """\
 With the decay $d$ of the docstring, weights $w_i$ and $A_v$ the vectors that chose code $v$:
-$u_v = d u_v + (1 - d) \\sum_{i \\in A_v} w_i$, $s_v = d s_v + (1 - d) \\sum_{i \\in A_v} w_i z_i$, $e_v = s_v / u_v$.""",
+$u_v = d u_v + (1 - d) \\sum_{i \\in A_v} w_i$, $s_v = d s_v + (1 - d) \\sum_{i \\in A_v} w_i z_i$,
+$e_v = s_v / u_v$.""",
     "Codebook.restart": """\
 With weights $w_i$ and $V$ codes, the mean use is $\\bar u = \\sum_i w_i / V$. Code $v$ is dead if
-$u_v < \\mathrm{dead\\_below} \\cdot \\bar u$. It starts again at $e_v = z_i + 0.01 \\sigma \\epsilon$, where $i$ is drawn
-with a probability proportional to $w_i$. The docstring says what $u_v$ becomes; the sums are $s_v = u_v e_v$.""",
+$u_v < \\mathrm{dead\\_below} \\cdot \\bar u$. It starts again at $e_v = z_i + 0.01 \\sigma \\epsilon$; $i$ is drawn with
+a probability proportional to $w_i$. The docstring says what $u_v$ becomes; the sums are $s_v = u_v e_v$.""",
     "DQVAE.mix": """\
 The mixed map $M$ is linear in the gates, where gates and maps are repeated over the finest grid. So
-$\\partial L / \\partial g_k$ is $\\sum \\partial L / \\partial M \\cdot \\partial M / \\partial g_k$ over the cells of a region:
+$\\partial L / \\partial g_k$ sums $\\partial L / \\partial M \\cdot \\partial M / \\partial g_k$ over a region's cells:
 each gate learns what its map would have done.""",
     "DQVAE.cell_weight": """\
 A code of granularity $k$ fills $n_k = (F_k / F_K)^2$ cells of the finest grid, with $F_k$ the factors. Each of these
@@ -127,13 +128,13 @@ QUESTIONS = [                                                                # q
      "preference can meet the budget by noise alone (1), and then its argmax is far from it or arbitrary (1)."),
     ("What does it mean that an image has 90 nats under the model? When can two models be compared by nats?",
      "Its probability is e^-90, so a code for it takes 90 / ln 2 = 130 bits (1). The probabilities of all images sum "
-     "to 1 (1). Only models of the same codes compare: another DQ-VAE has other codes and another loss of quality (1)."),
+     "to 1 (1). Only models of the same codes compare: another DQ-VAE has other codes and another quality (1)."),
     ("Why does a codebook collapse, and how do restarts and weights prevent it?",
      "A code that no vector chooses gets no update, so it stays away (1). A restart moves it to where vectors are (1). "
      "Without weights, a coarse code would count once for each cell that it covers (1)."),
     ("Why does the position come before the content, and what would be lost if the order were reversed?",
      "A content has a size and coordinates, which the position gives (1). The content stack can attend by distance "
-     "from there (1). The other way round is also normalised, but each content is predicted for all places at once (1)."),
+     "from there (1). The other way round is normalised too, but a content is predicted for all positions at once (1)."),
     ("Is a longer sequence a better image? Say what the budget trades, and how you would measure it.",
      "More codes give a lower distortion and a higher rate (1). Compare PSNR or FD at equal bits (1), against random "
      "routing and fixed lengths at the same number of codes (1)."),
@@ -151,15 +152,15 @@ EXPERIMENTS = [                                                              # t
 
 
 def table():
-    return "\n".join(f"| {number} | [{e.name}](handout/{file_name(number, e)}) | `{e.function}` | {e.points} | "
-                     f"{e.minutes} | {e.level} | {', '.join(e.needs.split())} |" for number, e in enumerate(EXERCISES, 1))
+    return "\n".join(f"| {n} | [{e.name}](handout/{file_name(n, e)}) | `{e.function}` | {e.points} | {e.minutes} | "
+                     f"{e.level} | {', '.join(e.needs.split())} |" for n, e in enumerate(EXERCISES, 1))
 
 
 def write(folder, full, in_all, space, minutes=20):
     """README.md and handout/ in a copy. full: its dq.py with all solutions; space: what that defines"""
     import picture
     dq = SimpleNamespace(**space)
-    context, pages = picture.context(dq), []
+    pictures, pages = picture.Pictures(dq), []
     (folder / "README.md").write_text(README.format(
         n=len(EXERCISES), last=SECOND_WEEK - 1, table=table(), rules=RULES, minutes=minutes, in_all=in_all),
         encoding="utf-8")
@@ -172,7 +173,7 @@ def write(folder, full, in_all, space, minutes=20):
         owner = e.function.rpartition(".")[0]
         needs = f" Its tests need exercises {', '.join(e.needs.split())}." if e.needs else ""
         text = [f"# {number}. {e.name[0].upper() + e.name[1:]}", "",
-                f"{e.points} points{' of the bonus' if e.function in BONUS else ''}, about {e.minutes} minutes, difficulty "
+                f"{e.points} points{' of the bonus' * (e.function in BONUS)}, about {e.minutes} minutes, difficulty "
                 f"{e.level} of 3.{needs} Learned: {e.learned}.", "", "## Statement", "",
                 f"`{owner + '.' if owner else ''}{node.name}({ast.unparse(node.args)})`", "",
                 *(line.strip() for line in ast.get_docstring(node).splitlines()), "", "## Mathematics", "",
@@ -182,9 +183,9 @@ def write(folder, full, in_all, space, minutes=20):
                 "", tests, ""]
         pages.append("\n".join(text))
         (folder / "handout" / name).write_text(pages[-1], encoding="utf-8")
-        picture.PICTURES[number - 1](dq, context).image.save(folder / "handout" / name.replace(".md", ".png"))
-    pages += ["# Questions\n", *(f"{n}. {question}" for n, (question, _) in enumerate(QUESTIONS, 1)), "\n# Experiments\n",
-              *(f"{n}. {task}" for n, (task, _) in enumerate(EXPERIMENTS, 1)), ""]
+        pictures[number - 1]().image.save(folder / "handout" / name.replace(".md", ".png"))
+    for title, rows in (("Questions", QUESTIONS), ("Experiments", EXPERIMENTS)):
+        pages += [f"# {title}\n", *(f"{n}. {row[0]}" for n, row in enumerate(rows, 1)), ""]
     (folder / "handout" / "all.md").write_text("\n".join(pages), encoding="utf-8")
 
 

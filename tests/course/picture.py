@@ -35,12 +35,12 @@ class Page:
         self.x += max(len(row) for row in rows) * size + 40
         return self
 
-    def bars(self, values, title="", names=None, colours=None, width=26):
+    def bars(self, values, title="", colours=None, width=26):
         self.title(title)
         for i, value in enumerate(values):
             x, top = self.x + i * width, self.y + 110 - 110 * value / max(max(values), 1e-9)
             self.draw.rectangle((x, top, x + width - 4, self.y + 110), colours[i] if colours else BLUE, "#555555")
-            self.draw.text((x + width / 2, self.y + 122), str(names[i] if names else i), "black", anchor="mm")
+            self.draw.text((x + width / 2, self.y + 122), str(i), "black", anchor="mm")
         self.x += len(values) * width + 40
         return self
 
@@ -77,185 +77,164 @@ class Page:
         return self
 
 
-def context(dq):
-    """What pictures need: toy images, the DQ-VAE and its maps; a layout of 4 x 4 cells with one fine region."""
-    torch = dq.torch
-    if str(HERE.parents[1]) not in sys.path:
-        sys.path.insert(0, str(HERE.parents[1]))
-    from data import ToyShapes
-    toy, vae = ToyShapes(32), dq.load_vae(HERE / "vae.pt", "cpu")
-    x, layout = torch.stack([toy[i][0] for i in range(3)]), dq.Layout(4, (2, 1))
-    codes = torch.tensor([[[0, 0, 1, 2], [0, 0, 3, 4], [5, 5, 6, 6], [5, 5, 6, 6]]])
-    tables = []
-    for k, side in enumerate(layout.sides):
-        tables.append([[""] * side for _ in range(side)])
-        for i in range(layout.offsets[k], layout.eos[k]):
-            row, column = (layout.coordinates[i] * side / layout.fine_side).long().tolist()
-            tables[-1][row][column] = i
-    return SimpleNamespace(torch=torch, vae=vae, x=x, maps=vae.encoder(x), layout=layout, codes=codes, tables=tables,
-                           grains=torch.tensor([[[0, 1], [0, 0]]]))
+class Pictures:
+    """pictures[number - 1]() -> a Page. dq: the module or what it defines"""
 
+    def __init__(self, dq):
+        if str(HERE.parents[1]) not in sys.path:
+            sys.path.insert(0, str(HERE.parents[1]))
+        from data import ToyShapes
+        torch, toy = dq.torch, ToyShapes(32)
+        self.dq, self.torch, self.layout = dq, torch, dq.Layout(4, (2, 1))
+        self.vae = dq.load_vae(HERE / "vae.pt", "cpu")
+        self.x = torch.stack([toy[i][0] for i in range(3)])
+        self.maps = self.vae.encoder(self.x)
+        # 4 x 4 cells with one fine region, as in the docstring of Layout, and the ids of both grids
+        self.codes = torch.tensor([[[0, 0, 1, 2], [0, 0, 3, 4], [5, 5, 6, 6], [5, 5, 6, 6]]])
+        self.grains, self.tables = torch.tensor([[[0, 1], [0, 0]]]), []
+        for k, side in enumerate(self.layout.sides):
+            self.tables.append([[""] * side for _ in range(side)])
+            for i in range(self.layout.offsets[k], self.layout.eos[k]):
+                row, column = (self.layout.coordinates[i] * side / self.layout.fine_side).long().tolist()
+                self.tables[-1][row][column] = i
+        self.all = [self.gate, self.score, self.budget, self.through, self.assign, self.update, self.restart, self.mix,
+                    self.weight, self.pack, self.unpack, self.legal, self.embed, self.logits, self.cut, self.staircase,
+                    self.samples]
 
-def encoded(c):
-    """Vectors of many cells, as the codebook of vae.pt gets them."""
-    side = c.maps[-1].shape[-1]
-    fine = c.maps[0].repeat_interleave(2, -1).repeat_interleave(2, -2)[..., :side, :side]
-    return c.vae.pre_quant(0.5 * fine + 0.5 * c.maps[-1]).permute(0, 2, 3, 1).flatten(0, 2)  # B H W, D
+    def __getitem__(self, i):
+        return self.all[i]
 
+    def vectors(self):
+        """Those of many cells, as the codebook of vae.pt gets them: B H W, D"""
+        coarse = self.dq.upsample(self.maps[0], self.maps[1].shape[-1])
+        return self.vae.pre_quant(0.5 * coarse + 0.5 * self.maps[1]).permute(0, 2, 3, 1).flatten(0, 2)
 
-def pairs_of(dq, c):
-    pos, code = c.layout.pack(c.codes, c.grains)
-    n = int(c.layout.lengths(pos)[0])
-    return pos[:, :n], code[:, :n], ["-" if i < 0 else "abcdefg"[i] for i in code[0, :n].tolist()]
+    def pairs(self):
+        """Of the example -> pos, code, its contents as letters"""
+        pos, code = self.layout.pack(self.codes, self.grains)
+        n = int((pos[0] != self.layout.end).sum()) + 1
+        return pos[:, :n], code[:, :n], ["-" if i < 0 else "abcdefg"[i] for i in code[0, :n].tolist()]
 
+    def model(self):
+        self.torch.manual_seed(0)
+        config = self.dq.TransformerConfig(size=4, factors=(2, 1), codebook_size=7, width=8, heads=1)
+        model = self.dq.DQTransformer(config)
+        for p in model.parameters():
+            p.data.normal_(std=0.5)
+        return model.eval()
 
-def gate(dq, c):
-    chosen = c.vae.router(c.x, c.maps).argmax(1)
-    noisy = c.vae.router.train()(c.x[:1].expand(3, -1, -1, -1), [m[:1].expand(3, -1, -1, -1) for m in c.maps]).argmax(1)
-    c.vae.eval()
-    return Page(1100).maps(c.x, "images").maps(chosen, "fine regions: argmax").maps(noisy, "image 1, three samples")
+    def gate(self):
+        chosen = self.vae.router(self.x, self.maps).argmax(1)
+        three = [m[:1].expand(3, -1, -1, -1) for m in (self.x, *self.maps)]
+        noisy = self.vae.router.train()(three[0], three[1:]).argmax(1)
+        self.vae.eval()
+        return Page(1040).maps(self.x, "images").maps(chosen, "white is fine: argmax").maps(noisy, "image 1, samples")
 
+    def score(self):
+        entropy = self.dq.EntropyRouter((0.5, 0.5), 4).score(self.x)
+        return Page(700).maps(self.x, "images").maps(entropy, "entropy of 4 x 4 pixels")
 
-def score(dq, c):
-    return Page(700).maps(c.x, "images").maps(dq.EntropyRouter((0.5, 0.5), 4).score(c.x), "entropy of 4 x 4 pixels")
+    def budget(self):
+        losses = []
+        for n in range(9):
+            gate = self.dq.one_hot((self.torch.arange(8) < n).long().view(1, 2, 4), 2)
+            losses.append(float(self.dq.budget_loss(gate, (0.5, 0.5))))
+        return Page(500).bars(losses, "loss of a batch with 0 to 8 of 8 regions fine; ratios 0.5, 0.5")
 
+    def through(self):
+        z = self.torch.linspace(0, 1, 101, requires_grad=True)
+        out = self.dq.straight_through(z, ((4 * z).round() / 4).detach())
+        slope, = self.torch.autograd.grad(out.sum(), z)
+        curves = [[*zip(z.tolist(), y.tolist())] for y in (out, slope / 2)]
+        return Page(300).lines(curves, f"blue: the value; red: the gradient, {float(slope[0]):g}")
 
-def budget(dq, c):
-    losses = []
-    for n in range(9):
-        grains = (c.torch.arange(8) < n).long().view(1, 2, 4)
-        losses.append(float(dq.budget_loss(dq.one_hot(grains, 2), (0.5, 0.5))))
-    return Page().bars(losses, "loss of a batch with 0, 1, ... 8 of 8 regions fine; ratios 0.5 and 0.5")
+    def assign(self):
+        ids = self.vae.codebook.assign(self.vectors()).view(3, *self.maps[1].shape[-2:])
+        return Page(1040).maps(self.x, "images").maps(ids, "ids").maps(self.vae.decode(ids), "decoded")
 
+    def learned(self, step):
+        """Codes at the start, and after 1, 5 and 25 batches."""
+        self.torch.manual_seed(0)
+        book, z, page = self.dq.Codebook(16, 8), self.vectors(), Page()
+        book.codes.normal_()
+        z = (z - z.mean(0)) / z.std(0)
+        for n in range(26):
+            batch = z[self.torch.randint(len(z), (128,))]
+            if n in (0, 1, 5, 25):
+                page.dots(z, book.codes, f"codes after {n} batches")
+            step(book, batch, self.torch.ones(128))
+        return page
 
-def through(dq, c):
-    z = c.torch.linspace(0, 1, 101, requires_grad=True)
-    out = dq.straight_through(z, ((4 * z).round() / 4).detach())
-    slope, = c.torch.autograd.grad(out.sum(), z)
-    curves = [[*zip(z.tolist(), out.tolist())], [*zip(z.tolist(), (slope / 2).tolist())]]
-    return Page().lines(curves, f"blue: the value; red: the gradient, {float(slope[0]):g}")
+    def update(self):
+        return self.learned(lambda book, z, weight: book.update(z, weight, self.torch.cdist(z, book.codes).argmin(1)))
 
+    def restart(self):
+        return self.learned(lambda book, z, weight: book.restart(z, weight))
 
-def assigned(dq, c):
-    side, ids = c.maps[-1].shape[-1], c.vae.codebook.assign(encoded(c)).view(3, -1)
-    return Page(1000).maps(c.x, "images").maps(ids.view(3, side, side), "ids").maps(
-        c.vae.decode(ids.view(3, side, side)), "decoded")
+    def mix(self):
+        maps = [self.torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]]), self.torch.arange(10.0, 26.0).view(1, 1, 4, 4)]
+        page, mixed = Page(500), self.vae.mix(maps, self.dq.one_hot(self.grains, 2))
+        for each, title in zip([*maps, mixed], ("coarse map", "fine map", "mixed: region 1 is fine")):
+            page.table([[f"{v:g}" for v in row] for row in each[0, 0].tolist()], title)
+        return page
 
+    def weight(self):
+        vae = SimpleNamespace(config=SimpleNamespace(factors=(2, 1), size=4))
+        rows = self.dq.DQVAE.cell_weight(vae, self.dq.one_hot(self.grains, 2))[0].tolist()
+        return Page(300).table([[f"{v:g}" for v in row] for row in rows], "region 1 is fine", 32)
 
-def training(dq, c, book):
-    """Codes at the start, and after 1, 5 and 25 batches."""
-    c.torch.manual_seed(0)
-    z, page = encoded(c), Page()
-    z = (z - z.mean(0)) / z.std(0)
-    for n in range(26):
-        batch = z[c.torch.randint(len(z), (128,))]
-        if n in (0, 1, 5, 25):
-            page.dots(z, book.codes, f"codes after {n} batches")
-        yield page, batch
+    def pack(self):
+        pos, _, letters = self.pairs()
+        page = Page(820).table([["abcdefg"[i] for i in row] for row in self.codes[0].tolist()], "codes")
+        page.table(self.tables[0], "coarse ids", 60).table(self.tables[1], "fine ids")
+        return page.table([pos[0].tolist(), letters], "positions and contents", 34)
 
+    def unpack(self):
+        pos, code, letters = self.pairs()
+        codes, grains = self.layout.unpack(pos, code)
+        cells = [["abcdefg"[i] for i in row] for row in codes[0].tolist()]
+        return Page(660).table([pos[0].tolist(), letters], "positions and contents", 34).table(
+            cells, "codes").table(grains[0].tolist(), "grains", 40)
 
-def update(dq, c):
-    book = dq.Codebook(16, 8)
-    book.codes.normal_()
-    for page, z in training(dq, c, book):
-        book.update(z, c.torch.ones(len(z)), c.torch.cdist(z, book.codes).argmin(1))
-    return page
+    def legal(self):
+        (pos, _, _), page = self.pairs(), Page()
+        for t in (1, 6):
+            may, written = self.layout.legal(pos[:, t - 1], self.layout.grains(pos[:, :t]))[0], pos[0, :t].tolist()
+            wanted = may[pos[0, t]]
+            for table, size in zip(self.tables, (60, 30)):
+                colours = [[ORANGE if may[i] == wanted else BLUE if i in written else WHITE for i in row]
+                           for row in table]
+                page.table(table, f"after {written[-1]}; orange: {wanted.item()}", size, colours)
+        return page
 
+    def embed(self):
+        model, (pos, code, letters) = self.model(), self.pairs()
+        for table, value in ((model.content, 1.0), (model.position, 10.0), (model.granularity, 100.0)):
+            table.weight.data.fill_(value)
+        rows = [pos[0].tolist(), letters, [f"{v:g}" for v in model.embed(pos, code)[0, :, 0].tolist()]]
+        return Page(480).table(rows, "vectors of pairs: contents are 1, positions 10, granularities 100", 34)
 
-def restart(dq, c):
-    book = dq.Codebook(16, 8)
-    for page, z in training(dq, c, book):
-        book.restart(z, c.torch.ones(len(z)))
-    return page
+    def logits(self):
+        pos, code, _ = self.pairs()
+        p, q = (each[0].softmax(-1)[None] for each in self.model().logits(pos, code))
+        return Page(420).maps(p, "positions: a step per row", 130).maps(q, "contents, random weights", 130)
 
+    def cut(self):
+        p, page = [0.42, 0.28, 0.14, 0.1, 0.06], Page(820)
+        for k, top_p in ((0, 1.0), (3, 1.0), (0, 0.8), (3, 0.8)):
+            kept = self.dq.filter_logits(self.torch.tensor([p]).log(), k, top_p)[0].isfinite().tolist()
+            page.bars(p, f"top_k = {k}, top_p = {top_p}", [ORANGE if each else GREY for each in kept])
+        return page
 
-def mix(dq, c):
-    maps = [c.torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]]), c.torch.arange(10.0, 26.0).view(1, 1, 4, 4)]
-    mixed = c.vae.mix(maps, dq.one_hot(c.grains, 2))
-    page = Page(500)
-    for each, title in zip([*maps, mixed], ("coarse map", "fine map", "mixed: region 1 is fine")):
-        page.table([[f"{v:g}" for v in row] for row in each[0, 0].tolist()], title)
-    return page
+    def staircase(self):
+        p, u = [0.2, 0.0, 0.5, 0.3], (self.torch.arange(200) + 1) / 200
+        drawn = self.dq.draw(self.torch.tensor([p]).log().expand(200, -1), u) / 4
+        return Page(460).bars(p, "probabilities").lines([[*zip(u.tolist(), drawn.tolist())]], "u, and what is drawn")
 
-
-def weight(dq, c):
-    vae = SimpleNamespace(config=SimpleNamespace(factors=(2, 1), size=4))
-    rows = dq.DQVAE.cell_weight(vae, dq.one_hot(c.grains, 2))[0].tolist()
-    return Page(300).table([[f"{v:g}" for v in row] for row in rows], "region 1 is fine", 32)
-
-
-def pack(dq, c):
-    pos, _, letters = pairs_of(dq, c)
-    page = Page(820).table([["abcdefg"[i] for i in row] for row in c.codes[0].tolist()], "codes")
-    for table, title in zip(c.tables, ("coarse ids", "fine ids")):
-        page.table(table, title, 60 if len(table) == 2 else 30)
-    return page.table([pos[0].tolist(), letters], "positions and contents", 34)
-
-
-def unpack(dq, c):
-    pos, code, letters = pairs_of(dq, c)
-    codes, grains = c.layout.unpack(pos, code)
-    return Page(660).table([pos[0].tolist(), letters], "positions and contents", 34).table(
-        [["abcdefg"[i] for i in row] for row in codes[0].tolist()], "codes").table(grains[0].tolist(), "grains", 40)
-
-
-def mask(dq, c):
-    pos, _, _ = pairs_of(dq, c)
-    page = Page(760)
-    for t in (1, 6):
-        may = c.layout.legal(pos[:, t - 1], c.layout.grains(pos[:, :t]))[0].tolist()
-        for table in c.tables:
-            page.table(table, f"orange: legal is {may[int(pos[0, t])]}, after {pos[0, t - 1]}",
-                       60 if len(table) == 2 else 30, [[ORANGE if may[i] == may[int(pos[0, t])] else
-                                                        BLUE if i in pos[0, :t] else WHITE for i in row] for row in table])
-            page.x += 20
-    return page
-
-
-def model_of(dq, c, **kwargs):
-    c.torch.manual_seed(0)
-    model = dq.DQTransformer(dq.TransformerConfig(size=4, factors=(2, 1), codebook_size=7, width=8, heads=1, **kwargs))
-    for p in model.parameters():
-        p.data.normal_(std=0.5)
-    return model.eval()
-
-
-def embed(dq, c):
-    model, (pos, code, letters) = model_of(dq, c), pairs_of(dq, c)
-    for table, value in ((model.content, 1.0), (model.position, 10.0), (model.granularity, 100.0)):
-        table.weight.data.fill_(value)
-    rows = [pos[0].tolist(), letters, [f"{v:g}" for v in model.embed(pos, code)[0, :, 0].tolist()]]
-    return Page(480).table(rows, "pairs, and their vectors: contents are 1, positions 10, granularities 100", 34)
-
-
-def logits(dq, c):
-    model, (pos, code, _) = model_of(dq, c), pairs_of(dq, c)
-    p, q = (each[0].softmax(-1) for each in model.logits(pos, code))
-    return Page(420).maps(p[None], "positions: a step per row", 130).maps(q[None], "contents, random weights", 130)
-
-
-def cut(dq, c):
-    p, page = [0.42, 0.28, 0.14, 0.1, 0.06], Page(820)
-    for k, top_p in ((0, 1.0), (3, 1.0), (0, 0.8), (3, 0.8)):
-        kept = dq.filter_logits(c.torch.tensor([p]).log(), k, top_p)[0].isfinite().tolist()
-        page.bars(p, f"top_k = {k}, top_p = {top_p}", colours=[ORANGE if each else GREY for each in kept])
-    return page
-
-
-def staircase(dq, c):
-    p, u = [0.2, 0.0, 0.5, 0.3], (c.torch.arange(200) + 1) / 200
-    drawn = dq.draw(c.torch.tensor([p]).log().expand(200, -1), u)
-    return Page(460).bars(p, "probabilities").lines([[*zip(u.tolist(), (drawn / 4).tolist())]], "u, and what is drawn")
-
-
-def step(dq, c):
-    model = model_of(dq, c)
-    pos, code = dq.generate(model, c.torch.full((5,), -1), seed=3)
-    return Page(780).maps(model.layout.unpack(pos, code)[0], "samples of a model with random weights: codes", 130)
-
-
-PICTURES = [gate, score, budget, through, assigned, update, restart, mix, weight, pack, unpack, mask, embed, logits, cut,
-            staircase, step]
+    def samples(self):
+        model = self.model()
+        codes, _ = model.layout.unpack(*self.dq.generate(model, self.torch.full((5,), -1), seed=3))
+        return Page(760).maps(codes, "samples of a model with random weights: codes", 130)
 
 
 def main():
@@ -266,7 +245,7 @@ def main():
     sys.path.insert(0, str(HERE.parents[1]))
     import dq
     try:
-        page = PICTURES[args.number - 1](dq, context(dq))
+        page = Pictures(dq)[args.number - 1]()
     except NotImplementedError as error:
         sys.exit(f"no picture yet: {error}")
     path = args.out or Path(f"picture-{args.number}.png")

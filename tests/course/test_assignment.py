@@ -319,7 +319,8 @@ def test_many_submissions_in_one_command(tmp_path):
             holes = replaced(holes, e.function, STUBS[e.function])
     cells = [dict(cell_type="markdown", source=["# mine"]), dict(cell_type="code", source=["%pip list\n", holes])]
     for name, text in {"ours.py": SOURCE, "right.py": right_solutions.submission(SOURCE), "wrong/dq.py": wrong,
-                       "cheats/my_dq.py": cheats.submission(SOURCE, ROOT, tmp_path / "target"), "book.ipynb": json.dumps(dict(cells=cells)),
+                       "cheats/my_dq.py": cheats.submission(SOURCE, ROOT, tmp_path / "target"),
+                       "book.ipynb": json.dumps(dict(cells=cells)),
                        "syntax.py": "def f(:\n", "null.py": "x = '\0'", "none/notes.txt": "", "bad.ipynb": "{"}.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text, encoding="utf-8")
@@ -423,8 +424,8 @@ def test_a_worker_of_root_is_another_user(tmp_path, monkeypatch):
 
 
 def arguments(*paths, **kwargs):
-    return SimpleNamespace(**dict(paths=[Path(path) for path in paths], only=[4], limit=20, minutes=8, csv=None, json=None,
-                                  gradescope=None, variant=None) | kwargs)
+    return SimpleNamespace(**dict(paths=[Path(path) for path in paths], only=[4], limit=20, minutes=8, csv=None,
+                                  json=None, gradescope=None, variant=None) | kwargs)
 
 
 def test_grade_says_where_submissions_are_not_fenced(tmp_path, monkeypatch, capsys):
@@ -511,10 +512,11 @@ def test_pasted_loops_get_less_than_half(checker):
 
 def test_what_students_hand_in(checker, tmp_path):
     """Encodings, notebooks with IPython's own syntax, archives, helper modules."""
-    mine = "from helpers import half\n\n\ndef straight_through(z, q):  # gr\xfcn\n    return half(2 * z) + (q - z).detach()\n"
+    mine = "from helpers import half\n\n\ndef straight_through(z, q):  # \xfc\n    return half(2 * z) + (q - z).detach()"
     files = {
-        "ann/dq.py": ("# coding: cp1252\n" + mine).encode("cp1252"), "ann/helpers.py": b"def half(x):\n    return x / 2\n",
-        "bob.zip": b"PK", "eve.pdf": b"%PDF", "tom/dq.py": b"import naive\n", "tom/naive2.py": b"from naive import draw\n",
+        "ann/dq.py": ("# coding: cp1252\n" + mine).encode("cp1252"),
+        "ann/helpers.py": b"def half(x):\n    return x / 2\n", "bob.zip": b"PK", "eve.pdf": b"%PDF",
+        "tom/dq.py": b"import naive\n", "tom/naive2.py": b"from naive import draw\n",
         "lea.ipynb": json.dumps(dict(cells=[dict(cell_type="code", source=source) for source in (
             "x?\n", "if True:\n    %time y = 1\n    !ls\n", "%%bash\nls -l\n", "files = !ls\n??dq.draw\n",
             mine.replace("half(2 * z)", "z"))])).encode()}
@@ -551,7 +553,8 @@ def test_every_edit_is_found_once():
     """Of every choice; and every exercise varies."""
     assert {function for _, functions, _ in variants.VARIATIONS for function in functions} == {
         e.function for e in EXERCISES}
-    names = {each[0] for _, _, choices in variants.VARIATIONS for choice in choices for each in choice} - {variants.GONE}
+    edits = [each for _, _, choices in variants.VARIATIONS for choice in choices for each in choice]
+    names = {each[0] for each in edits} - {variants.GONE}
     texts = {name: (ROOT / name).read_text(encoding="utf-8") for name in {*names, "tests/test_transformer.py"}}
     for name, functions, choices in variants.VARIATIONS:
         for choice in choices:
@@ -565,12 +568,13 @@ def test_every_edit_is_found_once():
 
 
 def test_edits_match_code_whatever_its_comments_and_line_breaks():
-    text = "class A:\n    def f(self, x):\n        \"\"\"Old.\"\"\"\n        y = g(x,  # why\n              1)  # B\n        return y\n"
+    text = ("class A:\n    def f(self, x):\n        \"\"\"Old.\"\"\"\n        y = g(x,  # why\n              1)  # B\n"
+            "        return y\n")
     edits = [("f", "A.f", "g(_1, 1)", "2 * g(_1, 3)"), ("f", "A.f", None, "New,\n\nin two paragraphs."),
              ("f", "A.f", "return _1", "return -_1  # C")]
     assert variants.applied(dict(f=text), edits)["f"] == (
-        "class A:\n    def f(self, x):\n        \"\"\"New,\n\n        in two paragraphs.\"\"\"\n        y = 2 * g(x, 3)  # B\n"
-        "        return -y  # C\n")
+        "class A:\n    def f(self, x):\n        \"\"\"New,\n\n        in two paragraphs.\"\"\"\n"
+        "        y = 2 * g(x, 3)  # B\n        return -y  # C\n")
 
 
 @pytest.mark.parametrize("seed", [0, 2, 5])                                  # together, all choices
@@ -581,7 +585,7 @@ def test_no_text_of_a_variant_has_the_published_rule(seed, tmp_path, monkeypatch
     folder, blank = tmp_path / "copy", picture.Page()
     monkeypatch.setitem(sys.modules, "dq", dq)                               # `make` puts its own there
     if seed != 5:
-        monkeypatch.setattr(picture, "PICTURES", [lambda *_: blank] * 17)
+        monkeypatch.setattr(picture, "Pictures", lambda _: [lambda: blank] * 17)
     assignment.make(folder, seed)
     texts = {path: path.read_text(encoding="utf-8") for path in folder.rglob("*") if path.suffix in (".py", ".md")}
     for pattern in variants.gone(variants.edits(seed)):
@@ -589,7 +593,7 @@ def test_no_text_of_a_variant_has_the_published_rule(seed, tmp_path, monkeypatch
         assert not found, f"{pattern} is still in {found}"
     if seed == 5:
         for number in (3, 4, 8, 10, 12, 13, 15, 16):
-            ours = picture.PICTURES[number - 1](dq, picture.context(dq)).image
+            ours = picture.Pictures(dq)[number - 1]().image
             theirs = Image.open(next((folder / "handout").glob(f"{number:02}-*.png")))
             assert list(ours.getdata()) != list(theirs.getdata()), f"picture {number} does not show the variant"
 
@@ -680,8 +684,9 @@ def test_the_leaderboard_ranks_by_nats_and_finds_who_looks_ahead(run, tmp_path):
         if name != "none":
             (tmp_path / name / "transformer.pt").write_bytes((run / "transformer.pt").read_bytes())
         if name in answers:
-            (tmp_path / name / "dq.py").write_text(variants.applied(
-                dict(dq=SOURCE), [("dq", "DQTransformer.logits", "return _1, _2", answers[name])])["dq"], encoding="utf-8")
+            other = [("dq", "DQTransformer.logits", "return _1, _2", answers[name])]
+            text = variants.applied(dict(dq=SOURCE), other)["dq"]
+            (tmp_path / name / "dq.py").write_text(text, encoding="utf-8")
     (tmp_path / "damaged" / "transformer.pt").write_bytes(b"rubbish")
     parts = [tmp_path / "public.pt", tmp_path / "private.pt"]
     done = kit("split", run / "codes.pt", "--public", parts[0], "--private", parts[1])

@@ -108,7 +108,8 @@ meets the budget while that of the *argmax* does not."""),
 
 def grey(red, green, blue):
     return [
-        (D, "EntropyRouter.score", "_1 * red + _2 * green + _3 * blue", f"{red} * red + {green} * green + {blue} * blue"),
+        (D, "EntropyRouter.score", "_1 * red + _2 * green + _3 * blue",
+         f"{red} * red + {green} * green + {blue} * blue"),
         (D, "EntropyRouter.score", None, f"""\
 x: (B, 3, S, S) in [-1, 1] -> entropy of each region in nats (B, h, w). Grey is {red} red + {green} green +
 {blue} blue. There are 32 bins, linspace(-1, 1, 32). Each bin weighs a pixel by a Gaussian of deviation 0.01."""),
@@ -133,9 +134,9 @@ def passed_on(S):
     test = "test_straight_through_has_the_value_of_q_and_the_gradient_of_z"
     return [
         (D, "straight_through", "z + (q - z).detach()", f"{S} * z + (q - {S} * z).detach()"),
-        (D, "straight_through", None, f"q, whose gradient goes to z times {S}: the choice of the nearest code has none."),
+        (D, "straight_through", None, f"Returns q, whose gradient goes to z times {S}: nearest codes have none."),
         (CODEBOOK, test, "torch.testing.assert_close(z.grad, cost, msg=_1)",
-         f'torch.testing.assert_close(z.grad, {S} * cost, msg=lambda why: f"the gradient of z is not {S} times: {{why}}")'),
+         f'torch.testing.assert_close(z.grad, {S} * cost, msg=lambda why: f"not {S} times the gradient: {{why}}")'),
         (GONE, "unchanged")]
 
 
@@ -159,7 +160,8 @@ def later_ties():
     test = "test_nearest_code_equals_a_loop"
     return nearest(
         "distance = self.codes.square().sum(1) - 2 * z @ self.codes.t()           # M, V\n"
-        "return len(self.codes) - 1 - distance.flip(1).argmin(dim=1)", "by |z - e|^2; among equally near codes the last",
+        "return len(self.codes) - 1 - distance.flip(1).argmin(dim=1)",
+        "by |z - e|^2; among equally near codes the last",
         "(float((codes[v] - vector).square().sum()), -v)", r"\|z\|\^2, the same") + [
         (CODEBOOK, test, "torch.randn(50, 3)", "torch.randint(-2, 3, (50, 3)).float()"),
         (CODEBOOK, test, "book.codes.copy_(_1)", "book.codes.copy_(torch.randint(-2, 3, (7, 3)))  # many ties"),
@@ -180,7 +182,8 @@ behind an encoder that has just begun to learn. It first adds 1 to `age`. z: (M,
 
 
 def fresh_uses(f, words):
-    revives, few = "test_restart_revives_dead_codes_and_leaves_the_others", "book.restart(torch.randn(3, 2).repeat(20, 1),"
+    revives = "test_restart_revives_dead_codes_and_leaves_the_others"
+    few = "book.restart(torch.randn(3, 2).repeat(20, 1),"
     told = '"a code that starts again does not count as used as often as it should"'
     return [
         (D, "Codebook.restart", "torch.where(_1, _2, self.uses)", f"torch.where(_1, {f} * _2, self.uses)"),
@@ -214,7 +217,7 @@ def turned_gate(g):
         (D, "DQVAE.cell_weight", "gate.detach()[_1]", f"({g} * gate + {1 - g} * gate.detach())[:, k:k + 1]"),
         (D, "DQVAE.cell_weight", None, f"""\
 1 / (how many cells of the finest grid share a code); the gate gets {g} times the gradient of
-sum_k gate_k / cells_k. gate: (B, K, h, w) -> (B, H, W)"""),
+gate_k / cells_k, summed over k. gate: (B, K, h, w) -> (B, H, W)"""),
         (VAE, test, "assert not weight.requires_grad, _1", f"""\
 gate = one_hot(grains, 3).requires_grad_()
 model.cell_weight(gate).sum().backward()
@@ -265,7 +268,7 @@ Its first cell in a region opens the region, and then the others have to follow.
 a finer granularity, but the finest one must leave none.
 """),
         (N, "granularities", "yield first, side, first + side * side",
-         "yield first, side, first + side * side                               # ids of the cells, then one for the EOS"),
+         "yield first, side, first + side * side                               # ids of cells, then the EOS"),
         (GONE, "row by row|raster|first row")]
 
 
@@ -275,7 +278,7 @@ def column_by_column():
         "(p - first) % side, (p - first) // side", "for x in range(side):\n    for y in range(side):", "x * side + y",
         "y % c == x % c == 0", "column by column", "left column",
         ("0  1  3  4  13 14 17 18  21", "a  f  g  -1  b  d  c  e  -1"),
-        "0 may be followed by 1, 2, 3, 4; 13 by 14 alone; 14, since region 1 continues in the next column, by 17 alone.")
+        "0 may be followed by 1, 2, 3, 4; 13 by 14 alone; 14, as region 1 continues in the next column, by 17 alone.")
 
 
 def from_the_last_row():
@@ -370,7 +373,7 @@ def of_all():
 
 def least_share():
     return filtered(
-        [("_1.cumsum(-1) - _2 >= top_p", "_2 < top_p * _2[:, :1]                               # too far below the best")],
+        [("_1.cumsum(-1) - _2 >= top_p", "_2 < top_p * _2[:, :1]                        # too far below the best")],
         "and if p < 1, of these the ones with at least p times the largest probability",
         ("kept and mass >= top_p", "kept and top_p < 1 and weight < top_p * weights[0]"),
         "and if p < 1, of these the ones with p times the largest", "renormalised|reach p")
@@ -382,7 +385,7 @@ def from_the_end():
         (D, "draw", "p.cumsum(-1)", "p.flip(-1).cumsum(-1).flip(-1)"),
         (D, "draw", "return _1.int().argmax(-1)",
          "return p.shape[-1] - 1 - _1.flip(-1).int().argmax(-1)                # B: the last of those"),
-        (D, "draw", None, "The first entry, from the last one down, whose cumulative probability reaches u times the sum.\n"
+        (D, "draw", None, "The first entry, from the last one down, whose cumulative probability reaches u.\n"
                           "logits (B, n), u (B,) in (0, 1] -> (B,)"),
         (N, "draw", "sorted(_1.items())", "sorted(_1.items(), reverse=True)"),
         (N, "draw", None, "The entry at which the sum of probabilities, from the last one down, reaches u."),
@@ -421,7 +424,8 @@ VARIATIONS = [
     ("top-p", ["filter_logits"], [of_all(), least_share()]),
     ("order of a draw", ["draw"], [from_the_end()]),
 ]
-GATE, BUDGET = "test_straight_through_gradient_of_the_gate", "test_budget_loss_equals_a_loop_and_pulls_on_all_regions_alike"
+GATE = "test_straight_through_gradient_of_the_gate"
+BUDGET = "test_budget_loss_equals_a_loop_and_pulls_on_all_regions_alike"
 HIDDEN = [
     (ROUTERS, GATE, "logits = torch.randn(2, 3, 2, 2, requires_grad=True)",
      "logits = torch.randn(3, 3, 4, 4, requires_grad=True)"),
