@@ -17,8 +17,7 @@ Notation, the same everywhere:
     s_k codes per region at granularity k (1, 4, 16)   H x W the finest grid   S image side
     Z encoder channels   D code dimension   V codebook size   P position ids   L sequence length   C transformer width
     d channels per attention head   M length of a KV cache   -1 "none": no label, the start, the content of an EOS
-    grains (B, h, w): the granularity of every region
-    codes  (B, H, W): codebook ids on the finest grid; a coarse code is repeated over its region
+    grains (B, h, w) granularity of each region   codes (B, H, W) codebook ids on the finest grid, coarse ones repeated
 """
 import itertools
 import math
@@ -84,8 +83,7 @@ class VAEConfig:
         fewest = min(self.channels, *map(self.level_width, range(self.factors[0].bit_length())[-2:]))
         require(self.size > self.factors[0] or fewest > 32, "a single region needs more than 32 channels per level")
 
-    def level_width(self, level):
-        """Channels at downsampling factor 2**level."""
+    def level_width(self, level):                                            # channels at downsampling factor 2**level
         return self.width * self.multipliers[min(level, len(self.multipliers) - 1)]
 
 
@@ -113,8 +111,8 @@ class TransformerConfig:
 
 
 # ---- 2  Dynamic grained coding (the paper's "Dynamic Grained Coding" and "budget loss") --------
-# Every router has two methods. score(x, maps) -> (B, h, w) is higher where finer codes should go; evaluation compares
-# it with the true detail mask. forward(x, maps, noise) -> gate (B, K, h, w) is one-hot over K.
+# Every router has score(x, maps) -> (B, h, w), which is higher where finer codes should go, and
+# forward(x, maps, noise) -> gate (B, K, h, w), which is one-hot over K.
 
 def norm(channels):
     return nn.GroupNorm(32, channels, eps=1e-6)
@@ -146,12 +144,10 @@ class GrainRouter(nn.Module):
 
     def forward(self, x, maps, noise=1.0):
         """In training the gate is a hard Gumbel-softmax sample with noise scaled by `noise`, in evaluation the argmax.
-
         Why it learns: the gate multiplies the maps (DQVAE.mix), so the cost c_k = d loss / d gate_k is the effect on
         the loss of moving a region towards granularity k. The backward pass uses p, the softmax of the noisy logits
-        (straight-through): d loss / d logit_k = p_k (c_k - sum_j p_j c_j). Gradient descent therefore makes
-        granularities that cost less than average more likely. The noise must be annealed to zero (gumbel_scale), or the
-        *sampled* fractions meet the budget and those of the *argmax* do not."""
+        (straight-through): d loss / d logit_k = p_k (c_k - sum_j p_j c_j), which makes what costs less than average
+        more likely. Unless the noise is annealed to zero (gumbel_scale), the argmax may miss the budget."""
         logits = self.logits(maps)                                           # B, K, h, w
         if not self.training:
             return one_hot(logits.argmax(dim=1), logits.shape[1])
@@ -205,8 +201,7 @@ class EntropyRouter(ThresholdRouter):
         grey = 0.2989 * red + 0.5870 * green + 0.1140 * blue
         pixels = F.unfold(grey, self.factor, stride=self.factor)             # B, F F, N for regions of F x F pixels
         bins = torch.linspace(-1, 1, 32, device=x.device)
-        hist = [torch.exp(-0.5 * ((pixels - centre) / 0.01) ** 2).mean(1) for centre in bins]  # 32 x (B, N)
-        hist = torch.stack(hist, dim=-1)                                     # B, N, 32
+        hist = torch.stack([torch.exp(-0.5 * ((pixels - c) / 0.01) ** 2).mean(1) for c in bins], dim=-1)  # B, N, 32
         p = hist / (hist.sum(-1, keepdim=True) + 1e-10)
         entropy = -(p * (p + 1e-10).log()).sum(-1)                           # B, N
         return entropy.view(-1, x.shape[2] // self.factor, x.shape[3] // self.factor)  # B, h, w
@@ -245,7 +240,6 @@ def straight_through(z, q):
 
 class Codebook(nn.Module):
     """Vector quantization with one codebook for all granularities, trained by exponential moving averages (EMA).
-
     forward(z (B, D, H, W), weight (B, H, W)) -> quantised z (B, D, H, W), ids (B, H, W), commitment loss. `weight`
     makes every *code* count once: a coarse code that is repeated over 4 cells gives each of them 1/4.
     A training step restarts dead entries, assigns vectors to entries, and updates the entries. At the start every entry
@@ -300,8 +294,7 @@ class Codebook(nn.Module):
         mean_uses = all_reduce_sum(weight.sum()) / len(self.uses)
         dead = self.uses < self.dead_below * mean_uses                       # V
         vectors = sample_vectors(z, weight, len(self.uses))                  # up to V, D
-        # dead entry number i gets vectors[i]: for dead = 0 1 1 0 1, cumsum - 1 is -1 0 1 1 2, read at the ones
-        fresh = vectors[(dead.cumsum(0) - 1) % len(vectors)]                 # V, D
+        fresh = vectors[(dead.cumsum(0) - 1) % len(vectors)]                 # V, D: the i-th dead one gets vectors[i]
         fresh = fresh + 0.01 * fresh.std(0, correction=0) * torch.randn_like(fresh)  # so that equal vectors don't tie
         self.codes.copy_(torch.where(dead[:, None], fresh, self.codes))
         self.uses.copy_(torch.where(dead, mean_uses, self.uses))
@@ -370,8 +363,7 @@ class Encoder(nn.Module):
             if i in self.levels_of:
                 maps[i] = self.heads[self.levels_of.index(i)](h)             # B, Z, S/2^i, S/2^i
             if i < len(self.downs):
-                h = F.pad(h, (0, 1, 0, 1))                                   # right and bottom only, as in VQGAN
-                h = self.downs[i](h)                                         # B, c_i, S/2^(i+1), S/2^(i+1)
+                h = self.downs[i](F.pad(h, (0, 1, 0, 1)))                    # B, c_i, S/2^(i+1), S/2^(i+1); as in VQGAN
         return [maps[i] for i in self.levels_of]
 
 
@@ -485,7 +477,6 @@ def none_last(ids, n):
 
 class Layout(nn.Module):
     """Converts between (codes, grains) and the sequence of (position, content) pairs of an image.
-
     Granularity k owns the position ids  offset_k + i  for cell i of its own grid, in raster order over the whole grid
     (as the authors number them), and then one EOS id. The ids of the next granularity follow. An id therefore
     determines granularity, location and order, and the sequence of an image is its codes *sorted by id*, with every EOS
@@ -531,7 +522,6 @@ class Layout(nn.Module):
             region[first:self.eos[k]] = row // c * self.side + column // c
             first_id[first:self.eos[k]] = first + row // c * c * side + column // c * c
             coordinates[first:self.eos[k]] = (torch.stack([row, column], dim=1) + 0.5) * (self.fine_side / side)
-
         self.register_buffer("ids", torch.arange(P, dtype=torch.int32), persistent=False)
         self.register_buffer("grain", grain, persistent=False)
         self.register_buffer("region", region, persistent=False)
@@ -572,19 +562,16 @@ class Layout(nn.Module):
     def legal(self, prev, grains):
         """The mask of valid next position ids. (tests/naive.py has the same rules as a loop.) prev: (B,) or (B, L) ids,
         -1 at the start; grains: (B, N) granularities known so far, -1 elsewhere -> (B, P) or (B, L, P), bool.
-
         Candidates lie after prev, in the granularity that is being written. A region is open once its first cell is
         written; its other cells are then pending. Valid are the first cells of uncovered regions that come before the
         next pending cell, and that cell. If none is pending, the EOS is valid too. The finest granularity may leave no
         hole: there only the first candidate is valid. In the class's example:
             prev  -1 -> 0 1 2 3 4      0 -> 1 2 3 4      3 -> 4        coarse codes may skip regions
             prev   4 -> 7     (the first hole)           7 -> 8        8 -> 11 (pending)      12 -> 21
-
         Training calls this with the *final* grains and gets the same mask for all steps at once: regions that are not
         open yet and turn out finer count as uncovered, and coarser ones were covered before."""
         following = (prev + 1).clamp(max=self.end)[..., None]                # B, (L,) 1: the id after prev
-        # the granularity that covers an id's region; K where none does yet, and for EOS ids
-        covered_by = F.pad(none_last(grains, self.n_grains), (0, 1), value=self.n_grains)  # B, N + 1
+        covered_by = F.pad(none_last(grains, self.n_grains), (0, 1), value=self.n_grains)  # B, N + 1; K: by nothing
         covered_by = covered_by.gather(1, self.region.expand(len(grains), -1))  # B, P
         covered_by = covered_by if prev.dim() == 1 else covered_by[:, None]  # B, (1,) P
         candidate = (self.ids >= following) & (self.grain == self.grain[following])  # B, (L,) P
@@ -599,9 +586,9 @@ class Layout(nn.Module):
 
 def attention(q, k, v, mask=None, dropout=0.0):
     """softmax(q k^T / sqrt(d) + mask) v; causal when there is no mask. q: (B, heads, L, d); k, v: (B, heads, M, d)"""
-    if q.is_cuda:
+    if q.is_cuda:                                                            # on CPUs, training with it is half as fast
         return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None)  # B, heads, L, d
-    if mask is None:                                                         # on CPUs this trains twice as fast
+    if mask is None:
         mask = torch.full((q.shape[2], k.shape[2]), -math.inf, dtype=q.dtype, device=q.device).triu(1)  # L, M
     weights = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5 + mask).softmax(-1)  # B, heads, L, M
     return F.dropout(weights, dropout) @ v                                   # B, heads, L, d
@@ -703,8 +690,7 @@ class DQTransformer(nn.Module):
         B, L = pos.shape
         label = torch.full_like(pos[:, 0], -1) if label is None else label
         if self.training:
-            hide = torch.rand(B, device=pos.device) < self.config.label_dropout
-            label = torch.where(hide, -1, label)
+            label = torch.where(torch.rand(B, device=pos.device) < self.config.label_dropout, -1, label)
         start = self.condition(none_last(label, self.n_classes))[:, None]    # B, 1, C
         x = torch.cat([start, self.embed(pos[:, :-1], code[:, :-1])], dim=1)  # B, L, C
         h = self.drop(x + self.order.weight[:L])
@@ -733,12 +719,11 @@ class DQTransformer(nn.Module):
 # ---- 7  Sampling -------------------------------------------------------------------------------
 
 class SampleOptions(NamedTuple):
-    """Classifier-free guidance, uncond + cfg (cond - uncond), and temperature apply to positions and contents; top-k
-    and top-p to contents only."""
+    """Temperature and classifier-free guidance apply to positions and contents, top-k and top-p to contents only."""
     temperature: float = 1.0
     top_k: int = 0                       # 0: off
     top_p: float = 1.0                   # 1: off
-    cfg: float = 1.0                     # 1: off
+    cfg: float = 1.0                     # uncond + cfg (cond - uncond); 1: off
 
     def check(self):
         require(1e-6 <= self.temperature <= 1e6, f"temperature must be between 1e-6 and 1e6, not {self.temperature}")
@@ -800,7 +785,6 @@ def generate_one(model, label=-1, options=SampleOptions(), seed=0, index=0):
 # The same for many images, fast: continuous batching with a KV cache. B slots (batch rows) decode one pair per step; a
 # slot whose image is complete starts the next one, so that the cost follows the mean length.
 
-
 class Job(NamedTuple):
     """The constant inputs of a sampling run for n images. Row n is a dummy for idle slots."""
     condition: torch.Tensor              # n + 1, 1 or, with guidance, 2: rows of the condition embedding
@@ -834,12 +818,10 @@ def decode_one(model, job, state, end):
         return torch.cat([x, x]) if R > B else x                             # R, ...: conditional, unconditional rows
     def unless_given(sampled, given):
         return sampled if given is None else torch.where(given < 0, sampled, given)  # B
-
     # embed the previous pair, or the condition at the start
     condition = model.condition(job.condition[image].t().flatten())          # R, C
     at, last = (torch.arange(R, device=t.device), twice(t)), twice(state.last)
-    pair = twice(model.embed(state.last.clamp(min=0), state.last_code))      # R, C
-    h = torch.where((twice(t) == 0)[:, None], condition, pair)
+    h = torch.where((twice(t) == 0)[:, None], condition, twice(model.embed(state.last.clamp(min=0), state.last_code)))
     h = (h + model.order(twice(t)))[:, None]                                 # R, 1, C
     future = torch.arange(end, device=t.device) > at[1][:, None, None, None]  # R, 1, 1, M
     mask = torch.zeros(R, model.config.heads, 1, end, dtype=h.dtype, device=t.device).masked_fill(future, -math.inf)
@@ -865,14 +847,12 @@ def decode_one(model, job, state, end):
 
 
 def write(layout, state, pos, code):
-    """Store a pair (B,), (B,) of each slot's image. After its last EOS a slot starts the next image; slots that finish
-    together take consecutive ones."""
+    """Store a pair (B,), (B,) of each slot's image. After its last EOS a slot starts the next image in line."""
     state.pos[state.image, state.t], state.code[state.image, state.t] = pos, code
     state.grains.scatter_(1, layout.region[pos][:, None], layout.grain[pos][:, None])
     done = pos == layout.end                                                 # B
     among_done = done.cumsum(0)                                              # B: 1, 2, ...
-    n = len(state.pos) - 1
-    torch.where(done, state.newest + among_done, state.image, out=state.image).clamp_(max=n)
+    torch.where(done, state.newest + among_done, state.image, out=state.image).clamp_(max=len(state.pos) - 1)
     state.newest.add_(among_done[-1])
     state.t.add_(1).masked_fill_(done, 0)
     state.last.copy_(pos.masked_fill(done, -1))
@@ -903,8 +883,8 @@ def start(model, label, options, seed, given, first, slots, end):
 def check_given(model, pos, code):
     """UserError unless the given pairs (n, L) begin with a valid prefix, and their contents are in the codebook."""
     layout, V = model.layout, model.config.codebook_size
-    require(-1 <= code.min() and code.max() < V, f"given contents must be below {V}, the codebook's size")
-    require(-1 <= pos.min() and pos.max() <= layout.end, f"given positions must be below {layout.n_positions}")
+    in_range = -1 <= pos.min() and pos.max() <= layout.end and -1 <= code.min() and code.max() < V
+    require(in_range, f"given positions must be below {layout.n_positions}, contents below {V}")
     for pos in pos.unique(dim=0).split(8):                                   # the mask takes much memory
         known = pos >= 0
         require((known.int().diff(dim=1) <= 0).all(), "given positions must form a prefix of the sequence")
@@ -916,7 +896,6 @@ def check_given(model, pos, code):
 def generate(model, label, options=SampleOptions(), seed=0, given=None, slots=None, first=0, graphs=None, bucket=None,
              sync_every=None, compile=False):
     """Sample images. label: (n,) classes, -1 for none -> pos, code, each (n, max_len); Layout.unpack reads them.
-
     Image i depends on its label, the seed and first + i alone. given: optional (pos, code), each (n, max_len), -1 where
     it is sampled; given positions must form a prefix of the sequence. slots: images that are decoded at a time
     (None: all). For speed only: the cache length grows in steps of `bucket` pairs; graphs (None: on GPUs) captures a
@@ -945,8 +924,7 @@ def generate(model, label, options=SampleOptions(), seed=0, given=None, slots=No
 
 
 def plain_steps(step, model, job, state):
-    """-> a function that takes a step with a cache of at least `end` pairs. The cache is reallocated to fit: on CPUs
-    contiguous caches are up to three times faster than slices."""
+    """-> take(end): a step with a contiguous cache of at least `end` pairs; on CPUs it is faster than a slice."""
     def take(end):
         nonlocal state
         size = state.cache[0].shape[3]
@@ -1068,6 +1046,5 @@ def sample_vectors(z, weight, n):
 
 
 def numpy_rng(*seeds):
-    """NumPy's generator, seeded with integers below 2**64. Each is split into two 32-bit words: different seeds, as
-    many, give different streams."""
+    """NumPy's generator for integers below 2**64, two 32-bit words each, so that no others give the same stream."""
     return np.random.default_rng([seed % 2 ** 32 for seed in seeds] + [seed >> 32 for seed in seeds])

@@ -1,16 +1,16 @@
-"""The method once more, by loops: what dq.py computes for whole batches at once, here for one image, code by code.
+"""The same method in plain loops: dq.py computes whole batches at once, this file one image, code by code.
 
-A second tutorial, and what the tests hold dq.py against. Nothing here calls what it checks: these functions read
-weights and sizes of dq's models, and call nothing of them but torch's own layers. They read in the order of dq.py:
+It is a second tutorial, and the reference that the tests compare dq.py with. These functions read the weights and sizes
+of dq's models and call only torch's own layers, never the code that they check. They follow the order of dq.py:
     stage 1      entropy, shares, nearest, averages, mix, cell_weight, position    an image becomes codes
-    layers       group_norm, res_block, attn_block; layer_norm, gelu               what its networks consist of
+    layers       group_norm, res_block, attn_block; layer_norm, gelu               the parts of the networks
     sequences    granularities, where, place; pack, then legal                     codes become pairs
-    stage 2      embed, rotate, block; next_place, next_content; logits            what may come next, and how likely
-    sampling     draw, filter_logits; generate                                     pairs that are drawn one by one
-Begin with `pack` (and, for the ids, `granularities`), go on with `legal` and `next_place`, end with `generate`: that is
-variable-length generation in a hundred lines. All else can be looked up where it is called.
+    stage 2      embed, rotate, block; next_place, next_content; logits            the next pair, and its probability
+    sampling     draw, filter_logits; generate                                     one pair after the other
+Start with `pack` (and `granularities` for the ids), continue with `legal` and `next_place`, and end with `generate`.
+That is variable-length generation in a hundred lines. Look up the rest where it is called.
 
-Symbols are those of dq.py. A pair is (position id, codebook id), and the codebook id of an EOS is -1.
+The notation is that of dq.py. A pair is (position id, codebook id), and the codebook id of an EOS is -1.
 """
 import math
 import struct
@@ -26,7 +26,7 @@ __tracebackhide__ = True                                                     # p
 
 
 def entropy(patch):
-    """Of the grey levels of one region (3, F, F) in [-1, 1], in nats: a histogram of 32 soft bins."""
+    """Entropy of the grey levels of one region (3, F, F) in [-1, 1], in nats, from a histogram with 32 soft bins."""
     red, green, blue = patch.double().flatten(1).tolist()
     grey = [0.2989 * r + 0.587 * g + 0.114 * b for r, g, b in zip(red, green, blue)]
     histogram = [sum(math.exp(-0.5 * ((g - centre) / 0.01) ** 2) for g in grey) for centre in np.linspace(-1, 1, 32)]
@@ -35,21 +35,21 @@ def entropy(patch):
 
 
 def shares(gate):
-    """How many of all regions have granularity k, for each. gate: (B, K, h, w), one-hot"""
+    """The fraction of all regions that has granularity k, for each k. gate: (B, K, h, w), one-hot"""
     B, K, h, w = gate.shape
     return [sum(gate[b, k, y, x].item() for b in range(B) for y in range(h) for x in range(w)) / (B * h * w)
             for k in range(K)]
 
 
 def nearest(codes, vector):
-    """The codebook id of the code (of V, D) that is nearest to a vector (D,)."""
+    """The id of the codebook entry (of V, D) that is nearest to a vector (D,)."""
     return min(range(len(codes)), key=lambda v: float((codes[v] - vector).square().sum()))
 
 
 def averages(codes, uses, sums, z, weight, decay):
-    """One batch of k-means online: how often each code was used, and the sum of what used it, as moving averages.
+    """One batch of online k-means: moving averages of how often each entry is used, and of the sum of its vectors.
 
-    codes (V, D); uses (V,); sums (V, D); z: (B, D, H, W), weight (B, H, W): what each cell counts -> uses, sums
+    codes (V, D); uses (V,); sums (V, D); z: (B, D, H, W); weight (B, H, W) of each cell -> uses, sums
     """
     new_uses, new_sums = torch.zeros_like(uses), torch.zeros_like(sums)
     for b in range(len(z)):
@@ -62,7 +62,7 @@ def averages(codes, uses, sums, z, weight, decay):
 
 
 def mix(maps, gate):
-    """One image: its maps, K x (Z, H_k, W_k), and its gate (K, h, w), of any numbers -> (Z, H, W)"""
+    """One image: its maps, K x (Z, H_k, W_k), and its gate (K, h, w), which may be any numbers -> (Z, H, W)"""
     H, mixed = maps[-1].shape[-1], torch.zeros_like(maps[-1])
     for y in range(H):
         for x in range(H):
@@ -81,7 +81,7 @@ def cell_weight(grains, factors):
 
 
 def position(embedding, y, x):
-    """What the decoder adds to a cell: sines of a linear map of where it is, a vector of its row, one of its column."""
+    """The decoder's position embedding of a cell: Fourier features of its coordinates, a row and a column vector."""
     H = len(embedding.rows)
     at = torch.tensor([2 * x / (H - 1) - 1, 2 * y / (H - 1) - 1])            # corners at -1 and 1
     waves = torch.sin(embedding.fourier.weight[:, :, 0, 0] @ at + embedding.fourier.bias)
@@ -89,11 +89,11 @@ def position(embedding, y, x):
 
 
 # ------------------------------------------------------------------------------------------------
-# Layers, by their formulas; constants are written here once more
+# Layers, by their formulas; the constants are repeated here on purpose
 
 
 def group_norm(weights, x):
-    """One image (C, H, W): 32 groups of channels get mean 0 and variance 1, then each channel a scale and a shift."""
+    """One image (C, H, W): normalise 32 groups of channels to mean 0 and variance 1, then scale and shift channels."""
     groups = x.unflatten(0, (32, -1))                                        # 32, C / 32, H, W
     groups = torch.stack([(g - g.mean()) / torch.sqrt(((g - g.mean()) ** 2).mean() + 1e-6) for g in groups])
     return groups.flatten(0, 1) * weights.weight[:, None, None] + weights.bias[:, None, None]
@@ -112,14 +112,14 @@ def conv(weights, x):
 
 
 def res_block(weights, x):
-    """One image (C, H, W): twice norm, SiLU and convolution, added to x, or to a projection of it to other channels."""
+    """One image (C, H, W): norm, SiLU and convolution, twice; added to x, or to its projection to other channels."""
     h = conv(weights.conv1, silu(group_norm(weights.norm1, x)))
     h = conv(weights.conv2, silu(group_norm(weights.norm2, h)))
     return (conv(weights.shortcut, x) if len(h) != len(x) else x) + h
 
 
 def attn_block(weights, x):
-    """One image (C, H, W): each cell takes from all cells, by how well its query fits their keys."""
+    """One image (C, H, W): single-head self-attention over all cells."""
     q, k, v = conv(weights.qkv, group_norm(weights.norm, x)).flatten(1).chunk(3)  # each C, H W
     taken = torch.empty_like(v)
     for i in range(v.shape[1]):
@@ -129,18 +129,18 @@ def attn_block(weights, x):
 
 
 def normalised(x):
-    """Each vector of x (..., n) less its mean, over its deviation."""
+    """Each vector of x (..., n) with its mean subtracted, divided by its standard deviation."""
     x = x - x.mean(-1, keepdim=True)
     return x / torch.sqrt((x ** 2).mean(-1, keepdim=True) + 1e-5)
 
 
 def layer_norm(weights, h):
-    """Entries (L, C): each gets mean 0 and variance 1, each channel a scale."""
+    """Entries (L, C): normalise each to mean 0 and variance 1, then scale every channel."""
     return normalised(h) * weights.weight
 
 
 def gelu(x):
-    """x times the probability that a normal number is below x."""
+    """x times the probability that a standard normal variable is below x."""
     return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
 
 
@@ -149,10 +149,10 @@ def gelu(x):
 
 
 def granularities(layout):
-    """What can be said of each granularity, coarse to fine: its first id, codes in a row, EOS id."""
+    """For each granularity, coarse to fine: its first id, the number of codes in a row, its EOS id."""
     first = 0
     for side in layout.sides:
-        yield first, side, first + side * side                               # ids row by row, then one for the EOS
+        yield first, side, first + side * side                               # ids row by row, then the EOS
         first += side * side + 1
 
 
@@ -166,7 +166,7 @@ def where(layout, p):
 
 
 def place(layout, p):
-    """The middle of the code with this id, in cells of the finest grid; 0, 0 for an EOS and the start, -1."""
+    """Coordinates of a code's centre, in cells of the finest grid; (0, 0) for an EOS and for the start, -1."""
     k, row, column = where(layout, p) if p >= 0 else (0, None, None)
     if row is None:
         return 0.0, 0.0
@@ -175,10 +175,10 @@ def place(layout, p):
 
 
 def pack(layout, codes, grains):
-    """One image (H, W), (h, w) -> its pairs: coarse codes first, each granularity row by row, and then its EOS."""
+    """One image (H, W), (h, w) -> its pairs: coarse codes first, each granularity row by row, followed by its EOS."""
     pairs = []
     for k, (first, side, eos) in enumerate(granularities(layout)):
-        c, m = side // layout.sides[0], layout.sides[-1] // side             # c x c codes a region, m x m cells a code
+        c, m = side // layout.sides[0], layout.sides[-1] // side             # a region has c x c codes of m x m cells
         for y in range(side):
             for x in range(side):
                 if grains[y // c, x // c] == k:
@@ -188,12 +188,12 @@ def pack(layout, codes, grains):
 
 
 def legal(layout, prefix):
-    """The ids that may follow a list of ids, as the rules have it.
+    """The set of ids that may follow a list of ids.
 
-    A granularity is written row by row. Its first cell in a region opens it, and then the others have to follow. A
-    region that is not opened is left to a finer granularity, but the finest one must leave none.
+    A granularity is written row by row. Its first cell in a region opens the region, and then the region's other cells
+    must follow. A region that is not opened is left to a finer granularity, but the finest one must not leave any.
     """
-    k, covered, last = 0, {}, -1                                             # what is written, by which granularity; id
+    k, covered, last = 0, {}, -1                                             # granularity; regions covered; last id
     for p in prefix:
         last = p
         at, row, column = where(layout, p)
@@ -204,10 +204,10 @@ def legal(layout, prefix):
             covered[row // c, column // c] = at
     all_of_them = list(granularities(layout))
     if k == len(all_of_them):
-        return {all_of_them[-1][2]}                                          # the last EOS goes on for ever
+        return {all_of_them[-1][2]}                                          # padding with the last EOS
     first, side, eos = all_of_them[k]
     c, may = side // layout.sides[0], set()
-    for p in range(max(first, last + 1), eos):                               # ahead, until something can't be left out
+    for p in range(max(first, last + 1), eos):                               # until an id that cannot be skipped
         y, x = (p - first) // side, (p - first) % side
         region = y // c, x // c
         is_due = covered.get(region) == k
@@ -220,23 +220,23 @@ def legal(layout, prefix):
 
 
 # ------------------------------------------------------------------------------------------------
-# Stage 2: what comes next
+# Stage 2: the next pair
 
 
 def embed(model, p, c):
-    """A pair: a row for the content, one for the position, one for the granularity. -> (C,)"""
+    """Input embedding of a pair: content + position + granularity. -> (C,)"""
     content = model.content.weight[c if c >= 0 else model.config.codebook_size]
     return content + position_row(model, p) + model.granularity.weight[where(model.layout, p)[0]]
 
 
 def position_row(model, p):
-    return model.position.weight[p]                                          # each id has its own
+    return model.position.weight[p]                                          # every id has its own row
 
 
 def rotate(x, places):
-    """x (L, heads, d), places of L entries: channels i and i + d/2 are a complex number, turned by an angle.
+    """RoPE for x (L, heads, d) at L coordinates: channels i and i + d/2 are a complex number, rotated by an angle.
 
-    It is the row times a frequency for the first half of these numbers, and the column for the second.
+    The angle is a frequency times the row for the first half of these numbers, and times the column for the second.
     """
     n = x.shape[-1] // 4
     frequency = [10.0 ** -(i / n) for i in range(n)]
@@ -246,9 +246,9 @@ def rotate(x, places):
 
 
 def block(weights, h, queries, keys):
-    """A transformer block on entries (L, C): each attends to itself and those before it, one after the other.
+    """A transformer block on entries (L, C): each attends to itself and to those before it.
 
-    queries, keys: a place for each entry, by which its query or key is turned; or None for no rotation.
+    queries, keys: for each entry the coordinates by which RoPE rotates its query or key; or None for no rotation.
     """
     L, C = h.shape
     qkv = layer_norm(weights.norm1, h) @ weights.qkv.weight.t()              # L, 3 C
@@ -266,9 +266,9 @@ def block(weights, h, queries, keys):
 
 
 def next_place(model, pairs, label):
-    """Where the pair behind these may go. -> the position stack's entries (L, C), {id that is legal: its logit}
+    """The position logits of the next pair. -> outputs of the position stack (L, C), {valid id: its logit}
 
-    The entries, L = len(pairs) + 1: the label (-1: none), and all pairs so far.
+    There are L = len(pairs) + 1 entries: the label (-1: none), and all pairs so far.
     """
     ids = [p for p, _ in pairs]
     first = model.condition.weight[label if label >= 0 else len(model.config.classes)]
@@ -281,9 +281,9 @@ def next_place(model, pairs, label):
 
 
 def next_content(model, h, pairs, p):
-    """What stands there, if the next pair goes to p. h: what next_place has returned -> logits (V,)
+    """The content logits (V,) of the next pair, if its position is p. h: as returned by next_place
 
-    Each entry is told the place of the pair that follows it, and looks from there at where those before it are.
+    Each entry gets the position of the pair that follows it. Its query uses that pair's coordinates, its key its own.
     """
     ids = [each for each, _ in pairs]
     h = h + torch.stack([position_row(model, each) for each in [*ids, p]])
@@ -296,9 +296,9 @@ def next_content(model, h, pairs, p):
 
 
 def logits(model, pairs, label):
-    """Of each pair, from those before it alone, computed anew -> position (L, P), -inf where not legal; content (L, V).
+    """Position logits (L, P), -inf where not valid, and content logits (L, V) of every pair, each from scratch.
 
-    What training needs; dq.py has all of it from one pass over the sequence.
+    Training needs these; dq.py computes them in one pass over the sequence.
     """
     positions = torch.full((len(pairs), model.layout.n_positions), -math.inf)
     contents = []
@@ -315,7 +315,7 @@ def logits(model, pairs, label):
 
 
 def draw(logits, u):
-    """The entry at which the sum of all probabilities so far reaches u. logits: {entry: logit} -> entry"""
+    """The first entry at which the cumulative probability reaches u. logits: {entry: logit} -> entry"""
     weights = {i: math.exp(logit - max(logits.values())) for i, logit in sorted(logits.items())}
     reached = 0.0
     for i, weight in weights.items():
@@ -326,7 +326,7 @@ def draw(logits, u):
 
 
 def filter_logits(row, top_k, top_p):
-    """The k likeliest entries of a list of logits, of these the likeliest that reach p together. -> set of entries"""
+    """The k most likely entries of a list of logits, and of these the fewest that reach p. -> set of entries"""
     order = sorted(range(len(row)), key=lambda i: -row[i])
     if top_k:
         order = order[:top_k]
@@ -342,16 +342,16 @@ def filter_logits(row, top_k, top_p):
 
 @torch.no_grad()
 def generate(model, labels, options, seed, first=0, given=None):
-    """One image after the other, and every step computes the whole sequence so far. -> for each image its pairs
+    """One image after the other; every step computes the whole sequence so far. -> the pairs of each image
 
-    labels: a list, -1 for none. given: None, or for each image and step a position and a content, -1 if it is drawn.
+    labels: a list, -1 for none. given: None, or for each image and step a position and a content, -1 if it is sampled.
     """
     return [image(model, label, options, generator(seed, first + i), given and [x[i] for x in given])
             for i, label in enumerate(labels)]
 
 
 def generator(seed, number):
-    """That of one image: made of the words of both, the low ones first."""
+    """NumPy's generator for one image, seeded with the 32-bit words of both numbers, low words first."""
     low, high = zip(*(struct.unpack("<II", struct.pack("<Q", x)) for x in (seed, number)))
     return np.random.default_rng([*low, *high])
 

@@ -163,3 +163,10 @@ def test_a_batch_of_few_different_vectors_gives_codes_that_differ():
     book = Codebook(16, 2)
     book.restart(torch.randn(3, 2).repeat(20, 1), torch.ones(60))
     assert torch.pdist(book.codes).min() > 1e-5, "two codes are the same, so one of them will never be chosen"
+
+
+def test_the_first_batch_is_quantised_by_codes_of_its_own():
+    """All codes are dead at first: they start before the nearest ones are looked for, not after."""
+    book, z = Codebook(64, 2).train(), torch.randn(4, 2, 4, 4)
+    q, ids, loss = book(z, torch.ones(4, 4, 4))
+    assert len(ids.unique()) > 48 and (q - z).abs().max() < 0.1              # 64 vectors, which start 64 codes

@@ -21,6 +21,7 @@
 """
 import argparse
 import ast
+import contextlib
 import importlib
 import io
 import itertools
@@ -34,6 +35,7 @@ import struct
 import sys
 import warnings
 import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -269,6 +271,25 @@ def test_resize_crop_and_flip(tmp_path):
     small = reading.load_image(tmp_path / "noise.png", 8)
     assert small.abs().max() < 0.1
 
+
+@pytest.mark.parametrize("shape", [(16, 40), (40, 16)], ids=["wide", "high"])
+def test_crops_reach_every_side(shape, tmp_path):
+    """The least and the largest random number give the first and the last square, its last column and row included."""
+    noise = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "x.png")
+    for number, square in ((0.0, noise[:16, :16]), (1 - 2.0 ** -53, noise[-16:, -16:])):
+        def random(n=None):
+            return np.full(n, number) if n else 0.9                          # the last one: not mirrored
+        crop = reading.load_image(tmp_path / "x.png", 16, SimpleNamespace(random=random))
+        assert np.abs(((crop + 1) * 127.5).permute(1, 2, 0).numpy() - square).max() < 1.5
+
+
+def test_deep_greys_are_rounded(tmp_path):
+    greys = np.uint16([[0, 128, 129, 385], [386, 500, 1000, 32767], [32900, 40000, 50000, 60000], [65406, 65407, 9, 1]])
+    pixels = read(tmp_path, Image.fromarray(greys))
+    assert (pixels.round()[..., 0] == np.round(greys / 257)).all()
+
+
 def test_a_picture_is_its_pixels():
     """Rounded to the nearest of 256, cut at black and white, enlarged by whole pixels."""
     values = torch.tensor([0, 1, 127, 128, 254, 255.0])
@@ -392,6 +413,26 @@ def test_the_best_checkpoint_is_that_of_the_lowest_loss(tmp_path):
         record.evaluated(done, dict(loss=loss), loss)
         assert dq.load_checkpoint(tmp_path / "vae.best.pt", "dq-vae")["step"] == best
     assert record.best == 1.5
+
+
+@pytest.mark.parametrize("done, looked_at", [(3, True), (7, True), (10, True), (4, False)])
+def test_losses_are_looked_at_before_anything_is_made_of_them(done, looked_at, tmp_path):
+    """In a step that is evaluated, saved or logged a loss that is no number, of any step before, ends the run."""
+    config, args = dq.VAEConfig(size=16, codebook_size=16), argparse.Namespace(save_every=7)
+    record = common.Record(args, tmp_path / "vae.pt", config, dict(steps=99, eval_every=3), dq.DQVAE(config), {}, {})
+    record.start("")
+    record.add(done - 1, dict(loss=torch.tensor(math.nan)))
+    record.add(done, dict(loss=torch.tensor(1.0)))
+    with pytest.raises(dq.UserError, match="not finite") if looked_at else contextlib.nullcontext():
+        record.after(done, SimpleNamespace(asked=lambda: 0))
+
+
+def test_logged_losses_are_means_over_the_processes(tmp_path, monkeypatch):
+    record = common.Record(None, tmp_path, None, {}, None, {}, {})
+    monkeypatch.setattr(dq, "rank_world", lambda: (0, 2))
+    monkeypatch.setattr(dq, "all_reduce_sum", lambda x: 3 * x)               # the other process has twice as much
+    record.add(1, dict(loss=torch.tensor(2.0), budget=torch.tensor(4.0)))
+    assert record.newest_losses() == dict(loss=3.0, budget=6.0)
 
 
 def test_schedules():
@@ -535,6 +576,8 @@ def test_a_folder_is_one_runs_at_a_time(tmp_path):
         assert [path.name for path in tmp_path.iterdir()] == [".lock"]
     common.lock(tmp_path)                                                    # the other is gone, its file is not
     common.lock(tmp_path)                                                    # the same process, again
+    with open(tmp_path / ".lock", "a") as other, pytest.raises(BlockingIOError):
+        fcntl.flock(other, fcntl.LOCK_SH | fcntl.LOCK_NB)                    # nobody shares it
     assert list(common.LOCKS) == [os.path.realpath(tmp_path)]
     common.run(lambda: None)                                                 # at its end a program holds none
     assert not common.LOCKS

@@ -146,6 +146,14 @@ def test_none_and_all_are_none_and_all(ratios, shares):
     router = EntropyRouter(ratios, 4)
     router.calibrate(ratios, [torch.rand(50, 3, 8, 8) * 2 - 1])
     assert router.thresholds.isfinite().all()
-    other = torch.cat([torch.rand(400, 3, 8, 8) * 2 - 1, torch.zeros(1, 3, 8, 8)])
+    least, most = torch.zeros(16), torch.linspace(-1, 1, 32)[8:24]           # one grey; sixteen, each in its own bin
+    extremes = torch.stack([least, most]).view(2, 1, 4, 4).repeat(1, 3, 2, 2)
+    other = torch.cat([torch.rand(400, 3, 8, 8) * 2 - 1, extremes])
     share = router(other, None).mean(dim=(0, 2, 3)).tolist()
     assert all(a == b if b in (0, 1) else abs(a - b) < 0.2 for a, b in zip(share, shares))
+
+
+def test_the_gate_is_computed_in_float32():
+    """In bfloat16 logits that differ by less than 1 % tie, and what follows of them is coarse."""
+    with torch.autocast("cpu", torch.bfloat16):
+        assert GrainRouter(32, 3).logits([torch.randn(2, 32, s, s) for s in (2, 4, 8)]).dtype == torch.float32

@@ -362,3 +362,17 @@ def test_the_step_is_one_graph_for_the_compiler(cfg, monkeypatch):
     compiled = generate(model, label, options, seed=7, slots=2, bucket=64, compile=True)
     assert torch.equal(compiled[0], wanted[0]) and torch.equal(compiled[1], wanted[1])
     assert compiled_steps == [dq.decode_one]
+
+
+def test_guidance_0_is_no_label(device):
+    """Guidance below 1 mixes as well."""
+    model = tiny(8, (4, 2), V=5, classes=("a", "b"), device=device)
+    label = torch.tensor([0, 1, 0, 1], device=device)
+    without, guided = (generate(model, *how, seed=3) for how in ((torch.full_like(label, -1), SampleOptions()),
+                                                                 (label, SampleOptions(cfg=0.0))))
+    assert all(torch.equal(a, b) for a, b in zip(without, guided))
+    assert not torch.equal(generate(model, label, seed=3)[0], without[0])
+
+
+def test_draws_are_computed_in_float32():
+    assert dq.apply_guidance(torch.randn(2, 5).bfloat16(), SampleOptions(), 2).dtype == torch.float32

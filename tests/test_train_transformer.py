@@ -136,12 +136,22 @@ def test_which_weights_decay():
     assert list(sets["adamw"]) == ["optimizer"]
     muon = sets["muon"]["muon"]
     assert {id(p) for p in muon.param_groups[0]["params"]} == {id(p) for p in blocks if p.dim() == 2}
+    assert [muon.param_groups[0][name] for name in ("momentum", "nesterov", "ns_steps")] == [0.95, True, 5]
     # the root of the mean square of a step is 0.2 of the learning rate, as AdamW's is about
     p = muon.param_groups[0]["params"][0]
     p.grad, before = torch.randn_like(p), p.detach().clone()
     muon.param_groups[0]["weight_decay"] = 0.0
     muon.step()
     assert (p.detach() - before).square().mean().sqrt().item() == pytest.approx(0.2 * 0.02, rel=0.3)
+
+
+def test_how_the_presets_of_stage_2_learn():
+    """Ours by Muon, at a rate that falls linearly; the paper's by AdamW, at one that falls like a cosine."""
+    for name, (_, schedule) in train_transformer.PRESETS.items():
+        papers = name in ("ffhq256", "imagenet256", "imagenet256-triple")
+        assert schedule.optimizer == ("adamw" if papers else "muon"), name
+        near_the_end = schedule.learning_rate(schedule.warmup + 0.75 * (schedule.steps - schedule.warmup))
+        assert near_the_end / schedule.lr == pytest.approx(0.1464 if papers else 0.25, rel=1e-3), name
 
 
 def test_batches_of_stage_2():

@@ -28,6 +28,7 @@ import shutil
 import zlib
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -295,6 +296,19 @@ def test_classes_splits_and_epochs(tmp_path):
     Image.effect_noise((40, 20), 99).save(tmp_path / val.files[0][0])
     assert torch.equal(val[0][0], val[len(val)][0])                          # what is held out stays as it is
     assert open_data(tmp_path / "a", 16)[0][0][1] == -1                      # one folder is no class
+
+
+def test_what_is_drawn_of_a_folder_depends_on_the_seed(tmp_path):
+    """The crops, and what comes in place of a file that can't be decoded."""
+    for i in range(12):
+        Image.effect_noise((40, 20), 99).save(tmp_path / f"{i:02}.png")
+    (tmp_path / "00.png").write_bytes(b"")
+
+    def drawn(seed):
+        data = ImageFolder(tmp_path, [(f"{i:02}.png", i) for i in range(12)], (), 16, augment=True, seed=seed)
+        return data[5][0], [data[12 * epoch][1] for epoch in range(8)]
+    (a, first), (b, again), (c, other) = map(drawn, (1, 1, 2))
+    assert torch.equal(a, b) and first == again and not torch.equal(a, c) and first != other
 
 
 def test_a_single_image_is_in_both_splits(tmp_path):
@@ -776,6 +790,22 @@ def test_evaluation_of_a_dq_vae():
     assert figures["share"] == pytest.approx([float((out.grains == k).float().mean()) for k in (0, 1)], abs=1e-4)
 
 
+@pytest.mark.parametrize("what", ["figures", "critic", "lpips"])
+def test_what_compares_images_is_in_float32(what, lpips, monkeypatch):
+    """Under autocast, too, which makes bfloat16 of what a convolution gives."""
+    seen, real, x = [], F.normalize, torch.rand(1, 3, 24, 24)
+    monkeypatch.setattr(F, "normalize", lambda x, **how: (seen.append(x), real(x, **how))[1])
+    bf16 = torch.autocast("cpu", torch.bfloat16)
+    if what == "figures":
+        seen.append(train_vae.evaluate(dq.DQVAE(dq.VAEConfig(size=24)), x, None, lambda: bf16)[1])
+    with bf16:
+        if what == "critic":
+            seen.append(Discriminator(width=8)(x))
+        elif what == "lpips":
+            lpips(x[..., :16, :16], x[..., :16, :16])
+    assert seen and {each.dtype for each in seen} == {torch.float32}
+
+
 def test_the_picture_shows_originals_first(tmp_path):
     x, y = (torch.full((9, 3, 16, 16), value) for value in (-1.0, 1.0))      # black, and white ones
     train_vae.show(tmp_path / "x.png", x, y, torch.zeros(9, 2, 2, dtype=torch.long), (8, 4))
@@ -857,6 +887,18 @@ def test_codes_hold_all_that_stage_2_needs(vae_run, images):
             same = 0.95 if DEVICE != "cpu" else 1                            # GPUs round otherwise in other batches
             for name, each in dict(codes=codes, grains=grains).items():
                 assert (found[name][:, v] == each.cpu()).double().mean() >= same
+
+
+def test_random_routes_of_codes_depend_on_the_seed_alone(tmp_path):
+    """Not on what was drawn before."""
+    vae, data = dq.DQVAE(dq.VAEConfig(size=16, codebook_size=16, router="random")), ToyShapes(16, n=8)
+    grains = []
+    for before, seed in ((1, 5), (2, 5), (1, 6)):
+        torch.manual_seed(before)
+        args, stop = SimpleNamespace(seed=seed, workers=0, no_flip=True), SimpleNamespace(asked=lambda: 0)
+        train_vae.write_codes(tmp_path / "codes.pt", vae, data, data, "toy", args, torch.device("cpu"), plain, stop)
+        grains.append(dq.load_checkpoint(tmp_path / "codes.pt", "dq-codes")["train"]["grains"].clone())
+    assert torch.equal(grains[0], grains[1]) and not torch.equal(grains[0], grains[2])
 
 
 def test_codes_of_other_weights_are_told_apart(vae_run, tmp_path):

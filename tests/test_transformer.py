@@ -1,10 +1,11 @@
 """DQTransformer, section 6 of dq.py: a proper distribution over tilings.
 
-    add_linear                     test_a_sum_with_a_product_equals_both
-    rope_table, apply_rope              test_rotation_is_a_product_of_complex_numbers,
+    Block.step                     test_a_block_decodes_step_by_step_what_it_computes_at_once
+    rope_table, apply_rope         test_rotation_is_a_product_of_complex_numbers,
                                    test_products_depend_on_how_far_apart_places_are
-    attention, Block, rope_of     test_logits_equal_a_loop_over_prefixes
+    attention, Block, rope_of      test_logits_equal_a_loop_over_prefixes
     TransformerConfig              test_bad_configurations_are_refused
+    its dtypes                     test_attention_is_computed_in_the_dtype_of_autocast
     its dropout                    test_dropout_acts_at_four_places_in_training
     its first weights              test_a_fresh_model_is_uniform
     DQTransformer.embed            test_a_pair_is_the_sum_of_three_rows
@@ -222,3 +223,17 @@ def test_a_block_decodes_step_by_step_what_it_computes_at_once(rotary, qk_norm, 
         mask[..., t + 1:] = -math.inf
         y = block.step(x[:, t:t + 1], rope if rope is None else rope[:, t:t + 1], cache, at, mask)
         torch.testing.assert_close(y, block(x, rope)[:, t:t + 1], atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_attention_is_computed_in_the_dtype_of_autocast(monkeypatch):
+    """Neither rotation nor normalisation makes it float32, which takes twice as long; logits are float32 again."""
+    model, seen, real, layer_norm = tiny(8, (4, 2), V=5), set(), dq.attention, torch.nn.functional.layer_norm
+    monkeypatch.setattr(dq, "attention", lambda q, k, v, **how: (seen.update([q.dtype, k.dtype, v.dtype]),
+                                                                 real(q, k, v, **how))[1])
+    monkeypatch.setattr(torch.nn.functional, "layer_norm", lambda x, *how: layer_norm(x.float(), *how))  # as on GPUs
+    grains = torch.randint(0, 2, (2, 2, 2))
+    pos, code = model.layout.pack(random_image(model.layout, grains, 5), grains)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model.logits(pos, code)
+    assert seen == {torch.bfloat16} and [each.dtype for each in logits] == [torch.float32] * 2

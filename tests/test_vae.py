@@ -159,6 +159,27 @@ def test_the_papers_presets_have_the_papers_sizes(name, encoder, codes):
     assert layout.n_regions * sum(r * s for r, s in zip(config.ratios, layout.cells)) == pytest.approx(codes)
 
 
+@pytest.mark.parametrize("name, images, factors, ratios, budget", [
+    ("ffhq256", 66_500, (16, 8), (0.5, 0.5), 10), ("imagenet256", 1_217_000, (16, 8), (0.5, 0.5), 10),
+    ("imagenet256-triple", 1_217_000, (32, 16, 8), (0.4, 0.3, 0.3), 1)])
+def test_the_papers_presets_have_the_papers_settings(name, images, factors, ratios, budget):
+    """Section 4 of the paper, and the settings that were released with it."""
+    wanted = [
+        (train_vae.PRESETS[name][0], dict(size=256, factors=factors, ratios=ratios, codebook_size=1024, code_dim=256,
+                                          channels=256, router="learned")),
+        (train_vae.PRESETS[name][1], dict(batch_size=120, lr=5.4e-4, betas=(0.5, 0.9), clip=0, l2_weight=0,
+                                          budget_weight=budget, perceptual_weight=1, gan_weight=1, gan_start=0)),
+        (train_transformer.PRESETS[name][0], dict(position_layers=6, content_layers=18, heads=8, dropout=0.1,
+                                                  rotary=False, qk_norm=False)),
+        (train_transformer.PRESETS[name][1], dict(batch_size=240, lr=5e-4, betas=(0.9, 0.95), weight_decay=0.01,
+                                                  clip=1, decay="cosine", optimizer="adamw"))]
+    for preset, settings in wanted:
+        assert {each: getattr(preset, each) for each in settings} == settings
+    for stage, epochs in ((train_vae, 50), (train_transformer, 100)):
+        schedule = stage.PRESETS[name][1]
+        assert schedule.steps * schedule.batch_size == pytest.approx(epochs * images, rel=2e-3)
+
+
 def test_both_stages_have_the_same_presets():
     assert list(train_vae.PRESETS) == list(train_transformer.PRESETS)
     for name in train_vae.PRESETS:

@@ -254,6 +254,31 @@ def test_the_end_is_saved(stage_1):
         BUDGET, GAN_START, L2, 3)
 
 
+def test_the_entropy_router_sees_2048_images_first(images, tmp_path, monkeypatch):
+    """Of those that are trained on, dealt by the seed."""
+    seen = SimpleNamespace()
+
+    def loader(data, workers, **how):
+        seen.data, seen.numbers = data, how["sampler"]
+        return [(torch.full((1,), float(i)), None) for i in range(5)]
+    monkeypatch.setattr(train_vae, "loader", loader)
+    monkeypatch.setattr(dq.EntropyRouter, "calibrate", lambda self, ratios, images: seen.__dict__.update(
+        ratios=ratios, images=torch.cat(list(images)).tolist()))
+    flags = ["--size", 16, "--router", "entropy", "--ratios", 0.7, 0.3, "--seed", 3, "--out", tmp_path, *CPU]
+    record_of(train_vae.main, monkeypatch, "--data", images, *flags)
+    assert seen.numbers == next(common.shuffled_indices(len(seen.data), 2048, seed=3)) and len(seen.numbers) == 2048
+    assert seen.data.augment and seen.images == [0, 1, 2, 3, 4] and tuple(seen.ratios) == (0.7, 0.3)
+
+
+def test_losses_of_stage_1_are_in_float32(images, tmp_path, monkeypatch):
+    stop_at(monkeypatch, train_vae, "backward")
+    flags = ["--size", 16, "--batch-size", 2, "--data", images, "--out", tmp_path, "--device", "cpu"]
+    with pytest.raises(Reached) as end:
+        train_vae.main([str(each) for each in (*flags, "--dtype", "bf16")])
+    y, _, loss, _, other = end.value.args[0][:5]
+    assert y.dtype == loss.dtype == other.dtype == torch.float32
+
+
 def test_no_clip(images, tmp_path, monkeypatch):
     def never(*args):
         raise AssertionError
