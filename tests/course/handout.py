@@ -85,7 +85,7 @@ $u_v = d u_v + (1 - d) \\sum_{i \\in A_v} w_i$, $s_v = d s_v + (1 - d) \\sum_{i 
 $e_v = s_v / u_v$.""",
     "Codebook.restart": """\
 With weights $w_i$ and $V$ codes, the mean use is $\\bar u = \\sum_i w_i / V$. Code $v$ is dead if
-$u_v < \\mathrm{dead\\_below} \\cdot \\bar u$. It starts again at $e_v = z_i + 0.01 \\sigma \\epsilon$; $i$ is drawn with
+$u_v < \\mathrm{dead\\_below} \\cdot \\bar u$. It restarts at $e_v = z_i + 0.01 \\sigma \\epsilon$; $i$ is drawn with
 a probability proportional to $w_i$. The docstring says what $u_v$ becomes; the sums are $s_v = u_v e_v$.""",
     "DQVAE.mix": """\
 The mixed map $M$ is linear in the gates, where gates and maps are repeated over the finest grid. So
@@ -134,7 +134,7 @@ QUESTIONS = [                                                                # q
      "Without weights, a coarse code would count once for each cell that it covers (1)."),
     ("Why does the position come before the content, and what would be lost if the order were reversed?",
      "A content has a size and coordinates, which the position gives (1). The content stack can attend by distance "
-     "from there (1). The other way round is normalised too, but a content is predicted for all positions at once (1)."),
+     "from there (1). The other way round is normalised too, but it predicts contents for all positions at once (1)."),
     ("Is a longer sequence a better image? Say what the budget trades, and how you would measure it.",
      "More codes give a lower distortion and a higher rate (1). Compare PSNR or FD at equal bits (1), against random "
      "routing and fixed lengths at the same number of codes (1)."),

@@ -512,14 +512,14 @@ def test_pasted_loops_get_less_than_half(checker):
 
 def test_what_students_hand_in(checker, tmp_path):
     """Encodings, notebooks with IPython's own syntax, archives, helper modules."""
-    mine = "from helpers import half\n\n\ndef straight_through(z, q):  # \xfc\n    return half(2 * z) + (q - z).detach()"
+    mine = "from helpers import half\n\n\ndef straight_through(z, q):\n    return half(z + z) + (q - z).detach()  # \xfc"
     files = {
         "ann/dq.py": ("# coding: cp1252\n" + mine).encode("cp1252"),
         "ann/helpers.py": b"def half(x):\n    return x / 2\n", "bob.zip": b"PK", "eve.pdf": b"%PDF",
         "tom/dq.py": b"import naive\n", "tom/naive2.py": b"from naive import draw\n",
         "lea.ipynb": json.dumps(dict(cells=[dict(cell_type="code", source=source) for source in (
             "x?\n", "if True:\n    %time y = 1\n    !ls\n", "%%bash\nls -l\n", "files = !ls\n??dq.draw\n",
-            mine.replace("half(2 * z)", "z"))])).encode()}
+            mine.replace("half(z + z)", "z"))])).encode()}
     for name, data in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(data)
