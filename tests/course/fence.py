@@ -45,11 +45,12 @@ def landlock_version():
 
 def pythons_folders():
     """What a worker has to read: the standard library, packages, shared libraries."""
+    import numpy
     import torch
-    paths = sysconfig.get_paths()
+    paths, base = sysconfig.get_paths(), sysconfig.get_config_var("installed_base")
     found = [*(paths[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")), os.path.dirname(os.__file__),
-             Path(torch.__file__).parents[1], "/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib",
-             Path(sysconfig.get_config_var("installed_base")) / "lib", "/etc/ld.so.cache"]
+             Path(torch.__file__).parents[1], Path(numpy.__file__).parents[1], "/lib", "/lib64", "/usr/lib",
+             "/usr/lib64", "/usr/local/lib", Path(base) / "lib", "/etc/ld.so.cache"]
     return list(dict.fromkeys(os.path.realpath(each) for each in found if os.path.exists(each)))
 
 

@@ -334,7 +334,8 @@ def test_many_submissions_in_one_command(tmp_path):
     assert not (tmp_path / "target").exists()
     got = {name: {each["function"]: each["points"] for each in row["exercises"]} for name, row in rows.items()}
     assert got["ours.py"] == got["right.py"] == points, rows["right.py"]
-    assert set(got["cheats/my_dq.py"].values()) == {0}, rows["cheats/my_dq.py"]
+    if fence.landlock_version():                                             # else `grade` says that there is no fence
+        assert set(got["cheats/my_dq.py"].values()) == {0}, rows["cheats/my_dq.py"]
     allowed = {function: points[function] for function in points if function not in lost}
     assert {function: each for function, each in got["wrong/dq.py"].items() if function not in lost} == allowed
     assert all(got["wrong/dq.py"][function] < points[function] for function in lost if function in points)
@@ -512,7 +513,7 @@ def test_pasted_loops_get_less_than_half(checker):
 
 def test_what_students_hand_in(checker, tmp_path):
     """Encodings, notebooks with IPython's own syntax, archives, helper modules."""
-    mine = "from helpers import half\n\n\ndef straight_through(z, q):\n    return half(z + z) + (q - z).detach()  # \xfc"
+    mine = "from helpers import half  # \xfc\n\n\ndef straight_through(z, q):\n    return half(z + z) + (q - z).detach()"
     files = {
         "ann/dq.py": ("# coding: cp1252\n" + mine).encode("cp1252"),
         "ann/helpers.py": b"def half(x):\n    return x / 2\n", "bob.zip": b"PK", "eve.pdf": b"%PDF",
