@@ -513,7 +513,7 @@ def test_pasted_loops_get_less_than_half(checker):
 
 def test_what_students_hand_in(checker, tmp_path):
     """Encodings, notebooks with IPython's own syntax, archives, helper modules."""
-    mine = "from helpers import half  # \xfc\n\n\ndef straight_through(z, q):\n    return half(z + z) + (q - z).detach()"
+    mine = "from helpers import half  # \xfc\n\ndef straight_through(z, q):\n    return half(z + z) + (q - z).detach()"
     files = {
         "ann/dq.py": ("# coding: cp1252\n" + mine).encode("cp1252"),
         "ann/helpers.py": b"def half(x):\n    return x / 2\n", "bob.zip": b"PK", "eve.pdf": b"%PDF",
