@@ -67,6 +67,8 @@ def points(done):
 
 
 def wrong_text(function, old, new):
+    with contextlib.suppress(ValueError, SyntaxError):                       # a syntax tree, if it is there once
+        return variants.applied(dict(ours=OURS[function]), [("ours", function.split(".")[-1], old, new)])["ours"]
     assert OURS[function].count(old), f"{function} has changed: it no longer contains {old}"
     return OURS[function].replace(old, new)
 
@@ -458,9 +460,9 @@ def test_faults_in_starting_workers_cost_no_points(checker, tmp_path, monkeypatc
     monkeypatch.setenv("MY_TOKEN", "42")
     os.kill(checks.nursery.process.pid, signal.SIGKILL)
     checks.nursery.process.wait()
-    text = "def straight_through(z, q):\n    import os\n    raise ValueError(' '.join(os.environ))"
+    text = "def straight_through(z, q):\n    import os\n    raise ValueError('MY_TOKEN' in os.environ, len(os.environ))"
     fault = graded(checker, "straight_through", text)["test_straight_through_has_the_value_of_q_and_the_gradient_of_z"]
-    assert "OMP_NUM_THREADS" in fault and "TOKEN" not in fault and "DQ_" not in fault
+    assert fault.startswith("ValueError: (False, ") and int(fault.split()[2].strip(")")) < 9
     assert set(graded(checker, "straight_through", OURS["straight_through"]).values()) == {""}
     tried = []
 

@@ -1,4 +1,7 @@
-"""Three typical wrong solutions of every exercise: what is wrong, a piece of our solution, what is there instead."""
+"""Three typical wrong solutions of every exercise: what is wrong, a piece of our solution, what is there instead.
+
+Pieces that are whole expressions or statements are compared as in variants.py, where _1 stands for anything.
+"""
 
 WRONG = {
     "GrainRouter.forward": [
@@ -14,11 +17,11 @@ WRONG = {
         ("the histogram does not sum to 1", "hist / (hist.sum(-1, keepdim=True) + 1e-10)", "hist"),
     ],
     "budget_loss": [
-        ("every image has to meet the budget", "sum((share[k] - ratio) ** 2 for k, ratio in enumerate(ratios))",
+        ("every image has to meet the budget", "sum(_1 for k, ratio in enumerate(ratios))",
          "(gate.mean((2, 3)) - torch.tensor(ratios)).square().sum(1).mean()"),
-        ("distances instead of their squares", "(share[k] - ratio) ** 2", "(share[k] - ratio).abs()"),
-        ("counts of the argmax, which have no gradient", "share = gate.mean(dim=(0, 2, 3))",
-         "share = one_hot(gate.argmax(1), len(ratios)).mean(dim=(0, 2, 3)).requires_grad_()"),
+        ("distances instead of their squares", "(_1 - _2) ** 2", "(_1 - _2).abs()"),
+        ("counts of the argmax, which have no gradient", "gate.mean(dim=(0, 2, 3))",
+         "one_hot(gate.argmax(1), len(ratios)).mean(dim=(0, 2, 3)).requires_grad_()"),
     ],
     "straight_through": [
         ("nothing is detached: the gradient of z cancels out", "(q - z).detach()", "(q - z)"),
@@ -55,17 +58,17 @@ WRONG = {
          "upsample(m, side)", 'F.interpolate(m, size=(side, side), mode="bilinear")'),
     ],
     "DQVAE.cell_weight": [
-        ("all ones", "share = [(self.config.factors[-1] / f) ** 2", "share = [1.0"),
-        ("the side of a code instead of its area", "(self.config.factors[-1] / f) ** 2", "self.config.factors[-1] / f"),
+        ("all ones", "(self.config.factors[-1] / f) ** 2", "1.0"),
+        ("the side of a code instead of its area",
+         "(self.config.factors[-1] / f) ** 2", "self.config.factors[-1] / f"),
         ("the loss may turn the gate", "gate.detach()", "gate"),
     ],
     "Layout.pack": [
-        ("raster order, whatever the granularity",
-         "pos, order = torch.where(there, self.ids, self.end).sort(dim=1)",
-         "pos = torch.where(there, self.ids, self.end); order = self.region[pos].sort(dim=1, stable=True)[1]; "
+        ("raster order, whatever the granularity", "pos, order = torch.where(_1, self.ids, self.end).sort(dim=1)",
+         "pos = torch.where(_1, self.ids, self.end); order = self.region[pos].sort(dim=1, stable=True)[1]; "
          "pos = pos.gather(1, order)"),
         ("column by column", "codes[:, ::step, ::step]", "codes[:, ::step, ::step].mT"),
-        ("no EOS between the granularities", "self.is_eos | (covers == self.grain)", "covers == self.grain"),
+        ("no EOS between the granularities", "self.is_eos | (_1 == self.grain)", "_1 == self.grain"),
     ],
     "Layout.unpack": [
         ("column by column", "view(-1, side, side)", "view(-1, side, side).mT"),
@@ -74,16 +77,16 @@ WRONG = {
         ("regions that are not there have code 0", "self.n_positions), -1", "self.n_positions), 0"),
     ],
     "Layout.legal": [
-        ("EOS may come before a hole is filled",
-         "return (due | opens) &", "return ahead & self.is_eos | (due | opens) &"),
-        ("regions that are covered may be covered again", "opens = ahead & (taken >= self.grain)", "opens = ahead"),
+        ("EOS may come before a hole is filled", "return (_1 | _2) & _3",
+         "return _1 | _2 | (self.ids >= following) & (self.grain == self.grain[following]) & self.is_eos"),
+        ("regions that are covered may be covered again", "_1 & (_2 >= self.grain) & self.opens", "_1 & self.opens"),
         ("finer codes count as known, though they come later",
-         "(taken >= self.grain)", "((taken == self.n_grains) | (taken == self.grain))"),
+         "_1 >= self.grain", "(_1 == self.n_grains) | (_1 == self.grain)"),
     ],
     "DQTransformer.embed": [
-        ("no granularity", " + self.granularity(self.layout.grain[pos])", ""),
-        ("no position", " + self.position(pos)", ""),
-        ("an EOS has the content of code 0", "code % (self.config.codebook_size + 1)", "code.clamp(min=0)"),
+        ("no granularity", "_1 + _2 + _3", "_1 + _2"),
+        ("no position", "_1 + _2 + _3", "_1 + _3"),
+        ("an EOS has the content of code 0", "self.content(_1)", "self.content(code.clamp(min=0))"),
     ],
     "DQTransformer.logits": [
         ("not shifted: each step sees its own answer",
