@@ -2,6 +2,7 @@
 
     the commands     test_every_command_is_understood, test_torchrun_can_share_the_batch
     links            test_every_link_leads_to_a_file_or_a_heading
+    CI               test_ci_runs_the_test_command
     use from Python  test_the_example_in_python_runs
     its length       test_readme_is_a_landing_page
 """
@@ -86,6 +87,13 @@ def test_every_link_leads_to_a_file_or_a_heading(page):
         assert file.exists(), target
         if anchor:
             assert anchor in {heading(title) for title in re.findall(r"^#+ (.*)$", file.read_text(), re.M)}, target
+
+
+def test_ci_runs_the_test_command():
+    """The workflow installs what README's test command installs, and runs the tests in the same way."""
+    workflow, readme = (ROOT / ".github/workflows/tests.yml").read_text(), PAGES[0].read_text()
+    install, run = re.search(r"pip install ([^&\n]* pytest) && \S*python (-m pytest[^\n]*)", readme).groups()
+    assert f"pip install {install} " in workflow and f"python {run}\n" in workflow
 
 
 def test_the_example_in_python_runs(monkeypatch):
