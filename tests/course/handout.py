@@ -77,8 +77,8 @@ function of $s$ alone, so its gradient is the same for every region: no image ha
 With $f(z) = q$ the nearest code, $f$ is constant almost everywhere. A straight-through gradient replaces
 $\\partial f / \\partial z$ by a multiple of the identity: the docstring says how much of the gradient $z$ gets.""",
     "Codebook.assign": """\
-Compare a vector $z$ with all codes $e$ at once. For Euclidean distances, $|z - e|^2 = |z|^2 - 2 z \\cdot e + |e|^2$
-needs one product of matrices. The docstring says which distance is used here.""",
+Compare all vectors $z$ with all codes $e$ at once, by the distance of the docstring. A term that is the same for all
+codes can be left out, and a scalar product of every vector with every code is one product of matrices.""",
     "Codebook.update": """\
 With the decay $d$ of the docstring, weights $w_i$ and $A_v$ the vectors that chose code $v$:
 $u_v = d u_v + (1 - d) \\sum_{i \\in A_v} w_i$, $s_v = d s_v + (1 - d) \\sum_{i \\in A_v} w_i z_i$,
