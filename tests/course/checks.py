@@ -295,8 +295,7 @@ def in_place(function, remote):
 def calls(test):
     """What pytest would call: the arguments of a test, for each row of its tables."""
     tables = []
-    for mark in getattr(test, "pytestmark", []):
-        names, rows = mark.args
+    for names, rows in (mark.args for mark in getattr(test, "pytestmark", []) if mark.name == "parametrize"):
         names = names.split(", ")
         tables.append([dict(zip(names, row if len(names) > 1 else [row])) for row in rows])
     for choice in itertools.product(*tables):

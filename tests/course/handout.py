@@ -112,7 +112,7 @@ Input $t$ is pair $t - 1$, and input 0 is the label. So output $t$ is about pair
 position stack says where. Then the position of pair $t$ is added, and the content stack says what.""",
     "filter_logits": """\
 Sort the probabilities, $q_1 \\ge q_2 \\ge ...$. Top-k keeps the first k. The docstring says which of them top-p keeps,
-and whether they are renormalised before.""",
+and by which probabilities.""",
     "draw": """\
 Inverse transform sampling: $u$ is uniform in (0, 1], and $F$ sums the probabilities in the order of the docstring. The
 first entry at which $F \\ge u$ has the right probability. Rounding must neither draw an entry of probability 0 nor miss
@@ -196,7 +196,8 @@ def file_name(number, e):
 def for_assistants():
     """Common mistakes of each exercise, with the code by which they differ from our solution; rubrics; figures."""
     from wrong_solutions import WRONG
-    lines = ["# For assistants: common mistakes, rubrics, expected figures", ""]
+    lines = ["# For assistants: common mistakes, rubrics, expected figures", "",
+             "`_1`, `_2`, ... stand for the expressions in our solution. Each point of a rubric is marked (1).", ""]
     for number, e in enumerate(EXERCISES, 1):
         lines += [f"## {number}. {e.name}: {e.function}", ""]
         lines += [f"* {why}: `{' '.join(new.split())}` instead of `{' '.join(old.split())}`"

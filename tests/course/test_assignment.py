@@ -374,8 +374,10 @@ def checker():
         checks, "naive") else None
     import naive
     kept = kept or {name: getattr(naive, name) for name in ("legal", "logits", "generate")}
+    threads = dq.torch.get_num_threads()
     checks.prepare(ROOT)
     yield checks
+    dq.torch.set_num_threads(threads)
     vars(naive).update(kept)
     checks.nursery.close()
 
@@ -436,6 +438,7 @@ def test_grade_says_where_submissions_are_not_fenced(tmp_path, monkeypatch, caps
     assert fence.gap(ROOT) == "" or "Landlock" in fence.gap(ROOT)
     monkeypatch.setattr(fence, "landlock_version", lambda: 0)
     monkeypatch.setattr(os, "geteuid", lambda: 1000, raising=False)
+    monkeypatch.setattr(checks.Nursery, "close", lambda self: None)          # other tests go on with it
     assignment.grade(arguments(tmp_path / "dq.py"))
     assert capsys.readouterr().err.startswith("submissions are not fenced: this system has no Landlock")
 
@@ -533,6 +536,16 @@ def test_what_students_hand_in(checker, tmp_path):
         assert set(said.values()) == {""}, said
     said = graded(checker, "straight_through", "\nimport os\n" + rows["ann"].text, helpers=rows["tom"].helpers)
     assert "nothing may come from the tests" in str(said)
+
+
+def test_what_the_staff_gets(tmp_path):
+    """A solution of the variant, and a page with every common mistake and rubric."""
+    done = kit("make", "--solution", tmp_path / "dq.py", "--assistants", tmp_path / "staff.md", "--variant", 5)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "dq.py").read_text(encoding="utf-8") == project(["dq.py"], 5)["dq.py"]
+    page = (tmp_path / "staff.md").read_text(encoding="utf-8")
+    assert all(why in page for wrong in WRONG.values() for why, _, _ in wrong)
+    assert len(handout.QUESTIONS) == 5 and all(row[1] in page for row in handout.QUESTIONS + handout.EXPERIMENTS)
 
 
 def test_tables_for_gradescope_and_spreadsheets(tmp_path, monkeypatch):
