@@ -538,10 +538,11 @@ def test_what_students_hand_in(checker, tmp_path):
     assert "nothing may come from the tests" in str(said)
 
 
-def test_what_the_staff_gets(tmp_path):
+def test_what_the_staff_gets(tmp_path, monkeypatch):
     """A solution of the variant, and a page with every common mistake and rubric."""
-    done = kit("make", "--solution", tmp_path / "dq.py", "--assistants", tmp_path / "staff.md", "--variant", 5)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr(sys, "argv", ["assignment.py", "make", "--solution", str(tmp_path / "dq.py"), "--assistants",
+                                      str(tmp_path / "staff.md"), "--variant", "5"])
+    assignment.main()
     assert (tmp_path / "dq.py").read_text(encoding="utf-8") == project(["dq.py"], 5)["dq.py"]
     page = (tmp_path / "staff.md").read_text(encoding="utf-8")
     assert all(why in page for wrong in WRONG.values() for why, _, _ in wrong)
@@ -612,7 +613,7 @@ def test_no_text_of_a_variant_has_the_published_rule(seed, tmp_path, monkeypatch
         for number in (3, 4, 8, 10, 12, 13, 15, 16):
             ours = picture.Pictures(dq)[number - 1]().image
             theirs = Image.open(next((folder / "handout").glob(f"{number:02}-*.png")))
-            assert list(ours.getdata()) != list(theirs.getdata()), f"picture {number} does not show the variant"
+            assert ours.tobytes() != theirs.tobytes(), f"picture {number} does not show the variant"
 
 
 @pytest.mark.parametrize("seed", [None, 0, 5])                               # the published one, both other numberings
@@ -645,7 +646,7 @@ def test_a_variant_is_solved_by_its_reference_alone(tmp_path):
     if ALL:
         naive = project(["tests/naive.py"], seed)["tests/naive.py"]
         (tmp_path / "pasted.py").write_text(right_solutions.pasted(SOURCE, naive), encoding="utf-8")
-    numbers = range(1, 18) if ALL else [1, 3, 4, 7, 8, 9, 10, 11, 13, 15, 16]
+    numbers = range(1, 18) if ALL else [1, 4, 7, 8, 9, 11, 13, 16]
     done = kit("grade", tmp_path, "--variant", seed, "--only", *numbers, "--json", tmp_path / "all.json",
                **(dict(DQ_COURSE_HIDDEN="3") if ALL else {}))
     assert done.returncode == 0, done.stderr
@@ -726,13 +727,14 @@ def test_the_leaderboard_ranks_by_nats_and_finds_who_looks_ahead(run, tmp_path):
 
 
 def test_the_leaderboard_of_a_variant(run, tmp_path):
-    """A checkpoint of the variant's own layout; without --variant it is of another order, and no rank."""
+    """A checkpoint of the variant's own layout, which the published dq.py refuses."""
     (tmp_path / "ann").mkdir()
     checkpoint = dq.torch.load(run / "transformer.pt", weights_only=True)
     space = vars(executed(project(["dq.py"], 5)["dq.py"], "variant"))
     dq.torch.save(checkpoint | dict(layout=space["Layout"].name), tmp_path / "ann" / "transformer.pt")
     (tmp_path / "ann" / "dq.py").write_text(project(["dq.py"], 5)["dq.py"], encoding="utf-8")
-    for flags, status in (([], 1), (["--variant", 5], 0)):
-        done = kit("leaderboard", tmp_path, "--codes", run / "codes.pt", *flags)
-        assert done.returncode == status and "look-up table" in done.stderr, done.stdout + done.stderr
+    with pytest.raises(dq.UserError, match="another order"):
+        dq.load_checkpoint(tmp_path / "ann" / "transformer.pt", "dq-transformer")
+    done = kit("leaderboard", tmp_path, "--codes", run / "codes.pt", "--variant", 5)
+    assert done.returncode == 0 and "look-up table" in done.stderr, done.stdout + done.stderr
     assert re.search(r"^ 1 ann +\d+\.\d\d", done.stdout, re.M)
