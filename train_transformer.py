@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 import dq
-from common import (Record, Schedule, Stop, distribute, draw_grains, number, override, positive, prepare,
-                    run, save_grid, say, seed_all, shuffled_indices, to_picture, trainer_flags)
+from common import (PATIENCE, Record, Schedule, Stop, distribute, draw_grains, machine, number, override, positive,
+                    prepare, read_log, run, save_grid, say, seed_all, shuffled_indices, to_picture, trainer_flags)
 
 
 @dataclass
@@ -93,7 +93,7 @@ def read_codes(path):
         return stored
     except dq.UserError as error:
         raise dq.UserError(f"{error}; to make it from a DQ-VAE: python train_vae.py --encode "
-                           f"{path.with_name('vae.pt')} --out {path.parent}, with --data as it had") from None
+                           f"{path.with_name('vae.pt')} --out {path.parent}") from None
 
 
 class Images(NamedTuple):
@@ -140,12 +140,15 @@ def sequences(images, index, layout, device):
 
 
 @torch.no_grad()
-def evaluate(model, held_out, device, autocast, batch_size=64):
-    """Held-out likelihood per image, code and pixel; each process takes its part of the images."""
+def evaluate(model, held_out, device, autocast, batch_size=64, limit=None):
+    """Validation metrics: the negative log-likelihood per image, code and pixel. Each rank evaluates its part of the
+    images. limit: how many images at most, always the same; None: all."""
     model.eval()
     rank, world = dq.rank_world()
+    if limit and len(held_out.label) > limit:
+        held_out = Images(*(x[dq.numpy_rng(0).permutation(len(x))[:limit]] for x in held_out))
     sums = torch.zeros(2, device=device)
-    for index in held_out.length.argsort().split(batch_size)[rank::world]:   # like lengths, so little padding
+    for index in held_out.length.argsort().split(batch_size)[rank::world]:   # similar lengths, so little padding
         pos, code, label = sequences(held_out, index, model.layout, device)  # B, L; B, L; B
         with autocast():
             nll = model(pos, code, label)
@@ -158,13 +161,13 @@ def evaluate(model, held_out, device, autocast, batch_size=64):
                 bits_per_code=bits / codes, bits_per_pixel=bits / model.config.size ** 2, codes_per_image=codes)
 
 
-def draw_samples(path, model, vae, seed, autocast, n=16):
+def draw_samples(path, model, vae, seed, autocast, n=16, batch_size=64):
     """A grid of samples, each beside the places of its codes."""
     model.eval()
     label = torch.arange(n, device=vae.codebook.codes.device) % max(1, len(model.config.classes))
-    codes, grains = model.layout.unpack(*dq.generate(model, label, seed=seed))
+    codes, grains = model.layout.unpack(*dq.generate(model, label, seed=seed, slots=batch_size))
     with autocast(), torch.no_grad():
-        images = vae.decode(codes)
+        images = torch.cat([vae.decode(part) for part in codes.split(batch_size)])
     model.train()
     pairs = [(to_picture(x), draw_grains(x, g, vae.config.factors)) for x, g in zip(images, grains)]
     save_grid(path, sum(pairs, ()), columns=8)
@@ -206,19 +209,28 @@ def main(argv=None):
     seed_all(args.seed)
     model = dq.DQTransformer(config).to(device)
     optimizers = make_optimizers(model, schedule)
-    settings = dict(codes=stored["name"], seed=args.seed) | asdict(schedule)
+    settings = dict(codes=stored["name"], seed=args.seed) | asdict(schedule) | machine(device, autocast)
     extra = dict(vae_config=asdict(vae.config), vae_weights=vae.state_dict())
     record = Record(args, args.out / "transformer.pt", config, settings, model, optimizers, extra)
     record.begin()
-    if record.step >= schedule.steps:
+    evaluated = [line["step"] for line in read_log(args.out / "transformer.jsonl") if "nats_per_image" in line]
+    if record.step >= schedule.steps and record.step in evaluated:
         return say(f"nothing left to do: {record.path} is at step {record.step}")
     forward = distribute(torch.compile(model) if args.compile else model)
     order = batches(train.length.numpy(), schedule.batch_size, args.seed, record.step)
     codes_per_image = (train.length - len(factors)).float().mean().item()
 
+    def validate(step):
+        metrics = evaluate(model, held_out, device, autocast, args.part, limit=512)
+        if rank == 0:
+            draw_samples(args.out / "transformer.png", model, vae, args.seed, autocast, batch_size=args.part)
+        record.evaluated(step, metrics, metrics["nats_per_image"])
+
     model.train()
-    with Stop(device) as stop:
+    with Stop(device, PATIENCE) as stop:
         for step in record.start("DQ-Transformer"):
+            if record.evaluates(step):
+                validate(step)
             done = step + 1
             seed_all(args.seed, step, rank)                                  # every process drops other units
             for optimizer in optimizers.values():
@@ -240,16 +252,12 @@ def main(argv=None):
             for optimizer in optimizers.values():
                 optimizer.step()
 
-            evaluates, saves, stops = record.after(done, stop)
-            if evaluates:
-                figures = evaluate(model, held_out, device, autocast)
-                if rank == 0:
-                    draw_samples(args.out / "transformer.png", model, vae, args.seed, autocast)
-                record.evaluated(done, figures, figures["nats_per_image"])
+            saves, stops = record.after(done, stop)
             if saves:
                 record.save(done)
             if stops:
                 stop.leave(stops, f"after step {done}, saved in {record.path}")
+        validate(record.step)
     say(f"done: {record.path}, {args.out / 'transformer.png'} and {record.log}")
 
 

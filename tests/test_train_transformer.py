@@ -111,7 +111,7 @@ def test_samples_of_a_run(tmp_path, monkeypatch):
     monkeypatch.setattr(dq, "generate", generate)
     model.train()
     train_transformer.draw_samples(tmp_path / "x.png", model, vae, 7, plain, n=5)
-    assert asked == [(False, [0, 1, 2, 0, 1], dict(seed=7))] and model.training
+    assert asked == [(False, [0, 1, 2, 0, 1], dict(seed=7, slots=64))] and model.training
     assert Image.open(tmp_path / "x.png").size == (8 * 130 - 2, 2 * 130 - 2)
 
 
@@ -219,14 +219,21 @@ def test_codes_in_another_folder_need_no_image(vae_run, tmp_path, monkeypatch):
     assert (tmp_path / "out/codes.pt").read_bytes() == before
 
 
+def load_settings(path, kind):
+    return dq.load_checkpoint(path, kind)["settings"]
+
+
 def test_each_trainer_says_first_what_it_understood(images, tmp_path, capsys):
     flags = ["--out", str(tmp_path), "--steps", "1"]
     train_vae.main([*flags, *VAE, "--data", str(images)])
     train, held_out = reading.open_data(images, 16)
-    first = capsys.readouterr().out.splitlines()[0]
+    device, first = capsys.readouterr().out.splitlines()[:2]
+    assert device == "{device}, {dtype}, torch {torch}".format(**load_settings(tmp_path / "vae.pt", "dq-vae"))
     assert first == reading.describe(train, held_out) and len(train) + len(held_out) == 48
     train_transformer.main([*flags, *TRANSFORMER])
-    first = capsys.readouterr().out.splitlines()[0]
+    device, first = capsys.readouterr().out.splitlines()[:2]
+    settings = load_settings(tmp_path / "transformer.pt", "dq-transformer")
+    assert device == "{device}, {dtype}, torch {torch}".format(**settings)
     assert first.startswith(f"codes: {tmp_path / 'codes.pt'}, {len(train)} images (checksum ")
     assert f"{2 * len(train)} to train on, with their mirror images, {len(held_out)} held out; 4 classes; " in first
 

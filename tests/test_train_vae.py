@@ -2,7 +2,7 @@
 
     open_data, find_images, split    test_what_a_folder_holds and what follows
     identity                         test_other_pixels_under_the_same_names_are_other_data
-    held_out_images                  test_all_classes_are_evaluated
+    validation_images                test_all_classes_are_evaluated
     ImageFolder                      test_a_broken_file_weighs_nothing, test_classes_splits_and_epochs
     describe                         test_what_is_understood_is_said_in_one_line
     stream                           test_stream_is_a_function_of_seed_and_batch_number,
@@ -15,7 +15,7 @@
     BatchNorm                        test_batch_norm_of_two_processes_is_that_of_one, survival/test_processes.py
     auc, ssim, evaluate              test_auc_equals_counting_pairs, test_ssim_..., test_evaluation_of_a_dq_vae
     show                             test_the_picture_shows_originals_first
-    held_out_images                  test_regions_with_a_tenth_of_detail_are_detailed
+    validation_images                test_regions_with_a_tenth_of_detail_are_detailed
     calibrate                        test_routers.py
     encode, smallest, write_codes    test_encoding_keeps_every_image_and_its_mirror_image and what follows
     main                             test_the_toy_data_needs_no_folder and what follows, test_wiring.py
@@ -426,7 +426,7 @@ def test_all_classes_are_evaluated(tmp_path):
     """A fixed sample of 512, not the first in the order of names."""
     val = ImageFolder(tmp_path, [(f"{i}.png", i // 16) for i in range(1600)], [str(i) for i in range(100)], 8)
     val.read = lambda i: (torch.full((3, 8, 8), i / 1600), 0)
-    shown = [(train_vae.held_out_images(val, dq.VAEConfig(size=8, factors=(4,), ratios=(1.0,)), "cpu")[0][:, 0, 0, 0]
+    shown = [(train_vae.validation_images(val, dq.VAEConfig(size=8, factors=(4,), ratios=(1.0,)))[0][:, 0, 0, 0]
               * 1600).round().int().tolist() for _ in range(2)]
     assert shown[0] == shown[1] and len(set(shown[0])) == 512
     assert len({i // 16 for i in shown[0]}) > 95
@@ -821,7 +821,7 @@ def test_regions_with_a_tenth_of_detail_are_detailed():
             mask[:2, :4] = mask[8:, 8:] = True                               # 8 of 64 pixels, none, none, all
             mask[:1, 8:14] = True                                            # 6 of 64
             return mask
-    images, detailed = train_vae.held_out_images(Corners(16, n=3), dq.VAEConfig(size=16), torch.device("cpu"))
+    images, detailed = train_vae.validation_images(Corners(16, n=3), dq.VAEConfig(size=16))
     assert images.shape == (3, 3, 16, 16) and detailed.tolist() == [[[True, False], [False, True]]] * 3
 
 # ------------------------------------------------------------------------------------------------
@@ -837,7 +837,7 @@ def test_encoding_keeps_every_image_and_its_mirror_image():
     model.eval()
     device, layout = torch.device("cpu"), dq.Layout(16, (8, 4))
     with common.Stop(device) as stop:
-        part = train_vae.encode(model, data, device, plain, workers=0, mirrored=True, stop=stop)
+        part = train_vae.encode_dataset(model, data, device, plain, workers=0, mirrored=True, stop=stop)
     assert part["codes"].shape == (10, 2, 4, 4) and part["grains"].shape == (10, 2, 2, 2)
     assert {x.dtype for x in part.values()} == {torch.uint8}                 # 8 codes, 2 granularities, 4 classes
     images = train_transformer.views(part, (8, 4), uncond=False)
@@ -862,7 +862,7 @@ def test_broken_images_have_no_codes(tmp_path, monkeypatch, capfd):
     model = dq.DQVAE(dq.VAEConfig(size=8, factors=(4, 2), codebook_size=8)).eval()
     model.codebook.codes.normal_()
     with common.Stop(torch.device("cpu")) as stop:
-        part = train_vae.encode(model, data, torch.device("cpu"), plain, workers=0, mirrored=False, stop=stop)
+        part = train_vae.encode_dataset(model, data, torch.device("cpu"), plain, workers=0, mirrored=False, stop=stop)
     with torch.no_grad():
         codes, grains = model.encode(torch.stack([data.read(i)[0] for i in sound]))
     assert torch.equal(part["codes"][:, 0], codes) and torch.equal(part["grains"][:, 0], grains)
@@ -895,8 +895,9 @@ def test_random_routes_of_codes_depend_on_the_seed_alone(tmp_path):
     grains = []
     for before, seed in ((1, 5), (2, 5), (1, 6)):
         torch.manual_seed(before)
-        args, stop = SimpleNamespace(seed=seed, workers=0, no_flip=True), SimpleNamespace(asked=lambda: 0)
-        train_vae.write_codes(tmp_path / "codes.pt", vae, data, data, "toy", args, torch.device("cpu"), plain, stop)
+        args = SimpleNamespace(seed=seed, workers=0, no_flip=True, part=8, preset="toy")
+        stop = SimpleNamespace(asked=lambda: 0, alive=0.0)
+        train_vae.write_codes(tmp_path / "codes.pt", vae, data, data, args, torch.device("cpu"), plain, stop)
         grains.append(dq.load_checkpoint(tmp_path / "codes.pt", "dq-codes")["train"]["grains"].clone())
     assert torch.equal(grains[0], grains[1]) and not torch.equal(grains[0], grains[2])
 
@@ -909,11 +910,72 @@ def test_codes_of_other_weights_are_told_apart(vae_run, tmp_path):
     assert not train_vae.holds_codes_of(tmp_path / "codes.pt", vae)
 
 
+def test_an_exact_reconstruction_has_a_finite_psnr():
+    """That of rounding to 8 bits, 58.9 dB."""
+    model = dq.DQVAE(dq.VAEConfig(size=16, codebook_size=8)).eval()
+    with torch.no_grad():
+        x = torch.rand(4, 3, 16, 16)
+        x[1:] = model(x[1:]).reconstruction.clamp(-1, 1)
+    real = model.forward
+    model.forward = lambda x: real(x)._replace(reconstruction=x if len(x) == 1 else x + 0.5)
+    metrics = train_vae.evaluate(model, torch.zeros(2, 3, 16, 16), None, plain, batch_size=1)[0]
+    assert metrics["l2"] == 0 and metrics["psnr"] == pytest.approx(58.92, abs=0.01)
+
+
+def test_no_more_images_at_a_time_than_in_a_step(images, tmp_path, monkeypatch):
+    """Wherever a DQ-VAE is used in stage 1: training, evaluation, calibration, encoding."""
+    seen, score, encode = [], dq.EntropyRouter.score, dq.DQVAE.encode
+    monkeypatch.setattr(dq.EntropyRouter, "score", lambda self, x, *more: seen.append(len(x)) or score(self, x, *more))
+    monkeypatch.setattr(dq.DQVAE, "encode", lambda self, x: seen.append(len(x)) or encode(self, x))
+    flags = ["--data", images, "--out", tmp_path, *VAE, "--router", "entropy", "--steps", 1]
+    assert call(train_vae.main, *flags, "--batch-size", 6, "--accumulate", 2) is None
+    assert max(seen) == 3
+
+
+def test_encoding_asks_the_checkpoint_how_it_was_trained(images, tmp_path, monkeypatch, capsys):
+    """The line that stage 2 prints makes the codes that were lost."""
+    first, again, out = tmp_path / "first", tmp_path / "again", tmp_path / "letters"
+    put(tmp_path, *(f"held/{name}/0.png" for name in ("circle", "cross")))
+    flags = ["--no-flip", "--seed", 5, "--router", "random", "--dtype", "bf16", "--held-out", tmp_path / "held", *VAE]
+    monkeypatch.chdir(images.parent)
+    assert call(train_vae.main, "--data", images.name, "--out", first, *flags, "--steps", 1) is None
+    monkeypatch.chdir(tmp_path)                                              # where that name means nothing
+    assert call(train_vae.main, "--encode", first / "vae.pt", "--out", again) is None
+    codes = [dq.load_checkpoint(folder / "codes.pt", "dq-codes") for folder in (first, again)]
+    assert codes[0]["name"] == codes[1]["name"] and codes[0]["train"]["codes"].shape[1] == 1
+    assert torch.equal(codes[0]["held_out"]["codes"], codes[1]["held_out"]["codes"])
+    capsys.readouterr()
+    assert call(train_vae.main, "--encode", first / "vae.pt", "--out", out, "--data", images / "circle", "--seed", 6,
+                "--preset", "emoji64") is None
+    other = dq.load_checkpoint(out / "codes.pt", "dq-codes")
+    assert "note: this DQ-VAE was trained on other images: " in capsys.readouterr().out
+    assert len(other["train"]["label"]) + len(other["held_out"]["label"]) == 12 and other["preset"] == "emoji64"
+
+
+def test_toy_shapes_are_encoded_as_they_were(tmp_path, monkeypatch):
+    seeds = []
+
+    def open_data(folder, size, seed, **how):
+        seeds.append((folder, seed))
+        return ToyShapes(size, n=8, seed=seed), ToyShapes(size, n=4, seed=seed + 1)
+    monkeypatch.setattr(train_vae, "open_data", open_data)
+    assert call(train_vae.main, "--out", tmp_path, *VAE, "--steps", 1, "--seed", 3) is None
+    assert call(train_vae.main, "--encode", tmp_path / "vae.pt", "--out", tmp_path / "x") is None
+    assert seeds == [(None, 3)] * 2
+
+
+def test_the_end_says_how_good_it_is_and_what_comes_next(images, tmp_path, capsys):
+    assert call(train_vae.main, "--data", images, "--out", tmp_path / "my run", *VAE, "--steps", 1) is None
+    metrics = common.read_log(tmp_path / "my run/vae.jsonl")[-1]
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        f"{metrics['psnr']:.1f} dB PSNR on the validation images at {metrics['codes_per_image']:.1f} codes per image; "
+        f"next: python train_transformer.py --out '{tmp_path}/my run'")
+
+
 @pytest.mark.parametrize("low, high, kind", [(0, 255, torch.uint8), (-1, 127, torch.int8), (-1, 128, torch.int16),
                                              (0, 256, torch.int16), (0, 2 ** 15, torch.int32)])
 def test_the_smallest_integers(low, high, kind):
-    x = train_vae.smallest(torch.tensor([[low], [high]]))
-    assert x.dtype == kind and x.tolist() == [[low], [high]]
+    assert train_vae.smallest(low, high) == kind
 
 
 def test_encoding_anew_keeps_former_codes(vae_run, images, tmp_path):
@@ -955,7 +1017,7 @@ def test_the_discriminator_stays_out_until_its_step(images, tmp_path, monkeypatc
     train_vae.main(["--data", str(images), "--out", str(tmp_path), "--steps", "21", *VAE, "--size", "24",
                     "--gan-weight", "1", "--gan-start", "15"])
     log = [json.loads(line) for line in (tmp_path / "vae.jsonl").read_text().splitlines()]
-    assert [("gan" in line, "critic" in line) for line in log[:2]] == [(False, False), (True, True)]
+    assert [("gan" in line, "critic" in line) for line in log if "budget" in line] == [(False, False), (True, True)]
     checkpoint = dq.load_checkpoint(tmp_path / "vae.pt", "dq-vae")
     assert {int(state["step"]) for state in checkpoint["critic_optimizer"]["state"].values()} == {6}
     assert {int(state["step"]) for state in checkpoint["optimizer"]["state"].values()} == {21}

@@ -427,6 +427,7 @@ def test_no_process_but_the_first_writes(stage, stage_1, images, tmp_path, monke
     monkeypatch.setattr(dq, "rank_world", lambda: (1, 2))
     monkeypatch.setattr(dq, "all_reduce_sum", lambda x: x)
     monkeypatch.setattr(module, "distribute", lambda model: model)
+    monkeypatch.setattr(common.dist, "new_group", lambda backend: None)
     flags += ["--batch-size", 4, "--steps", 2, "--eval-every", 1, "--save-every", 1, "--out", tmp_path, *CPU]
     module.main([str(flag) for flag in flags])
     assert list(tmp_path.iterdir()) == []
@@ -493,7 +494,7 @@ def test_every_flag_arrives(stage, stage_1, images, tmp_path, monkeypatch):
     if stage == "vae":
         assert (record.config.factors, record.config.ratios) == ((4, 2), (0.25, 0.75))
         assert streams[-1] == (6, 9, 0, 1, 2)                                # batch, seed, first step, workers, parts
-        assert opened[-1] == dict(augment=True, seed=9, skip=tmp_path, flip=False, held_out=str(images))
+        assert opened[-1] == dict(augment=True, seed=9, skip=tmp_path, flip=False, held_out=images)
     else:
         assert record.config.classes == ()
     for preset in ("toy", "emoji64"):
@@ -511,7 +512,7 @@ def test_no_flip(images, tmp_path, monkeypatch):
     """Of what is trained on, codes.pt has mirror images only without it, of what is held out never."""
     for flags, mirrored in (([], [True, False]), (["--no-flip"], [False, False])):
         asked = []
-        monkeypatch.setattr(train_vae, "encode", lambda vae, data, device, autocast, workers, mirrored, stop: (
+        monkeypatch.setattr(train_vae, "encode_dataset", lambda vae, data, device, autocast, workers, mirrored, *more: (
             asked.append(mirrored), dict(label=torch.zeros(len(data))))[1])
         flags = ["--size", 16, "--batch-size", 2, "--steps", 1, "--data", images, "--out", tmp_path, *flags, *CPU]
         assert call(train_vae.main, *flags) is None

@@ -217,7 +217,8 @@ def step_seconds(model, vae, device, autocast, n_steps=40, warm_up=5):
     """Of a training step of stage 2, as train_transformer.py takes it by default: median. Changes the model."""
     schedule, seconds = train_transformer.PRESETS["toy"][1], []
     with common.Stop(device) as stop:
-        part = train_vae.encode(vae, ToyShapes(vae.config.size, n=512), device, autocast, 0, mirrored=False, stop=stop)
+        data = ToyShapes(vae.config.size, n=512)
+        part = train_vae.encode_dataset(vae, data, device, autocast, 0, mirrored=False, stop=stop)
     images = train_transformer.views(part, vae.config.factors, uncond=False)
     optimizers = train_transformer.make_optimizers(model.train().requires_grad_(True), schedule).values()
     for batch in itertools.islice(train_transformer.batches(images.length.numpy(), schedule.batch_size, 0), n_steps):
