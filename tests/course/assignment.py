@@ -106,10 +106,10 @@ def make(folder, variant):
             (folder / name).write_text(with_holes(full), encoding="utf-8")
         for name in ("pyproject.toml", "LICENSE", ".gitignore", VAE):
             shutil.copy(ROOT / name, folder / name)
-        scripts, name = (folder / "common.py").read_text(encoding="utf-8"), "except (dq.UserError, OSError) as error:"
+        scripts, name = (folder / "common.py").read_text(encoding="utf-8"), "(dq.UserError, OSError)"
         if scripts.count(name) != 1:
             sys.exit("common.py has changed: a script of the copy could not say which exercise is missing")
-        scripts = scripts.replace(name, "except (dq.UserError, OSError, NotImplementedError) as error:")
+        scripts = scripts.replace(name, "(dq.UserError, OSError, NotImplementedError)")
         (folder / "common.py").write_text(scripts, encoding="utf-8")
         handout.write(folder, full, in_all(), vars(executed(full, "dq")))
     except (OSError, ValueError) as error:

@@ -139,7 +139,7 @@ class Pictures:
         for n in range(9):
             gate = self.dq.one_hot((self.torch.arange(8) < n).long().view(1, 2, 4), 2)
             losses.append(float(self.dq.budget_loss(gate, (0.5, 0.5))))
-        return Page(560).bars(losses, f"loss, up to {max(losses):g}, of a batch with 0 to 8 of 8 regions fine; ratios 1/2")
+        return Page(560).bars(losses, f"loss, up to {max(losses):g}, with 0 to 8 of 8 regions fine; ratios 1/2")
 
     def through(self):
         z = self.torch.linspace(0, 1, 101, requires_grad=True)

@@ -733,7 +733,7 @@ def test_the_leaderboard_of_a_variant(run, tmp_path):
     space = vars(executed(project(["dq.py"], 5)["dq.py"], "variant"))
     dq.torch.save(checkpoint | dict(layout=space["Layout"].name), tmp_path / "ann" / "transformer.pt")
     (tmp_path / "ann" / "dq.py").write_text(project(["dq.py"], 5)["dq.py"], encoding="utf-8")
-    with pytest.raises(dq.UserError, match="another order"):
+    with pytest.raises(dq.UserError):
         dq.load_checkpoint(tmp_path / "ann" / "transformer.pt", "dq-transformer")
     done = kit("leaderboard", tmp_path, "--codes", run / "codes.pt", "--variant", 5)
     assert done.returncode == 0 and "look-up table" in done.stderr, done.stdout + done.stderr
