@@ -16,6 +16,7 @@ import copy
 import itertools
 import json
 import math
+import shutil
 from dataclasses import asdict
 from types import SimpleNamespace
 
@@ -486,7 +487,9 @@ def test_every_flag_arrives(stage, stage_1, images, tmp_path, monkeypatch):
     both += ["--out", tmp_path, *CPU]
     more = ["--uncond"]
     if stage == "vae":
-        more = ["--factors", 4, 2, "--ratios", 0.25, 0.75, "--no-flip", "--held-out", images, "--workers", 1]
+        other = tmp_path / "held out"
+        shutil.copytree(images, other)
+        more = ["--factors", 4, 2, "--ratios", 0.25, 0.75, "--no-flip", "--held-out", other, "--workers", 1]
     record = record_of(module.main, monkeypatch, *both, *itertools.chain(*flags.items()), *more)
     found = asdict(record.config) | record.settings | dict(save_every=record.args.save_every)
     for flag, value in flags.items():
@@ -494,18 +497,21 @@ def test_every_flag_arrives(stage, stage_1, images, tmp_path, monkeypatch):
     if stage == "vae":
         assert (record.config.factors, record.config.ratios) == ((4, 2), (0.25, 0.75))
         assert streams[-1] == (6, 9, 0, 1, 2)                                # batch, seed, first step, workers, parts
-        assert opened[-1] == dict(augment=True, seed=9, skip=tmp_path, flip=False, held_out=images)
+        assert opened[-1] == dict(augment=True, seed=9, skip=tmp_path, flip=False, held_out=other)
     else:
         assert record.config.classes == ()
     for preset in ("toy", "emoji64"):
         record = record_of(module.main, monkeypatch, *both, "--preset", preset)
         config, schedule = module.PRESETS[preset]
-        assert record.settings.items() >= asdict(schedule).items() and record.args.save_every == schedule.eval_every
+        schedule = asdict(schedule)
+        sampling = schedule.pop("sampling", dq.SampleOptions())              # of stage 2, beside the settings
+        assert record.settings.items() >= schedule.items() and record.args.save_every == schedule["eval_every"]
         if stage == "vae":
             assert record.config == config
         else:
             assert record.config.classes == ("circle", "cross", "square", "triangle")
             assert (record.config.width, record.config.size, record.config.codebook_size) == (config.width, 24, 16)
+            assert record.extra["sample_options"] == sampling._asdict()
 
 
 def test_no_flip(images, tmp_path, monkeypatch):

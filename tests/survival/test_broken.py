@@ -178,6 +178,7 @@ def test_training_starts_without_a_look_at_every_file(tmp_path, monkeypatch):
     for i in range(1, 6000):
         (root / f"{i}.png").write_bytes(data)
     opened, real = [], reading.open_image
+    monkeypatch.setattr(reading, "MEMORY", 6000 * 3 * 16 * 16 - 1)           # no room to keep them all
     monkeypatch.setattr(reading, "open_image", lambda *args: (opened.append(1), real(*args))[1])
     monkeypatch.setattr(train_vae, "write_codes", lambda *args: opened.append("codes"))  # at the end all are read
     train_vae.main(["--data", str(root), "--out", str(tmp_path), "--steps", "2", *VAE])

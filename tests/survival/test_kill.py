@@ -190,8 +190,8 @@ def test_a_loader_process_that_dies_is_reported(images, tmp_path, monkeypatch):
         if os.getpid() != parent:
             os.kill(os.getpid(), signal.SIGKILL)
         return real(self, i)
-    parent, real = os.getpid(), reading.ImageFolder.__getitem__
-    monkeypatch.setattr(reading.ImageFolder, "__getitem__", trap)
+    parent, real = os.getpid(), reading.ImageFolder.read
+    monkeypatch.setattr(reading.ImageFolder, "read", trap)
     line = call(train_vae.main, "--data", images, "--out", tmp_path, "--steps", 4, *VAE, "--workers", 1)
     assert line.startswith("error: a process that loads images died") and "\n" not in line
 

@@ -33,7 +33,6 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import common  # noqa: E402
 import dq  # noqa: E402
-import sample  # noqa: E402
 import train_transformer  # noqa: E402
 import train_vae  # noqa: E402
 from benchmark import hardware  # noqa: E402
@@ -43,7 +42,7 @@ from data import ToyShapes  # noqa: E402
 
 TRAIN, TEST, REAL, OTHER = range(2_000_003, 2_000_007)                       # seeds of toy images, plus --seed
 NEIGHBOURS, SLOTS, TEXTURES = 3, 64, len(ToyShapes.textures)
-DEFAULTS = dq.SampleOptions(*(getattr(sample.parse([]), name) for name in dq.SampleOptions._fields))
+DEFAULTS = train_transformer.PRESETS["toy"][1].sampling
 several = number(int, NEIGHBOURS + 1)
 
 
@@ -282,7 +281,7 @@ def of_first_stage(folder):
 
 @torch.inference_mode()
 def draw_samples(path, folders, device, autocast, n=8):
-    """A row of n samples for each, at sample.py's defaults."""
+    """A row of n samples for each, with the sampling options of the preset."""
     pictures, captions, label = [], [], torch.arange(n, device=device) % len(ToyShapes.classes)
     for row, folder in folders.items():
         model, vae = dq.load_transformer(folder / "transformer.pt", device)
@@ -306,7 +305,7 @@ def show(cells, of_rows, machine, n):
         print(f"| {row} | {' | '.join(texts)} |")
     every = [figures for of_seeds in cells.values() for figures in of_seeds]
     print(f"\nMedian over seeds of stage 2 (least to most); {n} images a set. Other real images have an FD of "
-          f"{every[0]['FD, other real images']:.2f}. Temperature 1 is without guidance; defaults are sample.py's, "
+          f"{every[0]['FD, other real images']:.2f}. Temperature 1 is without guidance; defaults are the preset's, "
           f"temperature {DEFAULTS.temperature} and guidance {DEFAULTS.cfg}.\nimages/s: dq.generate at temperature 1, "
           f"{SLOTS} images at a time, without the decoder, median of 3 jobs of {8 * SLOTS}. s a step: stage 2, median "
           f"of 35 steps.\nBoth of one seed, on {machine}.")
