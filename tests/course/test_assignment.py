@@ -118,7 +118,7 @@ def test_our_solution_passes_with_the_exercises_that_it_needs(number):
     needed = {number, *(int(each) - 1 for each in e.needs.split())}
     with in_place({other.function: STUBS[other.function] for n, other in enumerate(EXERCISES) if n not in needed}):
         run_tests(e, speed=e.function in ("DQVAE.mix", "Layout.legal", "draw"))
-    for missing in needed - {number}:
+    for missing in needed - {number} if e.function != "Layout.legal" else []:  # whose tests are long
         with in_place({EXERCISES[missing].function: STUBS[EXERCISES[missing].function]}), pytest.raises(Exception):
             run_tests(e, skip="", speed=True)
             pytest.fail(f"{e.function} does not need {EXERCISES[missing].function}")
@@ -646,7 +646,7 @@ def test_a_variant_is_solved_by_its_reference_alone(tmp_path):
     if ALL:
         naive = project(["tests/naive.py"], seed)["tests/naive.py"]
         (tmp_path / "pasted.py").write_text(right_solutions.pasted(SOURCE, naive), encoding="utf-8")
-    numbers = range(1, 18) if ALL else [1, 4, 7, 8, 9, 11, 13, 16]
+    numbers = range(1, 18) if ALL else [1, 4, 7, 8, 9, 13]
     done = kit("grade", tmp_path, "--variant", seed, "--only", *numbers, "--json", tmp_path / "all.json",
                **(dict(DQ_COURSE_HIDDEN="3") if ALL else {}))
     assert done.returncode == 0, done.stderr
@@ -732,7 +732,6 @@ def test_the_leaderboard_of_a_variant(run, tmp_path):
     checkpoint = dq.torch.load(run / "transformer.pt", weights_only=True)
     space = vars(executed(project(["dq.py"], 5)["dq.py"], "variant"))
     dq.torch.save(checkpoint | dict(layout=space["Layout"].name), tmp_path / "ann" / "transformer.pt")
-    (tmp_path / "ann" / "dq.py").write_text(project(["dq.py"], 5)["dq.py"], encoding="utf-8")
     with pytest.raises(dq.UserError):
         dq.load_checkpoint(tmp_path / "ann" / "transformer.pt", "dq-transformer")
     done = kit("leaderboard", tmp_path, "--codes", run / "codes.pt", "--variant", 5)
