@@ -102,8 +102,9 @@ def make(folder, variant):
     try:
         write_project(folder, variant)
         full = (folder / "dq.py").read_text(encoding="utf-8")
+        holes = with_holes(full)
         for name in ("dq.py", COURSE / "handed_out.py"):
-            (folder / name).write_text(with_holes(full), encoding="utf-8")
+            (folder / name).write_text(holes, encoding="utf-8")
         for name in ("pyproject.toml", "LICENSE", ".gitignore", VAE):
             shutil.copy(ROOT / name, folder / name)
         scripts, name = (folder / "common.py").read_text(encoding="utf-8"), "(dq.UserError, OSError)"

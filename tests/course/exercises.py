@@ -139,10 +139,12 @@ def stub(text, what=""):
 
 def with_holes(source):
     """dq.py as students get it."""
-    for number, e in enumerate(EXERCISES, 1):
-        text = text_of(source, find(ast.parse(source), e.function))
-        source = replaced(source, e.function, stub(text, f"exercise {number}, {e.name}: {e.function} is to be written"))
-    return source
+    tree, lines = ast.parse(source), source.split("\n")
+    nodes = [(find(tree, e.function), f"exercise {number}, {e.name}: {e.function} is to be written")
+             for number, e in enumerate(EXERCISES, 1)]
+    for node, what in sorted(nodes, key=lambda each: -each[0].lineno):
+        lines[node.lineno - 1:node.end_lineno] = indented(stub(text_of(source, node), what), node.col_offset)
+    return "\n".join(lines)
 
 
 # ------------------------------------------------------------------------------------------------
