@@ -1,6 +1,6 @@
-"""What the three scripts share, none of which is needed to understand the method; that is dq.py.
+"""What the three scripts share: drawing, device, command-line flags, and training runs with their checkpoints and logs.
 
-Pictures, in and out; a program, its device and its end; a training run: flags, order of the data, losses, checkpoints.
+Nothing here is needed to understand the method; that is dq.py.
 """
 import argparse
 import contextlib
@@ -8,11 +8,16 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
+import platform
 import random
 import signal
+import socket
 import sys
+import threading
 import time
+import traceback
 import warnings
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -32,14 +37,14 @@ import dq
 
 
 def save_picture(path, picture, **options):
-    """A Pillow image, in the format that the ending says. options: those of Pillow's `save`."""
-    memory = io.BytesIO()                                                    # Pillow overlooks it when a disk is full
+    """Save a Pillow image atomically; the extension selects the format. options: as for Pillow's `save`."""
+    memory = io.BytesIO()                                                    # Pillow does not notice a full disk
     picture.save(memory, Image.registered_extensions()[path.suffix.lower()], **options)
-    dq.write_file(path, lambda file: file.write(memory.getbuffer()))
+    dq.write_file(path, lambda file: file.write(memory.getbuffer()), sync=False)
 
 
 def to_picture(x, side=128):
-    """(3, S, S) in [-1, 1] -> Pillow image, enlarged by whole pixels to about `side`. Never rescaled in brightness."""
+    """(3, S, S) in [-1, 1] -> Pillow image, upsampled by a whole factor to about `side`; brightness is not rescaled."""
     pixels = ((x.detach().float().cpu() + 1) * 127.5).round().clamp(0, 255).byte()
     picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
     return ImageOps.scale(picture, max(1, side // picture.width), Image.Resampling.NEAREST)
@@ -49,11 +54,11 @@ GRAIN_COLOURS = ("#3a6ea5", "#e07b00", "#c01530")                            # b
 
 
 def draw_grains(x, grains, factors):
-    """One box per code over an image (3, S, S): blue for the coarsest granularity, orange, then red. grains: (h, w)"""
+    """An image (3, S, S) with one box per code: blue for the coarsest granularity, then orange, red. grains: (h, w)"""
     picture = to_picture(x)
     picture = Image.blend(picture, Image.new("RGB", picture.size, "white"), 0.35)
     pen = ImageDraw.Draw(picture)
-    for k, factor in enumerate(factors):                                     # finer boxes lie on top
+    for k, factor in enumerate(factors):                                     # finer boxes are drawn on top
         side = factor * picture.width / x.shape[-1]
         here = dq.upsample(grains == k, x.shape[-1] // factor)               # S/factor, S/factor
         for row, column in here.nonzero().tolist():
@@ -63,7 +68,7 @@ def draw_grains(x, grains, factors):
 
 
 def save_grid(path, pictures, columns, captions=None):
-    """Pillow images of one size -> one picture, row by row, a caption above each."""
+    """Save Pillow images of one size as one picture, row by row, each with a caption above it."""
     w, h = pictures[0].size
     top, gap = 14 if captions else 0, 2
     rows = math.ceil(len(pictures) / columns)
@@ -77,121 +82,154 @@ def save_grid(path, pictures, columns, captions=None):
 
 
 # ------------------------------------------------------------------------------------------------
-# A program: its device, and its end
+# The device, and the entry point of a script
 
 
 def pick_device(name, dtype):
-    """--device and --dtype -> the device, from now on the current one, and a function that opens an autocast context.
-    auto: the GPU if there is one; bfloat16 where the hardware computes in it, else float32."""
+    """--device and --dtype -> the torch.device, which becomes the current one, and a function that opens an autocast
+    context. dtype auto: bfloat16 where the hardware computes in it, else float32. UserError if there is no such device.
+    """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        if name == "mps" and not decodes_like_the_cpu(torch.device(name)):
-            say("note: this Apple GPU computes other numbers than the CPU, which is taken instead")
-            name = "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"                # Apple's GPUs: with --device mps
     try:
         device = torch.device(name)
         torch.ones(1, device=device).item()
-    except (RuntimeError, AssertionError):
-        raise dq.UserError(f"no such device here: {name}") from None
+    except (RuntimeError, AssertionError) as error:
+        raise dq.UserError(f"no such device here: {name} ({first_line(error)})") from None
     if device.type == "cuda":
         device = torch.device("cuda", device.index or 0)
-        torch.cuda.set_device(device)                                        # streams and graphs are made on that
+        torch.cuda.set_device(device)                                        # streams and graphs are created there
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        cpu = getattr(torch.cpu, "get_capabilities", dict)()                 # torch has it from 2.11 on
+        cpu = getattr(torch.cpu, "get_capabilities", dict)()                 # torch 2.11 or newer
         fast = device.type == "cpu" and (cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
     bf16 = dtype == "bf16" or (dtype == "auto" and bool(fast))
     return device, lambda: torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
-def decodes_like_the_cpu(device):
-    """Apple's GPUs have been known to compute other numbers without a word: does a small decoder give the same?"""
-    torch.manual_seed(0)
-    with torch.inference_mode():
-        vae, codes = dq.DQVAE(dq.VAEConfig(channels=32)).eval(), torch.randint(256, (1, 8, 8))
-        vae.codebook.codes.normal_()
-        wanted = vae.decode(codes)                                           # 1, 3, 32, 32
-        return torch.allclose(vae.to(device).decode(codes.to(device)).cpu(), wanted, atol=1e-3)
+def on_gpu(name):
+    """True if --device names a CUDA GPU: for defaults that depend on the type of the device alone."""
+    return name.startswith("cuda") or name == "auto" and torch.cuda.is_available()
 
 
-GONE = "another process of this job is gone, or its network; --resume goes on from the last checkpoint"
-NO_MEMORY = "not enough memory; a smaller --batch-size or a larger --accumulate takes less"
-HINTS = {"DataLoader worker": "a process that loads images died; --resume goes on, with fewer --workers in less memory",
-         "gloo": GONE, "NCCL": GONE, "out of memory": NO_MEMORY, "allocate memory": NO_MEMORY,
-         "compiler": "--compile needs a C++ compiler; leave it out, or install one"}
+def machine(device, autocast):
+    """What computes, as strings -> {"device", "dtype", "torch"}"""
+    with autocast():
+        dtype = "bf16" if torch.is_autocast_enabled(device.type) else "fp32"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return dict(device=f"{device.type} ({name})", dtype=dtype, torch=str(torch.__version__))
+
+
+GONE = "another process of this job died or lost its connection; --resume continues from the last checkpoint"
+NO_MEMORY = "not enough memory; reduce --batch-size, or in training increase --accumulate"
+HINTS = {"DataLoader worker (pid": "a process that loads images died; --resume continues, fewer --workers need less "
+                                   "memory",
+         "DataLoader timed out": "the processes that load images do not deliver; try --workers 0",
+         "gloo": GONE, "NCCL": GONE, "out of memory": NO_MEMORY, "allocate memory": NO_MEMORY, "MemoryError": NO_MEMORY,
+         "bad_alloc": NO_MEMORY, "ALLOC_FAILED": NO_MEMORY}
+
+
+def first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def explain(error):
+    """An exception -> one line if the user can fix it, else None."""
+    hint = next((hint for sign, hint in HINTS.items() if sign in f"{type(error).__name__}: {error}"), None)
+    files = {os.path.basename(frame.f_code.co_filename) for frame, _ in traceback.walk_tb(error.__traceback__)}
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")) or (
+            not hint and files & {"convert_frame.py", "compile_fx.py"}):     # these run while something is compiled
+        hint = "--compile does not work here; leave it out, or install what it lacks"
+    elif isinstance(error, (dq.UserError, OSError)):
+        return f"error: {str(error).strip().splitlines()[-1]}"               # a loader process adds lines before ours
+    return hint and f"error: {hint} ({first_line(error)})"
+
+
+def quiet(write):
+    """Drop output that can't be written: the reader of a pipe (`| head`) or a terminal may be gone."""
+    def attempt(*args):
+        with contextlib.suppress(OSError):
+            return write(*args)
+    return attempt
 
 
 def run(main):
-    """Call a script's main, and exit. What the user can mend ends in one line and exit status 1, not in a traceback."""
+    """Call a script's main and exit. User errors print one line, without a traceback, and exit with status 1."""
     status = 0
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:                                       # closed, as some services do
-            setattr(sys, name, open(os.devnull, "w"))
+        stream = getattr(sys, name) or open(os.devnull, "w")                 # None if closed, as some services do
+        setattr(sys, name, stream)
         with contextlib.suppress(AttributeError):                            # each line at once, also into a file
-            getattr(sys, name).reconfigure(errors="backslashreplace", line_buffering=True)
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
+            if "write" not in vars(stream):
+                stream.write, stream.flush = quiet(stream.write), quiet(stream.flush)
     try:
         main()
+        if dq.rank_world()[1] > 1:                                           # wait for the other ranks
+            dist.barrier()
+            dist.destroy_process_group()
     except SystemExit as end:                                                # of argparse, or after a signal
         status = end.code
     except KeyboardInterrupt:
         status = 130
-    except (dq.UserError, OSError) as error:
-        status = printable(f"error: {str(error).strip().splitlines()[-1]}")  # a loader process adds lines before ours
-    except RuntimeError as error:
-        hint = next((hint for sign, hint in HINTS.items() if sign in str(error)), None)
-        if hint is None:
+    except Exception as error:
+        status = explain(error)
+        if status is None:
             raise
-        status = f"error: {hint} ({str(error).strip().splitlines()[0]})"
-    while LOCKS:
-        LOCKS.popitem()[1].close()
-    if dq.rank_world()[1] > 1 and not status:                                 # none leaves while another is at work
-        dist.barrier()
-        dist.destroy_process_group()
-    elif dq.rank_world()[1] > 1:                                              # an orderly exit could wait for ever
-        if isinstance(status, str):
-            print(status, file=sys.stderr, flush=True)
-        sys.stdout.flush()
+    LOCKS.clear()                                                            # closes the files
+    if isinstance(status, str):
+        status = printable(status)
+    if dq.rank_world()[1] > 1:                                               # a clean exit could deadlock
+        print(status if isinstance(status, str) else "", file=sys.stderr, flush=True)
         os._exit(1 if isinstance(status, str) else status)
     if status:
         sys.exit(status)
 
 
 # ------------------------------------------------------------------------------------------------
-# A training run. Of several processes, process 0 alone prints, evaluates and writes files
+# Command-line flags
 
 
 def number(kind, low, below=math.inf):
-    """An argparse type: a number of this kind, at least `low` and below `below`."""
+    """-> an argparse type: an int or a float (`kind`), at least `low` and below `below`."""
     def read(text):
         if not low <= kind(text) < below:
             limit = "" if below == math.inf else f" and below {below}"
             raise argparse.ArgumentTypeError(f"must be at least {low}{limit}, not {text}")
         return kind(text)
-    read.__name__ = kind.__name__                                            # for argparse's "invalid int value"
+    read.__name__ = kind.__name__                                            # argparse says "invalid int value"
     return read
 
 
 positive, natural, weight = number(int, 1), number(int, 0), number(float, 0)
 
 
+def path(text):
+    """An argparse type: a Path with `~` expanded. A blank one, as of an unset variable, is an error."""
+    expanded = os.path.expanduser(text)
+    if not text.strip() or expanded.startswith("~"):
+        raise argparse.ArgumentTypeError(f"no home folder for {text!r}" if text.strip() else "the path is empty")
+    return Path(expanded)
+
+
 def flag(default=MISSING, **how):
-    """A field that can be set on the command line. how: as in argparse's `add_argument`"""
+    """A dataclass field that is a command-line flag, too. how: as in argparse's `add_argument`"""
     return field(default=default, metadata=how)
 
 
 @dataclass
 class Schedule:
-    """How a stage is trained."""
-    steps: int = flag(type=positive, help="optimiser steps")
-    batch_size: int = flag(type=positive, help="images a step, of all processes together")
-    lr: float = flag(type=number(float, 1e-12), help="highest learning rate")
+    """Training hyperparameters; those with a `flag` can be set on the command line."""
+    steps: int = flag(type=positive, help="optimizer steps")
+    batch_size: int = flag(type=positive, help="global batch size, over all processes")
+    lr: float = flag(type=number(float, 1e-12), help="peak learning rate")
     betas: tuple = (0.9, 0.99)
     weight_decay: float = 0.0            # of matrices; stage 2
     warmup: int = 100                    # steps
-    decay: str = "cosine"                # how the learning rate then falls to zero; or "linear"
-    eval_every: int = flag(250, type=positive, help="steps between evaluations")
-    accumulate: int = flag(1, metavar="N", type=positive, help="work on a batch in N parts, which takes less memory")
-    clip: float = flag(1.0, type=weight, help="largest norm of the gradient; 0: no limit")
+    decay: str = "cosine"                # of the learning rate to zero; or "linear"
+    eval_every: int = flag(250, type=positive, help="steps between evaluations on the validation set")
+    accumulate: int = flag(1, metavar="N", type=positive, help="gradient accumulation steps; more need less memory")
+    clip: float = flag(1.0, type=weight, help="gradient clipping norm; 0: off")
 
     def learning_rate(self, step):
         if step < self.warmup:
@@ -201,106 +239,97 @@ class Schedule:
 
 
 def trainer_flags(description, presets, argv, preset="toy"):
-    """What both trainers have. presets: {name: (config, schedule)} -> parser, config and schedule of --preset"""
+    """The flags of both trainers. presets: {name: (config, schedule)} -> parser, and config and schedule of --preset"""
     chooser = argparse.ArgumentParser(add_help=False)
     chooser.add_argument("--preset", choices=presets, default=preset,
-                         help="sizes and schedule; other flags override it")
+                         help="model and schedule, the defaults of the other flags")
     config, schedule = presets[chooser.parse_known_args(argv)[0].preset]
     parser = argparse.ArgumentParser(description=description, parents=[chooser],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--out", metavar="DIR", type=Path, default=Path("out"), help="folder that the run writes")
+    add("--out", metavar="DIR", type=path, default=Path("out"), help="output folder")
     for each in fields(schedule):
         if each.metadata:
             add(f"--{each.name.replace('_', '-')}", default=getattr(schedule, each.name), **each.metadata)
-    add("--seed", type=number(int, 0, below=2 ** 63), default=0, help="of weights, data order and noise")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    add("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 where the hardware has it")
-    add("--compile", action="store_true", help="torch.compile the model")
-    add("--resume", action="store_true", help="go on from the checkpoint in --out")
-    add("--save-every", type=positive, default=schedule.eval_every, help="steps between checkpoints")
+    add("--seed", type=number(int, 0, below=2 ** 63), default=0, help="random seed")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ...")
+    add("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 where the hardware supports it")
+    add("--compile", action="store_true", help="use torch.compile")
+    add("--resume", action="store_true", help="continue from the checkpoint in --out, if there is one")
+    add("--save-every", type=positive, default=schedule.eval_every,
+        help="steps between checkpoints; one is also saved before each evaluation")
     return parser, config, schedule
 
 
 def override(preset, args, **more):
-    """A preset's config or schedule, with the values of the flags that are named like its fields."""
+    """A preset's config or schedule, with the values of the flags named like its fields, and of `more`."""
     flags = {field.name: getattr(args, field.name) for field in fields(preset) if hasattr(args, field.name)}
     return replace(preset, **flags | more)
 
 
+# ------------------------------------------------------------------------------------------------
+# A training run. Only rank 0 prints and writes files
+
+
 def prepare(args, trains=True):
-    """Join the other processes of a torchrun job, make the output folder. -> device, autocast"""
-    world, local = (int(os.environ.get(name) or default) for name, default in (("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
-    dq.require(world == 1 or not missing, f"WORLD_SIZE is {world}, but there is no {', '.join(missing)}: torchrun sets "
-               "all of them; for a single process unset WORLD_SIZE")
+    """Join the other processes of a torchrun job, make and lock the output folder. -> device, autocast"""
+    world, local = torchrun_job()
     parts = args.accumulate * world
     dq.require(args.batch_size % parts == 0 or not trains, f"--batch-size {args.batch_size} is not a multiple of "
                f"{parts}, which is --accumulate times the number of processes")
+    args.part = max(1, args.batch_size // parts)                             # images that a process holds at a time
     if world > 1 and args.device in ("auto", "cuda") and torch.cuda.is_available():
-        there = torch.cuda.device_count()
-        dq.require(local < there, f"this machine has {there} GPU(s), process {local} finds none; "
-                                  f"lower --nproc_per_node, or --device cpu")
         args.device = f"cuda:{local}"
     device, autocast = pick_device(args.device, args.dtype)
-    on_gpu = device.type == "cuda"
-    if world > 1:                                                            # the job's barrier then knows its device
-        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
+    if world > 1:
+        join(world, device)
     args.out.mkdir(parents=True, exist_ok=True)
     if dq.rank_world()[0] == 0:
         lock(args.out)
+    say("{device}, {dtype}, torch {torch}".format(**machine(device, autocast)))
     return device, autocast
 
 
 LOCKS = {}                               # {folder: open file}
 
 
-def lock(folder):
-    """UserError while another run writes into this folder. `run` drops the lock, or the system if this process dies."""
+def lock(folder, file_name=".lock"):
+    """UserError if another process writes into this folder. `run` releases the lock, or the system when this process
+    dies: a record lock belongs to one process, so loaders that outlive it do not hold it."""
     if (name := os.path.realpath(folder)) in LOCKS:
         return
-    file = open(os.path.join(folder, ".lock"), "a")
+    file = open(os.path.join(folder, file_name), "a")
     try:
-        import fcntl                                                         # not on every system
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise dq.UserError(f"another run is writing into {folder}; wait for its end, or name another --out") from None
+        import fcntl                                                         # not on Windows
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise dq.UserError(f"another run is writing into {folder}; wait until it ends, or use another --out") from None
     except (ImportError, OSError) as error:
         say(f"note: can't tell whether another run writes into {folder} ({error})")
     LOCKS[name] = file
 
 
 def seed_all(*numbers):
-    """Seed all generators, also those that only students use; what other numbers give, however near, is unlike it.
-    Done at every step, it makes a run that goes on draw as if it had never stopped, however often it is evaluated."""
-    random.seed(str(numbers))                                                # takes a hash of it
+    """Seed Python, NumPy and torch with a hash of these numbers, so that nearby ones give unrelated streams. Done at
+    every step, it makes a resumed run draw the same random numbers, however often it evaluates."""
+    random.seed(str(numbers))                                                # hashes the string
     np.random.seed(random.getrandbits(32))
     torch.manual_seed(random.getrandbits(64))                                # on all devices
 
 
-def distribute(model):
-    """For the forward pass in training: with it, backward averages the gradients over the processes."""
-    if dq.rank_world()[1] == 1:
-        return model
-    # the buffers (codebook, batch norm) are alike by themselves; where parts are accumulated, each is averaged
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)                       # the argument's new name is too new
-        return DistributedDataParallel(model, broadcast_buffers=False)
-
-
 def say(line):
     if dq.rank_world()[0] == 0:
-        print(printable(line), flush=True)
+        tqdm.write(printable(line))                                          # above the progress bar
 
 
 def printable(text):
-    """Names of files can be any bytes: what is no character, or steers a terminal, becomes its escape sequence."""
+    """Escape unprintable characters: file names can contain any bytes, and control characters steer terminals."""
     return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 def shuffled_indices(n, batch_size, seed, start=0):
-    """Endless lists of batch_size numbers, from batch number `start` on; in epoch e they are e n to e n + n - 1, in an
-    order of its own. All depends on the arguments alone, so a resumed run sees what it would have seen."""
+    """Endless shuffled batches of indices, from batch number `start` on. Each epoch has its own order; the indices of
+    epoch e run from e * n to e * n + n - 1. Batches depend on the arguments only, so a run can be resumed."""
     epochs = itertools.count(start * batch_size // n)
     numbers = (e * n + int(i) for e in epochs for i in dq.numpy_rng(seed, e).permutation(n))
     numbers = itertools.islice(numbers, start * batch_size % n, None)
@@ -308,99 +337,145 @@ def shuffled_indices(n, batch_size, seed, start=0):
         yield list(itertools.islice(numbers, batch_size))
 
 
-# Ctrl-C, and what batch systems send; not every system has them all
+# Ctrl-C and the signals of batch systems; not every system has all of them
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
+PATIENCE = 5                             # seconds
+if hasattr(os, "register_at_fork"):                                          # a loader's signals are not for its parent
+    os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
 
 
-class Stop(contextlib.ExitStack):
-    """with Stop(device): signals that ask for an end are noted, for after the step; the second one takes effect at
-    once."""
+class Stop:
+    """with Stop(device): the first termination signal is deferred to the end of the step; a second one acts at once.
 
-    def __init__(self, device):
-        super().__init__()
-        self.device, self.number = device, 0
-        self.calls, self.next, self.since = 0, 1, time.monotonic()
+    patience: seconds after which the first one acts, too, if the step does not end: a loader, a file server or another
+    process may block it for ever. Python's signal handlers may not run then, but a thread hears the signal as well.
+    """
+
+    def __init__(self, device, patience=math.inf):
+        self.patience, self.number, self.seconds, self.alive = patience, 0, 0.0, time.monotonic()
+        self.over, self.handlers = threading.Event(), contextlib.ExitStack()
+        # over the CPU, because to ask a GPU would wait for it
+        self.group = dist.new_group(backend="gloo") if dq.rank_world()[1] > 1 else None
+        if patience < math.inf:
+            ear, mouth = socket.socketpair()
+            mouth.setblocking(False)
+            self.handlers.callback(mouth.close)
+            former = signal.set_wakeup_fd(mouth.fileno(), warn_on_full_buffer=False)
+            self.handlers.callback(signal.set_wakeup_fd, former)
+            threading.Thread(target=self.watch, args=[ear], daemon=True).start()
         for number in SIGNALS:
-            if number.name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
-                self.callback(signal.signal, number, signal.signal(number, self.note))
+            if number.name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN:  # ignored under nohup
+                self.handlers.callback(signal.signal, number, signal.signal(number, self.note))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.over.set()
+        self.handlers.close()
 
     def note(self, number, frame):
         self.number = number
-        self.close()                                                         # puts the former handlers back
+        self.handlers.close()                                                # restores the previous handlers
+
+    def watch(self, ear):
+        with ear:
+            number = next((byte[0] for byte in iter(lambda: ear.recv(1), b"") if byte[0] in SIGNALS), 0)
+        came = time.monotonic()
+        while number and not self.over.wait(0.1):
+            if time.monotonic() > max(came, self.alive) + self.patience + min(20, 2 * self.seconds):
+                say(f"stopped by {signal.Signals(number).name} in a step that does not end: a loader, a file server or "
+                    "another process does not answer; --resume continues from the last checkpoint")
+                for child in multiprocessing.active_children():
+                    child.kill()
+                os._exit(128 + number)
 
     def asked(self):
-        """After each step -> number of the signal that came, or 0. All processes leave together, or the rest would wait
-        for ever. To agree they wait for the device, so not at every step; but in 30 s torchrun would kill them."""
-        world, self.calls = dq.rank_world()[1], self.calls + 1
-        if world == 1 or self.calls < self.next:
-            return self.number if world == 1 else 0
-        seconds = (time.monotonic() - self.since) / self.calls               # a step; for 3 s or 10 steps all go on
-        noted, seconds = dq.all_reduce_sum(torch.tensor([float(self.number), seconds], device=self.device)).tolist()
-        self.next = self.calls + min(10, max(1, int(3 * world / seconds)))
-        return signal.SIGTERM if noted else 0
+        """After each step -> the number of the signal that came, or 0; the same on all ranks, which stop together."""
+        self.seconds, self.alive = max(0.0, time.monotonic() - self.alive), time.monotonic()
+        if self.group:
+            noted = torch.tensor(self.number)
+            dist.all_reduce(noted, dist.ReduceOp.MAX, group=self.group)
+            return noted.item()
+        return self.number
 
-    def leave(self, number, when, then="; the same command with --resume goes on"):
+    def leave(self, number, when, then="; the same command with --resume continues"):
         say(f"stopped by {signal.Signals(number).name} {when}{then}")
         sys.exit(128 + number)
 
 
 @dataclass
 class Record:
-    """What a run writes: a log of its losses, and checkpoints, to go on as if it had never stopped."""
+    """Logging and checkpointing of a run. A resumed run continues as if it had never stopped."""
     args: argparse.Namespace
     path: Path                           # vae.pt or transformer.pt
     config: object                       # of the model
-    settings: dict                       # whatever else makes it this run: data, seed, schedule
+    settings: dict                       # what else defines the run: data, seed, schedule; and the machine
     model: torch.nn.Module
-    parts: dict                          # {name: what else has a state_dict}: optimisers, discriminator
-    extra: dict                          # what else the files shall hold
-    step: int = 0                        # of the newest checkpoint; 0: there is none
-    best: float = math.inf               # lowest held-out loss
-    losses: dict = field(default_factory=dict)                               # {step: {name: scalar}} not yet looked at
-    may_change = ("steps", "eval_every", "accumulate")                       # of the settings, in a run that goes on
+    parts: dict                          # {name: object with a state_dict}: optimizers, discriminator
+    extra: dict                          # further entries of the checkpoints
+    may_change: tuple = ("steps", "eval_every", "device", "dtype", "torch", "accumulate")  # settings, when resuming
+    step: int = 0                        # of the latest checkpoint; 0: there is none
+    best: float = math.inf               # lowest validation loss
+    news: dict = field(default_factory=dict)                                 # settings that are new in the log
+    losses: dict = field(default_factory=dict)                               # {step: {name: scalar}}, on the device
 
     def begin(self, *also):
-        """With --resume load the newest checkpoint, if it is of this command's run, and say which settings have
-        changed; without it move aside what a former run left, and files of the names `also`."""
-        if not self.args.resume:
+        """Load the checkpoint to resume, after checking that it belongs to this run. A new run moves the files of a
+        previous one aside, and with them those named in `also`."""
+        now = asdict(self.config) | self.settings
+        self.news = {name: now[name] for name in ("device", "dtype", "torch") if name in now}  # for the log
+        resumes = self.args.resume or variable("TORCHELASTIC_RESTART_COUNT") > 0  # torchrun has restarted this job
+        if resumes and not self.path.exists():
+            say(f"note: there is no {self.path} to resume yet; starting from scratch")
+        if not resumes or not self.path.exists():
             return set_aside(self.path, *also)
         held = dq.load_checkpoint(self.path, f"dq-{self.path.stem}")
-        # older ones lack fields of the configuration, which then had their defaults, and settings
+        # older checkpoints lack some fields of the configuration, which had their defaults then, and some settings
         then = asdict(type(self.config)()) | held.get("config", {}) | held.get("settings", {})
-        now = asdict(self.config) | self.settings
-        for name in [name for name in now if name in then and then[name] != now[name]]:
+        self.news = {name: now[name] for name in now if name in then and then[name] != now[name]}
+        for name, value in self.news.items():
             title = f"--{name.replace('_', '-')}" if hasattr(self.args, name) else name
-            dq.require(name in self.may_change, f"{self.path} was trained with {title} {then[name]}, not "
-                       f"{now[name]}; give the same to go on, or leave --resume out to start anew")
+            dq.require(name in self.may_change, f"{self.path} was trained with {title} {then[name]}, not {value}; "
+                       "use the same to resume, or leave --resume out to start from scratch")
             if held["step"] < now["steps"]:
-                say(f"note: {title} was {then[name]} and is {now[name]} from step {held['step']} on")
+                say(f"note: {title} was {then[name]} and is {value} from step {held['step']} on")
         try:
             for name, part in dict(weights=self.model, **self.parts).items():
                 part.load_state_dict(held[name])
             self.step, self.best = held["step"], held["best"]
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise dq.UserError(f"{self.path} was written by another command or version, or is damaged; "
-                               f"leave --resume out ({str(error).splitlines()[0]})") from None
+                               f"leave --resume out to start from scratch ({first_line(error)})") from None
 
     def start(self, title):
-        """-> the numbers of the steps to come, under a progress bar."""
+        """-> the steps to come, under a progress bar."""
         rank, steps, self.log = dq.rank_world()[0], self.settings["steps"], self.path.with_suffix(".jsonl")
         self.bar = tqdm(range(self.step, steps), title, initial=self.step, total=steps,
                         disable=True if rank or self.step >= steps else None)
-        if rank == 0:                                                        # later steps are about to be done again
-            lines = [json.dumps(line) + "\n" for line in read_log(self.log) if line["step"] <= self.step]
-            dq.write_file(self.log, lambda file: file.write("".join(lines).encode()))
+        self.began = None
+        if rank == 0:                                                        # drop what is about to be repeated
+            lines = [line for line in read_log(self.log) if line["step"] <= self.step and not (
+                line["step"] == self.step and self.evaluates(self.step) and "codes_per_image" in line)]
+            lines += [dict(step=self.step) | self.news] if self.news else []
+            text = "".join(json.dumps(line) + "\n" for line in lines)
+            dq.write_file(self.log, lambda file: file.write(text.encode()))
         return self.bar
 
+    def evaluates(self, step):
+        """Is it due to evaluate the model of this step? At the beginning of the next one, after the checkpoint is
+        saved, because an evaluation can fail; a run that is resumed there evaluates again."""
+        return step > 0 and (step % self.settings["eval_every"] == 0 or step >= self.settings["steps"])
+
     def add(self, done, terms, scale=1.0):
-        """Step `done` has these losses, {name: scalar}, times `scale`: added up over the parts of its batch. They stay
-        on the device until they are logged: to ask a GPU for a value is to wait."""
+        """Add `scale` times the losses {name: scalar} of a part of a batch to those of step `done`. They stay on the
+        device until they are logged, because reading a value waits for the device."""
         sums = self.losses.setdefault(done, {})
         for name, term in terms.items():
             sums[name] = sums.get(name, 0.0) + scale * term.detach().float()
 
     def newest_losses(self):
-        """Their means over the processes. UserError if one since the last call is not finite."""
+        """The latest losses, averaged over the ranks. UserError if one since the last call is not finite."""
         for done, sums in self.losses.items():
             means = dq.all_reduce_sum(torch.stack(list(sums.values()))) / dq.rank_world()[1]
             newest = dict(zip(sums, means.tolist()))
@@ -411,20 +486,26 @@ class Record:
         return newest
 
     def after(self, done, stop):
-        """Log the losses of every tenth step. -> what is due: to evaluate, to save, to stop (the signal)"""
-        last, asked = done == self.settings["steps"], stop.asked()
-        evaluates = last or done % self.settings["eval_every"] == 0
-        saves = last or asked or done % self.args.save_every == 0
-        if done % 10 == 0 or evaluates or saves:                             # no figure and no file of a broken state
+        """Log the losses of every tenth step. -> is a checkpoint due, and the signal to stop by, or 0"""
+        asked = stop.asked()
+        saves = asked or self.evaluates(done) or done % self.args.save_every == 0
+        if done % 10 == 0 or saves:                                          # no checkpoint of a broken state
             newest = self.newest_losses()
             if done % 10 == 0:
                 self.write_log(done, newest)
+        self.began = self.began or (done, time.monotonic())                  # not timed: the first step, which warms up
+        if done == self.began[0] + 19 and done < self.settings["steps"] and dq.rank_world()[0] == 0:
+            left = self.settings["steps"] - done
+            minutes = (time.monotonic() - self.began[1]) / 19 * left / 60
+            tqdm.write(f"step {done}: about {max(1, round(minutes))} min for the other {left} steps")
+        if saves:
+            stop.alive += 15                                                 # to write it takes longer than a step
         if asked:
             self.bar.close()
-        return evaluates, saves, asked if not last else 0
+        return saves, asked if done < self.settings["steps"] else 0
 
     def write_log(self, done, values, stays=False):
-        """One JSON object a line. stays: on the terminal, on a line of its own"""
+        """Append one JSON object. stays: print it as a line as well"""
         if dq.rank_world()[0] > 0:
             return
         line = dict(step=done) | {name: round(x, 5) if isinstance(x, float) else x for name, x in values.items()}
@@ -436,14 +517,14 @@ class Record:
         shown = {name: f"{value:.3f}" if isinstance(value, float) else value for name, value in values.items()}
         self.bar.set_postfix(shown, refresh=False)
         if stays:
-            tqdm.write(f"step {done}: " + ", ".join(f"{name} {value}" for name, value in shown.items()))
+            say(f"step {done}: " + ", ".join(f"{name} {value}" for name, value in shown.items()))
 
-    def evaluated(self, done, figures, loss):
-        """Beside the newest checkpoint goes that of the lowest held-out loss: for use, not for --resume."""
-        self.write_log(done, figures, stays=True)
+    def evaluated(self, done, metrics, loss):
+        """Log the metrics, and keep the weights with the lowest validation loss in a separate checkpoint."""
         if loss < self.best:
             self.best = loss
             self.write(self.path.with_suffix(".best.pt"), done)
+        self.write_log(done, metrics, stays=True)
 
     def save(self, done):
         finite = all(x.isfinite().all() for x in self.model.state_dict().values())
@@ -458,12 +539,12 @@ class Record:
                                step=done, best=self.best, **self.extra, **more)
 
     def last_good(self):
-        return f"the last good checkpoint is that of step {self.step}, {self.path}" if self.step else (
-            "there is no checkpoint yet")
+        there = f"the last good checkpoint is that of step {self.step}, {self.path}"
+        return there if self.step else "there is no checkpoint yet"
 
 
 def read_log(path):
-    """The lines of a log as dicts; what a crash or an editor left between them is skipped."""
+    """The lines of a log as dicts, without those that a crash or an editor damaged."""
     lines = []
     for line in path.read_bytes().splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError):                                # cut short, or not UTF-8
@@ -473,9 +554,8 @@ def read_log(path):
     return lines
 
 
-def set_aside(path, *also, hint=" (--resume would have gone on with it)"):
-    """A run that starts anew moves what a former one left beside `path`, all of its stem and of the names `also`, into
-    a folder of its own."""
+def set_aside(path, *also, hint=" (--resume would have continued it)"):
+    """Move the files of a previous run, all with the stem of `path` and those named in `also`, into a new folder."""
     left = [file for pattern in (f"{path.stem}.*", *also) for file in path.parent.glob(pattern)]
     if dq.rank_world()[0] > 0 or not {path.name, *also} & {file.name for file in left}:
         return
@@ -484,4 +564,49 @@ def set_aside(path, *also, hint=" (--resume would have gone on with it)"):
     former.mkdir(exist_ok=True)
     for file in left:
         os.replace(file, former / file.name)
-    print(f"{path} and what belongs to it, of a former run, are now in {former}{hint}")
+    say(f"moved {path} and the other files of a previous run to {former}{hint}")
+
+
+# ------------------------------------------------------------------------------------------------
+# Several processes
+
+
+def variable(name, kind=natural, default="0"):
+    """A number that torchrun has put into the environment. UserError if it is none, or out of range."""
+    text = os.environ.get(name) or default
+    try:
+        return kind(text)
+    except (ValueError, argparse.ArgumentTypeError) as error:
+        raise dq.UserError(f"the environment variable {name} is {text!r} ({error}); torchrun sets it, and for a single "
+                           "process it can be unset") from None
+
+
+def torchrun_job():
+    """-> world size, local rank; 1, 0 without torchrun. UserError if its environment variables make no sense."""
+    world = variable("WORLD_SIZE", positive, "1")
+    if world > 1:
+        missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+        dq.require(not missing, f"WORLD_SIZE is {world}, but there is no {', '.join(missing)}: torchrun sets all of "
+                   "them; for a single process unset WORLD_SIZE")
+        variable("RANK", number(int, 0, below=world))
+        variable("MASTER_PORT", number(int, 1, below=65536))
+    return world, variable("LOCAL_RANK")
+
+
+def join(world, device):
+    backend, how = ("nccl", dict(device_id=device)) if device.type == "cuda" else ("gloo", {})
+    try:
+        dist.init_process_group(backend, **how)                              # barriers then know their device
+    except Exception as error:                                               # a port in use, no network
+        address = ":".join(os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT"))
+        raise dq.UserError(f"could not join the {world} processes at {address} ({first_line(error)})") from None
+
+
+def distribute(model):
+    """Wrap the forward pass in DistributedDataParallel: backward then averages the gradients over the ranks."""
+    if dq.rank_world()[1] == 1:
+        return model
+    # the buffers (codebook, batch norm) are equal on all ranks without help
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)                       # the argument's new name is too new
+        return DistributedDataParallel(model, broadcast_buffers=False)

@@ -1,11 +1,13 @@
-"""A DQ-Transformer checkpoint -> pictures.    python sample.py [CHECKPOINT] [--label circle]
+"""Sample images from a DQ-Transformer checkpoint.    python sample.py [CHECKPOINT] [--label circle]
 
-Writes one grid of samples; with --save-dir one PNG an image too (the layout that FID tools read); with --gif the first
-image as it grows from coarse to fine. --grain-map chooses where the detail goes, --input what a photo fixes.
+Writes a grid of samples; with --save-dir also each image as a PNG file (the layout that FID tools read); with --gif an
+animation of the first image, code by code. --grain-map sets where the codes are fine, --input keeps codes of a photo.
 """
 import argparse
+import contextlib
 import io
 import json
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -14,41 +16,79 @@ from PIL import Image
 from tqdm import tqdm
 
 import dq
-from common import Stop, draw_grains, number, pick_device, positive, run, save_grid, save_picture, to_picture
+from common import (Stop, draw_grains, lock, number, path, pick_device, positive, run, save_grid, save_picture,
+                    to_picture)
 from data import load_image, open_image
 
-ROUND = 16    # batches in a call of dq.generate; slots stand idle at the end of a call only, pictures are written then
+ROUND = 16                               # batches per call of dq.generate: slots are idle at the end of a call only
+OLD_OPTIONS = dq.SampleOptions(temperature=0.7, cfg=2.0)                     # for checkpoints without options
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(description="Sample images from a DQ-Transformer.",
+    """-> the flags, the checkpoint as a file. Sampling options that are not given are those of the checkpoint."""
+    parser = argparse.ArgumentParser(description="Sample images from a DQ-Transformer.", add_help=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("checkpoint", nargs="?", type=Path, default=Path("out/transformer.pt"), help="what train_transformer.py wrote")
+    add("checkpoint", nargs="?", type=path, default=Path("out"),
+        help="checkpoint, or a folder: the better of its transformer.pt and transformer.best.pt by validation loss")
     add("--n", type=positive, default=32, help="number of images")
-    add("--batch-size", type=positive, default=64, help="images at a time")
-    add("--label", help="class, by name or number; None: all in turn")
-    add("--temperature", type=float, default=0.7, help="of positions and contents; 1: the model as it is")
-    add("--top-k", type=int, default=0, help="draw contents from the k likeliest; 0: all")
-    add("--top-p", type=float, default=1.0, help="draw contents from the likeliest that make up p")
-    add("--cfg", type=float, default=2.0, help="classifier-free guidance; 1: off")
-    add("--seed", type=number(int, 0, below=2 ** 64), default=0, help="of the draws")
+    add("--batch-size", type=positive, default=64, help="number of images that are sampled at the same time")
+    add("--label", metavar="CLASS", help="name or number of a class; without it the images cycle through all classes")
+    add("--temperature", type=float, help="divides the logits of positions and contents")
+    add("--top-k", metavar="K", type=int, help="sample contents from the K most likely codes; 0: from all codes")
+    add("--top-p", metavar="P", type=float, help="nucleus sampling of contents: the most likely codes that reach P")
+    add("--cfg", metavar="SCALE", type=float, help="scale of classifier-free guidance; 1: no guidance")
+    add("--seed", type=number(int, 0, below=2 ** 64), default=0, help="random seed")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 where it is fast")
-    add("--compile", action="store_true", help="torch.compile the step (GPUs: then captured)")
-    add("--out", metavar="DIR", type=Path,
-        help="folder for samples.png, a grid of up to 32 images, or a picture's name; None: the checkpoint's folder")
-    add("--save-dir", metavar="DIR", type=Path, help="also write every image as a PNG of its own here")
-    add("--gif", metavar="FILE", type=Path, help="also write how the first image grows, code by code")
-    add("--grain-map", metavar="FILE", type=Path,
-        help="picture that is bright where finer codes shall go; only contents are drawn")
-    add("--input", metavar="FILE", type=Path, help="photo whose coarse codes are kept (see --keep)")
-    add("--keep", type=int, help="with --input: how many of the coarsest granularities to keep; None: 1")
-    return parser.parse_args(argv)
+    add("--compile", action="store_true", help="compile the sampling step with torch.compile")
+    add("--out", metavar="PATH", type=path,
+        help="folder for samples.png, a grid of up to 32 images, or a file name for it; None: the checkpoint's folder")
+    add("--save-dir", metavar="DIR", type=path, help="also save each image as a PNG file in this folder")
+    add("--gif", metavar="FILE", type=path, help="also save an animation of how the first image is sampled")
+    add("--grain-map", metavar="IMAGE", type=path,
+        help="greyscale image, brighter where codes should be finer; fixes all positions, so only contents are sampled")
+    add("--input", metavar="IMAGE", type=path, help="photo whose coarse codes are kept (see --keep)")
+    add("--keep", metavar="N", type=int, help="with --input: keep the codes of the N coarsest granularities; None: 1")
+    checkpoint = parser.parse_known_args(argv)[0].checkpoint
+    if checkpoint.is_dir() or checkpoint == Path("out"):
+        checkpoint = better_checkpoint(checkpoint)
+    parser.set_defaults(**default_options(checkpoint)._asdict())
+    parser.epilog = f"Defaults of --temperature, --top-k, --top-p and --cfg: the sampling options of {checkpoint}."
+    add("-h", "--help", action="help", default=argparse.SUPPRESS, help="show this help message and exit")
+    return argparse.Namespace(**vars(parser.parse_args(argv)) | dict(checkpoint=checkpoint))
+
+
+def peek(path):
+    """-> the entries of a checkpoint, its tensors still on disk; {} if it can't be read, which `main` reports."""
+    with contextlib.suppress(Exception):
+        return dict(torch.load(path, mmap=True, weights_only=True))
+    return {}
+
+
+def better_checkpoint(folder):
+    """-> transformer.pt, or transformer.best.pt if that is of another step, where the validation loss was lower."""
+    last, best = folder / "transformer.pt", folder / "transformer.best.pt"
+    return last if peek(best).get("step") in (None, peek(last).get("step")) else best
+
+
+def has_guidance(config):
+    """Was the vector for "no label" trained? Guidance extrapolates from it."""
+    return bool(config.classes) and config.label_dropout > 0
+
+
+def default_options(path):
+    """-> the SampleOptions of a checkpoint"""
+    saved = peek(path)
+    with contextlib.suppress(Exception):                                     # damaged: `main` reports it
+        options = dq.SampleOptions(**saved.get("sample_options", OLD_OPTIONS._asdict()))
+        options.check()
+        return options if has_guidance(dq.TransformerConfig(**saved["config"])) else options._replace(cfg=1.0)
+    return OLD_OPTIONS
 
 
 def check(args):
-    """Refuse, before any work, what would fail or do harm at its end. -> where the grid goes"""
+    """Validate the output paths before any work. -> path of the grid"""
     dq.require(not (args.input and args.grain_map), "--input and --grain-map exclude each other")
     dq.require(args.input or args.keep is None, "--keep needs --input")
 
@@ -58,67 +98,66 @@ def check(args):
     check_ending("--out", out)
     if args.gif:
         dq.require(args.gif.suffix.lower() in (".gif", ".webp", ".png"),
-                   f"--gif {args.gif}: pictures that move end in .gif, .webp or .png")
-        check_ending("--gif", args.gif)
+                   f"--gif {args.gif}: the name of an animation must end in .gif, .webp or .png")
         dq.require(args.gif != out, f"--out and --gif are the same file, {out}")
-    if args.save_dir and args.save_dir.is_dir():
-        numbers = [int(path.stem) for path in args.save_dir.glob("[0-9]*.png") if path.stem.isdecimal()]
-        last = max(numbers, default=0)
-        dq.require(last < args.n, f"--save-dir {args.save_dir} holds {last:06d}.png of a larger job, which --n "
-                                  f"{args.n} would leave among its own images; empty it, or name another folder")
+    if args.save_dir:
+        last = max((int(path.stem) for path in args.save_dir.glob("[0-9]*.png") if path.stem.isdecimal()), default=0)
+        dq.require(last < args.n, f"--save-dir {args.save_dir} holds {last:06d}.png of a larger job, which would stay "
+                                  f"among the {args.n} new images; empty the folder, or name another one")
     return out
 
 
 def check_ending(flag, path):
-    """UserError unless Pillow can write an RGB picture of this name: it reads more formats than it writes."""
+    """UserError unless Pillow can write an RGB image under this name: it reads more formats than it writes."""
     try:
         Image.new("RGB", (16, 16)).save(io.BytesIO(), Image.registered_extensions()[path.suffix.lower()])
     except (KeyError, OSError, ValueError):
-        raise dq.UserError(f"{flag} {path}: no picture in colour can be written as {path.suffix}; take .png") from None
+        raise dq.UserError(f"{flag} {path}: can't write RGB images as {path.suffix}; use .png") from None
 
 
 def label_number(label, classes):
-    """--label, a name or a number -> a number."""
-    dq.require(classes, "this model knows no classes; leave --label out")
-    if label in classes:
-        return classes.index(label)
+    """--label, a name or a number -> the number of the class. Names match in any Unicode normal form."""
+    dq.require(classes, "this model has no classes; leave --label out")
+    for form in (str, lambda name: unicodedata.normalize("NFC", name)):
+        if form(label) in (names := list(map(form, classes))):
+            return names.index(form(label))
     names = ", ".join(classes[:20]) + (", ..." if len(classes) > 20 else "")
     dq.require(label.isdecimal() and int(label) < len(classes),
-               f"no class {label!r}; there are 0 to {len(classes) - 1}: {names}")
+               f"no class {label!r}; the classes are 0 to {len(classes) - 1}: {names}")
     if any(name.isdecimal() for name in classes):
-        print(f"note: no class is named {label}; class number {label} is drawn, which is named {classes[int(label)]}")
+        print(f"note: no class is named {label}; sampling class number {label}, which is named {classes[int(label)]}")
     return int(label)
 
 
 def caption(number, classes):
-    """The name of a class, or its number where the captions' font, which is Pillow's own, has ASCII only."""
+    """The name of a class, or its number if Pillow's own font, which has ASCII only, can't draw the name."""
     name = classes[number]
     return name if name.isascii() and name.isprintable() else f"class {number}"
 
 
 def read_grain_map(path, layout, columns=None):
-    """A picture -> grains (1, h, columns or w): its brightness, averaged over each region, cut into K equal steps."""
+    """An image -> grains (1, h, columns or w): its brightness, averaged over each region, cut into K equal steps."""
     grey = open_image(path).convert("L").resize((columns or layout.side, layout.side), Image.Resampling.BOX)
     grains = np.asarray(grey).astype(np.int64) * layout.n_grains // 256
     return torch.from_numpy(grains)[None]
 
 
 def given_tiling(layout, grains):
-    """For dq.generate: this grain map (B, h, w), every content open. -> pos, code, each (B, L), -1 where to be drawn"""
+    """Fix these grains (B, h, w) in dq.generate, but no content. -> pos, code, each (B, L), -1 where sampled"""
     H = layout.fine_side
     pos, _ = layout.pack(torch.zeros(len(grains), H, H, dtype=torch.long, device=grains.device), grains)
     return pos, torch.full_like(pos, -1)
 
 
 def given_coarse(layout, codes, grains, keep):
-    """For dq.generate: the codes of the `keep` coarsest granularities of these images, the rest open."""
+    """Fix the codes of the `keep` coarsest granularities. codes (B, H, W), grains -> pos, code, as `given_tiling`"""
     pos, code = layout.pack(codes, grains)
     kept = layout.grain[pos] < keep
     return torch.where(kept, pos, -1), torch.where(kept, code, -1)
 
 
 def given_pairs(args, layout, vae, device, autocast):
-    """What --grain-map or --input fix of every image: positions and contents, each (1, max_len), or None."""
+    """-> the positions and contents that --grain-map or --input fix for every image, each (1, max_len), or None"""
     if args.grain_map:
         return given_tiling(layout, read_grain_map(args.grain_map, layout).to(device))
     if args.input:
@@ -130,15 +169,16 @@ def given_pairs(args, layout, vae, device, autocast):
     return None
 
 
-def save_gif(path, layout, vae, pos, code, autocast, frames=80):
-    """One image (1, L) as it is written: after each code what is there so far, the rest grey."""
+def save_gif(path, layout, vae, pos, code, autocast, batch_size, frames=80):
+    """Animate how one image (1, L) is sampled: each frame shows the codes so far, and grey elsewhere."""
     length = int(layout.lengths(pos)) - 1
     steps = sorted({round(t) for t in np.linspace(1, length, min(length, frames))})
     order = torch.arange(pos.shape[1], device=pos.device)                    # L
     so_far = torch.cat([torch.where(order < t, pos, layout.end) for t in steps])  # frames, L
     codes, _ = layout.unpack(so_far, code.expand(len(steps), -1))            # frames, H, W; -1 where nothing is yet
     with autocast(), torch.inference_mode():
-        images = torch.cat([vae.decode(part) for part in codes.clamp(min=0).split(64)]).float()  # frames, 3, S, S
+        images = [vae.decode(part) for part in codes.clamp(min=0).split(batch_size)]
+        images = torch.cat(images).float()                                   # frames, 3, S, S
     there = dq.upsample((codes >= 0).float()[:, None], images.shape[-1])     # frames, 1, S, S
     pictures = [to_picture(x, 256) for x in images * there]
     duration = [60] * (len(steps) - 1) + [2000]                              # milliseconds
@@ -153,6 +193,8 @@ def main(argv=None):
     device, autocast = pick_device(args.device, args.dtype)
     model, vae = dq.load_transformer(args.checkpoint, device)
     layout, classes = model.layout, model.config.classes
+    dq.require(options.cfg == 1 or has_guidance(model.config), f"--cfg {options.cfg:g}: {args.checkpoint} was trained "
+               f"without {'label dropout' if classes else 'classes'}, so it has no guidance; leave --cfg out")
     label = torch.arange(args.n) % max(1, len(classes))
     if args.label is not None:
         label.fill_(label_number(args.label, classes))
@@ -160,40 +202,61 @@ def main(argv=None):
     for folder in (out.parent, args.save_dir, args.gif and args.gif.parent):
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
+            if folder == args.save_dir or out == folder / "samples.png":
+                lock(folder, ".sample.lock")                                 # not .lock: a run may be training there
     with autocast():                                                         # on CPUs it is no faster for few rows
         bf16 = torch.is_autocast_enabled(device.type) and (device.type == "cuda" or args.dtype == "bf16")
     model.to(torch.bfloat16 if bf16 else torch.float32)
+    if args.checkpoint.name == "transformer.best.pt" and (saved := peek(args.checkpoint)).get("best"):
+        print(f"sampling from {args.checkpoint}: validation loss {saved['best']:.1f} nats per image at step "
+              f"{saved['step']}, the lowest of its run; for the last step name transformer.pt")
 
-    if args.save_dir:                                                        # by this mark they are no training data
+    if args.save_dir:                                                        # marks its images as output, not data
         told = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
         told["labels"] = {f"{i:06d}.png": classes[k] for i, k in enumerate(label.tolist())} if classes else {}
+        told["written_by"] = "dq"
         dq.write_file(args.save_dir / "samples.json", lambda file: file.write(json.dumps(told, indent=1).encode()))
-    tiles, captions = [], []
+    n_saved, tiles, captions = 0, [], []
+
+    def save_complete(n_complete, pos, code):
+        """For dq.generate: decode and save the images that are complete, a batch at a time. -> stop?"""
+        nonlocal n_saved
+        bar.update(first + n_complete - bar.n)
+        if stop.number:
+            tqdm.write("stopping: the images that are complete are saved; a second signal stops at once")
+        for start in range(n_saved - first, n_complete, args.batch_size):
+            part = slice(start, min(start + args.batch_size, n_complete))
+            if part.stop - start < args.batch_size and n_complete < len(y) and not stop.number:
+                break                                                        # not yet a whole batch
+            codes, grains = layout.unpack(pos[part], code[part])             # n, H, W and n, h, w
+            with autocast(), torch.inference_mode():
+                images = vae.decode(codes).float()                           # n, 3, S, S
+            if args.gif and n_saved == 0:
+                save_gif(args.gif, layout, vae, pos[:1], code[:1], autocast, args.batch_size)
+            for x, g, n_codes in zip(images, grains, (code[part] >= 0).sum(dim=1).tolist()):
+                if args.save_dir:
+                    save_picture(args.save_dir / f"{n_saved:06d}.png", to_picture(x, 0))
+                if n_saved < 32:
+                    tiles.extend([to_picture(x), draw_grains(x, g, model.config.factors)])
+                    name = caption(int(label[n_saved]), classes) if classes else f"{n_saved}"
+                    captions.extend([name, f"{n_codes} codes"])
+                n_saved += 1
+        return stop.number
+
     with Stop(device) as stop, tqdm(total=args.n, desc="sampling", unit="image", disable=None) as bar:
         for first in range(0, args.n, ROUND * args.batch_size):
             y = label[first:first + ROUND * args.batch_size].to(device)
             open_pairs = None if given is None else tuple(each.expand(len(y), -1) for each in given)
-            pos, code = dq.generate(model, y, options, args.seed, open_pairs, slots=args.batch_size, first=first,
-                                    compile=args.compile)                    # each n, L
-            codes, grains = layout.unpack(pos, code)                         # n, H, W and n, h, w
-            with autocast(), torch.inference_mode():
-                images = torch.cat([vae.decode(part).float() for part in codes.split(64)])  # n, 3, S, S
-            for i, (x, g) in enumerate(zip(images, grains), first):
-                if args.save_dir:
-                    save_picture(args.save_dir / f"{i:06d}.png", to_picture(x, 0))
-                if i < 32:
-                    tiles += [to_picture(x), draw_grains(x, g, model.config.factors)]
-                    n_codes = int((code[i - first] >= 0).sum())
-                    captions += [caption(int(label[i]), classes) if classes else f"{i}", f"{n_codes} codes"]
-            if args.gif and first == 0:
-                save_gif(args.gif, layout, vae, pos[:1], code[:1], autocast)
-            bar.update(len(y))
+            dq.generate(model, y, options, args.seed, open_pairs, slots=args.batch_size, first=first,
+                        compile=args.compile, progress=save_complete)
             if stop.number:
                 break
-    save_grid(out, tiles, columns=8, captions=captions)
-    print("wrote " + ", ".join(str(path) for path in (out, args.save_dir, args.gif) if path))
+    if tiles:
+        save_grid(out, tiles, columns=8, captions=captions)
+        print("wrote " + ", ".join(str(path) for path in (out, args.save_dir, args.gif) if path) + " with "
+              + ", ".join(f"{name.replace('_', '-')} {value:g}" for name, value in options._asdict().items()))
     if stop.number:
-        stop.leave(stop.number, f"when {first + len(y)} of {args.n} images were drawn", "")
+        stop.leave(stop.number, f"when {n_saved} of {args.n} images were sampled", "")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
-"""Stage 2: codes.pt -> DQ-Transformer checkpoint.    python train_transformer.py
+"""Stage 2: train a DQ-Transformer on codes.pt.    python train_transformer.py
 
-Reads what train_vae.py leaves at its end: every image as codes, and the frozen DQ-VAE; it never sees a pixel. Writes
-into --out: transformer.pt (checkpoint, all that sample.py needs), transformer.best.pt (that of the lowest held-out
-loss), transformer.jsonl (log), transformer.png (samples, and where their codes are).
+Reads codes.pt, in which train_vae.py has stored the codes of every image and the frozen DQ-VAE; this script never loads
+an image. Writes into --out: transformer.pt (a checkpoint with all that sample.py needs), transformer.best.pt (that of
+the lowest validation loss), transformer.jsonl (log) and transformer.png (samples, each beside its codes).
 """
 import argparse
 import contextlib
 import math
+import shlex
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -15,33 +16,49 @@ import numpy as np
 import torch
 
 import dq
-from common import (Record, Schedule, Stop, distribute, draw_grains, number, override, positive, prepare,
-                    run, save_grid, say, seed_all, shuffled_indices, to_picture, trainer_flags)
+from common import (PATIENCE, Record, Schedule, Stop, distribute, draw_grains, machine, number, on_gpu, override,
+                    path, positive, prepare, read_log, run, save_grid, say, seed_all, shuffled_indices, to_picture,
+                    trainer_flags)
 
 
 @dataclass
 class TransformerSchedule(Schedule):
-    """How stage 2 is trained."""
+    """Hyperparameters of training, and the sampling options that checkpoints carry: by default those for photos."""
     decay: str = "linear"                # 3 nats better than a cosine, on the toy data
-    optimizer: str = "muon"              # for the matrices of the blocks; all else, or with "adamw" all, has AdamW
+    optimizer: str = "muon"              # "muon": for the matrices of the blocks, AdamW for the rest; "adamw": for all
+    sampling: dq.SampleOptions = dq.SampleOptions(temperature=1.0, cfg=1.5)
 
 
-# The paper's model; size, factors and codebook of each come from the DQ-VAE, the classes from the data.
+FEW = 500                                # images
+SHAPES = dq.SampleOptions(temperature=0.7, cfg=2.0)                          # for few, clearly drawn kinds of image
+
+# The paper's model. Size, factors and codebook size come from the DQ-VAE, the classes from the data.
 LARGE = dq.TransformerConfig(width=1024, heads=8, position_layers=6, content_layers=18, dropout=0.1, rotary=False)
 PAPER = TransformerSchedule(steps=507_000, batch_size=240, accumulate=4, lr=5e-4, betas=(0.9, 0.95),
                             weight_decay=0.01, warmup=1000, eval_every=5000,
-                            decay="cosine", optimizer="adamw")               # 100 epochs of 1,217,000 images
+                            decay="cosine", optimizer="adamw",               # 100 epochs of 1,217,000 images
+                            sampling=dq.SampleOptions(top_k=300))
 
-PRESETS = {                                                                  # what each is for: train_vae.py
+FOLDER = dq.TransformerConfig(dropout=0.1, qk_norm=True)
+FOLDER_GPU = TransformerSchedule(steps=10_000, batch_size=64, lr=3e-3, weight_decay=0.1, eval_every=500)
+
+PRESETS = {                                                                  # train_vae.py says what each is for
     "toy": (
         dq.TransformerConfig(qk_norm=True),
-        TransformerSchedule(steps=800, batch_size=32, lr=5e-3, weight_decay=0.05, accumulate=2, eval_every=200)),
+        TransformerSchedule(steps=800, batch_size=32, lr=5e-3, weight_decay=0.05, accumulate=2, eval_every=200,
+                            sampling=SHAPES)),
     "toy64": (
         dq.TransformerConfig(width=256, heads=8, content_layers=6, qk_norm=True),
-        TransformerSchedule(steps=6000, batch_size=64, lr=3e-3, weight_decay=0.05)),
+        TransformerSchedule(steps=6000, batch_size=64, lr=3e-3, weight_decay=0.05, sampling=SHAPES)),
+    **dict.fromkeys(["folder32", "folder64"], (
+        FOLDER, TransformerSchedule(steps=800, batch_size=32, lr=4e-3, weight_decay=0.1, eval_every=200))),
+    **dict.fromkeys(["folder64-large", "folder128"], (
+        replace(FOLDER, width=256, heads=8, content_layers=6, dropout=0.2), FOLDER_GPU)),
+    "folder256": (
+        replace(FOLDER, width=512, heads=8, position_layers=3, content_layers=9), FOLDER_GPU),
     "emoji64": (
         dq.TransformerConfig(width=160, heads=5, content_layers=6, dropout=0.3, qk_norm=True),
-        TransformerSchedule(steps=5000, batch_size=64, lr=3e-3, weight_decay=0.1)),
+        TransformerSchedule(steps=5000, batch_size=64, lr=3e-3, weight_decay=0.1, sampling=SHAPES)),
     "earth64": (
         dq.TransformerConfig(width=192, heads=6, content_layers=6, dropout=0.1, qk_norm=True),
         TransformerSchedule(steps=4500, batch_size=96, lr=3e-3, weight_decay=0.1, eval_every=750)),
@@ -53,81 +70,103 @@ PRESETS = {                                                                  # w
     "imagenet256": (LARGE, PAPER),
     "imagenet256-triple": (LARGE, PAPER),
 }
+# for codes of the preset toy: without what is ours, RoPE, QK-norm, Muon and the linear decay
+PRESETS["toy-paper"] = (dq.TransformerConfig(rotary=False), replace(PRESETS["toy"][1], lr=1.5e-3, decay="cosine",
+                                                                    optimizer="adamw"))
 
 
 # ------------------------------------------------------------------------------------------------
 # Flags and data
 
 
+def fit(gpu, codes, images):
+    """-> a preset's name, config and schedule for this many images with this many codes each, on a GPU or a CPU."""
+    name = ("folder256" if codes * images >= 5e6 else "folder64-large") if gpu else "folder64"
+    config, schedule = PRESETS[name]
+    if codes > 100 and not gpu:                                              # about as many codes per step
+        schedule = replace(schedule, batch_size=8)
+    return name, replace(config, dropout=0.3) if images < FEW else config, schedule
+
+
 def parse(argv=None):
-    """-> the flags, and the preset's config and schedule"""
-    first = argparse.ArgumentParser(add_help=False)                          # the preset, from which defaults come
-    first.add_argument("--codes", type=Path)
-    first.add_argument("--out", type=Path, default=Path("out"))
+    """-> the flags, and the preset's config and schedule. Without --preset: those of the recipe that made the codes, or
+    those that fit them."""
+    first = argparse.ArgumentParser(add_help=False)                          # finds the preset, which has the defaults
+    first.add_argument("--codes", type=path)
+    first.add_argument("--out", type=path, default=Path("out"))
+    first.add_argument("--device", default="auto")
+    first.add_argument("--preset")
     known = first.parse_known_args(argv)[0]
-    path, preset = known.codes or known.out / "codes.pt", "toy"
-    with contextlib.suppress(Exception):                                     # whatever it is, `read_codes` will say it
-        preset = torch.load(path, mmap=True, weights_only=True)["preset"]
-    parser, config, schedule = trainer_flags("Train a DQ-Transformer on the codes of a DQ-VAE.", PRESETS, argv,
-                                             preset if preset in PRESETS else "toy")
-    add, share = parser.add_argument, number(float, 0, below=1)
-    add("--codes", metavar="FILE", type=Path, default=path, help="what train_vae.py wrote, the preset's name included")
+    codes, preset, presets = known.codes or known.out / "codes.pt", "toy", PRESETS
+    with contextlib.suppress(Exception):                                     # `read_codes` reports what is wrong
+        stored = torch.load(codes, mmap=True, weights_only=True)
+        preset, grains, factors = stored["preset"], stored["train"]["grains"], stored["config"]["factors"]
+        if not known.preset and (preset not in PRESETS or preset.startswith("folder")):
+            cells = torch.tensor([(factors[0] // f) ** 2 for f in factors])  # K: codes of a region
+            count = cells[grains[:1000].long()].sum(dim=(2, 3)).float().mean().item()
+            preset, *fitted = fit(on_gpu(known.device), count, len(grains))
+            presets = PRESETS | {preset: fitted}
+    parser, config, schedule = trainer_flags("Train a DQ-Transformer on the codes of a DQ-VAE.", presets, argv,
+                                             preset if preset in presets else "toy")
+    add, fraction = parser.add_argument, number(float, 0, below=1)
+    add("--codes", metavar="FILE", type=path, default=codes, help="codes.pt of train_vae.py; also selects the preset")
     add("--position-layers", type=positive, default=config.position_layers, help="layers of the position stack")
     add("--content-layers", type=positive, default=config.content_layers, help="layers of the content stack")
-    add("--width", type=positive, default=config.width, help="channels")
-    add("--heads", type=positive, default=config.heads, help="attention heads")
-    add("--dropout", type=share, default=config.dropout, help="dropout")
-    add("--label-dropout", type=share, default=config.label_dropout, help="share of images whose label is hidden")
+    add("--width", type=positive, default=config.width, help="embedding width")
+    add("--heads", type=positive, default=config.heads, help="number of attention heads")
+    add("--dropout", type=fraction, default=config.dropout, help="dropout probability")
+    add("--label-dropout", type=fraction, default=config.label_dropout,
+        help="probability of hiding a label, which classifier-free guidance needs; 0: sampling without guidance")
     add("--optimizer", choices=["muon", "adamw"], default=schedule.optimizer,
-        help="adamw, or muon for the matrices of the blocks and adamw for the rest")
-    add("--uncond", action="store_true", help="ignore the labels")
+        help="muon: Muon for the matrices of the blocks, AdamW for the rest; adamw: AdamW for all")
+    add("--uncond", action="store_true", help="train an unconditional model, without the labels")
     args = parser.parse_args(argv)
     return args, config, override(schedule, args)
 
 
 def read_codes(path):
-    """-> the dict that train_vae.py wrote. Its tensors lie in the file, and processes share what they read of it."""
+    """-> the dict that train_vae.py wrote, memory-mapped, so that processes on one machine share its tensors."""
     try:
         stored = dq.load_checkpoint(path, "dq-codes")
         dq.require(stored.get("version") == 1, f"{path} is of another version")
         return stored
     except dq.UserError as error:
         raise dq.UserError(f"{error}; to make it from a DQ-VAE: python train_vae.py --encode "
-                           f"{path.with_name('vae.pt')} --out {path.parent}, with --data as it had") from None
+                           f"{path.with_name('vae.pt')} --out {path.parent}") from None
 
 
 class Images(NamedTuple):
-    """Images as codes: M of them, on the CPU, in small integers."""
+    """The codes of M images, on the CPU, in small integers."""
     codes: torch.Tensor                  # M, H, W
     grains: torch.Tensor                 # M, h, w
-    label: torch.Tensor                  # M: -1 without a class
-    length: torch.Tensor                 # M: pairs in their sequences, up to and with the last EOS
+    label: torch.Tensor                  # M; -1 without a class
+    length: torch.Tensor                 # M; sequence length, EOS tokens included
 
 
 def views(part, factors, uncond):
-    """A part of codes.pt (codes (M, views, H, W), grains, label (M,)) -> Images, the views of one after the other."""
+    """A part of codes.pt (codes (n, views, H, W), grains, label (n,)) -> Images, all views of an image in sequence."""
     codes, grains = part["codes"].flatten(0, 1), part["grains"].flatten(0, 1)
     label = part["label"].repeat_interleave(part["codes"].shape[1])
-    cells = torch.tensor([(factors[0] // f) ** 2 for f in factors])          # K: codes of a region
+    cells = torch.tensor([(factors[0] // f) ** 2 for f in factors])          # K; codes per region
     length = torch.cat([cells[each.long()].sum(dim=(1, 2)) for each in grains.split(65_536)]) + len(factors)
     return Images(codes, grains, torch.full_like(label, -1, dtype=torch.int8) if uncond else label, length)
 
 
 def batches(length, batch_size, seed, start=0):
-    """Endless batches of image numbers (batch_size,), in the order of `deal`; inside a batch they are sorted by length
-    (M,), so that parts of it need little padding. (Whole batches of like length would need less, but learned less: by
-    AdamW, 168 nats against 164 after 600 steps on the toy data.)"""
+    """Endless batches of image indices (batch_size,) in the order of `shuffled_indices`, from batch `start` on. Each
+    batch is sorted by sequence length (M,), so that its parts need little padding. (Batches of images of similar length
+    would need less padding, but learned less: by AdamW, 168 against 164 nats after 600 steps on the toy data.)"""
     for batch in shuffled_indices(len(length), batch_size, seed, start):
         index = np.array(batch) % len(length)
         yield torch.from_numpy(index[np.argsort(length[index], kind="stable")])
 
 
 def sequences(images, index, layout, device):
-    """The images of these numbers (B,) as pos, code (B, L), label (B,) on the device, L just as long as they need,
-    rounded up: GPUs compute in eights, and few different shapes mean few compilations."""
+    """The images of these indices (B,) -> pos, code, each (B, L), and label (B,), on the device. L is the longest
+    length among them, rounded up to a multiple of 8 on GPUs and of 2 on CPUs: fewer shapes to compile."""
     batch = [x[index] for x in (images.codes, images.grains, images.label)]
     if device.type == "cuda":
-        batch = [x.pin_memory() for x in batch]                              # else the copy would wait for the device
+        batch = [x.pin_memory() for x in batch]                              # otherwise the copy would synchronise
     codes, grains, label = (x.to(device, non_blocking=True).long() for x in batch)
     pos, code = layout.pack(codes, grains)                                   # B, max_len
     multiple = 8 if device.type == "cuda" else 2
@@ -140,12 +179,15 @@ def sequences(images, index, layout, device):
 
 
 @torch.no_grad()
-def evaluate(model, held_out, device, autocast, batch_size=64):
-    """Held-out likelihood per image, code and pixel; each process takes its part of the images."""
+def evaluate(model, held_out, device, autocast, batch_size=64, limit=None):
+    """Validation metrics: the negative log-likelihood per image, code and pixel. Each rank evaluates its part of the
+    images. limit: how many images at most, always the same; None: all."""
     model.eval()
     rank, world = dq.rank_world()
+    if limit and len(held_out.label) > limit:
+        held_out = Images(*(x[dq.numpy_rng(0).permutation(len(x))[:limit]] for x in held_out))
     sums = torch.zeros(2, device=device)
-    for index in held_out.length.argsort().split(batch_size)[rank::world]:   # like lengths, so little padding
+    for index in held_out.length.argsort().split(batch_size)[rank::world]:   # similar lengths, so little padding
         pos, code, label = sequences(held_out, index, model.layout, device)  # B, L; B, L; B
         with autocast():
             nll = model(pos, code, label)
@@ -158,13 +200,13 @@ def evaluate(model, held_out, device, autocast, batch_size=64):
                 bits_per_code=bits / codes, bits_per_pixel=bits / model.config.size ** 2, codes_per_image=codes)
 
 
-def draw_samples(path, model, vae, seed, autocast, n=16):
-    """A grid of samples, each beside the places of its codes."""
+def save_samples(path, model, vae, options, seed, autocast, n=16, batch_size=64):
+    """Save a grid of samples, each beside the boxes of its codes."""
     model.eval()
     label = torch.arange(n, device=vae.codebook.codes.device) % max(1, len(model.config.classes))
-    codes, grains = model.layout.unpack(*dq.generate(model, label, seed=seed))
+    codes, grains = model.layout.unpack(*dq.generate(model, label, options, seed, slots=batch_size))
     with autocast(), torch.no_grad():
-        images = vae.decode(codes)
+        images = torch.cat([vae.decode(part) for part in codes.split(batch_size)])
     model.train()
     pairs = [(to_picture(x), draw_grains(x, g, vae.config.factors)) for x, g in zip(images, grains)]
     save_grid(path, sum(pairs, ()), columns=8)
@@ -175,8 +217,8 @@ def draw_samples(path, model, vae, seed, autocast, n=16):
 
 
 def make_optimizers(model, schedule):
-    """-> {name: optimiser}. Muon (Jordan et al., 2024) moves a matrix by its momentum with all singular values made
-    alike, scaled here to the size of AdamW's steps, so that one learning rate does for both."""
+    """-> {name: optimizer}. Muon (Jordan et al., 2024) orthogonalises the momentum of a matrix. Its updates are scaled
+    to the size of AdamW's, so that both take the same learning rate."""
     stacks = [*model.position_stack.parameters(), *model.content_stack.parameters()]
     inside = [p for p in stacks if p.dim() == 2] if schedule.optimizer == "muon" else []
     outside = [p for p in model.parameters() if p not in {*inside}]
@@ -197,30 +239,47 @@ def main(argv=None):
     vae = dq.rebuild(dq.DQVAE, dq.VAEConfig, stored["config"], stored["weights"], device)
     factors, classes = vae.config.factors, stored["classes"]
     train, held_out = (views(stored[part], factors, args.uncond) for part in ("train", "held_out"))
-    mirrored = ", with their mirror images" * (stored["train"]["codes"].shape[1] > 1)
-    say(f"codes: {args.codes}, {stored['name']}, {len(train.label)} to train on{mirrored}, {len(held_out.label)} held "
-        f"out; {len(classes)} classes; preset {args.preset}")
+    n, per_image = stored["train"]["codes"].shape[:2]
+    several = f", with {per_image} views of each" * (per_image > 1)
+    say(f"codes: {args.codes}, {stored['name']}, {n} to train on{several}, {len(held_out.label)} for "
+        f"validation; {len(classes)} classes; preset {args.preset}")
+    if len(stored["train"]["label"]) < FEW:
+        say(f"note: a model of fewer than {FEW} images soon memorises them: expect samples that resemble training "
+            "images, and the lowest validation loss early; sample.py takes the checkpoint of that step")
     config = override(config, args, size=vae.config.size, factors=factors, codebook_size=vae.config.codebook_size,
                       classes=() if args.uncond else classes)
 
     seed_all(args.seed)
     model = dq.DQTransformer(config).to(device)
     optimizers = make_optimizers(model, schedule)
-    settings = dict(codes=stored["name"], seed=args.seed) | asdict(schedule)
-    extra = dict(vae_config=asdict(vae.config), vae_weights=vae.state_dict())
+    settings = dict(codes=stored["name"], seed=args.seed) | asdict(schedule) | machine(device, autocast)
+    options = settings.pop("sampling")
+    if not (config.classes and config.label_dropout):                        # guidance needs the vector "no label"
+        options = options._replace(cfg=1.0)
+    extra = dict(sample_options=options._asdict(), vae_config=asdict(vae.config), vae_weights=vae.state_dict())
     record = Record(args, args.out / "transformer.pt", config, settings, model, optimizers, extra)
     record.begin()
-    if record.step >= schedule.steps:
+    evaluated = [line["step"] for line in read_log(args.out / "transformer.jsonl") if "nats_per_image" in line]
+    if record.step >= schedule.steps and record.step in evaluated:
         return say(f"nothing left to do: {record.path} is at step {record.step}")
     forward = distribute(torch.compile(model) if args.compile else model)
     order = batches(train.length.numpy(), schedule.batch_size, args.seed, record.step)
     codes_per_image = (train.length - len(factors)).float().mean().item()
 
+    def validate(step):
+        metrics = evaluate(model, held_out, device, autocast, args.part, limit=512)
+        if rank == 0:
+            save_samples(args.out / "transformer.png", model, vae, options, args.seed, autocast, batch_size=args.part)
+        record.evaluated(step, metrics, metrics["nats_per_image"])
+        return metrics
+
     model.train()
-    with Stop(device) as stop:
+    with Stop(device, PATIENCE) as stop:
         for step in record.start("DQ-Transformer"):
+            if record.evaluates(step):
+                validate(step)
             done = step + 1
-            seed_all(args.seed, step, rank)                                  # every process drops other units
+            seed_all(args.seed, step, rank)                                  # a different dropout mask on each rank
             for optimizer in optimizers.values():
                 optimizer.zero_grad(set_to_none=True)
                 for group in optimizer.param_groups:
@@ -229,9 +288,9 @@ def main(argv=None):
                 pos, code, label = sequences(train, part, model.layout, device)  # B / parts, L; the same; B / parts
                 with autocast():
                     nll = forward(pos, code, label)
-                # summed over the parts and averaged over the processes, as backward does, it is the mean of the batch
+                # backward sums over the parts, and averages over the ranks: together the mean over the batch
                 position, content = (nll[name].sum() * world / schedule.batch_size for name in ("position", "content"))
-                # nats per code; by the mean number of codes, so that every image counts for what it costs
+                # nats per code. Dividing by the mean number of codes weighs each image by its length
                 loss = (position + content) / codes_per_image
                 loss.backward()
                 record.add(done, dict(bits_per_code=loss / math.log(2), position_nats=position, content_nats=content))
@@ -240,17 +299,16 @@ def main(argv=None):
             for optimizer in optimizers.values():
                 optimizer.step()
 
-            evaluates, saves, stops = record.after(done, stop)
-            if evaluates:
-                figures = evaluate(model, held_out, device, autocast)
-                if rank == 0:
-                    draw_samples(args.out / "transformer.png", model, vae, args.seed, autocast)
-                record.evaluated(done, figures, figures["nats_per_image"])
+            saves, stops = record.after(done, stop)
             if saves:
                 record.save(done)
             if stops:
                 stop.leave(stops, f"after step {done}, saved in {record.path}")
-    say(f"done: {record.path}, {args.out / 'transformer.png'} and {record.log}")
+        metrics = validate(record.step)
+    limit = f", limited by reconstructions of {stored['psnr']:.1f} dB" if "psnr" in stored else ""
+    say(f"done: validation loss {metrics['nats_per_image']:.1f} nats per image (lowest: {record.best:.1f}), "
+        f"{metrics['bits_per_code']:.2f} bits per code; samples: {args.out / 'transformer.png'}{limit}; "
+        f"next: python sample.py {shlex.quote(str(args.out))}")
 
 
 if __name__ == "__main__":

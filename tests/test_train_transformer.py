@@ -7,7 +7,7 @@
     batches                      test_batches_of_stage_2
     evaluate                     test_evaluation_of_a_transformer, test_evaluation_is_no_wider_than_needed,
                                  test_processes_share_an_evaluation
-    draw_samples                 test_samples_of_a_run
+    save_samples                 test_samples_of_a_run
     make_optimizers              test_which_weights_decay
     main                         test_codes_in_another_folder_need_no_image and what follows, test_wiring.py
 """
@@ -15,6 +15,7 @@ import itertools
 import math
 import os
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -105,13 +106,14 @@ def test_samples_of_a_run(tmp_path, monkeypatch):
     model, asked, real = tiny(16, (8, 4), V=16, classes=("a", "b", "c"), dropout=0.5), [], dq.generate
     vae = dq.DQVAE(dq.VAEConfig(size=16, codebook_size=16)).eval()
 
-    def generate(model, label, **how):
-        asked.append((model.training, label.tolist(), how))
-        return real(model, label, **how)
+    def generate(model, label, *how, slots):
+        asked.append((model.training, label.tolist(), how, slots))
+        return real(model, label, *how, slots=slots)
     monkeypatch.setattr(dq, "generate", generate)
     model.train()
-    train_transformer.draw_samples(tmp_path / "x.png", model, vae, 7, plain, n=5)
-    assert asked == [(False, [0, 1, 2, 0, 1], dict(seed=7))] and model.training
+    options = dq.SampleOptions(0.8, 3)
+    train_transformer.save_samples(tmp_path / "x.png", model, vae, options, 7, plain, n=5, batch_size=2)
+    assert asked == [(False, [0, 1, 2, 0, 1], (options, 7), 2)] and model.training
     assert Image.open(tmp_path / "x.png").size == (8 * 130 - 2, 2 * 130 - 2)
 
 
@@ -148,7 +150,7 @@ def test_which_weights_decay():
 def test_how_the_presets_of_stage_2_learn():
     """Ours by Muon, at a rate that falls linearly; the paper's by AdamW, at one that falls like a cosine."""
     for name, (_, schedule) in train_transformer.PRESETS.items():
-        papers = name in ("ffhq256", "imagenet256", "imagenet256-triple")
+        papers = name in ("toy-paper", "ffhq256", "imagenet256", "imagenet256-triple")
         assert schedule.optimizer == ("adamw" if papers else "muon"), name
         near_the_end = schedule.learning_rate(schedule.warmup + 0.75 * (schedule.steps - schedule.warmup))
         assert near_the_end / schedule.lr == pytest.approx(0.1464 if papers else 0.25, rel=1e-3), name
@@ -175,7 +177,7 @@ def test_the_preset_comes_with_the_codes(vae_run, tmp_path, monkeypatch):
     assert train_transformer.parse([])[0].preset == "toy"                    # there are none
     (tmp_path / "out").mkdir()
     codes = torch.load(vae_run / "codes.pt", weights_only=True)
-    for preset, found in (("emoji64", "emoji64"), ("of a later version", "toy")):
+    for preset, found in (("emoji64", "emoji64"), ("earth64", "earth64")):
         torch.save(codes | dict(preset=preset), "out/codes.pt")
         os.replace("out/codes.pt", "elsewhere.pt")
         args, config, schedule = train_transformer.parse(["--codes", "elsewhere.pt", "--heads", "4"])
@@ -184,6 +186,16 @@ def test_the_preset_comes_with_the_codes(vae_run, tmp_path, monkeypatch):
     assert train_transformer.parse([])[0].width == 160
     args = train_transformer.parse(["--preset", "toy", "--steps", "3"])[0]   # what is asked for counts
     assert (args.preset, args.width, args.steps) == ("toy", 192, 3)
+
+
+def test_codes_may_lie_below_the_home_folder(vae_run, tmp_path, monkeypatch):
+    """`parse` looks for the preset in the file that the run will read."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    torch.save(torch.load(vae_run / "codes.pt", weights_only=True) | dict(preset="emoji64"), tmp_path / "codes.pt")
+    for flags in (["--codes=~/codes.pt"], ["--out=~/"]):
+        args = train_transformer.parse(flags)[0]
+        assert (args.preset, args.codes) == ("emoji64", tmp_path / "codes.pt")
 
 
 @pytest.mark.parametrize("how", ["cut", "a bit flipped", "empty", "of another version", "a list"])
@@ -215,20 +227,82 @@ def test_codes_in_another_folder_need_no_image(vae_run, tmp_path, monkeypatch):
     assert call(sample.main, "--n", 2, "--device", DEVICE) is None
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         ".lock", "codes.pt", "transformer.pt", "transformer.best.pt", "transformer.jsonl", "transformer.png",
-        "samples.png"}
+        ".sample.lock", "samples.png"}
     assert (tmp_path / "out/codes.pt").read_bytes() == before
+
+
+def load_settings(path, kind):
+    return dq.load_checkpoint(path, kind)["settings"]
 
 
 def test_each_trainer_says_first_what_it_understood(images, tmp_path, capsys):
     flags = ["--out", str(tmp_path), "--steps", "1"]
     train_vae.main([*flags, *VAE, "--data", str(images)])
     train, held_out = reading.open_data(images, 16)
-    first = capsys.readouterr().out.splitlines()[0]
+    device, first = capsys.readouterr().out.splitlines()[:2]
+    assert device == "{device}, {dtype}, torch {torch}".format(**load_settings(tmp_path / "vae.pt", "dq-vae"))
     assert first == reading.describe(train, held_out) and len(train) + len(held_out) == 48
     train_transformer.main([*flags, *TRANSFORMER])
-    first = capsys.readouterr().out.splitlines()[0]
+    device, first = capsys.readouterr().out.splitlines()[:2]
+    settings = load_settings(tmp_path / "transformer.pt", "dq-transformer")
+    assert device == "{device}, {dtype}, torch {torch}".format(**settings)
     assert first.startswith(f"codes: {tmp_path / 'codes.pt'}, {len(train)} images (checksum ")
-    assert f"{2 * len(train)} to train on, with their mirror images, {len(held_out)} held out; 4 classes; " in first
+    assert f"{len(train)} to train on, with 10 views of each, {len(held_out)} for validation; 4 cl" in first
+
+
+@pytest.mark.parametrize("flags, guided", [([], True), (["--label-dropout", 0.0], False), (["--uncond"], False)])
+def test_checkpoints_carry_the_sampling_options_of_the_preset(flags, guided, vae_run, tmp_path, monkeypatch):
+    """So do the samples of the run; there is no guidance where no vector was trained for it."""
+    config, schedule = train_transformer.PRESETS["toy"]
+    preset = dq.SampleOptions(1.25, 5, 0.75, 3.0)
+    monkeypatch.setitem(train_transformer.PRESETS, "toy", (config, replace(schedule, sampling=preset)))
+    sampled, options = [], preset if guided else preset._replace(cfg=1.0)
+    monkeypatch.setattr(train_transformer, "save_samples", lambda *args, **how: sampled.append(args[3]))
+    flags = ["--codes", vae_run / "codes.pt", "--out", tmp_path, "--steps", 1, "--preset", "toy", *TRANSFORMER, *flags]
+    assert call(train_transformer.main, *flags) is None
+    for name in ("transformer.pt", "transformer.best.pt"):
+        assert dq.load_checkpoint(tmp_path / name, "dq-transformer")["sample_options"] == options._asdict()
+    assert sampled == [options] and sample.parse([str(tmp_path)]).cfg == options.cfg
+    changed = replace(schedule, sampling=dq.SampleOptions())                 # no reason not to resume
+    monkeypatch.setitem(train_transformer.PRESETS, "toy", (config, changed))
+    assert call(train_transformer.main, *flags, "--resume") is None
+
+
+def test_sampling_options_of_presets():
+    """Toy shapes and drawings, photos, which any folder may hold, and the paper's models: three settings."""
+    options = {name: schedule.sampling for name, (_, schedule) in train_transformer.PRESETS.items()}
+    assert all(options[name] == (0.7, 0, 1.0, 2.0) for name in ("toy", "toy64", "toy-paper", "emoji64"))
+    assert options["earth64"] == train_transformer.TransformerSchedule(1, 1, 1.0).sampling == (1.0, 0, 1.0, 1.5)
+    assert all(options[name] == (1.0, 300, 1.0, 1.0) for name in ("ffhq256", "imagenet256", "imagenet256-triple"))
+    for each in options.values():
+        each.check()
+
+
+def test_the_papers_model_at_toy_size():
+    """It differs from the preset toy in the additions alone, and in the learning rate that AdamW needs."""
+    (config, schedule), (paper, papers) = (train_transformer.PRESETS[name] for name in ("toy", "toy-paper"))
+    assert replace(paper, rotary=True, qk_norm=True) == config and not paper.rotary and not paper.qk_norm
+    assert replace(papers, decay="linear", optimizer="muon", lr=schedule.lr) == schedule
+    assert (papers.decay, papers.optimizer) == ("cosine", "adamw") and papers.lr < schedule.lr
+
+
+@pytest.mark.parametrize("few", [0, 46])
+def test_what_a_run_says_at_its_ends(few, vae_run, tmp_path, monkeypatch, capsys):
+    """At first what to expect of few images; at last how good the model is, where its samples are, and what is next."""
+    stored = torch.load(vae_run / "codes.pt", weights_only=True)
+    torch.save(stored | dict(psnr=21.46), tmp_path / "codes.pt")
+    monkeypatch.setattr(train_transformer, "FEW", few)
+    flags = ["--codes", tmp_path / "codes.pt", "--out", tmp_path / "run", "--steps", 2, *TRANSFORMER]
+    assert call(train_transformer.main, *flags) is None
+    lines = capsys.readouterr().out.splitlines()
+    warned = [line for line in lines if line.startswith("note: ") and f"fewer than {few} images" in line]
+    assert len(warned) == (few > len(stored["train"]["label"]))
+    log = common.read_log(tmp_path / "run/transformer.jsonl")[-1]
+    assert lines[-1] == (
+        f"done: validation loss {log['nats_per_image']:.1f} nats per image (lowest: {log['nats_per_image']:.1f}), "
+        f"{log['bits_per_code']:.2f} bits per code; samples: {tmp_path / 'run/transformer.png'}, limited by "
+        f"reconstructions of 21.5 dB; next: python sample.py {tmp_path / 'run'}")
+    assert call(sample.main, tmp_path / "run", "--n", 1, "--device", DEVICE) is None  # what is next
 
 
 def test_a_transformer_knows_its_classes(run):
@@ -252,7 +326,8 @@ def test_a_batch_in_parts_is_the_batch(vae_run, tmp_path):
     ends = []
     for n in ("1", "2"):
         train_transformer.main(["--out", str(tmp_path / n), "--codes", str(vae_run / "codes.pt"), "--steps", "3",
-                                "--dtype", "fp32", "--label-dropout", "0", *TRANSFORMER, "--accumulate", n])
+                                "--dtype", "fp32", "--label-dropout", "0", "--dropout", "0", *TRANSFORMER,
+                                "--accumulate", n])
         ends.append(dq.load_checkpoint(tmp_path / n / "transformer.pt", "dq-transformer")["weights"])
     for name in ends[0]:
         torch.testing.assert_close(ends[0][name], ends[1][name], atol=1e-4, rtol=1e-3)

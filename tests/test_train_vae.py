@@ -1,33 +1,18 @@
-"""train_vae.py: data, losses, evaluation, codes.pt, the script.
+"""train_vae.py: losses, evaluation, codes.pt, the script.
 
-    open_data, find_images, split    test_what_a_folder_holds and what follows
-    identity                         test_other_pixels_under_the_same_names_are_other_data
-    held_out_images                  test_all_classes_are_evaluated
-    ImageFolder                      test_a_broken_file_weighs_nothing, test_classes_splits_and_epochs
-    describe                         test_what_is_understood_is_said_in_one_line
-    stream                           test_stream_is_a_function_of_seed_and_batch_number,
-                                     test_processes_share_every_part_of_a_batch, test_each_epoch_has_other_numbers
-    ToyShapes                        test_toy_shapes, test_held_out_toy_images_are_new,
-                                     test_the_texture_that_is_named_is_the_one_that_is_drawn
     Perceptual                       test_lpips_is_the_published_formula and what follows
     adaptive_weight, backward        test_adaptive_weight_is_the_ratio_of_gradients_at_the_last_layer and two more
     Discriminator, hinge_loss        test_discriminator_is_the_usual_patchgan and three more
     BatchNorm                        test_batch_norm_of_two_processes_is_that_of_one, survival/test_processes.py
     auc, ssim, evaluate              test_auc_equals_counting_pairs, test_ssim_..., test_evaluation_of_a_dq_vae
     show                             test_the_picture_shows_originals_first
-    held_out_images                  test_regions_with_a_tenth_of_detail_are_detailed
+    validation_images                test_regions_with_a_tenth_of_detail_are_detailed, test_all_classes_are_evaluated
     calibrate                        test_routers.py
     encode, smallest, write_codes    test_encoding_keeps_every_image_and_its_mirror_image and what follows
     main                             test_the_toy_data_needs_no_folder and what follows, test_wiring.py
 """
-import errno
 import json
 import math
-import os
-import shutil
-import zlib
-from collections import Counter
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -42,473 +27,10 @@ import dq
 import train_transformer
 import train_vae
 from conftest import DEVICE, VAE, call, plain
-from data import ImageFolder, ToyShapes, open_data
+from data import ImageFolder, ToyShapes
+from test_data import put, spoilt_folder
 from train_vae import Discriminator, Perceptual, adaptive_weight, backward, hinge_loss
 
-
-# ------------------------------------------------------------------------------------------------
-# A folder of images, the toy shapes
-
-
-def put(root, *names):
-    """Small images of these names."""
-    for i, name in enumerate(names):
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kind = dict(format="JPEG2000") if path.suffix == ".jp2" else {}
-        Image.new("RGB", (8, 8 + i % 3), (i * 9 % 256, 40, 90)).save(path, **kind)
-
-
-def cut(path):
-    path.write_bytes(path.read_bytes()[:45])                                 # the header is whole
-
-
-def numbered(n, start="", end=".png"):
-    return [f"{start}{i}{end}" for i in range(n)]
-
-
-def names(*data):
-    return sorted(name for each in data for name, _ in each.files)
-
-
-def companions(root, outside):
-    put(root, *numbered(100))
-    for name in numbered(100):
-        (root / f"._{name}").write_bytes(b"\0\5\26\7" + bytes(100))
-    return numbered(100), (), "100 hidden, of the system or of this project"
-
-
-def hidden_folders(root, outside):
-    put(root, *numbered(4, "photos/"), "__MACOSX/photos/0.png", ".ipynb_checkpoints/1.png", "photos/@eaDir/0.png")
-    return numbered(4, "photos/"), (), "3 hidden, of the system or of this project"
-
-
-def own_output(root, outside):
-    put(root, *numbered(4), "run/vae.png", "former/vae.png", "drawn/000000.png", "samples.png")
-    (root / "former/vae.jsonl").touch()
-    (root / "drawn/samples.json").touch()
-    return numbered(4), (), "3 hidden, of the system or of this project"     # run/ is --out
-
-
-def output_into_the_same_folder(root, outside):
-    put(root, *numbered(4), "vae.png")
-    (root / "vae.pt").touch()
-    (root / "run").symlink_to(root)                                          # --out is the folder itself
-    return numbered(4), (), "1 hidden, of the system or of this project, 1 .pt"
-
-
-def links_and_loops(root, outside):
-    put(outside, "cats/0.png", "cats/1.png", "lone.png")
-    put(root, "dogs/0.png", "dogs/1.png")
-    (root / "cats").symlink_to(outside / "cats")
-    (outside / "cats/loop").symlink_to(root)
-    (root / "a real folder comes first").symlink_to(root / "dogs")
-    (root / "dogs/2.png").symlink_to(outside / "lone.png")
-    (root / "dogs/itself").symlink_to("itself")
-    return [*numbered(2, "cats/"), *numbered(3, "dogs/")], ("cats", "dogs"), "1 without an ending"
-
-
-def a_locked_folder(root, outside):
-    put(root, *numbered(4), "locked/0.png")
-    return numbered(4), (), f"1 folder that can't be read ({root}/locked)"
-
-
-def classes_of_one(root, outside):
-    lone = [name for name in numbered(99, "lone", "/0.png") if zlib.crc32(name.encode()) % 20 == 0]  # to be held out
-    put(root, *lone, *numbered(12, "many/"))
-    return [*lone, *numbered(12, "many/")], (*sorted(name.split("/")[0] for name in lone), "many"), "nothing"
-
-
-def other_endings(root, outside):
-    wanted = [name for name in ("a.jfif", "b.jp2", "c.avif", "d.PNG", "e.ppm")
-              if os.path.splitext(name)[1].lower() in Image.registered_extensions()]
-    put(root, *wanted)
-    for name in ("1.heic", "2.HEIC", "3.svg", "README", "4.eps"):
-        (root / name).write_text("no image")
-    return wanted, (), "1 without an ending, 2 .heic, 1 .eps, 1 .svg"
-
-
-def broken_files(root, outside):
-    put(root, *numbered(20))
-    for i in range(3):
-        (root / f"{i}.png").write_bytes(b"")
-        cut(root / f"{3 + i}.png")
-        (root / f"{6 + i}.png").write_text("<html>404 not found</html>")
-        (root / f"{9 + i}.png").unlink()
-        (root / f"{9 + i}.png").symlink_to("nowhere.png")
-    return numbered(20)[12:], (), "12 broken"
-
-
-@pytest.mark.parametrize("make", [companions, hidden_folders, own_output, output_into_the_same_folder, links_and_loops,
-                                  a_locked_folder, classes_of_one, other_endings, broken_files])
-def test_what_a_folder_holds(make, tmp_path, monkeypatch, capfd):
-    """Which images are data, which classes there are, what is said of the rest; and nothing is drawn twice."""
-    root, real = tmp_path / "images", os.scandir
-
-    def scandir(path):
-        if "locked" in str(path):                                            # root, who may run this, reads everything
-            raise PermissionError(13, "Permission denied", str(path))
-        return real(path)
-    monkeypatch.setattr(os, "scandir", scandir)
-    root.mkdir()
-    wanted, classes, left_out = make(root, tmp_path / "outside")
-    train, val = open_data(root, 8, skip=root / "run")
-    assert names(train, val) == sorted(wanted)
-    assert train.classes == val.classes == classes and len(val) > 0
-    assert f"{len(train)} images to train on, {len(val)} held out" in reading.describe(train, val)
-    assert reading.describe(train, val).endswith(f"; left out: {left_out}")
-    if classes:
-        assert all(classes[label] == name.split("/")[0] for name, label in train.files + val.files)
-        assert {label for _, label in train.files} == set(range(len(classes)))  # every class is trained on
-    said = capfd.readouterr().err.splitlines()
-    if make is broken_files:                                                 # ten are named, all are counted
-        assert len(set(said)) == len(said) == 10
-        assert all(line.startswith(f"warning: left out {root}/") for line in said)
-    else:
-        assert not said
-    for data in (train, val):
-        assert all(data[i][1] != reading.BROKEN for i in range(len(data)))
-
-
-def test_what_is_understood_is_said_in_one_line(tmp_path, monkeypatch):
-    def said(*args, **kwargs):
-        return reading.describe(*open_data(*args, **kwargs))
-
-    assert said(None, 8) == ("data: the built-in toy shapes, 8192 images to train on, 512 held out; "
-                             "4 classes: circle, square, triangle, cross")
-    put(tmp_path / "a", *numbered(3), *numbered(3, "one folder is no class/"))
-    assert said(tmp_path / "a", 8) == (f"data: {tmp_path}/a, 5 images to train on, 1 held out; no classes; "
-                                       "left out: nothing")
-    put(tmp_path / "b", *(f"{name}/{i}.png" for name in "hgfedcba" for i in range(2)))
-    assert "; 8 classes: a, b, c, d, e, f, ...; left out: nothing" in said(tmp_path / "b", 8)
-    put(tmp_path / "c", "Train/cat/0.png", "Train/dog/1.png", "test/0.png", "val/0.png")
-    line, hint = said(str(tmp_path / "c"), 8).split("\n")
-    assert "; 3 classes: Train, test, val; " in line
-    assert "named like splits (Train, test, val)" in hint and hint.endswith(f": --data {tmp_path}/c/Train")
-    assert "note" not in said(tmp_path / "c/Train", 8) and "2 classes: cat, dog" in said(tmp_path / "c/Train", 8)
-    os.rename(tmp_path / "b/a", os.fsencode(tmp_path) + b"/b/\xff")
-    assert "\\udcff" not in said(tmp_path / "b", 8)                          # the seventh
-    os.rename(tmp_path / "b/b", os.fsencode(tmp_path) + b"/b/a\xe9")
-    assert "a\udce9" in said(tmp_path / "b", 8)                             # `say` makes it fit for a terminal
-    monkeypatch.setattr(reading, "FILES", 5)
-    assert said(tmp_path / "a", 8).endswith("; so much that broken files are left out as they are met")
-
-
-def test_the_outer_folder_of_an_archive_is_noted(tmp_path):
-    put(tmp_path, *numbered(3, "PetImages/cat/"), *numbered(3, "PetImages/dog/"))
-    said = reading.describe(*open_data(tmp_path, 8))
-    assert "no classes" in said
-    assert said.endswith(f"for the folders in it as classes (cat, dog): --data {tmp_path / 'PetImages'}")
-    put(tmp_path, "PetImages/notes.png")                                     # images of its own: no such archive
-    assert "note" not in reading.describe(*open_data(tmp_path, 8))
-
-
-def test_a_large_folder_is_not_read_at_the_start(tmp_path, monkeypatch):
-    opened = []
-    monkeypatch.setattr(reading, "load_image", lambda path, *how: opened.append(path) or 1)
-    put(tmp_path, "0.png")
-    for i in range(1, 100):
-        shutil.copy(tmp_path / "0.png", tmp_path / f"{i}.png")
-    for files, size, expected in ((100, 1e6, 100), (100, 100, 0), (99, 1e6, 0)):
-        monkeypatch.setattr(reading, "FILES", files)
-        monkeypatch.setattr(reading, "BYTES", size)
-        opened.clear()
-        data = open_data(tmp_path, 8)
-        assert sum(map(len, data)) == 100 and len(opened) == expected
-        assert reading.describe(*data).endswith("as they are met") == (expected == 0)
-
-
-def spoilt_folder(root, monkeypatch):
-    """30 images of which 10 in a row are broken, and none is looked at before it is met."""
-    monkeypatch.setattr(reading, "FILES", 0)
-    for i in range(30):
-        root.mkdir(exist_ok=True)
-        Image.new("RGB", (8, 8), (i, 0, 0)).save(root / f"{i:02d}.png")
-        if 5 <= i < 15:
-            cut(root / f"{i:02d}.png")
-    return open_data(root, 8, augment=True, seed=1)[0]
-
-
-def red(x):
-    return ((x[..., 0, 0, 0] + 1) * 127.5).round().int().tolist()
-
-
-def test_a_broken_file_weighs_nothing(tmp_path, monkeypatch, capfd):
-    data = spoilt_folder(tmp_path / "images", monkeypatch)
-    n, sound = len(data), {int(name[:2]) for name, _ in data.files} - set(range(5, 15))
-    broken = n - len(sound)
-    assert broken > 5
-    data.augment = False                                                     # each once: none in place of another
-    assert [red(x) for x, label in map(data.__getitem__, range(n)) if label != reading.BROKEN] == sorted(sound)
-    data.augment = True
-    drawn = [red(data[i][0]) for i in range(100 * n)]
-    count = Counter(drawn)
-    mean = 100 * n / len(sound)
-    assert count.keys() == sound
-    assert max(abs(times - mean) for times in count.values()) < 5 * mean ** 0.5
-    fresh = spoilt_folder(tmp_path / "images", monkeypatch)                  # a run that goes on has not seen the rest
-    assert [red(fresh[i][0]) for i in range(7 * n, 8 * n)] == drawn[7 * n:8 * n]
-    error = capfd.readouterr().err
-    assert error.count("warning: left out") == 2 * broken                    # once in each data set
-    with pytest.raises(dq.UserError, match="none of these 1 images"):
-        (tmp_path / "images/05.png").rename(tmp_path / "a.png")
-        ImageFolder(tmp_path, [("a.png", -1)], (), 8, augment=True)[0]
-
-
-def test_a_broken_file_is_named_once_by_all_processes(tmp_path, monkeypatch, capfd):
-    data = spoilt_folder(tmp_path / "images", monkeypatch)
-    broken = [name for name, _ in data.files if 5 <= int(name[:2]) < 15]
-    alone = [red(data[i][0]) for i in range(2 * len(data))]
-    data.broken.zero_()
-    capfd.readouterr()
-    loader = reading.loader(data, 2, batch_size=1, sampler=range(2 * len(data)))
-    assert [red(x)[0] for x, _ in loader] == alone
-    error = capfd.readouterr().err
-    assert all(error.count(name) for name in broken)
-    assert error.count("warning") < 1.5 * len(broken)                        # 2: each for itself; 1 + a tie or two
-
-
-def test_a_long_list_of_broken_files_ends_in_a_count(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(reading, "FILES", 0)
-    put(tmp_path, "sound.png")
-    for i in range(40):
-        (tmp_path / f"{i}.png").touch()
-    train, val = open_data(tmp_path, 8)
-    black = [x for x, label in map(train.__getitem__, range(len(train))) if label == reading.BROKEN]
-    assert len(black) >= len(train) - 1 and all(x.shape == (3, 8, 8) for x in black)
-    error = capfd.readouterr().err.splitlines()
-    assert len(error) == 12 and error[10:] == [f"warning: left out {n} by now" for n in (16, 32)]
-
-
-def test_classes_splits_and_epochs(tmp_path):
-    put(tmp_path, *numbered(30, "b/deeper/"), *numbered(30, "a/"), "notes.png")
-    train, val = open_data(tmp_path, 16, augment=True)
-    assert train.classes == val.classes == ("a", "b")
-    held_out = {name for name, _ in val.files}
-    assert held_out == {name for name in names(train, val) if zlib.crc32(name.encode()) % 20 == 0} - {"notes.png"}
-    assert len(names(train, val)) == len(set(names(train, val))) == 61 and len(held_out) > 1
-    assert {name.split("/")[0]: label for name, label in train.files} == {"a": 0, "b": 1, "notes.png": -1}
-    Image.effect_noise((40, 20), 99).save(tmp_path / train.files[3][0])
-    x, y = train[3]
-    assert x.shape == (3, 16, 16) and -1 <= x.min() and x.max() <= 1 and y == 0
-    assert torch.equal(train[3][0], x)                                       # the same image, the same crop
-    assert not torch.equal(train[3 + len(train)][0], x)                      # another one in the next epoch
-    Image.effect_noise((40, 20), 99).save(tmp_path / val.files[0][0])
-    assert torch.equal(val[0][0], val[len(val)][0])                          # what is held out stays as it is
-    assert open_data(tmp_path / "a", 16)[0][0][1] == -1                      # one folder is no class
-
-
-def test_what_is_drawn_of_a_folder_depends_on_the_seed(tmp_path):
-    """The crops, and what comes in place of a file that can't be decoded."""
-    for i in range(12):
-        Image.effect_noise((40, 20), 99).save(tmp_path / f"{i:02}.png")
-    (tmp_path / "00.png").write_bytes(b"")
-
-    def drawn(seed):
-        data = ImageFolder(tmp_path, [(f"{i:02}.png", i) for i in range(12)], (), 16, augment=True, seed=seed)
-        return data[5][0], [data[12 * epoch][1] for epoch in range(8)]
-    (a, first), (b, again), (c, other) = map(drawn, (1, 1, 2))
-    assert torch.equal(a, b) and first == again and not torch.equal(a, c) and first != other
-
-
-def test_a_single_image_is_in_both_splits(tmp_path):
-    put(tmp_path, "0.png")
-    train, val = open_data(tmp_path, 8)
-    assert names(train) == names(val) == ["0.png"]
-
-
-def test_no_folder_no_images_nothing_that_decodes(tmp_path):
-    with pytest.raises(ValueError, match="no such folder"):
-        open_data(tmp_path / "missing", 16)
-    (tmp_path / "a.heic").touch()
-    with pytest.raises(ValueError, match="no images below .*; other files: 1 .heic"):
-        open_data(tmp_path, 16)
-    (tmp_path / "a.png").write_bytes(b"")
-    with pytest.raises(ValueError, match="none of the 1 images below .* can be decoded"):
-        open_data(tmp_path, 16)
-
-
-def test_stream_is_a_function_of_seed_and_batch_number():
-    class Numbers(torch.utils.data.Dataset):
-        def __len__(self):
-            return 10
-
-        def __getitem__(self, i):
-            return i
-
-    def take(n, **kwargs):
-        batches = reading.stream(Numbers(), 4, **kwargs)
-        return [next(batches).tolist() for _ in range(n)]
-
-    whole = take(10, seed=1)
-    assert whole[3:] == take(7, seed=1, start=3) and whole != take(10, seed=2)
-    flat_ = sum(whole, [])
-    for epoch in range(4):                                                   # every epoch holds each image once
-        assert sorted(flat_[10 * epoch:10 * epoch + 10]) == list(range(10 * epoch, 10 * epoch + 10))
-
-
-def test_each_epoch_has_other_numbers():
-    """So that an image has another crop in each: its number says which epoch it is."""
-    numbers = sum((next(batches) for batches in [common.shuffled_indices(10, 4, seed=1)] for _ in range(10)), [])
-    assert sorted(numbers) == list(range(40))
-
-
-def test_held_out_toy_images_are_new():
-    train, val = open_data(None, 16, seed=5)
-    assert torch.equal(train[0][0], ToyShapes(16, seed=5)[0][0])
-    seen = {train[i][0].numpy().tobytes() for i in range(0, 64)}
-    assert not seen & {val[i][0].numpy().tobytes() for i in range(64)} and train.seed != val.seed
-
-
-@pytest.mark.parametrize("world, accumulate", [(2, 1), (2, 2), (3, 4)])
-def test_processes_share_every_part_of_a_batch(world, accumulate, monkeypatch):
-    """A batch is cut into parts first, and each part among the processes: so a part holds the same images for any
-    number of them."""
-    class Numbers(torch.utils.data.Dataset):
-        def __len__(self):
-            return 50
-
-        def __getitem__(self, i):
-            return i
-    whole = next(reading.stream(Numbers(), 24, seed=1)).chunk(accumulate)
-    shares = []
-    for rank in range(world):
-        monkeypatch.setattr(dq, "rank_world", lambda: (rank, world))
-        shares.append(next(reading.stream(Numbers(), 24, seed=1, accumulate=accumulate)).chunk(accumulate))
-    for part, *of_each in zip(whole, *shares):
-        assert torch.equal(torch.cat(of_each), part)
-
-
-def test_a_file_of_two_names_is_one_image(tmp_path):
-    """A link in another folder: else what is held out by one name is trained on by the other."""
-    put(tmp_path / "images", *numbered(30, "cat/"), *numbered(3, "dog/"))
-    for i in range(20):
-        os.symlink(tmp_path / f"images/cat/{i}.png", tmp_path / f"images/dog/soft{i}.png")
-        os.link(tmp_path / f"images/cat/{i}.png", tmp_path / f"images/dog/hard{i}.png")
-    train, val = open_data(tmp_path / "images", 8)
-    assert names(train, val) == sorted(numbered(30, "cat/") + numbered(3, "dog/"))
-    assert "40 other names of the same file" in reading.describe(train, val)
-
-
-def test_other_pixels_under_the_same_names_are_other_data(tmp_path):
-    put(tmp_path, *numbered(30))
-    before = [reading.identity(open_data(tmp_path, 8)[0]) for _ in range(2)]
-    assert before[0] == before[1]
-    noise = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(tmp_path / open_data(tmp_path, 8)[0].files[3][0])
-    assert reading.identity(open_data(tmp_path, 8)[0]) != before[0]
-
-
-def test_a_folder_can_be_held_out(tmp_path):
-    put(tmp_path / "a", *numbered(40, "cat/"), *numbered(40, "dog/"))
-    put(tmp_path / "b", *numbered(3, "dog/"))
-    train, val = open_data(tmp_path / "a", 8, held_out=tmp_path / "b")
-    assert len(train) == 80 and names(val) == numbered(3, "dog/") and {val[i][1] for i in range(3)} == {1}
-    put(tmp_path / "b", "cow/1.png")
-    with pytest.raises(dq.UserError, match="cow/1.png below .* is in no folder that is named like a class"):
-        open_data(tmp_path / "a", 8, held_out=tmp_path / "b")
-    with pytest.raises(dq.UserError, match="--held-out is for the images of --data"):
-        open_data(None, 8, held_out=tmp_path / "b")
-
-
-def test_what_is_held_out_is_not_trained_on(tmp_path):
-    """Though it lies below --data: it is no class there, and no split to be warned of."""
-    put(tmp_path, *numbered(7), *numbered(3, "val/"))
-    train, val = open_data(tmp_path, 8, held_out=tmp_path / "val")
-    assert names(train) == numbered(7) and names(val) == numbered(3)
-    put(tmp_path, *numbered(4, "train/"))
-    train, val = open_data(str(tmp_path), 8, held_out=str(tmp_path / "val"))
-    assert names(train) == sorted(numbered(7) + numbered(4, "train/")) and train.classes == val.classes == ()
-    assert reading.describe(train, val).endswith("no classes; left out: nothing")
-
-
-def test_all_classes_are_evaluated(tmp_path):
-    """A fixed sample of 512, not the first in the order of names."""
-    val = ImageFolder(tmp_path, [(f"{i}.png", i // 16) for i in range(1600)], [str(i) for i in range(100)], 8)
-    val.read = lambda i: (torch.full((3, 8, 8), i / 1600), 0)
-    shown = [(train_vae.held_out_images(val, dq.VAEConfig(size=8, factors=(4,), ratios=(1.0,)), "cpu")[0][:, 0, 0, 0]
-              * 1600).round().int().tolist() for _ in range(2)]
-    assert shown[0] == shown[1] and len(set(shown[0])) == 512
-    assert len({i // 16 for i in shown[0]}) > 95
-
-
-def test_arrows_need_not_be_mirrored(tmp_path):
-    """Left and right are the same sequences else."""
-    for name, columns in (("left", slice(0, 4)), ("right", slice(4, 8))):
-        (tmp_path / name).mkdir()
-        pixels = np.zeros((8, 8, 3), np.uint8)
-        pixels[:, columns] = 255
-        for i in range(30):
-            Image.fromarray(pixels).save(tmp_path / name / f"{i}.png")
-    seen = {}
-    for flip in (True, False):
-        train, _ = open_data(tmp_path, 8, augment=True, flip=flip)
-        seen[flip] = {(label, bool(x[0, 0, 0] > 0)) for x, label in map(train.__getitem__, range(200))}
-    assert seen[True] == {(0, True), (0, False), (1, True), (1, False)}
-    assert seen[False] == {(0, True), (1, False)}
-
-
-@pytest.mark.parametrize("failures", [2, 3])
-def test_an_error_of_the_system_is_no_verdict_on_a_picture(failures, tmp_path, monkeypatch, capfd):
-    """A file server that is away for a moment, or for good: no image is left out for it."""
-    put(tmp_path, *numbered(20))
-    train, _ = open_data(tmp_path, 8, augment=True)
-    waits, left, real = [], [failures], Path.read_bytes
-
-    def read_bytes(path):
-        left[0] -= 1
-        if left[0] >= 0:
-            raise OSError(errno.ESTALE, "Stale file handle")
-        return real(path)
-    monkeypatch.setattr(Path, "read_bytes", read_bytes)
-    monkeypatch.setattr(common.time, "sleep", waits.append)
-    if failures < 3:
-        train[0]
-        assert waits == [1, 5]
-    else:
-        with pytest.raises(OSError, match="Stale file handle; when that is mended, --resume goes on"):
-            train[0]
-    assert not train.broken.any() and capfd.readouterr().err == ""
-
-
-def test_a_folder_that_the_system_can_not_read_ends_the_search(tmp_path, monkeypatch):
-    put(tmp_path, *numbered(20, "a/"), *numbered(20, "b/"))
-    real = os.scandir
-
-    def scandir(path):
-        if str(path).endswith("b"):
-            raise OSError(errno.EIO, "Input/output error", str(path))
-        return real(path)
-    monkeypatch.setattr(os, "scandir", scandir)
-    assert call(train_vae.main, "--data", tmp_path, "--out", tmp_path / "out") == (
-        f"error: can't read {tmp_path / 'b'}: Input/output error")
-
-
-@pytest.mark.parametrize("size", [16, 32, 64])
-def test_toy_shapes(size):
-    data = ToyShapes(size, n=40)
-    same, other = ToyShapes(size, n=40), ToyShapes(size, n=40, seed=1)
-    for i in range(8):
-        x, y = data[i]
-        assert x.shape == (3, size, size) and x.abs().max() <= 1 and y == i % 4
-        assert torch.equal(x, same[i][0]) and torch.equal(x, data[i + 40][0]) and not torch.equal(x, other[i][0])
-        mask = data.detail_mask(i)
-        change = (x[:, 1:, 1:] - x[:, :-1, 1:]).abs().sum(0) + (x[:, 1:, 1:] - x[:, 1:, :-1]).abs().sum(0)
-        inside = torch.nn.functional.max_pool2d(mask[None].float(), 5, 1, 2)[0, 1:, 1:] > 0
-        assert change[~inside].max() < 6 / size                              # outside the mask all is smooth
-        assert change[mask[1:, 1:]].max() > 0.5                              # inside it is not
-        assert 0.05 < mask.float().mean() < 0.8
-
-
-def test_the_texture_that_is_named_is_the_one_that_is_drawn():
-    class Forced(ToyShapes):
-        def _draw(self, i):
-            *shape_and_colours, turn, _, inks = super()._draw(i)
-            return *shape_and_colours, turn, self.kind, inks
-    data, forced, named = ToyShapes(16, 24), Forced(16, 24), [ToyShapes(16, 24).texture(i) for i in range(24)]
-    for forced.kind in range(3):
-        assert [torch.equal(forced[i][0], data[i][0]) for i in range(24)] == [kind == forced.kind for kind in named]
-    assert set(named) == {0, 1, 2}
 
 # ------------------------------------------------------------------------------------------------
 # Losses
@@ -814,6 +336,19 @@ def test_the_picture_shows_originals_first(tmp_path):
     assert [sheet[300, 64 + 130 * i].tolist() for i in (0, 1, 3, 4)] == [[0] * 3, [255] * 3] * 2
 
 
+def test_all_classes_are_evaluated(tmp_path):
+    """A fixed sample of 512, not the first in the order of names."""
+    val = ImageFolder(tmp_path, [(f"{i}.png", i // 16) for i in range(1600)], [str(i) for i in range(100)], 8)
+    val.read = lambda i: (np.full((8, 8, 3), [i // 256, i % 256, 0], np.uint8), 0)
+    shown = []
+    for _ in range(2):
+        x = train_vae.validation_images(val, dq.VAEConfig(size=8, factors=(4,), ratios=(1.0,)))[0][..., 0, 0]
+        high, low, _ = ((x + 1) * 127.5).round().int().unbind(1)
+        shown.append((high * 256 + low).tolist())
+    assert shown[0] == shown[1] and len(set(shown[0])) == 512
+    assert len({i // 16 for i in shown[0]}) > 95
+
+
 def test_regions_with_a_tenth_of_detail_are_detailed():
     class Corners(ToyShapes):
         def detail_mask(self, i):
@@ -821,7 +356,7 @@ def test_regions_with_a_tenth_of_detail_are_detailed():
             mask[:2, :4] = mask[8:, 8:] = True                               # 8 of 64 pixels, none, none, all
             mask[:1, 8:14] = True                                            # 6 of 64
             return mask
-    images, detailed = train_vae.held_out_images(Corners(16, n=3), dq.VAEConfig(size=16), torch.device("cpu"))
+    images, detailed = train_vae.validation_images(Corners(16, n=3), dq.VAEConfig(size=16))
     assert images.shape == (3, 3, 16, 16) and detailed.tolist() == [[[True, False], [False, True]]] * 3
 
 # ------------------------------------------------------------------------------------------------
@@ -837,7 +372,7 @@ def test_encoding_keeps_every_image_and_its_mirror_image():
     model.eval()
     device, layout = torch.device("cpu"), dq.Layout(16, (8, 4))
     with common.Stop(device) as stop:
-        part = train_vae.encode(model, data, device, plain, workers=0, mirrored=True, stop=stop)
+        part = train_vae.encode_dataset(model, data, device, plain, workers=0, mirrored=True, stop=stop)
     assert part["codes"].shape == (10, 2, 4, 4) and part["grains"].shape == (10, 2, 2, 2)
     assert {x.dtype for x in part.values()} == {torch.uint8}                 # 8 codes, 2 granularities, 4 classes
     images = train_transformer.views(part, (8, 4), uncond=False)
@@ -862,17 +397,17 @@ def test_broken_images_have_no_codes(tmp_path, monkeypatch, capfd):
     model = dq.DQVAE(dq.VAEConfig(size=8, factors=(4, 2), codebook_size=8)).eval()
     model.codebook.codes.normal_()
     with common.Stop(torch.device("cpu")) as stop:
-        part = train_vae.encode(model, data, torch.device("cpu"), plain, workers=0, mirrored=False, stop=stop)
+        part = train_vae.encode_dataset(model, data, torch.device("cpu"), plain, workers=0, mirrored=False, stop=stop)
     with torch.no_grad():
-        codes, grains = model.encode(torch.stack([data.read(i)[0] for i in sound]))
+        codes, grains = model.encode(torch.stack([data[i][0] for i in sound]))
     assert torch.equal(part["codes"][:, 0], codes) and torch.equal(part["grains"][:, 0], grains)
     assert part["label"].tolist() == [-1] * len(sound) and len(sound) < len(data)
 
 
 def test_codes_hold_all_that_stage_2_needs(vae_run, images):
-    """The codes of every image, as it is and mirrored, by the weights that training ended with."""
+    """The codes of every image and of its crops, as it is and mirrored, by the weights that training ended with."""
     stored, vae = dq.load_checkpoint(vae_run / "codes.pt", "dq-codes"), dq.load_vae(vae_run / "vae.pt", DEVICE)
-    assert dq.VAEConfig(**stored["config"]) == vae.config and stored["preset"] == "toy" and stored["version"] == 1
+    assert dq.VAEConfig(**stored["config"]) == vae.config and stored["preset"] == "custom" and stored["version"] == 1
     assert stored["classes"] == ("circle", "cross", "square", "triangle")
     for name, x in vae.state_dict().items():
         assert torch.equal(stored["weights"][name], x.cpu())
@@ -881,7 +416,8 @@ def test_codes_hold_all_that_stage_2_needs(vae_run, images):
         x, found = torch.stack(x), stored[part]
         assert found["label"].tolist() == list(label) and {each.dtype for each in found.values()} == {torch.uint8}
         with torch.no_grad(), common.pick_device(DEVICE, "auto")[1]():
-            wanted = [vae.encode(view.to(DEVICE)) for view in ((x, x.flip(3)) if part == "train" else (x,))]
+            crops = [view for crop in train_vae.crops(x) for view in (crop, crop.flip(3))]
+            wanted = [vae.encode(view.to(DEVICE)) for view in (crops if part == "train" else [x])]
         assert found["codes"].shape[:2] == (len(data), len(wanted))
         for v, (codes, grains) in enumerate(wanted):
             same = 0.95 if DEVICE != "cpu" else 1                            # GPUs round otherwise in other batches
@@ -895,8 +431,9 @@ def test_random_routes_of_codes_depend_on_the_seed_alone(tmp_path):
     grains = []
     for before, seed in ((1, 5), (2, 5), (1, 6)):
         torch.manual_seed(before)
-        args, stop = SimpleNamespace(seed=seed, workers=0, no_flip=True), SimpleNamespace(asked=lambda: 0)
-        train_vae.write_codes(tmp_path / "codes.pt", vae, data, data, "toy", args, torch.device("cpu"), plain, stop)
+        args = SimpleNamespace(seed=seed, workers=0, no_flip=True, part=8, preset="toy")
+        stop = SimpleNamespace(asked=lambda: 0, alive=0.0)
+        train_vae.write_codes(tmp_path / "codes.pt", vae, data, data, args, torch.device("cpu"), plain, stop)
         grains.append(dq.load_checkpoint(tmp_path / "codes.pt", "dq-codes")["train"]["grains"].clone())
     assert torch.equal(grains[0], grains[1]) and not torch.equal(grains[0], grains[2])
 
@@ -909,11 +446,72 @@ def test_codes_of_other_weights_are_told_apart(vae_run, tmp_path):
     assert not train_vae.holds_codes_of(tmp_path / "codes.pt", vae)
 
 
+def test_an_exact_reconstruction_has_a_finite_psnr():
+    """That of rounding to 8 bits, 58.9 dB."""
+    model = dq.DQVAE(dq.VAEConfig(size=16, codebook_size=8)).eval()
+    with torch.no_grad():
+        x = torch.rand(4, 3, 16, 16)
+        x[1:] = model(x[1:]).reconstruction.clamp(-1, 1)
+    real = model.forward
+    model.forward = lambda x: real(x)._replace(reconstruction=x if len(x) == 1 else x + 0.5)
+    metrics = train_vae.evaluate(model, torch.zeros(2, 3, 16, 16), None, plain, batch_size=1)[0]
+    assert metrics["l2"] == 0 and metrics["psnr"] == pytest.approx(58.92, abs=0.01)
+
+
+def test_no_more_images_at_a_time_than_in_a_step(images, tmp_path, monkeypatch):
+    """Wherever a DQ-VAE is used in stage 1: training, evaluation, calibration, encoding."""
+    seen, score, encode = [], dq.EntropyRouter.score, dq.DQVAE.encode
+    monkeypatch.setattr(dq.EntropyRouter, "score", lambda self, x, *more: seen.append(len(x)) or score(self, x, *more))
+    monkeypatch.setattr(dq.DQVAE, "encode", lambda self, x: seen.append(len(x)) or encode(self, x))
+    flags = ["--data", images, "--out", tmp_path, *VAE, "--router", "entropy", "--steps", 1]
+    assert call(train_vae.main, *flags, "--batch-size", 6, "--accumulate", 2) is None
+    assert max(seen) == 3
+
+
+def test_encoding_asks_the_checkpoint_how_it_was_trained(images, tmp_path, monkeypatch, capsys):
+    """The line that stage 2 prints makes the codes that were lost."""
+    first, again, out = tmp_path / "first", tmp_path / "again", tmp_path / "letters"
+    put(tmp_path, *(f"held/{name}/0.png" for name in ("circle", "cross")))
+    flags = ["--no-flip", "--seed", 5, "--router", "random", "--dtype", "bf16", "--held-out", tmp_path / "held", *VAE]
+    monkeypatch.chdir(images.parent)
+    assert call(train_vae.main, "--data", images.name, "--out", first, *flags, "--steps", 1) is None
+    monkeypatch.chdir(tmp_path)                                              # where that name means nothing
+    assert call(train_vae.main, "--encode", first / "vae.pt", "--out", again) is None
+    codes = [dq.load_checkpoint(folder / "codes.pt", "dq-codes") for folder in (first, again)]
+    assert codes[0]["name"] == codes[1]["name"] and codes[0]["train"]["codes"].shape[1] == 5  # crops
+    assert torch.equal(codes[0]["held_out"]["codes"], codes[1]["held_out"]["codes"])
+    capsys.readouterr()
+    assert call(train_vae.main, "--encode", first / "vae.pt", "--out", out, "--data", images / "circle", "--seed", 6,
+                "--preset", "emoji64") is None
+    other = dq.load_checkpoint(out / "codes.pt", "dq-codes")
+    assert "note: this DQ-VAE was trained on other images: " in capsys.readouterr().out
+    assert len(other["train"]["label"]) + len(other["held_out"]["label"]) == 12 and other["preset"] == "emoji64"
+
+
+def test_toy_shapes_are_encoded_as_they_were(tmp_path, monkeypatch):
+    seeds = []
+
+    def open_data(folder, size, seed, **how):
+        seeds.append((folder, seed))
+        return ToyShapes(size, n=8, seed=seed), ToyShapes(size, n=4, seed=seed + 1)
+    monkeypatch.setattr(train_vae, "open_data", open_data)
+    assert call(train_vae.main, "--out", tmp_path, *VAE, "--steps", 1, "--seed", 3) is None
+    assert call(train_vae.main, "--encode", tmp_path / "vae.pt", "--out", tmp_path / "x") is None
+    assert seeds == [(None, 3)] * 2
+
+
+def test_the_end_says_how_good_it_is_and_what_comes_next(images, tmp_path, capsys):
+    assert call(train_vae.main, "--data", images, "--out", tmp_path / "my run", *VAE, "--steps", 1) is None
+    metrics = common.read_log(tmp_path / "my run/vae.jsonl")[-1]
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        f"{metrics['psnr']:.1f} dB PSNR on the validation images at {metrics['codes_per_image']:.1f} codes per image; "
+        f"next: python train_transformer.py --out '{tmp_path}/my run'")
+
+
 @pytest.mark.parametrize("low, high, kind", [(0, 255, torch.uint8), (-1, 127, torch.int8), (-1, 128, torch.int16),
                                              (0, 256, torch.int16), (0, 2 ** 15, torch.int32)])
 def test_the_smallest_integers(low, high, kind):
-    x = train_vae.smallest(torch.tensor([[low], [high]]))
-    assert x.dtype == kind and x.tolist() == [[low], [high]]
+    assert train_vae.smallest(low, high) == kind
 
 
 def test_encoding_anew_keeps_former_codes(vae_run, images, tmp_path):
@@ -922,7 +520,7 @@ def test_encoding_anew_keeps_former_codes(vae_run, images, tmp_path):
         flags = ["--encode", vae_run / "vae.best.pt", "--data", images / "cross", "--out", tmp_path, "--device", DEVICE]
         assert call(train_vae.main, *flags, "--batch-size", 7) is None       # of no importance here
         codes = dq.load_checkpoint(tmp_path / "codes.pt", "dq-codes")
-        assert codes["classes"] == () and codes["preset"] == "toy" and len(list(tmp_path.glob("former-*"))) == n - 1
+        assert codes["classes"] == () and codes["preset"] == "custom" and len(list(tmp_path.glob("former-*"))) == n - 1
         assert codes["train"]["label"].dtype == torch.int8 and set(codes["train"]["label"].tolist()) == {-1}
     assert (tmp_path / "former-1/codes.pt").exists()
     assert call(train_vae.main, *VAE, "--data", images, "--out", tmp_path, "--steps", 1) is None  # no vae.pt was there
@@ -955,7 +553,7 @@ def test_the_discriminator_stays_out_until_its_step(images, tmp_path, monkeypatc
     train_vae.main(["--data", str(images), "--out", str(tmp_path), "--steps", "21", *VAE, "--size", "24",
                     "--gan-weight", "1", "--gan-start", "15"])
     log = [json.loads(line) for line in (tmp_path / "vae.jsonl").read_text().splitlines()]
-    assert [("gan" in line, "critic" in line) for line in log[:2]] == [(False, False), (True, True)]
+    assert [("gan" in line, "critic" in line) for line in log if "budget" in line] == [(False, False), (True, True)]
     checkpoint = dq.load_checkpoint(tmp_path / "vae.pt", "dq-vae")
     assert {int(state["step"]) for state in checkpoint["critic_optimizer"]["state"].values()} == {6}
     assert {int(state["step"]) for state in checkpoint["optimizer"]["state"].values()} == {21}

@@ -181,7 +181,7 @@ def test_the_papers_presets_have_the_papers_settings(name, images, factors, rati
 
 
 def test_both_stages_have_the_same_presets():
-    assert list(train_vae.PRESETS) == list(train_transformer.PRESETS)
+    assert {*train_vae.PRESETS} == {*train_transformer.PRESETS} - {"toy-paper"}  # which takes the codes of toy
     for name in train_vae.PRESETS:
         stage_2_config(name)                                                 # raises UserError if they don't fit
         for presets in (train_vae.PRESETS, train_transformer.PRESETS):

@@ -16,6 +16,7 @@ import copy
 import itertools
 import json
 import math
+import shutil
 from dataclasses import asdict
 from types import SimpleNamespace
 
@@ -69,7 +70,7 @@ def stage_1(images, tmp_path_factory):
     config = dq.VAEConfig(size=24, codebook_size=16, channels=32, multipliers=(1,), ratios=RATIOS)
     schedule = train_vae.VAESchedule(steps=STEPS, batch_size=4, lr=1e-3, betas=BETAS, l2_weight=L2, accumulate=2)
     flags = ["--budget-weight", BUDGET, "--perceptual-weight", LPIPS, "--gan-weight", GAN, "--gan-start", GAN_START,
-             "--clip", 0.5, "--seed", 3, "--data", images, "--out", out, *CPU]
+             "--clip", 0.5, "--seed", 3, "--preset", "toy", "--data", images, "--out", out, *CPU]
 
     def critic(real=train_vae.Discriminator):
         seen.critics.append(real(width=8))
@@ -297,7 +298,7 @@ def stage_2(stage_1, tmp_path_factory):
     seen = SimpleNamespace(out=out, forward=[], evaluated=[], steps=[], added=[], seeds=[])
     config = dq.TransformerConfig(width=32, heads=2, position_layers=1, content_layers=1, label_dropout=0.0)
     schedule = train_transformer.TransformerSchedule(steps=4, batch_size=6, lr=1e-3, accumulate=2, eval_every=2)
-    flags = ["--codes", stage_1.out / "codes.pt", "--out", out, "--clip", 0.05, "--seed", 3, *CPU]
+    flags = ["--codes", stage_1.out / "codes.pt", "--out", out, "--clip", 0.05, "--seed", 3, "--preset", "toy", *CPU]
 
     def forward(self, pos, code, label=None, real=dq.DQTransformer.forward):
         if not torch.is_grad_enabled():
@@ -427,6 +428,7 @@ def test_no_process_but_the_first_writes(stage, stage_1, images, tmp_path, monke
     monkeypatch.setattr(dq, "rank_world", lambda: (1, 2))
     monkeypatch.setattr(dq, "all_reduce_sum", lambda x: x)
     monkeypatch.setattr(module, "distribute", lambda model: model)
+    monkeypatch.setattr(common.dist, "new_group", lambda backend: None)
     flags += ["--batch-size", 4, "--steps", 2, "--eval-every", 1, "--save-every", 1, "--out", tmp_path, *CPU]
     module.main([str(flag) for flag in flags])
     assert list(tmp_path.iterdir()) == []
@@ -485,7 +487,9 @@ def test_every_flag_arrives(stage, stage_1, images, tmp_path, monkeypatch):
     both += ["--out", tmp_path, *CPU]
     more = ["--uncond"]
     if stage == "vae":
-        more = ["--factors", 4, 2, "--ratios", 0.25, 0.75, "--no-flip", "--held-out", images, "--workers", 1]
+        other = tmp_path / "held out"
+        shutil.copytree(images, other)
+        more = ["--factors", 4, 2, "--ratios", 0.25, 0.75, "--no-flip", "--held-out", other, "--workers", 1]
     record = record_of(module.main, monkeypatch, *both, *itertools.chain(*flags.items()), *more)
     found = asdict(record.config) | record.settings | dict(save_every=record.args.save_every)
     for flag, value in flags.items():
@@ -493,25 +497,29 @@ def test_every_flag_arrives(stage, stage_1, images, tmp_path, monkeypatch):
     if stage == "vae":
         assert (record.config.factors, record.config.ratios) == ((4, 2), (0.25, 0.75))
         assert streams[-1] == (6, 9, 0, 1, 2)                                # batch, seed, first step, workers, parts
-        assert opened[-1] == dict(augment=True, seed=9, skip=tmp_path, flip=False, held_out=str(images))
+        assert opened[-1].pop("found").root == str(images)                    # not searched again
+        assert opened[-1] == dict(augment=True, seed=9, skip=tmp_path, flip=False, held_out=other)
     else:
         assert record.config.classes == ()
     for preset in ("toy", "emoji64"):
         record = record_of(module.main, monkeypatch, *both, "--preset", preset)
         config, schedule = module.PRESETS[preset]
-        assert record.settings.items() >= asdict(schedule).items() and record.args.save_every == schedule.eval_every
+        schedule = asdict(schedule)
+        sampling = schedule.pop("sampling", dq.SampleOptions())              # of stage 2, beside the settings
+        assert record.settings.items() >= schedule.items() and record.args.save_every == schedule["eval_every"]
         if stage == "vae":
             assert record.config == config
         else:
             assert record.config.classes == ("circle", "cross", "square", "triangle")
             assert (record.config.width, record.config.size, record.config.codebook_size) == (config.width, 24, 16)
+            assert record.extra["sample_options"] == sampling._asdict()
 
 
 def test_no_flip(images, tmp_path, monkeypatch):
     """Of what is trained on, codes.pt has mirror images only without it, of what is held out never."""
     for flags, mirrored in (([], [True, False]), (["--no-flip"], [False, False])):
         asked = []
-        monkeypatch.setattr(train_vae, "encode", lambda vae, data, device, autocast, workers, mirrored, stop: (
+        monkeypatch.setattr(train_vae, "encode_dataset", lambda vae, data, device, autocast, workers, mirrored, *more: (
             asked.append(mirrored), dict(label=torch.zeros(len(data))))[1])
         flags = ["--size", 16, "--batch-size", 2, "--steps", 1, "--data", images, "--out", tmp_path, *flags, *CPU]
         assert call(train_vae.main, *flags) is None

@@ -60,7 +60,7 @@ def test_what_is_logged_is_the_mean_over_the_parts_of_a_batch(images, tmp_path, 
         return real(gate, ratios) * 0 + (len(calls) - 1) % 2                 # 0 and 1 in the parts of each batch
     monkeypatch.setattr(dq, "budget_loss", budget_loss)
     train_vae.main(["--data", str(images), "--out", str(tmp_path), "--steps", "10", *VAE, "--accumulate", "2"])
-    assert read_log(tmp_path / "vae.jsonl")[0]["budget"] == 0.5
+    assert [line["budget"] for line in read_log(tmp_path / "vae.jsonl") if "budget" in line] == [0.5]
 
 
 def test_broken_weights_are_not_saved(images, tmp_path, monkeypatch):
@@ -178,6 +178,7 @@ def test_training_starts_without_a_look_at_every_file(tmp_path, monkeypatch):
     for i in range(1, 6000):
         (root / f"{i}.png").write_bytes(data)
     opened, real = [], reading.open_image
+    monkeypatch.setattr(reading, "MEMORY", 6000 * 3 * 16 * 16 - 1)           # no room to keep them all
     monkeypatch.setattr(reading, "open_image", lambda *args: (opened.append(1), real(*args))[1])
     monkeypatch.setattr(train_vae, "write_codes", lambda *args: opened.append("codes"))  # at the end all are read
     train_vae.main(["--data", str(root), "--out", str(tmp_path), "--steps", "2", *VAE])

@@ -1,4 +1,5 @@
 """Runs that are stopped or killed, from outside or inside: nothing is lost, no traceback."""
+import ctypes
 import multiprocessing
 import os
 import random
@@ -27,12 +28,12 @@ def test_a_signal_ends_the_run_after_a_whole_step(stage, number, vae_run, images
     data, *workers = [images, "--workers", 1] if stage == "vae" else [vae_run / "codes.pt"]
     process = start(stage, data, tmp_path, 100_000, "--eval-every", 100_000, *workers, start_new_session=True)
     log = tmp_path / f"{stage}.jsonl"
-    wait_for(lambda: log.exists() and log.stat().st_size, process)
+    wait_for(lambda: log.exists() and log.read_text().count("\n") > 1, process)
     os.killpg(process.pid, number)
     out, error = process.communicate(timeout=60)
     assert process.returncode == 128 + number, error
     step = load(tmp_path, stage)["step"]
-    assert step >= 10 and f"stopped by {number.name} after step {step}" in out and "--resume goes on" in out
+    assert step >= 10 and f"stopped by {number.name} after step {step}" in out and "--resume continues" in out
     assert "Traceback" not in error
 
 
@@ -66,7 +67,7 @@ def test_a_run_that_is_stopped_while_it_encodes_goes_on(tmp_path):
     said, error = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGINT and "Traceback" not in error
     assert said.splitlines()[-1] == ("stopped by SIGINT while the images were encoded; "
-                                    "the same command with --resume goes on")
+                                    "the same command with --resume continues")
     assert not list(out.glob("codes*"))
     before = {path: path.read_bytes() for path in out.iterdir()}
     codes, stored = out / "codes.pt", []
@@ -78,21 +79,57 @@ def test_a_run_that_is_stopped_while_it_encodes_goes_on(tmp_path):
     same(*stored)
 
 
-@pytest.mark.parametrize("seconds, asks", [(0.01, [1, 11, 21]), (0.7, [1, 5, 9, 13, 17, 21]), (9, range(1, 22))])
-def test_several_processes_ask_each_other_by_steps_and_by_seconds_whether_to_stop(seconds, asks, monkeypatch):
-    """At the same steps on all, whatever each measures, or they would wait for each other for ever."""
-    clock, asked, before = [0.0], [], signal.getsignal(signal.SIGINT)        # ignored, in a shell's background
-    monkeypatch.setattr(dq, "rank_world", lambda: (0, 2))
-    monkeypatch.setattr(dq, "all_reduce_sum", lambda each: (asked.append(step), 2 * each)[1])  # the other says the same
-    monkeypatch.setattr(common.time, "monotonic", lambda: clock[0])
-    with common.Stop(torch.device("cpu")) as stop:
-        for step in range(1, 22):
-            clock[0] += seconds
-            if step == 13:
-                os.kill(os.getpid(), signal.SIGINT)
-            assert bool(stop.asked()) == (step >= 13 and step in asks)
-    assert asked == list(asks)
-    assert signal.getsignal(signal.SIGINT) is before
+def blocked_in_python():
+    while True:
+        time.sleep(0.01)                                                     # as a loader is waited for
+
+
+def blocked_in_c():
+    """As in a collective, or by a file server: no Python code runs, and so no signal handler."""
+    ctypes.CDLL(None).sigsuspend(ctypes.byref((ctypes.c_ulong * 16)(*[2 ** 64 - 1] * 16)))
+
+
+def run_that_is_blocked(block, folder):
+    common.PATIENCE = 0.2
+    with common.Stop(torch.device("cpu"), common.PATIENCE) as stop:
+        stop.asked()
+        (folder / "begun").touch()
+        block()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("block", [blocked_in_python, blocked_in_c])
+def test_the_first_signal_ends_a_run_that_is_blocked_in_a_step(block, number, tmp_path):
+    process = multiprocessing.get_context("fork").Process(target=run_that_is_blocked, args=(block, tmp_path))
+    process.start()
+    while not (tmp_path / "begun").exists():
+        time.sleep(0.01)
+    os.kill(process.pid, number)
+    process.join(60)
+    process.kill()
+    assert process.exitcode == 128 + number
+
+
+def test_a_step_that_ends_is_waited_for(monkeypatch):
+    """And so is a checkpoint that takes longer to write than a step."""
+    ended = []
+    monkeypatch.setattr(common.os, "_exit", ended.append)
+    with common.Stop(torch.device("cpu"), patience=0.3) as stop:
+        stop.alive += 0.5
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.4)
+        assert stop.asked() == signal.SIGTERM and not ended
+
+
+def test_a_signal_for_a_loader_is_not_one_for_the_run(monkeypatch):
+    ended = []
+    monkeypatch.setattr(common.os, "_exit", ended.append)
+    with common.Stop(torch.device("cpu"), patience=0.1) as stop:
+        child = multiprocessing.get_context("fork").Process(target=loader_that_is_hit, args=(signal.SIGTERM, 1))
+        child.start()
+        child.join(60)
+        time.sleep(0.4)
+        assert stop.number == 0 and not ended
 
 
 @pytest.fixture(params=["SIGHUP", "SIGUSR1", "SIGTERM"])
@@ -153,8 +190,8 @@ def test_a_loader_process_that_dies_is_reported(images, tmp_path, monkeypatch):
         if os.getpid() != parent:
             os.kill(os.getpid(), signal.SIGKILL)
         return real(self, i)
-    parent, real = os.getpid(), reading.ImageFolder.__getitem__
-    monkeypatch.setattr(reading.ImageFolder, "__getitem__", trap)
+    parent, real = os.getpid(), reading.ImageFolder.read
+    monkeypatch.setattr(reading.ImageFolder, "read", trap)
     line = call(train_vae.main, "--data", images, "--out", tmp_path, "--steps", 4, *VAE, "--workers", 1)
     assert line.startswith("error: a process that loads images died") and "\n" not in line
 

@@ -129,16 +129,30 @@ def encode_shapes(rank, world):
     model.codebook.codes.normal_()
     plain, device = torch.autocast("cpu", enabled=False), torch.device("cpu")
     with common.Stop(device) as stop:
-        encoded = train_vae.encode(model.eval(), data, device, lambda: plain, workers=0, mirrored=True, stop=stop)
+        encoded = train_vae.encode_dataset(model.eval(), data, device, lambda: plain, 0, mirrored=True, stop=stop)
     return encoded, data.made
 
 
-def test_each_process_encodes_its_part_and_has_all(tmp_path):
+def test_each_process_encodes_its_part_and_the_first_has_all(tmp_path):
     alone, made = encode_shapes(0, 1)
     assert made == 151 and alone["codes"].shape == (151, 2, 4, 4) and alone["label"].tolist()[:6] == [0, 1, 2, 3, 0, 1]
-    for encoded, made in in_two_processes(encode_shapes, tmp_path):
-        same(alone, encoded)
-        assert made == 76                                                    # of 152: the first image twice
+    (first, made), (second, others) = in_two_processes(encode_shapes, tmp_path)
+    same(alone, first)
+    assert made == others == 76 and second is None                           # of 152: the first image twice
+
+
+def steps_until_a_signal(rank, world):
+    """-> after which step each process stops; only process 1 is sent a signal, in the third."""
+    with common.Stop(torch.device("cpu"), patience=60) as stop:
+        for step in range(1, 9):
+            if rank == 1 and step == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+            if number := stop.asked():
+                return step, int(number)
+
+
+def test_all_processes_stop_after_the_same_step(tmp_path):
+    assert in_two_processes(steps_until_a_signal, tmp_path) == [(3, signal.SIGINT)] * 2
 
 
 def test_two_processes_write_the_codes_that_one_writes(vae_run, images, tmp_path):
@@ -169,7 +183,7 @@ def test_a_dead_process_ends_the_job(images, tmp_path):
     wait_for(lambda: log.exists() and log.stat().st_size, process)
     os.kill(children(process.pid)[-1], signal.SIGKILL)
     _, error = process.communicate(timeout=90)
-    assert process.returncode != 0 and ("is gone" in error or "SIGKILL" in error or "Signal 9" in error)
+    assert process.returncode != 0 and ("died or lost" in error or "SIGKILL" in error or "Signal 9" in error)
 
 
 def test_more_gpus_than_there_are(monkeypatch, tmp_path):

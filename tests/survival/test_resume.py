@@ -33,7 +33,7 @@ def test_ten_steps_killed_and_ten_more_are_twenty_steps(stage, vae_run, images, 
 
     def save_and_die(path, *args, **kwargs):
         save(path, *args, **kwargs)
-        if path.name == f"{stem}.pt":
+        if path.name == f"{stem}.pt" and kwargs["step"] == 10:               # before its evaluation
             raise Killed
     monkeypatch.setattr(dq, "save_checkpoint", save_and_die)
     with pytest.raises(Killed):
@@ -83,7 +83,7 @@ def test_resuming_with_other_settings(images, tmp_path, capsys):
     before = files()
     for flag, value in (("--data", tmp_path / "other"), ("--held-out", tmp_path / "other"),
                         ("--batch-size", 8), ("--seed", 1), ("--lr", 0.5), ("--clip", 3), ("--budget-weight", 2),
-                        ("--codebook-size", 32), ("--gan-start", 7)):
+                        ("--codebook-size", 32), ("--gan-start", 7), ("--accumulate", 2)):
         line = train("--steps", 4, flag, value, "--resume")
         assert line.startswith("error: ") and f"trained with {flag} " in line and "leave --resume out" in line, line
     assert files() == before
@@ -92,7 +92,7 @@ def test_resuming_with_other_settings(images, tmp_path, capsys):
         assert train("--steps", steps, "--resume", "--eval-every", 1) is None
         out = capsys.readouterr().out.splitlines()
         vae, codes = tmp_path / "vae.pt", tmp_path / "codes.pt"
-        assert out[1:] == [f"nothing left to do: {vae} is at step 2, and {codes} is there"] and files() == before
+        assert out[2:] == [f"nothing left to do: {vae} is at step 2, and {codes} is there"] and files() == before
     assert train("--steps", 4, "--resume", "--eval-every", 1) is None
     out = capsys.readouterr().out
     assert "note: --steps was 2 and is 4 from step 2 on" in out and "note: --eval-every was 250 and is 1" in out
@@ -148,6 +148,57 @@ def test_a_run_that_starts_anew_moves_the_former_one_aside(images, tmp_path, cap
     for name in ("vae.pt", "vae.best.pt", "vae.jsonl", "vae.png"):
         assert (tmp_path / "former-1" / name).exists() and (tmp_path / name).exists()
     assert "former-2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("restarted", ["--resume", "TORCHELASTIC_RESTART_COUNT"])
+def test_the_same_command_starts_and_resumes(restarted, images, tmp_path, monkeypatch, capsys):
+    """By a batch system that has requeued the job, or by torchrun --max-restarts."""
+    flags = ["--data", images, "--out", tmp_path, *VAE]
+    if restarted == "--resume":
+        flags.append(restarted)
+    else:
+        monkeypatch.setenv(restarted, "1")
+    assert call(train_vae.main, *flags, "--steps", 2) is None
+    assert f"note: there is no {tmp_path / 'vae.pt'} to resume yet; starting from scratch" in capsys.readouterr().out
+    assert call(train_vae.main, *flags, "--steps", 4) is None
+    assert load(tmp_path, "vae")["step"] == 4 and "from step 2 on" in capsys.readouterr().out
+    assert not list(tmp_path.glob("former-*"))
+
+
+@pytest.mark.parametrize("stage", ["vae", "transformer"])
+def test_a_checkpoint_is_written_before_its_evaluation(stage, vae_run, images, tmp_path, monkeypatch):
+    """Which can run out of memory. The resumed run, also a finished one, makes up for it."""
+    module, flags = STAGES[stage]
+    data = ["--data", images] if stage == "vae" else ["--codes", vae_run / "codes.pt"]
+    flags = [*data, *flags, "--out", tmp_path, "--steps", 4, "--eval-every", 2, "--save-every", 100]
+    real, fails = module.evaluate, [2, 4]
+
+    def evaluate(*args, **how):
+        if fails and load(tmp_path, stage)["step"] == fails[0]:
+            fails.pop(0)
+            raise MemoryError
+        return real(*args, **how)
+    monkeypatch.setattr(module, "evaluate", evaluate)
+    assert call(module.main, *flags).startswith("error: not enough memory; reduce --batch-size")
+    assert load(tmp_path, stage)["step"] == 2
+    assert call(module.main, *flags, "--resume").startswith("error: not enough memory")
+    assert load(tmp_path, stage)["step"] == 4
+    assert call(module.main, *flags, "--resume") is None
+    log = read_log(tmp_path / f"{stage}.jsonl")
+    assert [line["step"] for line in log if "codes_per_image" in line] == [2, 4]
+    assert (tmp_path / f"{stage}.best.pt").exists()
+
+
+def test_what_computes_is_in_the_log_and_a_change_of_it_is_said(images, tmp_path, capsys):
+    flags = ["--data", images, "--out", tmp_path, *VAE, "--device", "cpu"]
+    assert call(train_vae.main, *flags, "--steps", 2, "--dtype", "fp32") is None
+    assert call(train_vae.main, *flags, "--steps", 4, "--dtype", "bf16", "--resume") is None
+    assert "note: --dtype was fp32 and is bf16 from step 2 on" in capsys.readouterr().out
+    log = [line for line in read_log(tmp_path / "vae.jsonl") if "dtype" in line]
+    assert [(line["step"], line["dtype"]) for line in log] == [(0, "fp32"), (2, "bf16")]
+    assert log[0]["torch"] == str(torch.__version__) and log[0]["device"].startswith("cpu (")
+    settings = load(tmp_path, "vae")["settings"]
+    assert settings["dtype"] == "bf16" and settings["torch"] == str(torch.__version__)
 
 
 def test_codes_are_those_of_the_newest_weights(images, tmp_path):

@@ -621,7 +621,8 @@ def neighbours(args):
         parts.append(torch.stack([x for x, label in pairs if label != reading.BROKEN]))
     train, held_out = parts                                                  # M, 3, S, S each
     label = torch.arange(args.n) % len(classes) if classes else torch.full((args.n,), -1)
-    options = dq.SampleOptions(args.temperature, cfg=args.cfg)
+    given = {name: getattr(args, name) for name in ("temperature", "cfg") if getattr(args, name) is not None}
+    options = sample.default_options(args.checkpoint)._replace(**given)
     codes, _ = model.layout.unpack(*dq.generate(model, label, options, args.seed))
     x = vae.decode(codes).clamp(-1, 1)                                       # n, 3, S, S
     y = vae.decode(torch.cat([vae.encode(part)[0] for part in held_out.split(64)])).clamp(-1, 1)
@@ -753,8 +754,8 @@ def main(argv=None):
     add("--held-out", metavar="DIR", help="its validation images; None: a part of --data")
     add("--n", type=positive, default=8, help="number of samples")
     add("--columns", type=positive, default=8, help="samples in a row")
-    add("--temperature", type=float, default=sample.parse([]).temperature)
-    add("--cfg", type=float, default=sample.parse([]).cfg, help="guidance")
+    add("--temperature", type=float, help="None: that of the checkpoint")
+    add("--cfg", type=float, help="guidance; None: that of the checkpoint")
     add("--seed", type=natural, default=0)
     add("--out", metavar="PNG", type=Path, help="None: neighbours.png in the checkpoint's folder")
 

@@ -168,7 +168,7 @@ def main(argv=None):
     print(f"wrote {path}")
     if args.data:
         _, held_out = reading.open_data(args.data, config.size, skip=args.out)
-        images, detailed = train_vae.held_out_images(held_out, config, device)
+        images, detailed = train_vae.validation_images(held_out, config)
         metrics, y, grains = train_vae.evaluate(model, images, detailed, autocast, batch_size=8)
         told = ", ".join(f"{name} {x:.3f}" if isinstance(x, float) else f"{name} {x}" for name, x in metrics.items())
         print(f"{len(images)} held-out images: {told}")

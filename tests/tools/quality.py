@@ -34,7 +34,6 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import common  # noqa: E402
 import dq  # noqa: E402
-import sample  # noqa: E402
 import train_transformer  # noqa: E402
 import train_vae  # noqa: E402
 from benchmark import hardware  # noqa: E402
@@ -44,7 +43,7 @@ from data import ToyShapes  # noqa: E402
 
 TRAIN, TEST, REAL, OTHER = range(2_000_003, 2_000_007)                       # seeds of toy images, plus --seed
 NEIGHBOURS, SLOTS, TEXTURES = 3, 64, len(ToyShapes.textures)
-DEFAULTS = dq.SampleOptions(*(getattr(sample.parse([]), name) for name in dq.SampleOptions._fields))
+DEFAULTS = train_transformer.PRESETS["toy"][1].sampling
 several = number(int, NEIGHBOURS + 1)
 
 
@@ -219,7 +218,8 @@ def step_seconds(model, vae, device, autocast, n_steps=40, warm_up=5):
     """Median duration of a training step of stage 2 with train_transformer.py's defaults. Changes the model."""
     schedule, seconds = train_transformer.PRESETS["toy"][1], []
     with common.Stop(device) as stop:
-        part = train_vae.encode(vae, ToyShapes(vae.config.size, n=512), device, autocast, 0, mirrored=False, stop=stop)
+        data = ToyShapes(vae.config.size, n=512)
+        part = train_vae.encode_dataset(vae, data, device, autocast, 0, mirrored=False, stop=stop)
     images = train_transformer.views(part, vae.config.factors, uncond=False)
     optimizers = train_transformer.make_optimizers(model.train().requires_grad_(True), schedule).values()
     for batch in itertools.islice(train_transformer.batches(images.length.numpy(), schedule.batch_size, 0), n_steps):
@@ -283,7 +283,7 @@ def of_first_stage(folder):
 
 @torch.inference_mode()
 def draw_samples(path, folders, device, autocast, n=8):
-    """Draw n samples of each row with sample.py's defaults."""
+    """Draw n samples of each row with the preset's sampling options."""
     pictures, captions, label = [], [], torch.arange(n, device=device) % len(ToyShapes.classes)
     for row, folder in folders.items():
         model, vae = dq.load_transformer(folder / "transformer.pt", device)
@@ -307,7 +307,7 @@ def show(cells, of_rows, machine, n):
         print(f"| {row} | {' | '.join(texts)} |")
     every = [metrics for of_seeds in cells.values() for metrics in of_seeds]
     print(f"\nMedian over seeds of stage 2 (min to max); {n} images per set. Other real images have an FD of "
-          f"{every[0]['FD, other real images']:.2f}. Temperature 1 is without guidance; defaults are sample.py's, "
+          f"{every[0]['FD, other real images']:.2f}. Temperature 1 is without guidance; defaults are the preset's, "
           f"temperature {DEFAULTS.temperature} and guidance {DEFAULTS.cfg}.\nimages/s: dq.generate at temperature 1, "
           f"{SLOTS} images at a time, without the decoder, median of 3 jobs of {8 * SLOTS}. s per step: stage 2, "
           f"median of 35 steps.\nBoth were measured with one seed, on {machine}.")

@@ -56,17 +56,18 @@ def draw(model, vae, grains, label, options, seed):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, defaults = parser.add_argument, sample.parse([])
+    add = parser.add_argument
     add("checkpoint", type=Path, help="checkpoint of train_transformer.py")
     add("map", metavar="MAP", type=Path, help="the granularity map, an image")
     add("out", metavar="OUT", type=Path, help="the image to write")
     add("--label", help="class, by name or number; default: no class")
     add("--seed", type=common.natural, default=0)
-    for name in ("temperature", "top_k", "top_p", "cfg"):
-        value = getattr(defaults, name)
-        add(f"--{name.replace('_', '-')}", type=type(value), default=value)
+    for name, value in sample.OLD_OPTIONS._asdict().items():
+        add(f"--{name.replace('_', '-')}", type=type(value), help="default: that of the checkpoint")
     args = parser.parse_args(argv)
-    options = dq.SampleOptions(args.temperature, args.top_k, args.top_p, args.cfg)
+    options = sample.default_options(args.checkpoint)
+    given = {name: getattr(args, name) for name in options._fields if getattr(args, name) is not None}
+    options = options._replace(**given)
     options.check()
     sample.check_ending("OUT", args.out)
     model, vae = dq.load_transformer(args.checkpoint, torch.device("cpu"))

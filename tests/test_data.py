@@ -1,0 +1,1037 @@
+"""data.py: the toy shapes, folders of images, and one file of any kind.
+
+    ToyShapes                        test_toy_shapes and three more
+    find_images, split, open_data    test_what_a_folder_holds and what follows
+    ImageFolder                      test_a_broken_file_weighs_nothing, test_classes_splits_and_epochs
+    decode_all                       test_images_in_memory_are_those_of_the_disk and what follows
+    describe, identity               test_what_is_understood_is_said_in_one_line,
+                                     test_other_pixels_under_the_same_names_are_other_data
+    image_side                       test_the_short_side_of_a_folder
+    loader                           test_loaders_need_no_sockets, survival/test_kill.py
+    stream                           test_stream_is_a_function_of_seed_and_batch_number,
+                                     test_processes_share_every_part_of_a_batch, test_each_epoch_has_other_numbers
+    load_image, open_image           test_images_of_every_mode, test_resize_crop_and_flip and what stands between
+    to_rgb, to_srgb, grey_8_bits     test_one_order_of_treatments, test_images_of_every_mode
+"""
+import errno
+import itertools
+import multiprocessing
+import os
+import shutil
+import struct
+import time
+import warnings
+import zlib
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, PngImagePlugin
+
+import common
+import data as reading
+import dq
+import train_vae
+from conftest import call
+from data import ImageFolder, ToyShapes, open_data
+
+
+# ------------------------------------------------------------------------------------------------
+# A folder of images, the toy shapes
+
+
+def put(root, *names):
+    """Small images of these names."""
+    for i, name in enumerate(names):
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kind = dict(format="JPEG2000") if path.suffix == ".jp2" else {}
+        Image.new("RGB", (8, 8 + i % 3), (i * 9 % 256, 40, 90)).save(path, **kind)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:45])                                 # the header is whole
+
+
+def numbered(n, start="", end=".png"):
+    return [f"{start}{i}{end}" for i in range(n)]
+
+
+def names(*data):
+    return sorted(name for each in data for name, _ in each.files)
+
+
+def companions(root, outside):
+    put(root, *numbered(100))
+    for name in numbered(100):
+        (root / f"._{name}").write_bytes(b"\0\5\26\7" + bytes(100))
+    return numbered(100), (), "100 hidden, of the system or of this project"
+
+
+def hidden_folders(root, outside):
+    put(root, *numbered(4, "photos/"), "__MACOSX/photos/0.png", ".ipynb_checkpoints/1.png", "photos/@eaDir/0.png")
+    return numbered(4, "photos/"), (), "3 hidden, of the system or of this project"
+
+
+def own_output(root, outside):
+    put(root, *numbered(4), "run/vae.png", "former/vae.png", "drawn/000000.png", "samples.png")
+    put(root, "empty/vae.png", "photos/5.png", "older/000000.png")
+    (root / "former/vae.jsonl").write_text('{"step": 10, "loss": 0.5}\n')
+    (root / "empty/vae.jsonl").touch()                                       # of a run that ended before its first step
+    (root / "drawn/samples.json").write_text('{\n "written_by": "dq",\n "n": 1\n}')
+    (root / "older/samples.json").write_text('{\n "checkpoint": "x", "n": 1,\n "grain_map": null\n}')
+    (root / "photos/samples.json").write_text('{"samples": [{"filepath": "5.png"}]}')  # of other programs
+    (root / "photos/vae.pt").write_bytes(b"PK other weights")
+    return numbered(4) + ["photos/5.png"], (), "5 hidden, of the system or of this project, 1 .json, 1 .pt"
+
+
+def output_into_the_same_folder(root, outside):
+    put(root, *numbered(4), "vae.png")
+    (root / "vae.pt").touch()
+    (root / "run").symlink_to(root)                                          # --out is the folder itself
+    return numbered(4), (), "1 hidden, of the system or of this project, 1 .pt"
+
+
+def links_and_loops(root, outside):
+    put(outside, "cats/0.png", "cats/1.png", "lone.png")
+    put(root, "dogs/0.png", "dogs/1.png")
+    (root / "cats").symlink_to(outside / "cats")
+    (outside / "cats/loop").symlink_to(root)
+    (root / "a real folder comes first").symlink_to(root / "dogs")
+    (root / "dogs/2.png").symlink_to(outside / "lone.png")
+    (root / "dogs/itself").symlink_to("itself")
+    return [*numbered(2, "cats/"), *numbered(3, "dogs/")], ("cats", "dogs"), "1 without an ending"
+
+
+def a_locked_folder(root, outside):
+    put(root, *numbered(4), "locked/0.png")
+    return numbered(4), (), f"1 folder that can't be read ({root}/locked)"
+
+
+def classes_of_one(root, outside):
+    lone = [name for name in numbered(99, "lone", "/0.png") if zlib.crc32(name.encode()) % 20 == 0]  # to be held out
+    put(root, *lone, *numbered(12, "many/"))
+    return [*lone, *numbered(12, "many/")], (*sorted(name.split("/")[0] for name in lone), "many"), "nothing"
+
+
+def other_endings(root, outside):
+    wanted = [name for name in ("a.jfif", "b.jp2", "c.avif", "d.PNG", "e.ppm")
+              if os.path.splitext(name)[1].lower() in Image.registered_extensions()]
+    put(root, *wanted)
+    for name in ("1.heic", "2.HEIC", "3.svg", "README", "4.eps"):
+        (root / name).write_text("no image")
+    return wanted, (), "1 without an ending, 2 .heic, 1 .eps, 1 .svg"
+
+
+def broken_files(root, outside):
+    put(root, *numbered(20))
+    for i in range(3):
+        (root / f"{i}.png").write_bytes(b"")
+        cut(root / f"{3 + i}.png")
+        (root / f"{6 + i}.png").write_text("<html>404 not found</html>")
+        (root / f"{9 + i}.png").unlink()
+        (root / f"{9 + i}.png").symlink_to("nowhere.png")
+    return numbered(20)[12:], (), "12 broken"
+
+
+@pytest.mark.parametrize("make", [companions, hidden_folders, own_output, output_into_the_same_folder, links_and_loops,
+                                  a_locked_folder, classes_of_one, other_endings, broken_files])
+def test_what_a_folder_holds(make, tmp_path, monkeypatch, capfd):
+    """Which images are data, which classes there are, what is said of the rest; and nothing is drawn twice."""
+    root, real = tmp_path / "images", os.scandir
+
+    def scandir(path):
+        if "locked" in str(path):                                            # root, who may run this, reads everything
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+    monkeypatch.setattr(os, "scandir", scandir)
+    root.mkdir()
+    wanted, classes, left_out = make(root, tmp_path / "outside")
+    train, val = open_data(root, 8, skip=root / "run")
+    assert names(train, val) == sorted(wanted)
+    assert train.classes == val.classes == classes and len(val) > 0
+    assert f"{len(train)} training and {len(val)} validation images" in reading.describe(train, val)
+    assert reading.describe(train, val).endswith(f"; skipped: {left_out}")
+    if classes:
+        assert all(classes[label] == name.split("/")[0] for name, label in [*train.files, *val.files])
+        assert {label for _, label in train.files} == set(range(len(classes)))  # every class is trained on
+    said = capfd.readouterr().err.splitlines()
+    if make is broken_files:                                                 # ten are named, all are counted
+        assert len(set(said)) == len(said) == 10
+        assert all(line.startswith(f"warning: skipped {root}/") for line in said)
+    else:
+        assert not said
+    for data in (train, val):
+        assert all(data[i][1] != reading.BROKEN for i in range(len(data)))
+
+
+def test_what_is_understood_is_said_in_one_line(tmp_path, monkeypatch):
+    def said(*args, **kwargs):
+        return reading.describe(*open_data(*args, **kwargs))
+
+    assert said(None, 8) == ("data: the built-in toy shapes, 8,192 training and 512 validation images, "
+                             "4 classes: circle, square, triangle, cross")
+    put(tmp_path / "a", *numbered(3), *numbered(3, "one folder is no class/"))
+    assert said(tmp_path / "a", 8) == (f"data: {tmp_path}/a, 5 training and 1 validation images, no classes; "
+                                       "skipped: nothing")
+    put(tmp_path / "b", *(f"{name}/{i}.png" for name in "hgfedcba" for i in range(2)))
+    assert ", 8 classes: a, b, c, d, e, f, ...; skipped: nothing" in said(tmp_path / "b", 8)
+    put(tmp_path / "c", "Train/cat/0.png", "Train/dog/1.png", "test/0.png", "val/0.png")
+    line, hint = said(str(tmp_path / "c"), 8).split("\n")
+    assert ", 3 classes: Train, test, val; " in line
+    assert "named like splits (Train, test, val)" in hint and hint.endswith(f": --data {tmp_path}/c/Train")
+    assert "note" not in said(tmp_path / "c/Train", 8) and "2 classes: cat, dog" in said(tmp_path / "c/Train", 8)
+    os.rename(tmp_path / "b/a", os.fsencode(tmp_path) + b"/b/\xff")
+    assert "\\udcff" not in said(tmp_path / "b", 8)                          # the seventh
+    os.rename(tmp_path / "b/b", os.fsencode(tmp_path) + b"/b/a\xe9")
+    assert "a\udce9" in said(tmp_path / "b", 8)                             # `say` makes it fit for a terminal
+    monkeypatch.setattr(reading, "MEMORY", 1000)
+    assert said(tmp_path / "a", 8).endswith("; too many to be checked now, so broken files are skipped when they are "
+                                            "met")
+
+
+@pytest.mark.parametrize("outer", ["PetImages", "downloads/pets 1.0"])
+def test_the_outer_folder_of_an_archive_is_the_root(outer, tmp_path):
+    """As it is in most archives: one folder, and the classes in it."""
+    put(tmp_path, *numbered(3, f"{outer}/cat/"), *numbered(3, f"{outer}/dog/"))
+    (tmp_path / "LICENSE").touch()
+    data = open_data(tmp_path, 8)
+    assert data[0].classes == ("cat", "dog") and names(*data) == numbered(3, "cat/") + numbered(3, "dog/")
+    assert reading.describe(*data).startswith(f"data: {tmp_path / outer}, 5 training")
+    assert open_data(tmp_path / outer, 8)[0].root == str(tmp_path / outer)
+    put(tmp_path, f"{outer}/notes.png")                                      # images of its own: no such archive
+    assert open_data(tmp_path, 8)[0].classes == () and open_data(tmp_path, 8)[0].root == str(tmp_path)
+
+
+def test_a_large_folder_is_not_read_at_the_start(tmp_path, monkeypatch):
+    opened, real = [], reading.open_image
+    monkeypatch.setattr(reading, "open_image", lambda *args: opened.append(1) or real(*args))
+    put(tmp_path, "0.png")
+    for i in range(1, 100):
+        shutil.copy(tmp_path / "0.png", tmp_path / f"{i}.png")
+    for memory, expected in ((100 * 8 * 8 * 3, 100), (100 * 8 * 8 * 3 - 1, 0)):
+        monkeypatch.setattr(reading, "MEMORY", memory)
+        opened.clear()
+        data = open_data(tmp_path, 8)
+        assert sum(map(len, data)) == 100 and len(opened) == expected
+        assert reading.describe(*data).endswith("when they are met") == (expected == 0)
+
+
+def spoilt_folder(root, monkeypatch):
+    """30 images of which 10 in a row are broken, and none is looked at before it is met."""
+    monkeypatch.setattr(reading, "MEMORY", 0)
+    for i in range(30):
+        root.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(root / f"{i:02d}.png")
+        if 5 <= i < 15:
+            cut(root / f"{i:02d}.png")
+    return open_data(root, 8, augment=True, seed=1)[0]
+
+
+def red(x):
+    return ((x[..., 0, 0, 0] + 1) * 127.5).round().int().tolist()
+
+
+def test_a_broken_file_weighs_nothing(tmp_path, monkeypatch, capfd):
+    data = spoilt_folder(tmp_path / "images", monkeypatch)
+    n, sound = len(data), {int(name[:2]) for name, _ in data.files} - set(range(5, 15))
+    broken = n - len(sound)
+    assert broken > 5
+    data.augment = False                                                     # each once: none in place of another
+    assert [red(x) for x, label in map(data.__getitem__, range(n)) if label != reading.BROKEN] == sorted(sound)
+    data.augment = True
+    drawn = [red(data[i][0]) for i in range(40 * n)]
+    count = Counter(drawn)
+    mean = 40 * n / len(sound)
+    assert count.keys() == sound
+    assert max(abs(times - mean) for times in count.values()) < 5 * mean ** 0.5
+    fresh = spoilt_folder(tmp_path / "images", monkeypatch)                  # a run that goes on has not seen the rest
+    assert [red(fresh[i][0]) for i in range(7 * n, 8 * n)] == drawn[7 * n:8 * n]
+    error = capfd.readouterr().err
+    assert error.count("warning: skipped") == 2 * broken                    # once in each data set
+    with pytest.raises(dq.UserError, match="none of these 1 images"):
+        (tmp_path / "images/05.png").rename(tmp_path / "a.png")
+        ImageFolder(tmp_path, [("a.png", -1)], (), 8, augment=True)[0]
+
+
+def test_a_broken_file_is_named_once_by_all_processes(tmp_path, monkeypatch, capfd):
+    data = spoilt_folder(tmp_path / "images", monkeypatch)
+    broken = [name for name, _ in data.files if 5 <= int(name[:2]) < 15]
+    alone = [red(data[i][0]) for i in range(2 * len(data))]
+    data.broken.zero_()
+    capfd.readouterr()
+    loader = reading.loader(data, 2, batch_size=1, sampler=range(2 * len(data)))
+    assert [red(x)[0] for x, _ in loader] == alone
+    error = capfd.readouterr().err
+    assert all(error.count(name) for name in broken)
+    assert error.count("warning") < 1.5 * len(broken)                        # 2: each for itself; 1 + a tie or two
+
+
+def test_of_a_long_list_of_broken_files_ten_are_named(tmp_path, capfd):
+    put(tmp_path, "sound.png")
+    for i in range(40):
+        (tmp_path / f"{i}.png").touch()
+    assert "; skipped: 40 broken" in reading.describe(*open_data(tmp_path, 8))
+    assert len(capfd.readouterr().err.splitlines()) == 10
+
+
+def test_classes_splits_and_epochs(tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "MEMORY", 0)                                # files change below
+    put(tmp_path, *numbered(30, "b/deeper/"), *numbered(30, "a/"), "notes.png")
+    train, val = open_data(tmp_path, 16, augment=True)
+    assert train.classes == val.classes == ("a", "b")
+    held_out = {name for name, _ in val.files}
+    assert held_out == {name for name in names(train, val) if zlib.crc32(name.encode()) % 20 == 0} - {"notes.png"}
+    assert len(names(train, val)) == len(set(names(train, val))) == 61 and len(held_out) > 1
+    assert {name.split("/")[0]: label for name, label in train.files} == {"a": 0, "b": 1, "notes.png": -1}
+    Image.effect_noise((40, 20), 99).save(tmp_path / train.files[3][0])
+    x, y = train[3]
+    assert x.shape == (3, 16, 16) and -1 <= x.min() and x.max() <= 1 and y == 0
+    assert torch.equal(train[3][0], x)                                       # the same image, the same crop
+    assert not torch.equal(train[3 + len(train)][0], x)                      # another one in the next epoch
+    Image.effect_noise((40, 20), 99).save(tmp_path / val.files[0][0])
+    assert torch.equal(val[0][0], val[len(val)][0])                          # what is held out stays as it is
+    assert open_data(tmp_path / "a", 16)[0][0][1] == -1                      # one folder is no class
+
+
+def test_a_single_image_is_in_both_splits(tmp_path):
+    put(tmp_path, "0.png")
+    train, val = open_data(tmp_path, 8)
+    assert names(train) == names(val) == ["0.png"]
+
+
+def test_no_folder_no_images_nothing_that_decodes(tmp_path):
+    with pytest.raises(ValueError, match="no such folder"):
+        open_data(tmp_path / "missing", 16)
+    (tmp_path / "a.heic").touch()
+    with pytest.raises(ValueError, match="no images below .*; other files: 1 .heic"):
+        open_data(tmp_path, 16)
+    (tmp_path / "a.png").write_bytes(b"")
+    with pytest.raises(ValueError, match="none of the 1 images below .* can be decoded"):
+        open_data(tmp_path, 16)
+
+
+def test_stream_is_a_function_of_seed_and_batch_number():
+    class Numbers(torch.utils.data.Dataset):
+        def __len__(self):
+            return 10
+
+        def __getitem__(self, i):
+            return i
+
+    def take(n, **kwargs):
+        batches = reading.stream(Numbers(), 4, **kwargs)
+        return [next(batches).tolist() for _ in range(n)]
+
+    whole = take(10, seed=1)
+    assert whole[3:] == take(7, seed=1, start=3) and whole != take(10, seed=2)
+    flat_ = sum(whole, [])
+    for epoch in range(4):                                                   # every epoch holds each image once
+        assert sorted(flat_[10 * epoch:10 * epoch + 10]) == list(range(10 * epoch, 10 * epoch + 10))
+
+
+def test_each_epoch_has_other_numbers():
+    """So that an image has another crop in each: its number says which epoch it is."""
+    numbers = sum((next(batches) for batches in [common.shuffled_indices(10, 4, seed=1)] for _ in range(10)), [])
+    assert sorted(numbers) == list(range(40))
+
+
+def test_held_out_toy_images_are_new():
+    train, val = open_data(None, 16, seed=5)
+    assert torch.equal(train[0][0], ToyShapes(16, seed=5)[0][0])
+    seen = {train[i][0].numpy().tobytes() for i in range(0, 64)}
+    assert not seen & {val[i][0].numpy().tobytes() for i in range(64)} and train.seed != val.seed
+
+
+@pytest.mark.parametrize("world, accumulate", [(2, 1), (2, 2), (3, 4)])
+def test_processes_share_every_part_of_a_batch(world, accumulate, monkeypatch):
+    """A batch is cut into parts first, and each part among the processes: so a part holds the same images for any
+    number of them."""
+    class Numbers(torch.utils.data.Dataset):
+        def __len__(self):
+            return 50
+
+        def __getitem__(self, i):
+            return i
+    whole = next(reading.stream(Numbers(), 24, seed=1)).chunk(accumulate)
+    shares = []
+    for rank in range(world):
+        monkeypatch.setattr(dq, "rank_world", lambda: (rank, world))
+        shares.append(next(reading.stream(Numbers(), 24, seed=1, accumulate=accumulate)).chunk(accumulate))
+    for part, *of_each in zip(whole, *shares):
+        assert torch.equal(torch.cat(of_each), part)
+
+
+def test_a_file_of_two_names_is_one_image(tmp_path):
+    """A link in another folder: else what is held out by one name is trained on by the other."""
+    put(tmp_path / "images", *numbered(30, "cat/"), *numbered(3, "dog/"))
+    for i in range(20):
+        os.symlink(tmp_path / f"images/cat/{i}.png", tmp_path / f"images/dog/soft{i}.png")
+        os.link(tmp_path / f"images/cat/{i}.png", tmp_path / f"images/dog/hard{i}.png")
+    train, val = open_data(tmp_path / "images", 8)
+    assert names(train, val) == sorted(numbered(30, "cat/") + numbered(3, "dog/"))
+    assert "40 other names of the same file" in reading.describe(train, val)
+
+
+def test_other_pixels_under_the_same_names_are_other_data(tmp_path):
+    put(tmp_path, *numbered(30))
+    before = [reading.identity(open_data(tmp_path, 8)[0]) for _ in range(2)]
+    assert before[0] == before[1]
+    noise = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / open_data(tmp_path, 8)[0].files[3][0])
+    assert reading.identity(open_data(tmp_path, 8)[0]) != before[0]
+
+
+def test_a_folder_can_be_held_out(tmp_path):
+    put(tmp_path / "a", *numbered(40, "cat/"), *numbered(40, "dog/"))
+    put(tmp_path / "b", *numbered(3, "dog/"))
+    train, val = open_data(tmp_path / "a", 8, held_out=tmp_path / "b")
+    assert len(train) == 80 and names(val) == numbered(3, "dog/") and {val[i][1] for i in range(3)} == {1}
+    put(tmp_path / "b", "cow/1.png")
+    with pytest.raises(dq.UserError, match="cow/1.png below .* has no matching class in"):
+        open_data(tmp_path / "a", 8, held_out=tmp_path / "b")
+    with pytest.raises(dq.UserError, match="--held-out is for the images of --data"):
+        open_data(None, 8, held_out=tmp_path / "b")
+
+
+def test_what_is_held_out_is_not_trained_on(tmp_path):
+    """Though it lies below --data: it is no class there, and no split to be warned of."""
+    put(tmp_path, *numbered(7), *numbered(3, "val/"))
+    train, val = open_data(tmp_path, 8, held_out=tmp_path / "val")
+    assert names(train) == numbered(7) and names(val) == numbered(3)
+    put(tmp_path, *numbered(4, "train/"))
+    train, val = open_data(str(tmp_path), 8, held_out=str(tmp_path / "val"))
+    assert names(train) == sorted(numbered(7) + numbered(4, "train/")) and train.classes == val.classes == ()
+    assert reading.describe(train, val).endswith("no classes; skipped: nothing")
+
+
+def test_what_is_drawn_of_a_folder_depends_on_the_seed(tmp_path):
+    """The crops, and what comes in place of a file that can't be decoded."""
+    for i in range(12):
+        Image.effect_noise((40, 20), 99).save(tmp_path / f"{i:02}.png")
+    (tmp_path / "00.png").write_bytes(b"")
+
+    def drawn(seed):
+        data = ImageFolder(tmp_path, [(f"{i:02}.png", i) for i in range(12)], (), 16, augment=True, seed=seed)
+        return data[5][0], [data[12 * epoch][1] for epoch in range(8)]
+    (a, first), (b, again), (c, other) = map(drawn, (1, 1, 2))
+    assert torch.equal(a, b) and first == again and not torch.equal(a, c) and first != other
+
+
+def test_arrows_need_not_be_mirrored(tmp_path):
+    """Left and right are the same sequences else."""
+    for name, columns in (("left", slice(0, 4)), ("right", slice(4, 8))):
+        (tmp_path / name).mkdir()
+        pixels = np.zeros((8, 8, 3), np.uint8)
+        pixels[:, columns] = 255
+        for i in range(30):
+            Image.fromarray(pixels).save(tmp_path / name / f"{i}.png")
+    seen = {}
+    for flip in (True, False):
+        train, _ = open_data(tmp_path, 8, augment=True, flip=flip)
+        seen[flip] = {(label, bool(x[0, 0, 0] > 0)) for x, label in map(train.__getitem__, range(200))}
+    assert seen[True] == {(0, True), (0, False), (1, True), (1, False)}
+    assert seen[False] == {(0, True), (1, False)}
+
+
+@pytest.mark.parametrize("failures", [2, 3])
+def test_an_error_of_the_system_is_no_verdict_on_a_picture(failures, tmp_path, monkeypatch, capfd):
+    """A file server that is away for a moment, or for good: no image is left out for it."""
+    put(tmp_path, *numbered(20))
+    monkeypatch.setattr(reading, "MEMORY", 0)
+    train, _ = open_data(tmp_path, 8, augment=True)
+    waits, left, real = [], [failures], Path.read_bytes
+
+    def read_bytes(path):
+        left[0] -= 1
+        if left[0] >= 0:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return real(path)
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    monkeypatch.setattr(common.time, "sleep", waits.append)
+    if failures < 3:
+        train[0]
+        assert waits == [1, 5]
+    else:
+        with pytest.raises(OSError, match="Stale file handle; once this is fixed, --resume continues"):
+            train[0]
+    assert not train.broken.any() and capfd.readouterr().err == ""
+
+
+def test_a_folder_that_the_system_can_not_read_ends_the_search(tmp_path, monkeypatch):
+    put(tmp_path, *numbered(20, "a/"), *numbered(20, "b/"))
+    real = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("b"):
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return real(path)
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert call(train_vae.main, "--data", tmp_path, "--out", tmp_path / "out") == (
+        f"error: can't read {tmp_path / 'b'}: Input/output error")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_images_in_memory_are_those_of_the_disk(workers, tmp_path, monkeypatch, capfd):
+    """Bit by bit, with and without loader processes, over epochs; and broken files count as little as before."""
+    for i, (w, h) in enumerate([(40, 40), (97, 31), (31, 97), (9, 5), (300, 2), (8, 8)] * 4):
+        noise = np.random.default_rng(i).integers(0, 256, (h, w, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(tmp_path / f"{i}.png")
+    Image.effect_noise((640, 400), 60).save(tmp_path / "photo.jpg")
+    cut(tmp_path / "3.png")
+    seen = []
+    for memory in (1e9, 0):
+        monkeypatch.setattr(reading, "MEMORY", memory)
+        train, val = open_data(tmp_path, 8, augment=True, seed=5)
+        assert bool(train.kept) == bool(val.kept) == bool(memory)
+        if memory:
+            sound = [name for name, _ in train.files]
+            (tmp_path / "3.png").unlink()                                    # else the split is another one
+        batches = reading.stream(train, 6, seed=5, workers=workers)
+        seen.append([next(batches)[0] for _ in range(12)] + [x for x, _ in reading.loader(val, workers, batch_size=2)])
+        assert names(train) == sorted(sound)
+    for kept, read in zip(*seen):
+        assert torch.equal(kept, read) and kept.dtype == torch.float32 and kept.is_contiguous()
+    numbers = next(common.shuffled_indices(len(train), 6, seed=5))
+    assert torch.equal(seen[0][0], torch.stack([train[i][0] for i in numbers]))
+
+
+def test_each_file_is_decoded_once(tmp_path, monkeypatch):
+    put(tmp_path, *numbered(20))
+    read, real = [], Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read.append(path.name) or real(path))
+    train, val = open_data(tmp_path, 8, augment=True)
+    for data in (train, val):
+        [data[i] for i in range(3 * len(data))]
+    assert sorted(read) == sorted(numbered(20))
+
+
+def test_a_photo_is_decoded_no_larger_than_needed(tmp_path):
+    """Pillow's draft, of which the result is close to the whole: sides of at least twice the crop's."""
+    ramp = np.add.outer(np.arange(320), np.arange(640)) % 512
+    Image.fromarray(np.minimum(ramp, 511 - ramp).astype(np.uint8)).save(tmp_path / "x.jpg", quality=95)
+    assert reading.open_image(tmp_path / "x.jpg", 32).size == (160, 80)
+    assert reading.open_image(tmp_path / "x.jpg").size == (640, 320)
+    small = reading.load_image(tmp_path / "x.jpg", 32)
+    whole = Image.open(tmp_path / "x.jpg").convert("RGB").resize((64, 32))
+    whole = reading.to_tensor(reading.crop(np.asarray(whole), 32))
+    assert (small - whole).abs().max() < 0.05
+
+
+def test_a_long_panorama_keeps_its_proportions(tmp_path):
+    stripes = np.zeros((10, 400, 3), np.uint8)
+    stripes[:, ::2] = 255
+    Image.fromarray(stripes).save(tmp_path / "x.png")
+    assert reading.load_strip(tmp_path / "x.png", 10).shape == (10, 10 * reading.LONGEST, 3)
+    assert np.array_equal(reading.load_strip(tmp_path / "x.png", 10), stripes[:, 40:360])  # unscaled
+    assert reading.load_strip(tmp_path / "x.png", 20).shape == (20, 20 * reading.LONGEST, 3)
+
+
+def test_crops_reach_both_ends():
+    strip = np.arange(11, dtype=np.uint8)[None, :, None].repeat(8, 0).repeat(3, 2)  # 8 x 11: four places
+    for turned in (strip, strip.transpose(1, 0, 2)):
+        found = Counter(int(reading.crop(turned, 8, np.random.default_rng(i)).min()) for i in range(400))
+        assert sorted(found) == [0, 1, 2, 3] and min(found.values()) > 60
+    assert reading.crop(strip, 8).min() in (1, 2)
+
+
+def test_a_huge_file_is_not_read(tmp_path, monkeypatch, capfd):
+    """Neither by its bytes, nor by the pixels that its header promises."""
+    put(tmp_path / "images", *numbered(3))
+    with open(tmp_path / "images/scan.tif", "wb") as file:
+        file.write(b"II*\0")
+        file.truncate(reading.BYTES + 1)                                     # it takes no room on the disk
+    Image.new("1", (10_000, 9_000)).save(tmp_path / "images/wide.png")
+    read, real = [], Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read.append(path.name) or real(path))
+    train, val = open_data(tmp_path / "images", 8)
+    assert "; skipped: 2 broken" in reading.describe(train, val) and "scan.tif" not in read
+    error = capfd.readouterr().err
+    assert "scan.tif: has 536,870,913 bytes" in error and "wide.png: 10000 x 9000 pixels are too many" in error
+    with pytest.raises(dq.UserError, match="scan.tif: has 536,870,913 bytes"):
+        reading.load_image(tmp_path / "images/scan.tif", 8)                  # as sample.py --input does
+
+    def no_memory(path):
+        raise MemoryError
+    monkeypatch.setattr(Path, "read_bytes", no_memory)
+    with pytest.raises(dq.UserError, match="0.png: not enough memory"):
+        reading.open_image(tmp_path / "images/0.png")
+
+
+def test_one_question_per_file(tmp_path, monkeypatch):
+    """A file server may take a millisecond for each, and there may be a million files."""
+    put(tmp_path, *numbered(30, "a/"), *numbered(10, "b/"))
+    asked, opened, entries = Counter(), [], os.scandir
+
+    class Entry:
+        def __init__(self, entry):
+            self.entry = entry
+
+        def __getattr__(self, name):
+            return getattr(self.entry, name)
+
+        def stat(self):
+            asked["scan"] += 1
+            return self.entry.stat()
+    monkeypatch.setattr(os, "scandir", lambda path: map(Entry, entries(path)))
+    for name in ("stat", "lstat"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda path, *args, real=real, **how: (
+            asked.update([str(path).endswith(".png")]), real(path, *args, **how))[1])
+    monkeypatch.setattr(reading, "MEMORY", 0)
+    monkeypatch.setattr(reading, "image_sizes", lambda *args: opened.append(1) or [])
+    train, val = open_data(tmp_path, 8)
+    reading.describe(train, val), reading.identity(train), reading.identity(val)
+    assert asked["scan"] == 40 and asked[True] == 0 and len(opened) == 1
+
+
+def test_names_are_no_python_objects(tmp_path):
+    """Loader processes would copy each of them when they look at it."""
+    files = [(f"cat/\udcff{i}.png", i % 3) for i in range(50)]
+    data = ImageFolder(tmp_path, files, "abc", 8)
+    assert list(data.files) == files and data.files[-1] == files[-1] and len(data.files) == 50
+    assert all(isinstance(each, np.ndarray) for each in vars(data.files).values())
+    assert not any(isinstance(each, list) for each in vars(data).values())
+
+
+@pytest.mark.parametrize("links", [1, 2])
+def test_numbers_of_files_need_not_mean_anything(links, tmp_path, monkeypatch):
+    """A file with one link has no other name. With two, size and time must be the same as well."""
+    put(tmp_path, *numbered(12, "a/"), *numbered(12, "b/"))
+    (tmp_path / "b/again.png").symlink_to(tmp_path / "a/3.png")
+    for i, path in enumerate(sorted(tmp_path.rglob("*.png"))):
+        os.utime(path, (i * (links - 1),) * 2)                               # with one link: the same times as well
+    entries = os.scandir
+
+    class Entry:
+        def __init__(self, entry):
+            self.entry = entry
+
+        def __getattr__(self, name):
+            return getattr(self.entry, name)
+
+        def stat(self):
+            info = self.entry.stat()
+            return SimpleNamespace(st_dev=1, st_ino=7, st_nlink=links, st_size=info.st_size,
+                                   st_mtime_ns=info.st_mtime_ns)
+    monkeypatch.setattr(os, "scandir", lambda path: map(Entry, entries(path)))
+    train, val = open_data(tmp_path, 8)
+    assert names(train, val) == sorted(numbered(12, "a/") + numbered(12, "b/"))
+
+
+def test_the_file_itself_is_kept_and_not_the_link_to_it(tmp_path):
+    """Whatever comes first in the alphabet: the class is that of the file."""
+    put(tmp_path, *numbered(4, "cat/"), *numbered(4, "dog/"))
+    for i in range(3):
+        os.symlink(tmp_path / f"dog/{i}.png", tmp_path / f"cat/a{i}.png")
+    assert names(*open_data(tmp_path, 8)) == numbered(4, "cat/") + numbered(4, "dog/")
+
+
+def test_images_of_both_folders_are_not_trained_on(tmp_path):
+    put(tmp_path / "a", *numbered(20))
+    with pytest.raises(dq.UserError, match="are also below --held-out"):
+        open_data(tmp_path / "a", 8, held_out=tmp_path / "a")
+    with pytest.raises(dq.UserError, match="are also below --held-out"):
+        open_data(tmp_path / "a", 8, held_out=tmp_path)                      # the folder around it
+    (tmp_path / "b").mkdir()
+    os.symlink(tmp_path / "a/1.png", tmp_path / "b/one.png")
+    os.link(tmp_path / "a/2.png", tmp_path / "b/two.png")
+    put(tmp_path / "b", "3.png")                                             # another file of the same name
+    train, val = open_data(tmp_path / "a", 8, held_out=tmp_path / "b")
+    assert names(train) == sorted(set(numbered(20)) - {"1.png", "2.png"}) and len(val) == 3
+    assert "skipped: 2 also below --held-out" in reading.describe(train, val)
+
+
+def test_a_validation_image_that_is_trained_on_is_said(tmp_path):
+    put(tmp_path / "one", "0.png")
+    put(tmp_path / "four", *(f"{name}/0.png" for name in "abcd"))
+    put(tmp_path / "five", *(f"{name}/0.png" for name in "abcd"), "a/1.png")
+    for name, n in (("one", 1), ("four", 4)):
+        said = reading.describe(*open_data(tmp_path / name, 8))
+        assert f"{n} training and 1 validation images (the same: there is no other), " in said
+    assert "the same" not in reading.describe(*open_data(tmp_path / "five", 8))
+
+
+@pytest.mark.parametrize("name", ["imgs.zip", "photo.png"])
+def test_a_file_is_no_folder(name, tmp_path):
+    put(tmp_path, "photo.png")
+    shutil.copy(tmp_path / "photo.png", tmp_path / "imgs.zip")
+    with pytest.raises(dq.UserError, match=f"{name} is a file; a folder of images is needed .unpack an archive"):
+        open_data(tmp_path / name, 8)
+    with pytest.raises(dq.UserError, match=f"{name} is a file"):
+        open_data(tmp_path, 8, held_out=tmp_path / name)
+
+
+def test_an_empty_name_is_no_folder_and_not_the_toy_data():
+    for flags in (("", None), (None, ""), ("images", "")):
+        with pytest.raises(dq.UserError, match="not an empty one"):
+            open_data(flags[0], 8, held_out=flags[1])
+
+
+def test_accents_of_classes_are_written_in_two_ways(tmp_path):
+    """Some systems split a letter from its accent in the names of files."""
+    put(tmp_path / "a", *numbered(3, "caf\u00e9/"), *numbered(3, "dog/"))
+    put(tmp_path / "b", "cafe\u0301/0.png")
+    train, val = open_data(tmp_path / "a", 8, held_out=tmp_path / "b")
+    assert train.classes == ("caf\u00e9", "dog") and val[0][1] == 0
+
+
+def test_the_short_side_of_a_folder(tmp_path):
+    for i, size in enumerate([(30, 50), (60, 40), (300, 90), (10, 10), (45, 45)]):
+        Image.new("RGB", size).save(tmp_path / f"{i}.png")
+    (tmp_path / "broken.png").touch()
+    found = reading.find_images(tmp_path)
+    for data in (tmp_path, str(tmp_path), found, ImageFolder(tmp_path, [(f"{i}.png", -1) for i in range(5)], (), 8)):
+        assert reading.image_side(data) == 40
+    assert reading.image_side(ToyShapes(48)) == 48
+    assert reading.image_side(found._replace(files=[found.files[-1]])) == 0  # nothing can be read
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the loader below is forked")
+def test_loaders_need_no_sockets(tmp_path, monkeypatch):
+    """Whose names in a long TMPDIR are too long: the loader lived, and nothing arrived."""
+    long = tmp_path / "a" / ("b" * 100)
+    long.mkdir(parents=True)
+    monkeypatch.setitem(multiprocessing.current_process()._config, "tempdir", str(long))
+    put(tmp_path / "images", *numbered(8))
+    for data in (open_data(tmp_path / "images", 8)[0], ToyShapes(8, n=8)):
+        loader = reading.loader(data, 1, batch_size=4)
+        loader.timeout = 20
+        x, y = next(iter(loader))
+        assert torch.equal(x, torch.stack([data[i][0] for i in range(4)]))
+        assert y.tolist() == [data[i][1] for i in range(4)]
+
+
+def test_loaders_that_deliver_nothing_end_the_run(tmp_path, monkeypatch):
+    put(tmp_path, *numbered(8))
+    loader = reading.loader(open_data(tmp_path, 8)[0], 1, batch_size=2)
+    loader.timeout = 0.01
+    monkeypatch.setattr(ImageFolder, "read", lambda data, i: time.sleep(1))
+    with pytest.raises(dq.UserError, match="no images from --workers for .* seconds; --workers 0 loads them"):
+        next(iter(loader))
+
+
+def test_toy_shapes_are_computed_once(monkeypatch):
+    painted, real = [], ToyShapes.paint
+    monkeypatch.setattr(ToyShapes, "paint", lambda data, i: painted.append(i) or real(data, i))
+    data = ToyShapes(16, n=10, seed=2)
+    first = [data[i][0] for i in range(10)]
+    first[3].zero_()                                                         # the caller's own
+    assert [torch.equal(data[i + 10][0], real(data, i)) for i in range(10)] == [True] * 10 and painted == [*range(10)]
+    monkeypatch.setattr(reading, "MEMORY", 0)
+    assert torch.equal(ToyShapes(16, n=10, seed=2)[3][0], data[3][0]) and len(painted) == 12
+
+
+@pytest.mark.parametrize("size", [16, 32, 64])
+def test_toy_shapes(size):
+    data = ToyShapes(size, n=40)
+    same, other = ToyShapes(size, n=40), ToyShapes(size, n=40, seed=1)
+    for i in range(8):
+        x, y = data[i]
+        assert x.shape == (3, size, size) and x.abs().max() <= 1 and y == i % 4
+        assert torch.equal(x, same[i][0]) and torch.equal(x, data[i + 40][0]) and not torch.equal(x, other[i][0])
+        mask = data.detail_mask(i)
+        change = (x[:, 1:, 1:] - x[:, :-1, 1:]).abs().sum(0) + (x[:, 1:, 1:] - x[:, 1:, :-1]).abs().sum(0)
+        inside = torch.nn.functional.max_pool2d(mask[None].float(), 5, 1, 2)[0, 1:, 1:] > 0
+        assert change[~inside].max() < 6 / size                              # outside the mask all is smooth
+        assert change[mask[1:, 1:]].max() > 0.5                              # inside it is not
+        assert 0.05 < mask.float().mean() < 0.8
+
+
+def test_the_texture_that_is_named_is_the_one_that_is_drawn():
+    class Forced(ToyShapes):
+        def _draw(self, i):
+            *shape_and_colours, turn, _, inks = super()._draw(i)
+            return *shape_and_colours, turn, self.kind, inks
+    data, named = ToyShapes(16, 24), [ToyShapes(16, 24).texture(i) for i in range(24)]
+    for kind in range(3):
+        forced = Forced(16, 24)
+        forced.kind = kind
+        assert [torch.equal(forced[i][0], data[i][0]) for i in range(24)] == [kind == each for each in named]
+    assert set(named) == {0, 1, 2}
+
+
+# ------------------------------------------------------------------------------------------------
+# One picture
+
+
+def read(tmp_path, image, name="x.png", size=4, **save):
+    """Save one Pillow image, or the bytes of a file, load it as the scripts do -> (S, S, 3) in 0..255."""
+    if isinstance(image, bytes):
+        (tmp_path / name).write_bytes(image)
+    else:
+        image.save(tmp_path / name, **save)
+    return ((reading.load_image(tmp_path / name, size) + 1) * 127.5).permute(1, 2, 0).numpy()
+
+
+def flat(mode, color, size=(4, 4), spoilt=None):
+    """One colour; the first pixel can have another one, and is then not looked at."""
+    image = Image.new(mode, size, color)
+    if spoilt is not None:
+        image.putpixel((0, 0), spoilt)
+    return image
+
+
+def palette_with_transparency():
+    image = flat("P", 1)
+    image.putpalette([0, 0, 0, 200, 100, 50])
+    image.info["transparency"] = 1
+    return image
+
+
+def directory(tags, start):
+    """(tag, type, values) -> a TIFF directory, as in TIFF and EXIF, to be put `start` bytes into the file."""
+    head, tail = struct.pack("<H", len(tags)), b""
+    for tag, kind, values in sorted(tags):
+        data = struct.pack(f"<{len(values)}{ {3: 'H', 4: 'I', 8: 'h'}[kind]}", *values)
+        if len(data) > 4:                                                    # too long for its place: it follows below
+            place = start + 2 + 12 * len(tags) + 4 + len(tail)
+            tail += data
+            data = struct.pack("<I", place)
+        head += struct.pack("<HHI", tag, kind, len(values)) + data.ljust(4, b"\0")
+    return head + bytes(4) + tail
+
+
+def tif(data, bits, photometric=1):
+    """The bytes of a TIFF of 4 x 4 unsigned greys."""
+    tags = [(256, 3, [4]), (257, 3, [4]), (258, 3, [bits]), (259, 3, [1]), (262, 3, [photometric]), (273, 4, [8]),
+            (277, 3, [1]), (278, 3, [4]), (279, 4, [len(data)])]
+    return b"II*\0" + struct.pack("<I", 8 + len(data)) + data + directory(tags, 8 + len(data))
+
+
+def png(pixels, depth, color_type, *chunks):
+    """The bytes of a PNG with 4 rows of these bytes. chunks: (name, data), before the pixels"""
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", 4, 4, depth, color_type, 0, 0, 0)), *chunks,
+              (b"IDAT", zlib.compress((b"\0" + pixels) * 4)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in chunks)
+
+
+RGB16 = b"\x28\x07\x50\x07\x07\x07"
+MODES = {
+    "rgb": (flat("RGB", (10, 20, 30)), "x.png", (10, 20, 30)),
+    "grey": (flat("L", 90), "x.png", 90),
+    "bit": (flat("1", 1), "x.png", 255),
+    "gif": (flat("P", 0), "x.gif", 0),
+    "cmyk": (flat("CMYK", (0, 255, 255, 0)), "x.tif", (255, 0, 0)),
+    "cmyk-jpeg": (flat("CMYK", (0, 255, 255, 0)), "x.jpg", (255, 0, 0)),
+    "transparent": (flat("RGBA", (255, 0, 0, 0)), "x.png", 255),             # white
+    "translucent": (flat("RGBA", (0, 0, 0, 51)), "x.webp", 204),             # a fifth black over white
+    "grey+alpha": (flat("LA", (0, 0)), "x.png", 255),
+    "palette+alpha": (palette_with_transparency(), "x.png", 255),
+    "16bit": (flat("I;16", 32896), "x.png", 128),
+    "16bit-tif": (flat("I;16", 257), "x.tif", 1),
+    "16bit-tif white is zero": (tif(struct.pack("<H", 257 * 55) * 16, 16, photometric=0), "x.tif", 200),
+    "12bit-tif": (tif(b"\x40\x44\x04" * 8, 12), "x.tif", 64),               # 0x404 of 0xfff
+    "32bit-tif": (tif(struct.pack("<I", 3 << 30) * 16, 32), "x.tif", 191),
+    "32bit-tif signed": (flat("I", 100, spoilt=255), "x.tif", 100),          # numpy's integers, of 0 to 255
+    "float": (flat("F", 0.5), "x.tif", 127.5),
+    "float, overshoot": (flat("F", 0.5, spoilt=1.1), "x.tif", 127.5),
+    "float, all overshoot": (flat("F", 1.02), "x.tif", 255),
+    "float of 0 to 255": (flat("F", 100.0, spoilt=255.0), "x.tif", 100),
+    "float of 0 to 255, overshoot": (flat("F", 100.0, spoilt=280.0), "x.tif", 100),
+    "float, one extreme": (flat("F", 0.5, spoilt=1e9), "x.tif", 127.5),
+    "float, infinite": (flat("F", 0.5, spoilt=float("inf")), "x.tif", 127.5),
+    "float, a quarter infinite": (Image.fromarray(np.float32([[np.inf] * 4] + [[0.5] * 4] * 3)), "x.tif", 127.5),
+    "float, not a number": (flat("F", 0.5, spoilt=float("nan")), "x.tif", 127.5),
+    "float, nothing else": (flat("F", float("nan")), "x.tif", 0),
+    "key, 2 bit": (png(b"\xaa", 2, 0, (b"tRNS", struct.pack(">H", 2))), "x.png", 255),
+    "key, 2 bit, another": (png(b"\xaa", 2, 0, (b"tRNS", struct.pack(">H", 1))), "x.png", 170),
+    "key, 8 bit": (png(b"\x28" * 4, 8, 0, (b"tRNS", struct.pack(">H", 40))), "x.png", 255),
+    "key, 16 bit": (png(b"\x28\x07" * 4, 16, 0, (b"tRNS", b"\x28\x07")), "x.png", 255),
+    "key, 16 bit, another": (png(b"\x28\x28" * 4, 16, 0, (b"tRNS", b"\x28\x07")), "x.png", 40),
+    "key, rgb 16 bit": (png(RGB16 * 4, 16, 2, (b"tRNS", RGB16)), "x.png", 255),
+    "key, rgb 16 bit, another": (png(RGB16 * 4, 16, 2, (b"tRNS", bytes(6))), "x.png", (40, 80, 7)),
+}
+
+
+def colour_profile(description, gamma, *primaries):
+    """The least of an ICC profile: three primaries (X, Y, Z, each for white of D50) and a power."""
+    def fixed(*numbers):
+        return b"".join(struct.pack(">i", round(x * 65536)) for x in numbers)
+    name, curve = description.encode() + b"\0", struct.pack(">IH2x", 1, round(gamma * 256))
+    tags = {b"desc": b"desc\0\0\0\0" + struct.pack(">I", len(name)) + name + bytes(78 + -len(name) % 4),
+            b"wtpt": b"XYZ \0\0\0\0" + fixed(0.9642, 1.0, 0.8249)}
+    for letter, primary in zip((b"r", b"g", b"b"), primaries):
+        tags |= {letter + b"XYZ": b"XYZ \0\0\0\0" + fixed(*primary), letter + b"TRC": b"curv\0\0\0\0" + curve}
+    start, index = 132 + 12 * len(tags), struct.pack(">I", len(tags))
+    for tag, data in tags.items():
+        index += tag + struct.pack(">II", start, len(data))
+        start += len(data)
+    head = struct.pack(">I4xI", start, 0x02400000) + b"mntrRGB XYZ " + bytes(12) + b"acsp" + bytes(28)
+    return head + fixed(0.9642, 1.0, 0.8249) + bytes(48) + index + b"".join(tags.values())
+
+
+P3 = [(0.5151, 0.2412, -0.0011), (0.2920, 0.6922, 0.0419), (0.1571, 0.0666, 0.7841)]
+SRGB = [(0.4360, 0.2225, 0.0139), (0.3851, 0.7169, 0.0971), (0.1431, 0.0606, 0.7139)]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
+@pytest.mark.parametrize("profile, colour, wanted", [
+    (colour_profile("wide", 2.2, *P3), (230, 100, 60), (249, 89, 39)),
+    (colour_profile("linear sRGB", 1.0, *SRGB), (55, 55, 55), (128, 128, 128)),
+    (colour_profile("sRGB-elle-V2-g10.icc", 1.0, *SRGB), (55, 55, 55), (128, 128, 128)),  # the name does not matter
+    (colour_profile("c2", 2.2, *SRGB), (200, 100, 60), (201, 100, 57)),
+    (b"no profile", (230, 100, 60), (230, 100, 60))], ids=["wide", "linear", "linear sRGB", "gamma", "unusable"])
+def test_colours_are_those_that_the_profile_means(profile, colour, wanted, mode, tmp_path):
+    picture = Image.new("RGB", (8, 8), colour).convert(mode, palette=Image.Palette.ADAPTIVE)
+    picture.save(tmp_path / "x.png", icc_profile=profile)
+    assert max(abs(a - b) for a, b in zip(reading.open_image(tmp_path / "x.png").getpixel((3, 3)), wanted)) <= 1
+
+
+@pytest.mark.parametrize("kind", MODES)
+def test_images_of_every_mode(tmp_path, kind):
+    image, name, expected = MODES[kind]
+    save = dict(lossless=True) if name.endswith("webp") else {}
+    pixels = read(tmp_path, image, name, **save)
+    assert np.abs(pixels - expected)[1:, 1:].max() <= 1, pixels[1, 1]
+
+
+def test_premultiplied_grey(tmp_path):
+    """Pillow reads such files from some version on."""
+    rgb = reading.to_rgb(flat("LA", (128, 102)).convert("La"))
+    assert rgb.mode == "RGB" and abs(rgb.getpixel((1, 1))[0] - 204) <= 1     # 40 % of half grey, over white
+
+
+ORIENTATION_6 = (0x0112, 3, [6])                                             # turn a quarter to the right
+EXIF = {"sound": [ORIENTATION_6], "a tag out of range": [ORIENTATION_6, (0x0128, 8, [-5])],
+        "a directory that is not there": [ORIENTATION_6, (0x8769, 4, [99999])], "no EXIF at all": None}
+
+
+@pytest.mark.parametrize("name", ["x.jpg", "x.png", "x.webp"])
+@pytest.mark.parametrize("kind", EXIF)
+def test_the_pixels_of_broken_metadata(kind, name, tmp_path, capfd):
+    """Every picture is read, without a warning, and upright where the orientation can be read."""
+    image = Image.new("RGB", (8, 8))
+    image.paste("white", (0, 0, 8, 4))                                       # stored: the upper half white ...
+    tags = EXIF[kind]
+    exif = b"garbage" if tags is None else b"Exif\0\0II*\0\x08\0\0\0" + directory(tags, 8)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        pixels = read(tmp_path, image, name, size=8, exif=exif)
+    black, white = (pixels[4:], pixels[:4]) if tags is None else (pixels[:, :4], pixels[:, 4:])
+    assert black.max() < 20 and white.min() > 235                            # ... shown: the right half
+    assert not told and capfd.readouterr().err == ""
+
+
+def test_text_of_three_megabytes(tmp_path):
+    text = PngImagePlugin.PngInfo()
+    text.add_text("comment", "x" * 3_000_000, zip=True)
+    assert (read(tmp_path, flat("L", 90), pnginfo=text) == 90).all()
+
+
+def test_resize_crop_and_flip(tmp_path):
+    ramp = np.tile(np.arange(64, dtype=np.uint8)[None] * 4, (16, 1))         # 64 x 16, brighter to the right
+    Image.fromarray(ramp).save(tmp_path / "wide.png")
+    centre = reading.load_image(tmp_path / "wide.png", 16)
+    assert abs(((centre.mean() + 1) * 127.5).item() - ramp.mean()) < 2
+    crops = [reading.load_image(tmp_path / "wide.png", 16, np.random.default_rng(i)) for i in range(40)]
+    rising = [bool(c[0, 0, -1] > c[0, 0, 0]) for c in crops]
+    assert 8 < sum(rising) < 32                                              # half of them flipped
+    assert len({round(c.mean().item(), 3) for c in crops}) > 15              # at many places
+    noise = np.indices((64, 64)).sum(0).astype(np.uint8) % 2 * 255           # checks, which antialiasing makes grey
+    Image.fromarray(noise).save(tmp_path / "noise.png")
+    small = reading.load_image(tmp_path / "noise.png", 8)
+    assert small.abs().max() < 0.1
+
+
+@pytest.mark.parametrize("shape", [(16, 40), (40, 16)], ids=["wide", "high"])
+def test_crops_reach_every_side(shape, tmp_path):
+    """The least and the largest random number give the first and the last square, its last column and row included."""
+    noise = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "x.png")
+    for number, square in ((0.0, noise[:16, :16]), (1 - 2.0 ** -53, noise[-16:, -16:])):
+        def random(n=None):
+            return np.full(n, number) if n else 0.9                          # the last one: not mirrored
+        crop = reading.load_image(tmp_path / "x.png", 16, SimpleNamespace(random=random))
+        assert np.abs(((crop + 1) * 127.5).permute(1, 2, 0).numpy() - square).max() < 1.5
+
+
+def test_deep_greys_are_rounded(tmp_path):
+    greys = np.uint16([[0, 128, 129, 385], [386, 500, 1000, 32767], [32900, 40000, 50000, 60000], [65406, 65407, 9, 1]])
+    pixels = read(tmp_path, Image.fromarray(greys))
+    assert (pixels.round()[..., 0] == np.round(greys / 257)).all()
+
+
+# ------------------------------------------------------------------------------------------------
+# One order of treatments: depth, transparency, colours
+
+
+def naive_srgb(value, gamma):
+    """A level of 0 to 255 by a profile with sRGB's primaries and this power -> the level of sRGB."""
+    light = (value / 255) ** gamma
+    return 255 * (12.92 * light if light < 0.0031308 else 1.055 * light ** (1 / 2.4) - 0.055)
+
+
+def grey_profile(gamma):
+    """As `colour_profile`, for grey: one curve in place of three and their primaries."""
+    rgb = colour_profile("grey", gamma, *SRGB)
+    tags = {rgb[at:at + 4]: rgb[slice(*(lambda start, length: (start, start + length))(
+        *struct.unpack(">II", rgb[at + 4:at + 12])))] for at in range(132, 132 + 12 * 8, 12)}
+    tags = {b"desc": tags[b"desc"], b"wtpt": tags[b"wtpt"], b"kTRC": tags[b"rTRC"]}
+    start, index = 132 + 12 * 3, struct.pack(">I", 3)
+    for tag, data in tags.items():
+        index += tag + struct.pack(">II", start, len(data))
+        start += len(data)
+    return struct.pack(">I", start) + rgb[4:16] + b"GRAY" + rgb[20:128] + index + b"".join(tags.values())
+
+
+def pixels_of(kind, transparency):
+    """A PNG's depth, colour type, bytes of a row and chunks -> those, its level of 0 to 255, its opacity of 0 to 1."""
+    colour, depth = kind
+    key = {"key": True, "other key": False}.get(transparency)
+    level = {1: 255, 2: 170, 4: 102, 8: 100, 16: 100}[depth]
+    raw = {1: 1, 2: 2, 4: 6, 8: 100, 16: 100 * 257}[depth]
+    if colour == "palette":
+        row, palette = bytes([0] * (4 * depth // 8 or 1)), (b"PLTE", bytes([level] * 3 + [9] * 3))
+        alpha = {"key": [0], "other key": [255, 0], "half": [102], None: None}[transparency]
+        chunks = [palette] + ([(b"tRNS", bytes(alpha))] if alpha else [])
+        return 3, row, chunks, level, {"key": 0.0, "half": 0.4}.get(transparency, 1.0)
+    bands = 3 if colour == "rgb" else 1
+    if transparency == "half":                                               # a channel of its own
+        row = b"".join(struct.pack(">H", v) if depth == 16 else bytes([v])
+                       for v in ([raw] * bands + [round(0.4 * (2 ** depth - 1))]) * 4)
+        return (6 if bands == 3 else 4), row, [], level, 0.4
+    bits = "".join(f"{raw:0{depth}b}" for _ in range(4 * bands))
+    row = int(bits.ljust(-(-len(bits) // 8) * 8, "0"), 2).to_bytes(-(-len(bits) // 8), "big")
+    value = raw if key else raw ^ (256 if depth == 16 else 1)                 # Pillow reads 8 bits of colours
+    chunks = [] if key is None else [(b"tRNS", struct.pack(f">{bands}H", *[value] * bands))]
+    return (2 if bands == 3 else 0), row, chunks, level, 0.0 if key else 1.0
+
+
+KINDS = [("grey", 1), ("grey", 2), ("grey", 4), ("grey", 8), ("grey", 16), ("rgb", 8), ("rgb", 16), ("palette", 8)]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: f"{kind[0]}{kind[1]}")
+def test_one_order_of_treatments(kind, tmp_path):
+    """Depth, then transparency over white, then colours: every kind of PNG x transparency x profile."""
+    for transparency, profile in itertools.product([None, "key", "other key", "half"], [None, 1.0, 1.8, "rgb"]):
+        if transparency == "half" and kind[0] == "grey" and kind[1] < 8:
+            continue                                                         # there is no such PNG
+        colour, row, chunks, level, alpha = pixels_of(kind, transparency)
+        grey = kind[0] == "grey" and profile != "rgb"
+        gamma = 1.0 if profile == "rgb" else profile
+        if profile:
+            icc = grey_profile(gamma) if grey else colour_profile("any", gamma, *SRGB)
+            chunks = [(b"iCCP", b"x\0\0" + zlib.compress(icc)), *chunks]
+        (tmp_path / "x.png").write_bytes(png(row, kind[1], colour, *chunks))
+        wanted = level * alpha + 255 * (1 - alpha)
+        wanted = naive_srgb(wanted, gamma) if profile else wanted
+        found = np.asarray(reading.open_image(tmp_path / "x.png")).astype(int)
+        assert np.abs(found - wanted).max() <= 1.6, (kind, transparency, profile, found[0, 0], wanted)
+
+
+def test_signed_and_float_greys_have_colours_too(tmp_path):
+    """Other formats than PNG, and a lossless WebP whose pixels are all transparent."""
+    for image, level in ((flat("F", 0.25), 63.75), (flat("I;16", 64 * 257), 64), (flat("L", 64), 64)):
+        for gamma in (1.0, 1.8):
+            image.save(tmp_path / "x.tif", icc_profile=grey_profile(gamma))
+            found = reading.open_image(tmp_path / "x.tif").getpixel((0, 0))[0]
+            assert abs(found - naive_srgb(level, gamma)) <= 1.6
+    flat("RGBA", (100, 100, 100, 0)).save(tmp_path / "x.webp", lossless=True, exact=True,
+                                          icc_profile=colour_profile("any", 1.0, *SRGB))
+    assert reading.open_image(tmp_path / "x.webp").getpixel((0, 0)) == (255, 255, 255)
