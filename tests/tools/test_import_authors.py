@@ -253,7 +253,7 @@ class Bomb:
         return open, ("boom", "w")
 
 
-def test_files_that_are_none_end_in_one_line_and_run_nothing(tmp_path, monkeypatch):
+def test_files_that_are_no_checkpoints_are_refused_and_run_no_code(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     sd = authors_checkpoint()
     torch.save({"state_dict": {k: v for k, v in sd.items() if k != "quant_conv.weight"}}, "incomplete")
