@@ -223,5 +223,5 @@ def test_what_the_commands_refuse(files):
     assert "not a file of codec.py" in call(codec.main, "unpack", folder / "in.png", folder / "out.png", *command)
     assert "no such file" in call(codec.main, "unpack", folder / "none.dq", folder / "out.png", *command)
     assert "no such file" in call(codec.main, "pack", folder / "none.png", folder / "file.dq", *command)
-    assert "can be written as .xyz" in call(codec.main, "unpack", folder / "in.png", folder / "out.xyz", *command)
+    assert "write RGB images as .xyz" in call(codec.main, "unpack", folder / "in.png", folder / "out.xyz", *command)
     assert not list(folder.glob("out.*")) and not (folder / "file.dq").exists()
