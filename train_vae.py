@@ -58,7 +58,7 @@ WIDE = dict(codebook_size=1024, channels=128, width=64, multipliers=(1, 2, 2, 4)
 PRESETS = {
     # minutes on two CPU cores: what the README's first command runs
     "toy": (dq.VAEConfig(), VAESchedule(steps=1000, batch_size=32, lr=2e-3, clip=0.0)),
-    # the same data at 64 x 64, 160 codes an image: stage 1 takes 50 minutes on two cores, stage 2 wants a GPU
+    # the same data at 64 x 64, 160 codes per image: stage 1 takes 50 minutes on two cores, stage 2 wants a GPU
     "toy64": (dq.VAEConfig(size=64, codebook_size=512), VAESchedule(steps=4000, batch_size=32, lr=2e-3, clip=0.0)),
     # a folder of images, for `choose`: the first two are for 15 minutes on two CPU cores ...
     "folder32": (dq.VAEConfig(), replace(FOLDER, steps=5000)),

@@ -43,7 +43,7 @@ WRONG = {
          "(self.age / (9 + self.age)).clamp(max=self.decay)", "self.decay"),
     ],
     "Codebook.restart": [
-        ("all codes start anew",
+        ("all codes are restarted",
          "dead = self.uses < self.dead_below * mean_uses", "dead = torch.ones_like(self.uses, dtype=torch.bool)"),
         ("at the next update the code jumps back, since its sum is the old one",
          "self.sums.copy_(torch.where(dead[:, None], fresh * mean_uses, self.sums))", "pass"),
