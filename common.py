@@ -109,6 +109,11 @@ def pick_device(name, dtype):
     return device, lambda: torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
+def on_gpu(name):
+    """True if --device names a CUDA GPU: for defaults that depend on the type of the device alone."""
+    return name.startswith("cuda") or name == "auto" and torch.cuda.is_available()
+
+
 def machine(device, autocast):
     """What computes, as strings -> {"device", "dtype", "torch"}"""
     with autocast():
@@ -439,6 +444,7 @@ class Record:
         rank, steps, self.log = dq.rank_world()[0], self.settings["steps"], self.path.with_suffix(".jsonl")
         self.bar = tqdm(range(self.step, steps), title, initial=self.step, total=steps,
                         disable=True if rank or self.step >= steps else None)
+        self.began = None
         if rank == 0:                                                        # drop what is about to be repeated
             lines = [line for line in read_log(self.log) if line["step"] <= self.step and not (
                 line["step"] == self.step and self.evaluates(self.step) and "codes_per_image" in line)]
@@ -478,6 +484,11 @@ class Record:
             newest = self.newest_losses()
             if done % 10 == 0:
                 self.write_log(done, newest)
+        self.began = self.began or (done, time.monotonic())                  # not timed: the first step, which warms up
+        if done == self.began[0] + 19 and done < self.settings["steps"] and dq.rank_world()[0] == 0:
+            left = self.settings["steps"] - done
+            minutes = (time.monotonic() - self.began[1]) / 19 * left / 60
+            tqdm.write(f"step {done}: about {max(1, round(minutes))} min for the other {left} steps")
         if saves:
             stop.alive += 15                                                 # to write it takes longer than a step
         if asked:

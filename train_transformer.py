@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 import dq
-from common import (PATIENCE, Record, Schedule, Stop, distribute, draw_grains, machine, number, override, path,
-                    positive, prepare, read_log, run, save_grid, say, seed_all, shuffled_indices, to_picture,
+from common import (PATIENCE, Record, Schedule, Stop, distribute, draw_grains, machine, number, on_gpu, override,
+                    path, positive, prepare, read_log, run, save_grid, say, seed_all, shuffled_indices, to_picture,
                     trainer_flags)
 
 
@@ -39,6 +39,9 @@ PAPER = TransformerSchedule(steps=507_000, batch_size=240, accumulate=4, lr=5e-4
                             decay="cosine", optimizer="adamw",               # 100 epochs of 1,217,000 images
                             sampling=dq.SampleOptions(top_k=300))
 
+FOLDER = dq.TransformerConfig(dropout=0.1, qk_norm=True)
+FOLDER_GPU = TransformerSchedule(steps=10_000, batch_size=64, lr=3e-3, weight_decay=0.1, eval_every=500)
+
 PRESETS = {                                                                  # train_vae.py says what each is for
     "toy": (
         dq.TransformerConfig(qk_norm=True),
@@ -47,6 +50,12 @@ PRESETS = {                                                                  # t
     "toy64": (
         dq.TransformerConfig(width=256, heads=8, content_layers=6, qk_norm=True),
         TransformerSchedule(steps=6000, batch_size=64, lr=3e-3, weight_decay=0.05, sampling=SHAPES)),
+    **dict.fromkeys(["folder32", "folder64"], (
+        FOLDER, TransformerSchedule(steps=800, batch_size=32, lr=4e-3, weight_decay=0.1, eval_every=200))),
+    **dict.fromkeys(["folder64-large", "folder128"], (
+        replace(FOLDER, width=256, heads=8, content_layers=6, dropout=0.2), FOLDER_GPU)),
+    "folder256": (
+        replace(FOLDER, width=512, heads=8, position_layers=3, content_layers=9), FOLDER_GPU),
     "emoji64": (
         dq.TransformerConfig(width=160, heads=5, content_layers=6, dropout=0.3, qk_norm=True),
         TransformerSchedule(steps=5000, batch_size=64, lr=3e-3, weight_decay=0.1, sampling=SHAPES)),
@@ -70,17 +79,35 @@ PRESETS["toy-paper"] = (dq.TransformerConfig(rotary=False), replace(PRESETS["toy
 # Flags and data
 
 
+def fit(gpu, codes, images):
+    """-> a preset's name, config and schedule for this many images with this many codes each, on a GPU or a CPU."""
+    name = ("folder256" if codes * images >= 5e6 else "folder64-large") if gpu else "folder64"
+    config, schedule = PRESETS[name]
+    if codes > 100 and not gpu:                                              # about as many codes per step
+        schedule = replace(schedule, batch_size=8)
+    return name, replace(config, dropout=0.3) if images < FEW else config, schedule
+
+
 def parse(argv=None):
-    """-> the flags, and the preset's config and schedule"""
+    """-> the flags, and the preset's config and schedule. Without --preset: those of the recipe that made the codes, or
+    those that fit them."""
     first = argparse.ArgumentParser(add_help=False)                          # finds the preset, which has the defaults
     first.add_argument("--codes", type=path)
     first.add_argument("--out", type=path, default=Path("out"))
+    first.add_argument("--device", default="auto")
+    first.add_argument("--preset")
     known = first.parse_known_args(argv)[0]
-    codes, preset = known.codes or known.out / "codes.pt", "toy"
+    codes, preset, presets = known.codes or known.out / "codes.pt", "toy", PRESETS
     with contextlib.suppress(Exception):                                     # `read_codes` reports what is wrong
-        preset = torch.load(codes, mmap=True, weights_only=True)["preset"]
-    parser, config, schedule = trainer_flags("Train a DQ-Transformer on the codes of a DQ-VAE.", PRESETS, argv,
-                                             preset if preset in PRESETS else "toy")
+        stored = torch.load(codes, mmap=True, weights_only=True)
+        preset, grains, factors = stored["preset"], stored["train"]["grains"], stored["config"]["factors"]
+        if not known.preset and (preset not in PRESETS or preset.startswith("folder")):
+            cells = torch.tensor([(factors[0] // f) ** 2 for f in factors])  # K: codes of a region
+            count = cells[grains[:1000].long()].sum(dim=(2, 3)).float().mean().item()
+            preset, *fitted = fit(on_gpu(known.device), count, len(grains))
+            presets = PRESETS | {preset: fitted}
+    parser, config, schedule = trainer_flags("Train a DQ-Transformer on the codes of a DQ-VAE.", presets, argv,
+                                             preset if preset in presets else "toy")
     add, fraction = parser.add_argument, number(float, 0, below=1)
     add("--codes", metavar="FILE", type=path, default=codes, help="codes.pt of train_vae.py; also selects the preset")
     add("--position-layers", type=positive, default=config.position_layers, help="layers of the position stack")
@@ -212,8 +239,9 @@ def main(argv=None):
     vae = dq.rebuild(dq.DQVAE, dq.VAEConfig, stored["config"], stored["weights"], device)
     factors, classes = vae.config.factors, stored["classes"]
     train, held_out = (views(stored[part], factors, args.uncond) for part in ("train", "held_out"))
-    mirrored = ", with their mirror images" * (stored["train"]["codes"].shape[1] > 1)
-    say(f"codes: {args.codes}, {stored['name']}, {len(train.label)} to train on{mirrored}, {len(held_out.label)} for "
+    n, per_image = stored["train"]["codes"].shape[:2]
+    several = f", with {per_image} views of each" * (per_image > 1)
+    say(f"codes: {args.codes}, {stored['name']}, {n} to train on{several}, {len(held_out.label)} for "
         f"validation; {len(classes)} classes; preset {args.preset}")
     if len(stored["train"]["label"]) < FEW:
         say(f"note: a model of fewer than {FEW} images soon memorises them: expect samples that resemble training "

@@ -21,10 +21,10 @@ from torch.distributed.nn.functional import all_reduce
 from tqdm import tqdm
 
 import dq
-from common import (PATIENCE, Record, Schedule, Stop, distribute, draw_grains, flag, machine, natural, override, path,
-                    positive, prepare, run, save_grid, say, seed_all, set_aside, shuffled_indices, to_picture,
+from common import (PATIENCE, Record, Schedule, Stop, distribute, draw_grains, flag, machine, natural, on_gpu, override,
+                    path, positive, prepare, run, save_grid, say, seed_all, set_aside, shuffled_indices, to_picture,
                     trainer_flags, weight)
-from data import BROKEN, ToyShapes, describe, identity, loader, open_data, stream
+from data import BROKEN, ImageFolder, ToyShapes, describe, find_images, identity, image_side, loader, open_data, stream
 
 
 # ------------------------------------------------------------------------------------------------
@@ -52,11 +52,23 @@ PAPER = VAESchedule(steps=507_000, batch_size=120, accumulate=4, lr=5.4e-4, beta
                     eval_every=5000, clip=0.0, budget_weight=10.0, l2_weight=0.0, perceptual_weight=1.0,
                     gan_weight=1.0)                                          # 50 epochs of 1,217,000 images
 
+FOLDER = VAESchedule(steps=1500, batch_size=16, lr=2e-3, clip=0.0)
+WIDE = dict(codebook_size=1024, channels=128, width=64, multipliers=(1, 2, 2, 4), decoder_blocks=2, attention_from=8)
+
 PRESETS = {
     # minutes on two CPU cores: what the README's first command runs
     "toy": (dq.VAEConfig(), VAESchedule(steps=1000, batch_size=32, lr=2e-3, clip=0.0)),
-    # the same data at 64 x 64, 160 codes an image: stage 1 takes 50 minutes on two cores, stage 2 wants a GPU
+    # the same data at 64 x 64, 160 codes per image: stage 1 takes 50 minutes on two cores, stage 2 wants a GPU
     "toy64": (dq.VAEConfig(size=64, codebook_size=512), VAESchedule(steps=4000, batch_size=32, lr=2e-3, clip=0.0)),
+    # a folder of images, for `choose`: the first two are for 15 minutes on two CPU cores ...
+    "folder32": (dq.VAEConfig(), replace(FOLDER, steps=5000)),
+    "folder64": (dq.VAEConfig(size=64, factors=(16, 8), codebook_size=512, attention_from=8), FOLDER),
+    # ... and these take an hour on a GPU, by an estimate; they have not been tried on one
+    "folder64-large": (dq.VAEConfig(size=64, **WIDE), replace(FOLDER, steps=20_000, batch_size=64, eval_every=1000)),
+    "folder128": (dq.VAEConfig(size=128, factors=(16, 8), **WIDE),
+                  replace(FOLDER, steps=20_000, batch_size=64, eval_every=1000)),
+    "folder256": (dq.VAEConfig(size=256, factors=(16, 8), **WIDE),
+                  replace(FOLDER, steps=8000, batch_size=32, eval_every=1000)),
     # a few thousand pictures in 40 codes each: what assets/emoji64.pt was made with
     "emoji64": (dq.VAEConfig(size=64, factors=(16, 8), codebook_size=1024, channels=128, multipliers=(1, 2, 4, 4),
                              attention_from=8),
@@ -74,6 +86,9 @@ PRESETS = {
     "imagenet256": (DUAL, PAPER),
     "imagenet256-triple": (TRIPLE, replace(PAPER, budget_weight=1.0)),
 }
+
+
+FEW = 500                                # images; for fewer, codes.pt has crops of each
 
 
 # ------------------------------------------------------------------------------------------------
@@ -274,17 +289,26 @@ def show(path, images, reconstructions, grains, factors):
 # codes.pt: what stage 2 reads
 
 
+def crops(x):
+    """Images (B, 3, S, S) -> five of this shape: themselves, and 7/8 of their side from each corner, enlarged."""
+    S, side = x.shape[-1], x.shape[-1] * 7 // 8
+    corners = [x[..., top:top + side, left:left + side] for top in (0, S - side) for left in (0, S - side)]
+    return [x] + [F.interpolate(corner, (S, S), mode="bicubic").clamp(-1, 1) for corner in corners]
+
+
 @torch.no_grad()
-def encode_dataset(vae, data, device, autocast, workers, mirrored, stop, batch_size=64):
-    """All images that can be decoded, and with `mirrored` the mirror image of each, in the order of the data set
+def encode_dataset(vae, data, device, autocast, workers, mirrored, stop, batch_size=64, cropped=False):
+    """All images that can be decoded, with `cropped` the crops of each and with `mirrored` their mirror images,
+    in the order of the data set
     -> {codes: (M, views, H, W), grains: (M, views, h, w), label: (M,)} on the CPU, in small integers.
 
     Each rank encodes its part of the images, and rank 0 collects the codes; the other ranks return None.
     """
     (rank, world), config, M, first = dq.rank_world(), vae.config, len(data), 0
     H, h = (config.size // config.factors[k] for k in (-1, 0))
-    kinds = dict(codes=((1 + mirrored, H, H), smallest(0, config.codebook_size - 1)),
-                 grains=((1 + mirrored, h, h), torch.uint8), label=((), torch.int))
+    n_views = (5 if cropped else 1) * (1 + mirrored)
+    kinds = dict(codes=((n_views, H, H), smallest(0, config.codebook_size - 1)),
+                 grains=((n_views, h, h), torch.uint8), label=((), torch.int))
     rows = {name: torch.empty(0 if rank else M, *shape, dtype=dtype) for name, (shape, dtype) in kinds.items()}
     # the indices wrap around at the end, so that all ranks have the same number
     own = range(rank, -(-M // world) * world, world)
@@ -293,7 +317,8 @@ def encode_dataset(vae, data, device, autocast, workers, mirrored, stop, batch_s
     for x, label in bar:
         x = x.to(device)                                                     # n, 3, S, S
         with autocast():
-            views = [vae.encode(view) for view in ((x, x.flip(3)) if mirrored else (x,))]
+            views = [vae.encode(view) for crop in (crops(x) if cropped else [x])
+                     for view in ((crop, crop.flip(3)) if mirrored else (crop,))]
         codes, grains = (torch.stack(each, dim=1) for each in zip(*views))   # n, views, H, W; n, views, h, w
         for name, part in dict(codes=codes, grains=grains, label=label).items():
             of_all = torch.zeros(world, *part.shape, dtype=torch.int, device=device)
@@ -320,12 +345,20 @@ def smallest(low, high):
     return next(kind for kind in kinds if torch.iinfo(kind).min <= low and high <= torch.iinfo(kind).max)
 
 
+def recipe(preset, config):
+    """The name of the preset, by which stage 2 trains; "custom" if flags have changed what the codes are like."""
+    like = (config.size, config.factors, config.ratios)
+    made = PRESETS.get(preset, (config,))[0]
+    return preset if preset in PRESETS and like == (made.size, made.factors, made.ratios) else "custom"
+
+
 def write_codes(path, vae, train, val, args, device, autocast, stop):
     """Encode all images and write what stage 2 needs: the codes, the DQ-VAE, the classes, the name of the preset."""
     vae.eval()
     seed_all(args.seed)                                                      # for the random router
-    parts = [encode_dataset(vae, data, device, autocast, args.workers, mirrored, stop, args.part)
-             for data, mirrored in ((train, not args.no_flip), (val, False))]
+    cropped = isinstance(train, ImageFolder) and len(train) < FEW
+    parts = [encode_dataset(vae, data, device, autocast, args.workers, mirrored, stop, args.part, crops_too)
+             for data, mirrored, crops_too in ((train, not args.no_flip, cropped), (val, False, False))]
     if dq.rank_world()[0] > 0:
         return
     stop.alive += 15                                                         # to write them takes longer than a step
@@ -333,8 +366,8 @@ def write_codes(path, vae, train, val, args, device, autocast, stop):
     for x in (*weights.values(), *parts[0].values(), *parts[1].values()):
         checksum = zlib.crc32(x.contiguous().flatten().view(torch.uint8).numpy(), checksum)
     codes = dict(kind="dq-codes", version=1, name=f"{len(parts[0]['label'])} images (checksum {checksum:08x})",
-                 preset=args.preset, classes=train.classes, config=asdict(vae.config), weights=weights,
-                 train=parts[0], held_out=parts[1])
+                 preset=args.preset, classes=train.classes, config=asdict(vae.config),
+                 weights=weights, train=parts[0], held_out=parts[1])
     dq.write_file(path, lambda file: torch.save(codes, file))
 
 
@@ -354,10 +387,45 @@ ENCODE_FLAGS = {"encode", "out", "preset", "data", "held_out", "no_flip", "seed"
                 "device", "dtype"}
 
 
+def choose(gpu, images, side):
+    """-> the preset for so many images, `side` pixels on their short side, on a GPU or a CPU."""
+    if not gpu or side < 64:
+        return "folder64" if side >= 64 else "folder32"
+    if side < 128 or images < 1000:                                          # few images can't teach many codes
+        return "folder64-large"
+    return "folder128" if side < 256 or images < 10_000 else "folder256"
+
+
+def default_preset(argv):
+    """The preset without --preset: that of the run to resume, or for the images of --data. -> its name, the images'
+    short side (median, pixels), GPU or not, the images; without a choice, None for side and images"""
+    first = argparse.ArgumentParser(add_help=False)
+    for name in ("--preset", "--size", "--encode"):
+        first.add_argument(name)
+    for name in ("--data", "--held-out"):
+        first.add_argument(name, type=path)
+    first.add_argument("--out", type=path, default=Path("out"))
+    first.add_argument("--device", default="auto")
+    first.add_argument("--resume", action="store_true")
+    known = first.parse_known_args(argv)[0]
+    gpu, size = on_gpu(known.device), known.size or ""
+    if known.resume:
+        with contextlib.suppress(Exception):                                 # Record.begin says what is wrong with it
+            preset = torch.load(known.out / "vae.pt", mmap=True, weights_only=True)["preset"]
+            return preset if preset in PRESETS else "toy", None, gpu, None
+    if not known.data or known.preset or known.encode:
+        return "toy", None, gpu, None
+    found = find_images(known.data, [known.out, known.held_out])
+    side = image_side(found) or 32                                           # 0: no header can be read
+    preset = choose(gpu, math.inf, int(size)) if size.isdecimal() else choose(gpu, len(found.files), side)
+    return preset, side, gpu, found
+
+
 def parse(argv=None):
     """-> flags, config, schedule; args.given has the names of the flags that the command line sets."""
+    preset, short_side, gpu, found = default_preset(argv)
     parser, config, schedule = trainer_flags(
-        "Train a DQ-VAE, which encodes images as variable-length codes.", PRESETS, argv)
+        "Train a DQ-VAE, which encodes images as variable-length codes.", PRESETS, argv, preset)
     add = parser.add_argument
     add("--data", metavar="DIR", type=path, help="folder of images; None: the built-in toy shapes")
     add("--held-out", metavar="DIR", type=path,
@@ -388,7 +456,22 @@ def parse(argv=None):
     for name, weighs, side in (("gan", args.gan_weight, 24), ("perceptual", args.perceptual_weight, 16)):
         dq.require(not weighs or args.size >= side or args.encode, f"the {name} loss needs images of at least {side} x "
                    f"{side} pixels, not {args.size}; --{name}-weight 0 turns it off")
-    return args, override(config, args), override(schedule, args)
+    config, schedule = override(config, args), override(schedule, args)
+    args.plan, args.found = outline(args.preset, config, schedule, short_side, gpu), found
+    return args, config, schedule
+
+
+def outline(preset, config, schedule, side=None, gpu=False):
+    """One line: what this preset trains and, where images with this short side chose it, what would give more."""
+    cells = [(config.size // factor) ** 2 for factor in config.factors]      # K
+    codes = sum(ratio * n for ratio, n in zip(config.ratios, cells))
+    line = f"{config.size} x {config.size} pixels, about {codes:.0f} codes per image, {schedule.steps} steps"
+    if side is None:
+        return f"preset {preset}: {line}"
+    why = f"for images of {side} pixels on a {'GPU' if gpu else 'CPU'}" + ", enlarged" * (side < config.size)
+    more = (f"--size {2 * config.size} shows finer detail and takes about four times as long"
+            if 2 * config.size <= min(side, 256) else f"--steps {2 * schedule.steps} takes twice as long")
+    return f"preset {preset}, {why}: {line}; for more: {more}"
 
 
 def validation_images(data, config):
@@ -427,6 +510,8 @@ def encode_only(args, saved, device, autocast):
     if trained_on not in (None, identity(train)):
         say(f"note: this DQ-VAE was trained on other images: {trained_on}")
     set_aside(path, hint="")
+    if "preset" not in args.given:
+        args.preset = recipe(args.preset, vae.config)
     with Stop(device, PATIENCE) as stop:
         write_codes(path, vae, train, val, args, device, autocast, stop)
     say(f"done: {path}")
@@ -439,8 +524,12 @@ def main(argv=None):
     if args.encode:
         return encode_only(args, saved, device, autocast)
     train, val = open_data(args.data, config.size, augment=True, seed=args.seed, skip=args.out, flip=not args.no_flip,
-                           held_out=args.held_out)
+                           held_out=args.held_out, found=args.found)
     say(describe(train, val))
+    say(args.plan)
+    if isinstance(train, ImageFolder) and len(train) < FEW:
+        say(f"note: with only {len(train)} images, expect samples that repeat or blend them; a few thousand images "
+            "give new ones. Stage 2 will train on five crops of each image")
     images, detailed = validation_images(val, config)
     perceptual = Perceptual.load(args.perceptual_weights).to(device) if schedule.perceptual_weight else None
 
@@ -529,6 +618,7 @@ def main(argv=None):
                 stop.leave(stops, f"after step {done}, saved in {record.path}")
         metrics = validate(record.step)
         train.augment = False                                                # encode each image once, without crops
+        args.preset = recipe(args.preset, config)
         write_codes(codes, model, train, val, args, device, autocast, stop)
     say(f"done: {record.path}, {codes}, {args.out / 'vae.png'} and {record.log}")
     if metrics:

@@ -1,4 +1,4 @@
-"""What several test files need: a device, a folder of images, a run of both stages, a way to call a script."""
+"""Fixtures and helpers of several test files: a device, a folder of images, runs of both stages, script calls."""
 import importlib
 import os
 import subprocess
@@ -31,12 +31,12 @@ def seed():
 
 
 def plain():
-    """In place of the autocast of common.pick_device: float32."""
+    """Stands in for the autocast of common.pick_device; computes in float32."""
     return torch.autocast("cpu", enabled=False)
 
 
 def call(main, *args):
-    """A script's main as the shell calls it, in this process. -> the line that it ends with, or None"""
+    """Run a script's main in this process as the shell would. -> its exit status or error message, or None"""
     try:
         common.run(lambda: main(list(map(str, args))))
     except SystemExit as end:
@@ -49,7 +49,7 @@ def script(name, *args):
 
 @pytest.fixture(scope="session")
 def images(tmp_path_factory):
-    """A folder of toy images in one sub-folder per class."""
+    """A folder of toy images, with one sub-folder per class."""
     root, toy = tmp_path_factory.mktemp("images"), ToyShapes(24, n=48)
     for i in range(48):
         x, y = toy[i]
@@ -59,19 +59,19 @@ def images(tmp_path_factory):
 
 
 def train(name, out, *flags):
-    """A few steps of a stage, in this process: to start another one takes longer than they do."""
-    main = importlib.import_module(name).main                                # a fault in stage 2 is none of stage 1's
+    """Train a stage for a few steps in this process, because starting another process takes longer than training."""
+    main = importlib.import_module(name).main                                # a fault in stage 2 spares stage 1's tests
     assert call(main, "--out", out, "--steps", 6, "--eval-every", 3, *flags) is None
     return out
 
 
 @pytest.fixture(scope="session")
 def vae_run(images, tmp_path_factory):
-    """A folder with a trained stage 1, which knows nothing of sequences and transformers."""
+    """A folder with a trained stage 1, which does not depend on sequences or transformers."""
     return train("train_vae", tmp_path_factory.mktemp("run"), "--data", images, *VAE)
 
 
 @pytest.fixture(scope="session")
 def run(vae_run):
-    """The same folder, with stage 2 in it too."""
+    """The same folder, with a trained stage 2 as well."""
     return train("train_transformer", vae_run, *TRANSFORMER)

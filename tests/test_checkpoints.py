@@ -2,7 +2,7 @@
 
     write_file                          test_a_file_is_whole_or_as_it_was; on a full disk: survival/test_full_disk.py
     save_checkpoint, load_checkpoint    test_checkpoints, test_a_checkpoint_runs_no_code
-                                        test_a_flipped_bit_is_seen; of broken files, survival/test_broken.py
+                                        test_a_flipped_bit_is_seen; damaged files: survival/test_broken.py
     rebuild, load_vae                   test_checkpoints
     Layout.name, written and read       test_checkpoints_of_other_orders_are_refused
 """
@@ -46,7 +46,7 @@ def test_a_flipped_bit_is_seen(tmp_path):
     torch.save(dict(kind="dq-codes", codes=torch.zeros(10_000)), path)
     assert dq.load_checkpoint(path, "dq-codes")["codes"].sum() == 0
     data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1                                                # torch.load does not look at checksums
+    data[len(data) // 2] ^= 1                                                # torch.load does not check checksums
     path.write_bytes(data)
     with pytest.raises(dq.UserError, match="corrupt"):
         dq.load_checkpoint(path, "dq-codes")
@@ -79,8 +79,8 @@ def test_a_file_is_whole_or_as_it_was(error, tmp_path):
 
 
 def test_checkpoints_of_other_orders_are_refused(run, tmp_path):
-    """Those of before, which say nothing of their order, and those of tools/ablations.py: in one line, by whatever
-    reads them; the files stay as they are."""
+    """Older checkpoints name no token order; those of tools/ablations.py name another one. Every script that reads
+    them refuses them with a one-line message and leaves the files unchanged."""
     held, out = dq.load_checkpoint(run / "transformer.pt", "dq-transformer"), tmp_path / "out"
     assert held["layout"] == "coarse to fine, row by row"
     shutil.copytree(run, out)

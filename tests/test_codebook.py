@@ -5,7 +5,7 @@
     Codebook.forward    test_commitment_counts_every_code_once_and_pulls_only_the_encoder and three more
     Codebook.update     test_ema_update_equals_a_loop_over_codes
     Codebook.restart    test_restart_revives_dead_codes_and_leaves_the_others and three more
-    sample_vectors      test_restart_draws_by_weight; over several processes: survival/test_processes.py
+    sample_vectors      test_restart_draws_by_weight; with several ranks: survival/test_processes.py
 """
 import itertools
 
@@ -19,27 +19,27 @@ from dq import Codebook
 
 def test_nearest_code_equals_a_loop():
     book, z = Codebook(7, 3), torch.randn(50, 3)
-    book.codes.copy_(torch.randn(7, 3) * torch.linspace(0.2, 3, 7)[:, None])  # short ones and long ones
+    book.codes.copy_(torch.randn(7, 3) * torch.linspace(0.2, 3, 7)[:, None])  # of different norms
     ids = book.assign(z)
-    assert len(ids.unique()) > 3, "50 vectors get three of 7 codes at most, though their nearest are more"
+    assert len(ids.unique()) > 3, "50 vectors use at most three of 7 codes, but their nearest codes are more than that"
     for vector, i in zip(z, ids.tolist()):
-        assert i == naive.nearest(book.codes, vector), "a vector gets a code that is not its nearest"
+        assert i == naive.nearest(book.codes, vector), "a vector is assigned a code that is not its nearest"
 
 
 def test_the_nearest_code_is_found_far_from_the_origin():
     book, z = Codebook(64, 4), torch.randn(1000, 4) + 1000
     book.codes.copy_(torch.randn(64, 4) + 1000)
     nearest = torch.cdist(z.double(), book.codes.double()).argmin(1)
-    assert (book.assign(z) == nearest).float().mean() > 0.995                # the rest: ties, but for rounding
+    assert (book.assign(z) == nearest).float().mean() > 0.995                # the others tie up to rounding
 
 
 def test_straight_through_has_the_value_of_q_and_the_gradient_of_z():
     z, q, cost = torch.randn(5, 3, requires_grad=True), torch.randn(5, 3), torch.randn(5, 3)
     out = dq.straight_through(z, q)
-    torch.testing.assert_close(out.detach(), q, msg=lambda why: f"the value is not that of q: {why}")
+    torch.testing.assert_close(out.detach(), q, msg=lambda why: f"the value differs from q: {why}")
     (out * cost).sum().backward()
     assert z.grad is not None, "no gradient reaches z"
-    torch.testing.assert_close(z.grad, cost, msg=lambda why: f"the gradient does not reach z unchanged: {why}")
+    torch.testing.assert_close(z.grad, cost, msg=lambda why: f"the gradient changes on its way to z: {why}")
 
 
 @pytest.mark.parametrize("age, decay", [(0, 0.1), (5, 0.4), (1000, 0.9)])
@@ -54,7 +54,7 @@ def test_ema_update_equals_a_loop_over_codes(age, decay):
     codes, uses, sums = (t.clone() for t in (book.codes, book.uses, book.sums))
     z = torch.randn(2, D, 4, 4)
     weight = torch.ones(2, 4, 4)
-    z[:, :, :2, :2] = z[:, :, :1, :1]                                        # one coarse code over four cells
+    z[:, :, :2, :2] = z[:, :, :1, :1]                                        # one coarse code covers four cells
     weight[:, :2, :2] = 1 / 4
     book.train()
     q, ids, loss = book(z, weight)
@@ -62,11 +62,11 @@ def test_ema_update_equals_a_loop_over_codes(age, decay):
         assert ids[b, y, x] == naive.nearest(codes, z[b, :, y, x]), "the ids are not those of the nearest codes"
     uses, sums = naive.averages(codes, uses, sums, z, weight, decay)
     torch.testing.assert_close(book.uses, uses, msg=lambda why: (
-        f"uses is not its moving average, in which a vector counts with its weight, in batch {age + 1}: {why}"))
+        f"in batch {age + 1}, uses is not the moving average of the weights of the assigned vectors: {why}"))
     torch.testing.assert_close(book.sums, sums, msg=lambda why: (
-        f"sums is not its moving average, though uses is: {why}"))
+        f"uses is right, but sums is not the moving average of the weighted vectors: {why}"))
     torch.testing.assert_close(book.codes, sums / uses[:, None], msg=lambda why: (
-        f"the codes are not the averages of what chose them, though uses and sums are right: {why}"))
+        f"uses and sums are right, but a code is not the average of the vectors that chose it: {why}"))
 
 
 def test_commitment_counts_every_code_once_and_pulls_only_the_encoder():
@@ -88,15 +88,15 @@ def test_commitment_pulls_vectors_to_their_codes():
     z = torch.randn(1, 2, 2, 2, requires_grad=True)
     _, ids, loss = book(z, torch.full((1, 2, 2), 0.5))
     loss.backward()
-    wanted = 0.25 * 0.5 / 4 * (z.detach() - book.codes[ids].permute(0, 3, 1, 2))  # of 2 channels, whose mean has a half
-    torch.testing.assert_close(z.grad, wanted)
+    target = 0.25 * 0.5 / 4 * (z.detach() - book.codes[ids].permute(0, 3, 1, 2))  # the mean over 2 channels gives 1/2
+    torch.testing.assert_close(z.grad, target)
 
 
 def test_the_codebook_learns_in_training_only():
     book, z, weight = Codebook(4, 2), torch.randn(3, 2, 4, 4), torch.ones(3, 4, 4)
     book.train()
     book(z, weight)
-    assert len(book.codes.unique(dim=0)) == 4 and book.age == 1              # it starts from its first batch
+    assert len(book.codes.unique(dim=0)) == 4 and book.age == 1              # the first batch initialises it
     before = {name: x.clone() for name, x in book.state_dict().items()}
     book.eval()
     book(z + 1, weight)
@@ -108,7 +108,7 @@ def test_the_codebook_learns_in_training_only():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_distances_are_in_float32(dtype):
-    """Under autocast, too: of so many codes bfloat16 takes the wrong one here and there."""
+    """Also under autocast. Among so many codes, bfloat16 would pick a wrong one now and then."""
     book, z = Codebook(256, 2).eval(), torch.rand(1, 2, 8, 8).to(dtype)
     book.codes.copy_(torch.rand(256, 2))
     with torch.autocast("cpu", torch.bfloat16):
@@ -121,35 +121,35 @@ def test_distances_are_in_float32(dtype):
 def test_restart_revives_dead_codes_and_leaves_the_others():
     book, z, weight = Codebook(8, 2), torch.randn(64, 2), torch.full((64,), 0.5)
     book.restart(z, weight)                                                  # the first batch initialises all codes
-    assert (book.uses == 4).all(), "after a restart of all, a code is not used as often as it should count"
+    assert (book.uses == 4).all(), "after all codes are restarted, their usage is not set to the mean"
     book.uses.copy_(torch.arange(8) + 1)
     book.sums.copy_(book.codes * book.uses[:, None])
-    book.codes[5], book.uses[5], book.sums[5] = 100.0, 0.39, 39.0            # used less than a tenth of 4 times
+    book.codes[5], book.uses[5], book.sums[5] = 100.0, 0.39, 39.0            # 0.39 is less than 0.1 times the mean, 4
     before = [t.clone() for t in (book.codes, book.uses, book.sums)]
     book.restart(z, weight)
     others = torch.arange(8) != 5
     for t, was in zip((book.codes, book.uses, book.sums), before):
-        torch.testing.assert_close(t[others], was[others], msg=lambda why: f"a code in use has changed: {why}")
+        torch.testing.assert_close(t[others], was[others], msg=lambda why: f"the restart changes a used code: {why}")
     distance = (z - book.codes[5]).norm(dim=1)
-    assert distance.min() < 0.1, "the dead code does not start at a vector of the batch"
-    assert distance.min() > 0, "the dead code has no noise: it is exactly a vector of the batch"
-    assert book.uses[5] == 4, "the dead code does not count as used as often as it should"
+    assert distance.min() < 0.1, "the dead code is not moved to a vector of the batch"
+    assert distance.min() > 0, "no noise is added to the dead code: it equals a vector of the batch"
+    assert book.uses[5] == 4, "the usage of the restarted code is not set to the mean"
     torch.testing.assert_close(book.sums[5], 4 * book.codes[5], msg=lambda why: (
-        f"sums / uses is not the code that starts anew, so that the next update moves it away: {why}"))
+        f"sums / uses differs from the restarted code, so the next update would move it away: {why}"))
 
 
 def test_restart_draws_by_weight():
     book, z = Codebook(8, 2), torch.rand(64, 2)
     z[32:] += 100
     book.restart(z, (torch.arange(64) < 32).float())
-    assert (book.codes < 50).all(), "a vector of weight 0 has become a code"
-    assert (book.codes != 0).any(), "no code starts anew, though at first all are dead"
+    assert (book.codes < 50).all(), "a code is restarted at a vector of weight 0"
+    assert (book.codes != 0).any(), "no code is restarted, although all are dead at first"
     near = torch.cdist(book.codes, z).min(1).values.max()
-    assert near < 0.1, "a code that starts anew is not beside a vector of the batch"
+    assert near < 0.1, "a restarted code is not close to any vector of the batch"
 
 
 def test_no_vector_restarts_two_codes_while_there_are_enough():
-    """More codes than vectors, of which few are dead: each gets a vector of its own."""
+    """There are more codes than vectors, but few are dead. Each dead code gets a different vector."""
     book, z = Codebook(64, 2), torch.arange(20.0)[:, None].expand(20, 2) * 100
     book.uses.fill_(20 / 64)
     dead = torch.randperm(64)[:15]
@@ -162,11 +162,11 @@ def test_no_vector_restarts_two_codes_while_there_are_enough():
 def test_a_batch_of_few_different_vectors_gives_codes_that_differ():
     book = Codebook(16, 2)
     book.restart(torch.randn(3, 2).repeat(20, 1), torch.ones(60))
-    assert torch.pdist(book.codes).min() > 1e-5, "two codes are the same, so one of them will never be chosen"
+    assert torch.pdist(book.codes).min() > 1e-5, "two codes are equal, so one of them will never be chosen"
 
 
 def test_the_first_batch_is_quantised_by_codes_of_its_own():
-    """All codes are dead at first: they start before the nearest ones are looked for, not after."""
+    """All codes are dead at first. They must be initialised before the nearest code is searched, not after."""
     book, z = Codebook(64, 2).train(), torch.randn(4, 2, 4, 4)
     q, ids, loss = book(z, torch.ones(4, 4, 4))
-    assert len(ids.unique()) > 48 and (q - z).abs().max() < 0.1              # 64 vectors, which start 64 codes
+    assert len(ids.unique()) > 48 and (q - z).abs().max() < 0.1              # 64 vectors initialise 64 codes

@@ -1,10 +1,10 @@
-"""Layout, section 5 of dq.py: packing is a sort, unpacking its inverse, and `legal` is exactly what tilings go on with.
+"""Layout, section 5 of dq.py: `pack` is a sort, `unpack` its inverse, and `legal` allows exactly the complete tilings.
 
     Layout.pack               test_pack_equals_a_loop, test_the_example_of_the_docstring
     Layout.unpack, grains     test_unpack_is_the_inverse_of_pack
     Layout.lengths            test_pack_equals_a_loop
     Layout.legal              test_packed_sequences_are_legal_at_each_step, test_every_legal_walk_is_a_complete_tiling
-    its sizes and places      test_sizes_of_the_paper, test_places_are_the_centres_of_codes_on_the_finest_grid
+    sizes and coordinates     test_sizes_of_the_paper, test_places_are_the_centres_of_codes_on_the_finest_grid
 """
 import pytest
 import torch
@@ -24,7 +24,7 @@ def random_image(layout, grains, V=7):
             for x in range(H):
                 m = H // h
                 k = int(grains[b, y // m, x // m])
-                c = m // int(layout.cells[k] ** 0.5)                         # side of one code in fine cells
+                c = m // int(layout.cells[k] ** 0.5)                         # side of one code, in fine cells
                 codes[b, y, x] = codes[b, y // c * c, x // c * c]
     return codes
 
@@ -47,41 +47,41 @@ def test_pack_equals_a_loop(size, factors, device):
     codes = random_image(layout, grains)
     pos, code = layout.pack(codes, grains)
     shape = (len(codes), layout.max_len)
-    assert pos.shape == code.shape == shape, f"pos and code have shapes other than (B, max_len) = {shape}"
+    assert pos.shape == code.shape == shape, f"pos or code does not have the shape (B, max_len) = {shape}"
     for b in range(len(codes)):
         pairs = naive.pack(layout, codes[b], grains[b])
         n = sum(layout.cells[k] for k in grains[b].flatten()) + layout.n_grains
-        assert len(pairs) == n, "naive.pack has another number of pairs than codes and EOS"
-        wanted_pos, wanted_code = map(list, zip(*padded(layout, pairs)))
-        assert sorted(pos[b].tolist()) == sorted(wanted_pos), "pos lacks an id, or has one too often: EOS count, too"
-        assert pos[b].tolist() == wanted_pos, "pos has the right ids, but in another order"
-        assert code[b].tolist() == wanted_code, "pos is right, but a content is not that of its position"
-        assert layout.lengths(pos)[b] == len(pairs), "lengths does not count pairs up to and with the last EOS"
+        assert len(pairs) == n, "naive.pack does not return one pair per code and EOS"
+        target_pos, target_code = map(list, zip(*padded(layout, pairs)))
+        assert sorted(pos[b].tolist()) == sorted(target_pos), "in pos, an id of a code or EOS is missing or repeated"
+        assert pos[b].tolist() == target_pos, "pos has the right ids, but in the wrong order"
+        assert code[b].tolist() == target_code, "pos is right, but a content does not belong to its position"
+        assert layout.lengths(pos)[b] == len(pairs), "lengths does not count the pairs up to and including the last EOS"
 
 
 @pytest.mark.parametrize("size, factors", CASES)
 def test_unpack_is_the_inverse_of_pack(size, factors, device):
-    """Of a whole sequence, and of its coarse codes alone: the other regions are not there."""
+    """For a complete sequence, and for its coarse codes alone, where the other regions are unknown."""
     layout = Layout(size, factors).to(device)
     grains = grain_maps(layout, device)
     codes = random_image(layout, grains)
     pairs = [naive.pack(layout, c, g) for c, g in zip(codes, grains)]
     pos, code = torch.tensor([padded(layout, each) for each in pairs], device=device).unbind(-1)
     codes2, grains2 = layout.unpack(pos, code)
-    assert torch.equal(grains2, grains), "the granularities of a whole picture are not those that were packed"
-    assert torch.equal(codes2, codes), "the codes of a whole picture are not those that were packed"
+    assert torch.equal(grains2, grains), "unpacking a complete image does not return the granularities that were packed"
+    assert torch.equal(codes2, codes), "unpacking a complete image does not return the codes that were packed"
     for b in range(len(pairs)):
-        n = sum(p < layout.eos[0] for p, _ in pairs[b]) + 1                  # the coarse ones and their EOS
+        n = sum(p < layout.eos[0] for p, _ in pairs[b]) + 1                  # the coarse codes and their EOS
         codes2, grains2 = layout.unpack(pos[b:b + 1, :n], code[b:b + 1, :n])
         known = grains[b] == 0
-        assert torch.equal(grains2[0], torch.where(known, 0, -1)), "a region that is not there yet has a granularity"
+        assert torch.equal(grains2[0], torch.where(known, 0, -1)), "a region that is not written yet has a granularity"
         cells = known.repeat_interleave(layout.fine_side // layout.side, 0)
         cells = cells.repeat_interleave(layout.fine_side // layout.side, 1)
-        assert torch.equal(codes2[0], torch.where(cells, codes[b], -1)), "a cell that is not there yet has a code"
+        assert torch.equal(codes2[0], torch.where(cells, codes[b], -1)), "a cell that is not written yet has a code"
 
 
 def test_places_are_the_centres_of_codes_on_the_finest_grid(device):
-    """Of an EOS, and of the start, which has the last row, it is 0, 0."""
+    """An EOS and the start, which has the last row, are at 0, 0."""
     layout, places = Layout(8, (4, 2, 1)).to(device), []
     for side, width in ((2, 4), (4, 2), (8, 1)):
         places += [[(y + 0.5) * width, (x + 0.5) * width] for y in range(side) for x in range(side)] + [[0, 0]]
@@ -98,9 +98,9 @@ def test_the_example_of_the_docstring():
     assert pos.tolist() == [[0, 2, 3, 4, 7, 8, 11, 12] + 10 * [21]]
     assert code.tolist() == [[a, f, g, -1, b, c, d, e] + 10 * [-1]]
     following = {-1: {0, 1, 2, 3, 4}, 0: {1, 2, 3, 4}, 4: {7}, 7: {8}, 8: {11}, 12: {21}, 21: {21}}
-    for prev, wanted in following.items():
+    for prev, target in following.items():
         final = layout.legal(torch.tensor([prev]), grains.flatten(1))
-        assert set(final[0].nonzero().flatten().tolist()) == wanted
+        assert set(final[0].nonzero().flatten().tolist()) == target
 
 
 def test_sizes_of_the_paper():
@@ -117,21 +117,21 @@ def test_packed_sequences_are_legal_at_each_step(size, factors, device):
     grains = grain_maps(layout, device)
     pos, _ = layout.pack(random_image(layout, grains), grains)
     prev = torch.nn.functional.pad(pos[:, :-1], (1, 0), value=-1)
-    mask = layout.legal(prev, grains.flatten(1))                             # as in training: final grains
+    mask = layout.legal(prev, grains.flatten(1))                             # final granularities, as in training
     assert mask.gather(2, pos[..., None]).all(), (
-        "with the final grains, as in training, the id that follows in a packed sequence is not among the legal ones: "
-        "a region that is not open yet has its final granularity there already")
+        "with the final granularities, as in training, the mask excludes the next id of a packed sequence: "
+        "it must not use the granularity of a region that is not open yet")
     for b in range(len(pos)):
         for t in range(layout.max_len):
             prefix = pos[b, :t].tolist()
             expected = naive.legal(layout, prefix)
             ours = set(mask[b, t].nonzero().flatten().tolist())
-            assert ours >= expected, f"by its final grains, an id that may come at step {t} is missing"
-            assert ours <= expected, f"by its final grains, an id that must not come at step {t} is there"
+            assert ours >= expected, f"with the final granularities, the mask excludes an id that is valid at step {t}"
+            assert ours <= expected, f"with the final granularities, the mask allows an id that is invalid at step {t}"
             known = layout.grains(pos[b:b + 1, :t]) if t else torch.full((1, layout.n_regions), -1, device=device)
-            step = layout.legal(prev[b:b + 1, t], known)                     # as in sampling: grains so far
+            step = layout.legal(prev[b:b + 1, t], known)                     # granularities so far, as in sampling
             assert torch.equal(step[0], mask[b, t]), (
-                f"with the grains known at step {t}, as in sampling, other ids may follow than with the final ones")
+                f"at step {t}, the granularities known so far give another mask than the final granularities")
 
 
 @pytest.mark.parametrize("size, factors", CASES)
@@ -142,12 +142,12 @@ def test_every_legal_walk_is_a_complete_tiling(size, factors, device):
         prev = pos[:, -1] if t else torch.full((B,), -1, device=device)
         grains = layout.grains(pos) if t else torch.full((B, layout.n_regions), -1, device=device)
         mask = layout.legal(prev, grains)
-        assert mask.any(1).all(), f"a walk is stuck at step {t}: nothing may follow"
+        assert mask.any(1).all(), f"a sequence is stuck at step {t}: no id is valid"
         pos = torch.cat([pos, torch.multinomial(mask.float(), 1)], 1)
-    assert (pos[:, -1] == layout.end).all(), "a walk of max_len steps has not come to the last EOS"
+    assert (pos[:, -1] == layout.end).all(), "a sequence of max_len steps does not reach the last EOS"
     codes, grains = layout.unpack(pos, torch.where(layout.is_eos[pos], -1, 3))
-    assert (codes == 3).all() and (grains >= 0).all(), "a walk leaves a hole in its picture"
-    for row, g in zip(pos, grains):                                          # each region once
+    assert (codes == 3).all() and (grains >= 0).all(), "a sequence leaves a hole in its image"
+    for row, g in zip(pos, grains):                                          # each region exactly once
         ids = row[row != layout.end].tolist()
         once = len(set(ids)) == len(ids) == sum(layout.cells[k] for k in g.flatten()) + layout.n_grains - 1
-        assert once, "a walk writes a region twice, by two granularities, or an id twice"
+        assert once, "a sequence repeats an id, or covers a region with two granularities"

@@ -1,10 +1,10 @@
-"""README.md and the other pages: every command in them is one that its script understands.
+"""README.md and the other pages: their scripts accept every command in them.
 
     the commands     test_every_command_is_understood, test_torchrun_can_share_the_batch
     links            test_every_link_leads_to_a_file_or_a_heading
     CI               test_ci_runs_the_test_command
     use from Python  test_the_example_in_python_runs
-    its length       test_readme_is_a_landing_page
+    length           test_readme_is_a_landing_page
 """
 import argparse
 import re
@@ -14,17 +14,18 @@ import sys
 
 import pytest
 
+import data
 import train_transformer
 import train_vae
 from conftest import ROOT
 
-PAGES = [ROOT / name for name in ("README.md", "tests/tools/RESULTS.md", "tests/tools/MANUAL.md", "tests/course/README.md",
-                               "assets/README.md")]
+PAGES = [ROOT / name for name in ("README.md", "tests/tools/RESULTS.md", "tests/tools/MANUAL.md",
+                               "tests/course/README.md", "assets/README.md")]
 COMMAND = re.compile(r"\s*((?:\w+/)*\w+\.py)((?:\s.*)?)$")
 
 
 def commands():
-    """What stands in code, in blocks and lines, and names a script: (script, its words, processes)."""
+    """-> {line: (script, its arguments, number of processes)} for code blocks and inline code that name a script"""
     found = {}
     for page in PAGES:
         text = page.read_text()
@@ -48,7 +49,7 @@ class Understood(Exception):
 
 @pytest.mark.parametrize("line", COMMANDS)
 def test_every_command_is_understood(line, monkeypatch, tmp_path):
-    """Up to its parser, which would end in SystemExit: unknown flags, values out of range."""
+    """Run the script up to its parser, which raises SystemExit for unknown flags and for values out of range."""
     name, words, _ = COMMANDS[line]
     words = [re.sub(r"^(NAME|S|N)$", "0", word) for word in words if word not in ("[CHECKPOINT]", "...")]
     real = argparse.ArgumentParser.parse_args
@@ -59,6 +60,7 @@ def test_every_command_is_understood(line, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", [name, *words])
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+    monkeypatch.setattr(data, "find_images", lambda root, skip: data.Found(root, [], None))  # they are not here
     with pytest.raises(Understood):
         runpy.run_path(str(ROOT / name), run_name="__main__")
 
@@ -73,7 +75,7 @@ def test_torchrun_can_share_the_batch(line, monkeypatch, tmp_path):
 
 
 def heading(title):
-    """As GitHub makes a link of it."""
+    """The anchor that GitHub derives from a heading."""
     return re.sub(r"[^\w\- ]", "", title.strip().lower()).replace(" ", "-")
 
 
@@ -97,7 +99,7 @@ def test_ci_runs_the_test_command():
 
 
 def test_the_example_in_python_runs(monkeypatch):
-    """From a file of weights to images, and from an image to its likelihood; with one sample, to save time."""
+    """From a checkpoint to images, and from an image to its likelihood. Only one sample is drawn, to save time."""
     example = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
     monkeypatch.chdir(ROOT)
     names = {}

@@ -6,7 +6,7 @@
     EntropyRouter.score     test_entropy_equals_a_loop_over_pixels
     ThresholdRouter         test_entropy_thresholds_and_random_routing_give_the_asked_ratios (with train_vae.calibrate),
                             test_blank_regions_are_coarse
-    sample_global          test_processes_draw_together_what_one_would
+    sample_global           test_processes_draw_together_what_one_would
     budget_loss             test_budget_loss_equals_a_loop_and_pulls_on_all_regions_alike and two more
 """
 import pytest
@@ -19,32 +19,32 @@ from data import ToyShapes
 
 
 def test_straight_through_gradient_of_the_gate():
-    """Forward is one-hot; backward is the softmax's: dL/dlogit_k = p_k (c_k - sum_j p_j c_j)."""
+    """Forward is one-hot. Backward is that of the softmax: dL/dlogit_k = p_k (c_k - sum_j p_j c_j)."""
     router, maps = GrainRouter(32, 3), [torch.randn(2, 32, s, s) for s in (2, 4, 8)]
     logits = torch.randn(2, 3, 2, 2, requires_grad=True)
     router.logits = lambda _: logits
     gate = router(None, maps, noise=0.0)
     chosen = torch.nn.functional.one_hot(logits.argmax(1), 3).permute(0, 3, 1, 2).float()
-    torch.testing.assert_close(gate.detach(), chosen, msg=lambda why: f"gate not one-hot: {why}")
+    torch.testing.assert_close(gate.detach(), chosen, msg=lambda why: f"the gate is not one-hot: {why}")
     assert torch.equal(gate.detach(), chosen), (
-        "the gate is one-hot but for rounding: (a + b) - b need not be a, so mind the order of a sum of three")
+        "the gate is one-hot only up to rounding: (a + b) - b need not equal a, so the order of the sum matters")
     cost = torch.randn(2, 3, 2, 2)
     (gate * cost).sum().backward()
     p = logits.detach().softmax(1)
     expected = p * (cost - (p * cost).sum(1, keepdim=True))
     torch.testing.assert_close(logits.grad, expected, msg=lambda why: (
-        f"the gradient that reaches the logits is not the softmax's, though the gate may be right: {why}"))
+        f"the gate is right, but the gradient of the logits is not that of the softmax: {why}"))
 
 
 def test_gumbel_noise_draws_with_the_softmax_probabilities():
     router = GrainRouter(32, 3)
     logits = torch.tensor([1.0, 0.0, -1.0]).view(1, 3, 1, 1).expand(20_000, 3, 1, 1)
     router.logits = lambda _: logits
-    share = router(None, None).mean(dim=(0, 2, 3))
-    torch.testing.assert_close(share, logits[0, :, 0, 0].softmax(0), atol=0.015, rtol=0, msg=lambda why: (
-        f"in training, granularities are not drawn with the probabilities of the softmax of the logits: {why}"))
+    fractions = router(None, None).mean(dim=(0, 2, 3))
+    torch.testing.assert_close(fractions, logits[0, :, 0, 0].softmax(0), atol=0.015, rtol=0, msg=lambda why: (
+        f"in training, granularities are not sampled with the softmax probabilities of the logits: {why}"))
     router.eval()
-    assert (router(None, None)[:, 0] == 1).all(), "in evaluation the gate is not the argmax of the logits"
+    assert (router(None, None)[:, 0] == 1).all(), "in evaluation, the gate is not the argmax of the logits"
 
 
 def test_the_score_is_the_mean_granularity():
@@ -57,17 +57,17 @@ def test_the_score_is_the_mean_granularity():
 
 @pytest.mark.parametrize("fill", [torch.Tensor.uniform_, torch.Tensor.exponential_])
 def test_processes_draw_together_what_one_would(fill, monkeypatch):
-    def drawn(rank, world):
+    def sampled(rank, world):
         monkeypatch.setattr(dq, "rank_world", lambda: (rank, world))
         torch.manual_seed(3)
         return dq.sample_global(fill, (6 // world, 2), "cpu")
-    assert torch.equal(torch.cat([drawn(rank, 3) for rank in range(3)]), drawn(0, 1))
+    assert torch.equal(torch.cat([sampled(rank, 3) for rank in range(3)]), sampled(0, 1))
 
 
 def test_blank_regions_are_coarse():
-    """Where most regions tie, they are not cut in two: all stay on the coarser side."""
+    """If most regions have equal scores, the threshold does not split them: all of them become coarse."""
     x = torch.ones(4, 3, 16, 16)
-    x[:, :, :8, :8] = torch.rand(4, 3, 8, 8) * 2 - 1                         # one region of four has something to tell
+    x[:, :, :8, :8] = torch.rand(4, 3, 8, 8) * 2 - 1                         # one region of four has detail
     router = EntropyRouter((0.5, 0.5), 8)
     router.calibrate((0.5, 0.5), [x])
     assert router(x, None).argmax(1).tolist() == [[[1, 0], [0, 0]]] * 4
@@ -80,7 +80,7 @@ def test_entropy_equals_a_loop_over_pixels():
         for x in range(2):
             patch = image[0, :, 4 * y:4 * y + 4, 4 * x:4 * x + 4]
             assert abs(ours[0, y, x] - naive.entropy(patch)) < 1e-3, (
-                f"the entropy of region ({y}, {x}) of an image of noise is another one than that of its 16 pixels")
+                f"in a noise image, the entropy of region ({y}, {x}) differs from the entropy of its 16 pixels")
 
 
 @pytest.fixture(scope="module")
@@ -94,8 +94,8 @@ def test_entropy_thresholds_and_random_routing_give_the_asked_ratios(ratios, sha
     x, entropy = shapes, EntropyRouter(ratios, 8)
     entropy.calibrate(ratios, x.split(32))
     for router in (entropy, RandomRouter(ratios)):
-        share = router(x, [torch.zeros(1, 1, 8, 8)]).mean(dim=(0, 2, 3))
-        torch.testing.assert_close(share, torch.tensor(ratios), atol=0.02, rtol=0)
+        fractions = router(x, [torch.zeros(1, 1, 8, 8)]).mean(dim=(0, 2, 3))
+        torch.testing.assert_close(fractions, torch.tensor(ratios), atol=0.02, rtol=0)
 
 
 def test_budget_loss_is_the_papers_for_two_granularities():
@@ -108,7 +108,7 @@ def test_budget_loss_lets_images_differ():
     all_coarse, all_fine = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
     gate = torch.stack([all_coarse, all_fine])[:, :, None, None].expand(2, 2, 4, 4)
     assert budget_loss(gate, (0.5, 0.5)) == 0, (
-        "one image all coarse and one all fine meet a budget of halves, so the loss is 0")
+        "an all-coarse image and an all-fine image together meet ratios of 1/2, so the loss must be 0")
 
 
 @pytest.mark.parametrize("K", [2, 3])
@@ -117,18 +117,18 @@ def test_budget_loss_equals_a_loop_and_pulls_on_all_regions_alike(K):
     gate = one_hot(torch.randint(0, K, (3, 2, 2)), K).requires_grad_()
     loss = budget_loss(gate, ratios)
     loss.backward()
-    share = naive.shares(gate.detach())
+    fraction = naive.shares(gate.detach())
     for k, ratio in enumerate(ratios):
         torch.testing.assert_close(
-            gate.grad[:, k], torch.full((3, 2, 2), 2 * (share[k] - ratio) / 12),
-            msg=lambda why: f"the loss does not pull on all regions alike, or not as hard as its formula says: {why}")
-    wanted = sum((share[k] - ratio) ** 2 for k, ratio in enumerate(ratios))
-    assert float(loss.detach()) == pytest.approx(wanted), "the loss is not what its formula gives for these shares"
+            gate.grad[:, k], torch.full((3, 2, 2), 2 * (fraction[k] - ratio) / 12),
+            msg=lambda why: f"regions get different gradients, or not the gradient that the formula gives: {why}")
+    target = sum((fraction[k] - ratio) ** 2 for k, ratio in enumerate(ratios))
+    assert float(loss.detach()) == pytest.approx(target), "the loss differs from its formula for these fractions"
 
 
 @torch.no_grad()
 def test_random_routes_depend_on_seed_and_image_alone():
-    """In evaluation: so codes don't depend on how images were dealt to processes."""
+    """In evaluation. So codes do not depend on how images are distributed over ranks."""
     router, maps = RandomRouter((0.5, 0.5)).eval(), [torch.zeros(6, 1, 8, 8)]
     x = torch.rand(6, 3, 16, 16)
     torch.manual_seed(3)
@@ -140,20 +140,20 @@ def test_random_routes_depend_on_seed_and_image_alone():
     assert not torch.equal(router(x, maps), gate)
 
 
-@pytest.mark.parametrize("ratios, shares", [((0, 1), [0, 1]), ((1, 0), [1, 0]), ((0, 0.5, 0.5), [0, 0.5, 0.5])])
-def test_none_and_all_are_none_and_all(ratios, shares):
-    """By entropy: of images that were not in the sample as well. What is not finite would not be saved."""
+@pytest.mark.parametrize("ratios, targets", [((0, 1), [0, 1]), ((1, 0), [1, 0]), ((0, 0.5, 0.5), [0, 0.5, 0.5])])
+def test_none_and_all_are_none_and_all(ratios, targets):
+    """Also for images that the entropy router was not calibrated on. Thresholds must be finite to be saved."""
     router = EntropyRouter(ratios, 4)
     router.calibrate(ratios, [torch.rand(50, 3, 8, 8) * 2 - 1])
     assert router.thresholds.isfinite().all()
-    least, most = torch.zeros(16), torch.linspace(-1, 1, 32)[8:24]           # one grey; sixteen, each in its own bin
+    least, most = torch.zeros(16), torch.linspace(-1, 1, 32)[8:24]           # one grey level; 16 levels, one per bin
     extremes = torch.stack([least, most]).view(2, 1, 4, 4).repeat(1, 3, 2, 2)
     other = torch.cat([torch.rand(400, 3, 8, 8) * 2 - 1, extremes])
-    share = router(other, None).mean(dim=(0, 2, 3)).tolist()
-    assert all(a == b if b in (0, 1) else abs(a - b) < 0.2 for a, b in zip(share, shares))
+    fractions = router(other, None).mean(dim=(0, 2, 3)).tolist()
+    assert all(a == b if b in (0, 1) else abs(a - b) < 0.2 for a, b in zip(fractions, targets))
 
 
 def test_the_gate_is_computed_in_float32():
-    """In bfloat16 logits that differ by less than 1 % tie, and what follows of them is coarse."""
+    """In bfloat16, logits that differ by less than 1 % would tie, and ties are decided in favour of coarse."""
     with torch.autocast("cpu", torch.bfloat16):
         assert GrainRouter(32, 3).logits([torch.randn(2, 32, s, s) for s in (2, 4, 8)]).dtype == torch.float32

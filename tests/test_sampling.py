@@ -1,4 +1,4 @@
-"""Sampling, section 7 of dq.py: images come out as the naive loop draws them, at the speed of a cache.
+"""Sampling, section 7 of dq.py: with a KV cache and continuous batching, the naive loop's images come out.
 
     SampleOptions.check    test_options_out_of_range_are_refused
     filter_logits          test_top_k_and_top_p_equal_a_loop
@@ -7,14 +7,14 @@
     decode_one, write      test_the_step_draws_what_the_naive_loop_draws,
                            test_sampled_frequencies_match_exact_probabilities,
                            test_given_tilings_and_given_codes_are_kept;
-                           nothing waits for a GPU: tools/test_fake_gpu.py
+                           no synchronisation with a GPU: tools/test_fake_gpu.py
     generate_one           test_the_simple_sampler_generates_the_same
     check_given            test_given_positions_that_are_no_valid_prefix_are_refused,
                            test_given_contents_outside_the_codebook_are_refused
     generate               test_the_fused_loop_draws_what_the_naive_loop_draws,
                            test_refilled_slots_cost_the_mean_length,
                            test_guidance_costs_nothing_where_there_are_no_classes
-      its graphs           test_the_captured_path_draws_the_same, test_a_small_job_captures_no_more_than_it_needs
+      CUDA graphs          test_the_captured_path_draws_the_same, test_a_small_job_captures_no_more_than_it_needs
       compile, dtype       test_the_step_is_one_graph_for_the_compiler, test_bfloat16_matrices_draw_nearly_the_same
 """
 import contextlib
@@ -37,7 +37,7 @@ def sample_of(model, B, seed=3, **kwargs):
 
 def test_options_out_of_range_are_refused():
     for bad in (dict(temperature=0.0), dict(temperature=1e-38), dict(top_p=0.0), dict(top_p=1.1), dict(top_k=-1),
-                dict(cfg=-1.0), dict(cfg=1e38)):                             # 1e38 / 1e-38 would be no number
+                dict(cfg=-1.0), dict(cfg=1e38)):                             # 1e38 / 1e-38 would overflow
         with pytest.raises(dq.UserError):
             SampleOptions(**bad).check()
     for fine in (dict(top_p=1.0), dict(top_k=0), dict(cfg=0.0), dict(temperature=1e-6)):
@@ -49,31 +49,31 @@ def test_top_k_and_top_p_equal_a_loop(top_k, top_p):
     logits = torch.randn(20, 11) * 2
     kept = dq.filter_logits(logits, top_k, top_p) > -math.inf
     for row, mask in zip(logits.tolist(), kept):
-        ours, wanted = set(mask.nonzero().flatten().tolist()), naive.filter_logits(row, top_k, top_p)
-        assert ours >= wanted, f"an entry is dropped that top_k = {top_k}, top_p = {top_p} keeps"
-        assert ours <= wanted, f"an entry is kept that top_k = {top_k}, top_p = {top_p} drops"
+        ours, target = set(mask.nonzero().flatten().tolist()), naive.filter_logits(row, top_k, top_p)
+        assert ours >= target, f"an entry is dropped that top_k = {top_k}, top_p = {top_p} keeps"
+        assert ours <= target, f"an entry is kept that top_k = {top_k}, top_p = {top_p} drops"
 
 
 def test_draws_follow_the_distribution():
-    """u over a fine grid: each entry gets its probability. Ends of the range; what has none is never drawn."""
+    """Over a fine grid of u, each entry gets its probability. At both ends of the range, possible entries are drawn."""
     logits = torch.tensor([-math.inf, 0.3, -math.inf, 1.2, -0.5, -math.inf])
     n = 100_000
     drawn = dq.draw(logits.expand(n, -1), (torch.arange(n) + 0.5) / n)
     torch.testing.assert_close(torch.bincount(drawn, minlength=6) / n, logits.softmax(0), atol=2e-5, rtol=0,
-                               msg=lambda why: f"over a fine grid of u, an entry has another share than its own: {why}")
+                               msg=lambda why: f"over a fine grid of u, a frequency is not the probability: {why}")
     assert (drawn.diff() >= 0).all(), "a larger u must not draw an entry that comes earlier"
     for logits in torch.randn(50, 40).masked_fill(torch.rand(50, 40) < 0.7, -math.inf):
         logits[17] = 0.1
         ends = dq.draw(logits.expand(3, -1), torch.tensor([2.0 ** -24, 0.5, 1.0]))
         possible = logits.isfinite().nonzero().flatten()
-        assert ends[0] == possible[0], "the least u does not draw the first entry that has a probability"
-        assert ends[2] == possible[-1], "u = 1 does not draw the last entry that has a probability"
+        assert ends[0] == possible[0], "the smallest u does not draw the first possible entry"
+        assert ends[2] == possible[-1], "u = 1 does not draw the last possible entry"
         u = 1 - torch.rand(1)
         one = naive.draw({i: float(logits[i]) for i in possible.tolist()}, float(u))
-        assert dq.draw(logits[None], u) == one, "not the first entry whose cumulated probability reaches u"
+        assert dq.draw(logits[None], u) == one, "not the first entry whose cumulative probability reaches u"
 
 
-# in one batch or in few slots that are refilled, over many windows of the cache or a single one
+# in one batch or in a few slots that are refilled; with a cache that grows often, or with a single size
 HOW = [dict(), dict(slots=2, bucket=2), dict(slots=3, bucket=8, sync_every=4), dict(slots=2, bucket=64, sync_every=32)]
 
 
@@ -86,7 +86,7 @@ def test_the_fused_loop_draws_what_the_naive_loop_draws(size, factors, cfg, devi
 
 @torch.no_grad()
 def test_the_step_draws_what_the_naive_loop_draws(device):
-    """With guidance, in slots that are refilled, and with some of the images given whole."""
+    """With guidance, with slots that are refilled, and with some of the images completely given."""
     model = tiny(8, (4, 2), V=5, classes=("a", "b"), device=device)
     draws_as_the_naive_loop(model, 1.0, dict(slots=5))
     label = torch.tensor([0, 1, 1, -1, 0], device=device)
@@ -95,11 +95,11 @@ def test_the_step_draws_what_the_naive_loop_draws(device):
     drawn = draws_as_the_naive_loop(model, 2.5, dict(slots=2), given=given)
     for i in (1, 2):
         kept = [p for p, _ in drawn[i]] == other[0][i, :len(drawn[i])].tolist()
-        assert kept, "positions that were given are drawn all the same"
+        assert kept, "positions that were given are sampled again"
 
 
 def draws_as_the_naive_loop(model, cfg, *ways, labels=(0, 1, 1, -1, 0), given=None):
-    """Pair by pair, in each of some ways to call `generate`."""
+    """Compare pair by pair with the naive loop, for each of several ways to call `generate`."""
     options, device = SampleOptions(temperature=2.0, top_k=4, top_p=0.95, cfg=cfg), model.order.weight.device
     images = naive.generate(model, labels, options, seed=7, first=10, given=given)
     if model.layout.n_grains > 1:
@@ -108,12 +108,12 @@ def draws_as_the_naive_loop(model, cfg, *ways, labels=(0, 1, 1, -1, 0), given=No
         pos, code = generate(model, torch.tensor(labels, device=device), options, seed=7, first=10, given=given, **how)
         for i, pairs in enumerate(images):
             n = len(pairs)
-            told = f"of image {i} with guidance {cfg}, {'some' if given else 'no'} images given, generate({how})"
-            wanted_pos, wanted_code = map(list, zip(*pairs))
-            assert pos[i, :n].tolist() == wanted_pos, f"positions differ from those of the naive loop, {told}"
-            assert code[i, :n].tolist() == wanted_code, f"positions are right, contents are not, {told}"
+            case = f"image {i}, guidance {cfg}, {'some' if given else 'no'} images given, generate({how})"
+            target_pos, target_code = map(list, zip(*pairs))
+            assert pos[i, :n].tolist() == target_pos, f"positions differ from those of the naive loop: {case}"
+            assert code[i, :n].tolist() == target_code, f"positions are right, but contents are not: {case}"
             rest = (pos[i, n:] == model.layout.end).all() and (code[i, n:] == -1).all()
-            assert rest, f"something is written behind the last EOS, {told}"
+            assert rest, f"the sequence is not padded after the last EOS: {case}"
     return images
 
 
@@ -137,7 +137,7 @@ def test_low_temperature_leaves_nothing_to_chance(device):
     model = tiny(8, (4, 2), V=5, classes=("a", "b"), device=device)
     (pos, code), _ = sample_of(model, 8, options=SampleOptions(temperature=1e-4))
     (pos2, code2), _ = sample_of(model, 8, seed=99, options=SampleOptions(temperature=1e-4))
-    assert torch.equal(pos, pos2) and torch.equal(code, code2)               # the same whatever the noise
+    assert torch.equal(pos, pos2) and torch.equal(code, code2)               # whatever the seed
 
 
 def test_a_seed_fixes_the_images_and_another_changes_them(device):
@@ -158,7 +158,7 @@ def test_any_seed_has_images_of_its_own(seed, device):
 
 @pytest.mark.parametrize("number", [1, 2, 3])
 def test_no_other_seed_has_the_same_draws(number):
-    """Seeds and numbers of images are words of 32 bits; none may slip into the place of another."""
+    """Seeds and image indices are 32-bit words. No word may be mistaken for another."""
     uniform = {seed: dq.numpy_rng(seed, number).random(4).tolist() for seed in (0, number << 32, number)}
     others = [dq.numpy_rng(number << 32, 0), dq.numpy_rng(0, number << 32), dq.numpy_rng(number, 0)]
     draws = [*uniform.values(), *(each.random(4).tolist() for each in others)]
@@ -205,7 +205,7 @@ def test_given_contents_outside_the_codebook_are_refused(device):
 
 
 def test_samples_can_be_used_for_training(device):
-    """They are normal tensors: inference tensors could not be saved for a backward pass."""
+    """They are normal tensors. Inference tensors could not be saved for a backward pass."""
     model = tiny(8, (4, 2), V=5, device=device)
     pos, code = generate(model, torch.full((2,), -1, device=device))
     sum(model(pos, code).values()).sum().backward()
@@ -218,8 +218,8 @@ def test_the_simple_sampler_generates_the_same(factors, cfg, device):
     options = SampleOptions(temperature=2.0, top_k=4, top_p=0.95, cfg=cfg)
     label = torch.tensor([0, 1, -1, 1], device=device)
     pos, code = generate(model, label, options, seed=7, first=10)
-    for i, number in enumerate(label.tolist()):
-        one_pos, one_code = dq.generate_one(model, number, options, seed=7, index=10 + i)
+    for i, class_id in enumerate(label.tolist()):
+        one_pos, one_code = dq.generate_one(model, class_id, options, seed=7, index=10 + i)
         n = len(one_pos)
         assert pos[i, :n].tolist() == one_pos.tolist() and (pos[i, n:] == model.layout.end).all()
         assert code[i, :n].tolist() == one_code.tolist()
@@ -237,7 +237,7 @@ def test_an_image_depends_on_its_number_alone(device):
 
 
 def test_refilled_slots_cost_the_mean_length(device, monkeypatch):
-    """Steps of a large job: within 15 % of (sum of lengths) / slots, though lengths vary from 9 to 18 pairs."""
+    """A large job takes at most 15 % more steps than (sum of lengths) / slots, although lengths vary from 9 to 18."""
     model = tiny(8, (4, 2), V=5, device=device)
     calls, real = [], dq.decode_one
     monkeypatch.setattr(dq, "decode_one", lambda *args: (calls.append(1), real(*args))[1])
@@ -254,7 +254,7 @@ def test_guidance_costs_nothing_where_there_are_no_classes(monkeypatch):
         rows.append(state.cache[0].shape[1]), real(model, job, state, end))[1])
     for classes in ((), ("a", "b")):
         generate(tiny(8, (4, 2), V=5, classes=classes), torch.zeros(3, dtype=torch.long), SampleOptions(cfg=2.0))
-    assert rows[0] == 3 and rows[-1] == 6 and set(rows) == {3, 6}                    # conditional, then unconditional rows
+    assert rows[0] == 3 and rows[-1] == 6 and set(rows) == {3, 6}            # with classes: also unconditional rows
 
 
 def test_given_tilings_and_given_codes_are_kept(device):
@@ -275,7 +275,7 @@ def test_given_tilings_and_given_codes_are_kept(device):
 
 @pytest.mark.parametrize("cfg", [1.0, 2.5])
 def test_bfloat16_matrices_draw_nearly_the_same(cfg, device):
-    """Most images come out whole as in float32; by chance none would."""
+    """Most images are exactly those of float32. By chance, none would be."""
     model, options = tiny(8, (4, 2), V=5, classes=("a", "b"), device=device), SampleOptions(cfg=cfg)
     label = torch.arange(64, device=device) % 2
     a, b = (torch.cat(generate(model.to(dtype), label, options, seed=1, slots=8), dim=1)
@@ -285,9 +285,9 @@ def test_bfloat16_matrices_draw_nearly_the_same(cfg, device):
 
 
 class FakeCuda:
-    """What `generate` asks of torch.cuda to capture steps and replay them, with the device's queue played by the CPU.
+    """Replaces the parts of torch.cuda with which `generate` captures and replays steps. The CPU does the work.
 
-    As on a GPU, a step that is being captured does nothing but be recorded, with the tensors that it was given.
+    As on a GPU, a step that is being captured is not run. It is only recorded, with the tensors that it was given.
     """
 
     def __init__(self, monkeypatch):
@@ -306,7 +306,7 @@ class FakeCuda:
 
         @contextlib.contextmanager
         def capture(graph, pool, stream):
-            assert pool == "pool" and stream == "stream"                     # one for all
+            assert pool == "pool" and stream == "stream"                     # shared by all graphs
             self.capturing = graph
             yield
             self.capturing = None
@@ -320,10 +320,10 @@ class FakeCuda:
 @pytest.mark.parametrize("cfg", [1.0, 2.5])
 @torch.no_grad()
 def test_the_captured_path_draws_the_same(cfg, monkeypatch):
-    """Each size of the cache is captured when it is first needed; all other steps are replays."""
+    """Each cache size is captured when it is first needed. All other steps are replays."""
     model = tiny(8, (4, 2, 1), V=5, classes=("a", "b"))
     label, options = torch.arange(9) % 2, SampleOptions(temperature=2.0, cfg=cfg)
-    given = [torch.where(torch.rand(len(label), 1) < 0.5, t, -1)             # some images whole
+    given = [torch.where(torch.rand(len(label), 1) < 0.5, t, -1)             # some images complete
              for t in generate(model, label, options, seed=1)]
     for extra in (dict(), dict(given=given)):
         pos, code = generate(model, label, options, seed=7, slots=2, **extra)
@@ -347,7 +347,7 @@ def test_a_small_job_captures_no_more_than_it_needs(monkeypatch):
 
 @pytest.mark.parametrize("cfg", [1.0, 2.5])
 def test_the_step_is_one_graph_for_the_compiler(cfg, monkeypatch):
-    """torch.compile finds no break in a step, and draws the same (without a compiler: the capture could go wrong)."""
+    """torch.compile finds no graph break in a step, and the samples are the same. The backend compiles nothing."""
     torch._dynamo.reset()
     model = tiny(8, (4, 2), V=5, classes=("a", "b"), layers=1)
     options = SampleOptions(temperature=2.0, top_k=4, top_p=0.9, cfg=cfg)
@@ -365,7 +365,7 @@ def test_the_step_is_one_graph_for_the_compiler(cfg, monkeypatch):
 
 
 def test_guidance_0_is_no_label(device):
-    """Guidance below 1 mixes as well."""
+    """Guidance below 1 also mixes conditional and unconditional logits."""
     model = tiny(8, (4, 2), V=5, classes=("a", "b"), device=device)
     label = torch.tensor([0, 1, 0, 1], device=device)
     without, guided = (generate(model, *how, seed=3) for how in ((torch.full_like(label, -1), SampleOptions()),

@@ -177,7 +177,7 @@ def test_the_preset_comes_with_the_codes(vae_run, tmp_path, monkeypatch):
     assert train_transformer.parse([])[0].preset == "toy"                    # there are none
     (tmp_path / "out").mkdir()
     codes = torch.load(vae_run / "codes.pt", weights_only=True)
-    for preset, found in (("emoji64", "emoji64"), ("of a later version", "toy")):
+    for preset, found in (("emoji64", "emoji64"), ("earth64", "earth64")):
         torch.save(codes | dict(preset=preset), "out/codes.pt")
         os.replace("out/codes.pt", "elsewhere.pt")
         args, config, schedule = train_transformer.parse(["--codes", "elsewhere.pt", "--heads", "4"])
@@ -247,7 +247,7 @@ def test_each_trainer_says_first_what_it_understood(images, tmp_path, capsys):
     settings = load_settings(tmp_path / "transformer.pt", "dq-transformer")
     assert device == "{device}, {dtype}, torch {torch}".format(**settings)
     assert first.startswith(f"codes: {tmp_path / 'codes.pt'}, {len(train)} images (checksum ")
-    assert f"{2 * len(train)} to train on, with their mirror images, {len(held_out)} for validation; 4 cl" in first
+    assert f"{len(train)} to train on, with 10 views of each, {len(held_out)} for validation; 4 cl" in first
 
 
 @pytest.mark.parametrize("flags, guided", [([], True), (["--label-dropout", 0.0], False), (["--uncond"], False)])
@@ -258,7 +258,7 @@ def test_checkpoints_carry_the_sampling_options_of_the_preset(flags, guided, vae
     monkeypatch.setitem(train_transformer.PRESETS, "toy", (config, replace(schedule, sampling=preset)))
     sampled, options = [], preset if guided else preset._replace(cfg=1.0)
     monkeypatch.setattr(train_transformer, "save_samples", lambda *args, **how: sampled.append(args[3]))
-    flags = ["--codes", vae_run / "codes.pt", "--out", tmp_path, "--steps", 1, *TRANSFORMER, *flags]
+    flags = ["--codes", vae_run / "codes.pt", "--out", tmp_path, "--steps", 1, "--preset", "toy", *TRANSFORMER, *flags]
     assert call(train_transformer.main, *flags) is None
     for name in ("transformer.pt", "transformer.best.pt"):
         assert dq.load_checkpoint(tmp_path / name, "dq-transformer")["sample_options"] == options._asdict()
@@ -326,7 +326,8 @@ def test_a_batch_in_parts_is_the_batch(vae_run, tmp_path):
     ends = []
     for n in ("1", "2"):
         train_transformer.main(["--out", str(tmp_path / n), "--codes", str(vae_run / "codes.pt"), "--steps", "3",
-                                "--dtype", "fp32", "--label-dropout", "0", *TRANSFORMER, "--accumulate", n])
+                                "--dtype", "fp32", "--label-dropout", "0", "--dropout", "0", *TRANSFORMER,
+                                "--accumulate", n])
         ends.append(dq.load_checkpoint(tmp_path / n / "transformer.pt", "dq-transformer")["weights"])
     for name in ends[0]:
         torch.testing.assert_close(ends[0][name], ends[1][name], atol=1e-4, rtol=1e-3)

@@ -405,9 +405,9 @@ def test_broken_images_have_no_codes(tmp_path, monkeypatch, capfd):
 
 
 def test_codes_hold_all_that_stage_2_needs(vae_run, images):
-    """The codes of every image, as it is and mirrored, by the weights that training ended with."""
+    """The codes of every image and of its crops, as it is and mirrored, by the weights that training ended with."""
     stored, vae = dq.load_checkpoint(vae_run / "codes.pt", "dq-codes"), dq.load_vae(vae_run / "vae.pt", DEVICE)
-    assert dq.VAEConfig(**stored["config"]) == vae.config and stored["preset"] == "toy" and stored["version"] == 1
+    assert dq.VAEConfig(**stored["config"]) == vae.config and stored["preset"] == "custom" and stored["version"] == 1
     assert stored["classes"] == ("circle", "cross", "square", "triangle")
     for name, x in vae.state_dict().items():
         assert torch.equal(stored["weights"][name], x.cpu())
@@ -416,7 +416,8 @@ def test_codes_hold_all_that_stage_2_needs(vae_run, images):
         x, found = torch.stack(x), stored[part]
         assert found["label"].tolist() == list(label) and {each.dtype for each in found.values()} == {torch.uint8}
         with torch.no_grad(), common.pick_device(DEVICE, "auto")[1]():
-            wanted = [vae.encode(view.to(DEVICE)) for view in ((x, x.flip(3)) if part == "train" else (x,))]
+            crops = [view for crop in train_vae.crops(x) for view in (crop, crop.flip(3))]
+            wanted = [vae.encode(view.to(DEVICE)) for view in (crops if part == "train" else [x])]
         assert found["codes"].shape[:2] == (len(data), len(wanted))
         for v, (codes, grains) in enumerate(wanted):
             same = 0.95 if DEVICE != "cpu" else 1                            # GPUs round otherwise in other batches
@@ -477,7 +478,7 @@ def test_encoding_asks_the_checkpoint_how_it_was_trained(images, tmp_path, monke
     monkeypatch.chdir(tmp_path)                                              # where that name means nothing
     assert call(train_vae.main, "--encode", first / "vae.pt", "--out", again) is None
     codes = [dq.load_checkpoint(folder / "codes.pt", "dq-codes") for folder in (first, again)]
-    assert codes[0]["name"] == codes[1]["name"] and codes[0]["train"]["codes"].shape[1] == 1
+    assert codes[0]["name"] == codes[1]["name"] and codes[0]["train"]["codes"].shape[1] == 5  # crops
     assert torch.equal(codes[0]["held_out"]["codes"], codes[1]["held_out"]["codes"])
     capsys.readouterr()
     assert call(train_vae.main, "--encode", first / "vae.pt", "--out", out, "--data", images / "circle", "--seed", 6,
@@ -519,7 +520,7 @@ def test_encoding_anew_keeps_former_codes(vae_run, images, tmp_path):
         flags = ["--encode", vae_run / "vae.best.pt", "--data", images / "cross", "--out", tmp_path, "--device", DEVICE]
         assert call(train_vae.main, *flags, "--batch-size", 7) is None       # of no importance here
         codes = dq.load_checkpoint(tmp_path / "codes.pt", "dq-codes")
-        assert codes["classes"] == () and codes["preset"] == "toy" and len(list(tmp_path.glob("former-*"))) == n - 1
+        assert codes["classes"] == () and codes["preset"] == "custom" and len(list(tmp_path.glob("former-*"))) == n - 1
         assert codes["train"]["label"].dtype == torch.int8 and set(codes["train"]["label"].tolist()) == {-1}
     assert (tmp_path / "former-1/codes.pt").exists()
     assert call(train_vae.main, *VAE, "--data", images, "--out", tmp_path, "--steps", 1) is None  # no vae.pt was there

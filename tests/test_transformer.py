@@ -1,18 +1,18 @@
-"""DQTransformer, section 6 of dq.py: a proper distribution over tilings.
+"""DQTransformer, section 6 of dq.py: a normalised distribution over images.
 
     Block.step                     test_a_block_decodes_step_by_step_what_it_computes_at_once
     rope_table, apply_rope         test_rotation_is_a_product_of_complex_numbers,
-                                   test_products_depend_on_how_far_apart_places_are
+                                   test_products_depend_on_how_far_apart_coordinates_are
     attention, Block, rope_of      test_logits_equal_a_loop_over_prefixes
     TransformerConfig              test_bad_configurations_are_refused
-    its dtypes                     test_attention_is_computed_in_the_dtype_of_autocast
-    its dropout                    test_dropout_acts_at_four_places_in_training
-    its first weights              test_a_fresh_model_is_uniform
+    dtypes                         test_attention_is_computed_in_the_dtype_of_autocast
+    dropout                        test_dropout_acts_at_four_places_in_training
+    initialisation                 test_a_fresh_model_is_uniform
     DQTransformer.embed            test_a_pair_is_the_sum_of_three_rows
     DQTransformer.logits           test_logits_equal_a_loop_over_prefixes, test_an_image_does_not_see_its_batch_mates
     DQTransformer.forward          test_probabilities_of_all_images_sum_to_one,
                                    test_forced_positions_and_padding_cost_nothing
-    the sizes of the paper         test_vae.py
+    sizes of the paper             test_vae.py
 """
 import itertools
 import math
@@ -27,7 +27,7 @@ from test_layout import random_image
 
 
 def tiny(size=4, factors=(2, 1), V=2, classes=(), device="cpu", layers=2, width=32, **kwargs):
-    """A random model with opinions: weights far from the nearly uniform initialisation."""
+    """A random model whose predictions are far from uniform, unlike those of a newly initialised model."""
     torch.manual_seed(1)
     kwargs.setdefault("qk_norm", True)
     config = TransformerConfig(size=size, factors=factors, codebook_size=V, classes=classes, width=width, heads=2,
@@ -67,22 +67,22 @@ def test_probabilities_of_all_images_sum_to_one(device):
 @torch.no_grad()
 def test_a_pair_is_the_sum_of_three_rows(device):
     model = tiny(8, (4, 2, 1), V=5, device=device)
-    pos = torch.arange(model.layout.n_positions, device=device)              # every place of every granularity
+    pos = torch.arange(model.layout.n_positions, device=device)              # every position id
     code = torch.where(model.layout.is_eos, -1, torch.randint_like(pos, 0, 5))
-    wanted = torch.stack([naive.embed(model, p, c) for p, c in zip(pos.tolist(), code.tolist())])
-    torch.testing.assert_close(model.embed(pos, code), wanted, msg=lambda why: (
-        f"a pair is not the sum of its rows for content, position and granularity: {why}"))
-    torch.testing.assert_close(model.embed(pos[None], code[None]), wanted[None], msg=lambda why: (
-        f"pairs of shape (1, P) are not embedded like those of shape (P,): {why}"))
+    target = torch.stack([naive.embed(model, p, c) for p, c in zip(pos.tolist(), code.tolist())])
+    torch.testing.assert_close(model.embed(pos, code), target, msg=lambda why: (
+        f"a pair is not the sum of its embeddings of content, position and granularity: {why}"))
+    torch.testing.assert_close(model.embed(pos[None], code[None]), target[None], msg=lambda why: (
+        f"pairs of shape (1, P) are not embedded like pairs of shape (P,): {why}"))
 
 
 @pytest.mark.parametrize("training, label_dropout, papers", [(False, 1.0, False), (False, 1.0, True),
                                                              (True, 1.0, False), (True, 0.0, False)])
 @torch.no_grad()
 def test_logits_equal_a_loop_over_prefixes(training, label_dropout, papers, device):
-    """Each step is computed anew from the pairs before it. In training, and then only, labels are hidden.
+    """The loop computes each step from scratch, from the pairs before it. Labels are hidden in training only.
 
-    papers: attention as in the paper's model, neither rotated nor normalised.
+    papers: attention as in the paper's model, without RoPE and QK-norm.
     """
     model = tiny(8, (4, 2), V=5, classes=("a", "b"), label_dropout=label_dropout, rotary=not papers,
                  qk_norm=not papers, device=device)
@@ -93,13 +93,14 @@ def test_logits_equal_a_loop_over_prefixes(training, label_dropout, papers, devi
     position, content = model.logits(pos, code, label)
     for b, y in enumerate(label.tolist()):
         hidden = training and label_dropout == 1
-        wanted = naive.logits(model, list(zip(pos[b].tolist(), code[b].tolist())), -1 if hidden else y)
-        what = f"{'in training' if training else 'in evaluation'}, label {y}, {'hidden' if hidden else 'not hidden'}"
-        assert torch.equal(position[b].isfinite(), wanted[0].isfinite()), f"not the legal ids alone are finite ({what})"
-        torch.testing.assert_close(position[b], wanted[0], atol=1e-4, rtol=1e-4, msg=lambda why: (
-            f"logits of positions are not those of a loop over the pairs before each step ({what}): {why}"))
-        torch.testing.assert_close(content[b], wanted[1], atol=1e-4, rtol=1e-4, msg=lambda why: (
-            f"logits of positions are right, those of contents are not those of a loop over prefixes ({what}): {why}"))
+        target = naive.logits(model, list(zip(pos[b].tolist(), code[b].tolist())), -1 if hidden else y)
+        case = f"{'in training' if training else 'in evaluation'}, label {y}, {'hidden' if hidden else 'not hidden'}"
+        assert torch.equal(position[b].isfinite(), target[0].isfinite()), (
+            f"the finite position logits are not exactly those of the valid ids ({case})")
+        torch.testing.assert_close(position[b], target[0], atol=1e-4, rtol=1e-4, msg=lambda why: (
+            f"the position logits differ from a loop over the pairs before each step ({case}): {why}"))
+        torch.testing.assert_close(content[b], target[1], atol=1e-4, rtol=1e-4, msg=lambda why: (
+            f"the position logits are right, but the content logits differ from a loop over prefixes ({case}): {why}"))
 
 
 @pytest.mark.parametrize("bad", [dict(width=33), dict(heads=0), dict(heads=3, width=18), dict(size=6),
@@ -111,7 +112,7 @@ def test_bad_configurations_are_refused(bad):
 
 @torch.no_grad()
 def test_dropout_acts_at_four_places_in_training(monkeypatch):
-    """As in GPT-2: on what enters, on attention, and on what each of its two branches adds to a block."""
+    """As in GPT-2: dropout acts on the embeddings, on the attention weights and on the output of both branches."""
     model, seen, real = tiny(8, (4, 2), V=5, dropout=0.25), [], torch.nn.functional.dropout
 
     def dropout(x, p=0.5, training=True, inplace=False):
@@ -125,11 +126,11 @@ def test_dropout_acts_at_four_places_in_training(monkeypatch):
         seen.clear()
         model.train(training)(pos, code)
         entries, scores = ((B, L, 32), p), ((B, 2, L, L), p)
-        assert seen == [entries] + [scores, entries, entries] * 4            # of two stacks of two blocks
+        assert seen == [entries] + [scores, entries, entries] * 4            # two stacks of two blocks
 
 
 def test_a_fresh_model_is_uniform():
-    """Its branches add nothing yet, and nothing is likelier than the rest."""
+    """Its residual branches are zero-initialised, and all contents are equally likely."""
     model = DQTransformer(TransformerConfig(size=16, codebook_size=100, width=64, heads=2))
     grains = torch.randint(0, 2, (4, 2, 2))
     pos, code = model.layout.pack(random_image(model.layout, grains, 100), grains)
@@ -144,25 +145,25 @@ def test_a_fresh_model_is_uniform():
 
 @torch.no_grad()
 def test_rotation_is_a_product_of_complex_numbers():
-    places, x = torch.tensor([[0.0, 0.0], [1.5, 4.0], [8.5, 11.0], [0.5, 0.5]]), torch.randn(4, 3, 16)
-    turned = dq.apply_rope(x, dq.rope_table(places, 16)[:, None])
-    torch.testing.assert_close(turned, naive.rotate(x, places.tolist()), atol=1e-5, rtol=1e-5)
+    coordinates, x = torch.tensor([[0.0, 0.0], [1.5, 4.0], [8.5, 11.0], [0.5, 0.5]]), torch.randn(4, 3, 16)
+    rotated = dq.apply_rope(x, dq.rope_table(coordinates, 16)[:, None])
+    torch.testing.assert_close(rotated, naive.rotate(x, coordinates.tolist()), atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
-def test_products_depend_on_how_far_apart_places_are():
-    """Of rotated vectors; in rows and in columns. Place 0, 0 rope nothing."""
+def test_products_depend_on_how_far_apart_coordinates_are():
+    """Products of rotated vectors depend on the distances in rows and columns. At (0, 0) nothing is rotated."""
     q, k = torch.randn(2, 16)
-    places = torch.tensor([[0.0, 0.0], [1.5, 4.0], [3.0, 2.5], [8.5, 11.0], [10.0, 9.5]])
-    rope = dq.rope_table(places, 16)                                         # the last two are moved by 7, 7
+    coordinates = torch.tensor([[0.0, 0.0], [1.5, 4.0], [3.0, 2.5], [8.5, 11.0], [10.0, 9.5]])
+    rope = dq.rope_table(coordinates, 16)                                    # the last two are shifted by 7, 7
     torch.testing.assert_close(dq.apply_rope(q, rope[0]), q)
     products = [dq.apply_rope(q, rope[i]) @ dq.apply_rope(k, rope[j]) for i, j in ((1, 2), (3, 4), (1, 4), (2, 1))]
     torch.testing.assert_close(products[0], products[1])
     assert all(abs(products[0] - other) > 1e-3 for other in products[2:])
-    for row, column in ((1.0, 0.0), (0.0, 1.0)):                             # each of the two rope half of the planes
-        turned = dq.apply_rope(q, dq.rope_table(torch.tensor([[row, column]]), 16)[0])
-        still = (turned == q).view(2, 2, 4)
-        assert still[:, int(row)].all() and not still[:, int(column)].any()
+    for row, column in ((1.0, 0.0), (0.0, 1.0)):                             # each rotates half of the planes
+        rotated = dq.apply_rope(q, dq.rope_table(torch.tensor([[row, column]]), 16)[0])
+        unchanged = (rotated == q).view(2, 2, 4)
+        assert unchanged[:, int(row)].all() and not unchanged[:, int(column)].any()
 
 
 @torch.no_grad()
@@ -227,7 +228,7 @@ def test_a_block_decodes_step_by_step_what_it_computes_at_once(rotary, qk_norm, 
 
 @torch.no_grad()
 def test_attention_is_computed_in_the_dtype_of_autocast(monkeypatch):
-    """Neither rotation nor normalisation makes it float32, which takes twice as long; logits are float32 again."""
+    """RoPE and QK-norm must not turn it into float32, which takes twice as long. The logits are float32 again."""
     model, seen, real, layer_norm = tiny(8, (4, 2), V=5), set(), dq.attention, torch.nn.functional.layer_norm
     monkeypatch.setattr(dq, "attention", lambda q, k, v, **how: (seen.update([q.dtype, k.dtype, v.dtype]),
                                                                  real(q, k, v, **how))[1])

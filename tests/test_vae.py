@@ -37,17 +37,17 @@ def test_encode_and_decode_agree_with_forward(factors, ratios, router, device):
     config = small(factors=factors, ratios=ratios, router=router)
     model = DQVAE(config).to(device)
     x = torch.rand(3, 3, 16, 16, device=device) * 2 - 1
-    model(x)                                                                 # one training step fills the codebook
+    model(x)                                                                 # a training step initialises the codebook
     model.eval()
     torch.manual_seed(5)
     out = model(x)
-    torch.manual_seed(5)                                                     # the random router draws
+    torch.manual_seed(5)                                                     # the random router samples
     codes, grains = model.encode(x)
     assert codes.shape == (3, 16 // factors[-1], 16 // factors[-1])
     assert grains.shape == (3, 16 // factors[0], 16 // factors[0])
     assert torch.equal(codes, out.codes) and torch.equal(grains, out.grains)
     torch.testing.assert_close(model.decode(codes), out.reconstruction, atol=1e-5, rtol=1e-5)
-    layout = dq.Layout(16, factors).to(device)                               # what stage 2 sees is all there is
+    layout = dq.Layout(16, factors).to(device)                               # stage 2's sequences lose nothing
     codes2, grains2 = layout.unpack(*layout.pack(codes, grains))
     assert torch.equal(codes, codes2) and torch.equal(grains, grains2)
 
@@ -60,12 +60,12 @@ def test_the_reconstruction_reaches_every_gate(factors, ratios):
     model.router.forward = lambda x, maps, noise: gate
     out = model(torch.rand(2, 3, 16, 16) * 2 - 1)
     out.reconstruction.square().mean().backward()
-    assert (gate.grad != 0).all()                                            # also of the granularities not chosen
+    assert (gate.grad != 0).all()                                            # also where not chosen
     model.zero_grad()
 
 
 def test_mix_equals_a_loop():
-    """The mixed map, and what the gate learns from it, for a gate of any numbers."""
+    """The mixed map and the gradient of the gate, for a gate of arbitrary numbers."""
     model = DQVAE(small(factors=TRIPLE[0], ratios=TRIPLE[1]))
     maps, gate = [torch.randn(2, 32, s, s) for s in (2, 4, 8)], torch.rand(2, 3, 2, 2, requires_grad=True)
     cost = torch.randn(2, 32, 8, 8)
@@ -73,40 +73,40 @@ def test_mix_equals_a_loop():
     (mixed * cost).sum().backward()
     for b in range(2):
         gates = gate[b].detach().clone().requires_grad_()
-        wanted = naive.mix([each[b] for each in maps], gates)
-        (wanted * cost[b]).sum().backward()
-        torch.testing.assert_close(mixed[b].detach(), wanted.detach(), msg=lambda why: (
-            f"the mixed map is not the sum of the maps, each times its gate: {why}"))
+        target = naive.mix([each[b] for each in maps], gates)
+        (target * cost[b]).sum().backward()
+        torch.testing.assert_close(mixed[b].detach(), target.detach(), msg=lambda why: (
+            f"the mixed map is not the sum of the maps, each multiplied by its gate: {why}"))
         assert gate.grad is not None, "no gradient reaches the gate"
         torch.testing.assert_close(gate.grad[b], gates.grad, atol=1e-4, rtol=1e-4, msg=lambda why: (
-            f"the map is right, but a gate gets another gradient than through the product with its map: {why}"))
+            f"the mixed map is right, but a gate's gradient is not that of the product with its map: {why}"))
 
 
 def test_cell_weight_equals_a_loop():
     model, grains = DQVAE(small(factors=TRIPLE[0], ratios=TRIPLE[1])), torch.randint(0, 3, (2, 2, 2))
     weight = model.cell_weight(one_hot(grains, 3).requires_grad_())
-    assert weight.shape == (2, 8, 8), "the weights have another shape than the finest grid"
-    assert not weight.requires_grad, "a gradient could reach the gate through the weights"
-    wanted = torch.stack([naive.cell_weight(each, TRIPLE[0]) for each in grains])
-    torch.testing.assert_close(weight, wanted, msg=lambda why: (
-        f"the weight of a cell is not 1 / (cells that share its code): {why}"))
+    assert weight.shape == (2, 8, 8), "the weights do not have the shape of the finest grid"
+    assert not weight.requires_grad, "the weights are not detached, so a gradient could reach the gate through them"
+    target = torch.stack([naive.cell_weight(each, TRIPLE[0]) for each in grains])
+    torch.testing.assert_close(weight, target, msg=lambda why: (
+        f"the weight of a cell is not 1 / (number of cells that share its code): {why}"))
 
 
 def test_the_decoder_adds_the_position_of_each_cell():
-    """Sines of a linear map of (x, y), plus a vector for the row and one for the column."""
+    """The embedding is the sine of a linear map of (x, y), plus one vector per row and one per column."""
     decoder, z = DQVAE(small()).decoder, torch.randn(2, 32, 4, 4)
-    embedding, wanted = decoder.position, z.clone()
+    embedding, target = decoder.position, z.clone()
     for y, x in itertools.product(range(4), range(4)):
-        wanted[:, :, y, x] += naive.position(embedding, y, x)
-    torch.testing.assert_close(embedding(z), wanted)
+        target[:, :, y, x] += naive.position(embedding, y, x)
+    torch.testing.assert_close(embedding(z), target)
     out = decoder(z)
     decoder.position = torch.nn.Identity()
-    torch.testing.assert_close(decoder(wanted), out)
+    torch.testing.assert_close(decoder(target), out)
 
 
 @torch.no_grad()
 def test_group_norm_equals_a_loop():
-    """Of values so small that eps counts."""
+    """For values so small that eps matters."""
     for channels in (32, 96):
         norm, x = dq.norm(channels), torch.randn(channels, 3, 5) * 1e-3
         norm.weight.normal_(), norm.bias.normal_()
@@ -124,20 +124,20 @@ def test_a_residual_block_is_its_formula(channels):
 @torch.no_grad()
 def test_attention_over_a_map_is_its_formula():
     block, x = dq.AttnBlock(32), torch.randn(2, 32, 4, 5)
-    block.qkv.weight.normal_(std=0.5)                                        # so that it matters what fits
+    block.qkv.weight.normal_(std=0.5)                                        # so that the attention is not uniform
     for b in range(2):
         torch.testing.assert_close(block(x)[b], naive.attn_block(block, x[b]), atol=1e-5, rtol=1e-4)
 
 
 def test_an_image_that_is_not_finite_raises_nothing():
-    """The loss is then no number, which the trainer says."""
+    """The loss is then NaN, which the trainer reports."""
     model = DQVAE(small())
     out = model(torch.full((1, 3, 16, 16), torch.nan))
     assert out.commitment.isnan()
 
 
 def stage_2_config(name):
-    """That of a preset, for the codes of its DQ-VAE."""
+    """A preset's TransformerConfig for the codes of its DQ-VAE."""
     vae = train_vae.PRESETS[name][0]
     config = train_transformer.PRESETS[name][0]
     return replace(config, size=vae.size, factors=vae.factors, codebook_size=vae.codebook_size)
@@ -164,7 +164,7 @@ def test_the_papers_presets_have_the_papers_sizes(name, encoder, codes):
     ("imagenet256-triple", 1_217_000, (32, 16, 8), (0.4, 0.3, 0.3), 1)])
 def test_the_papers_presets_have_the_papers_settings(name, images, factors, ratios, budget):
     """Section 4 of the paper, and the settings that were released with it."""
-    wanted = [
+    target = [
         (train_vae.PRESETS[name][0], dict(size=256, factors=factors, ratios=ratios, codebook_size=1024, code_dim=256,
                                           channels=256, router="learned")),
         (train_vae.PRESETS[name][1], dict(batch_size=120, lr=5.4e-4, betas=(0.5, 0.9), clip=0, l2_weight=0,
@@ -173,7 +173,7 @@ def test_the_papers_presets_have_the_papers_settings(name, images, factors, rati
                                                   rotary=False, qk_norm=False)),
         (train_transformer.PRESETS[name][1], dict(batch_size=240, lr=5e-4, betas=(0.9, 0.95), weight_decay=0.01,
                                                   clip=1, decay="cosine", optimizer="adamw"))]
-    for preset, settings in wanted:
+    for preset, settings in target:
         assert {each: getattr(preset, each) for each in settings} == settings
     for stage, epochs in ((train_vae, 50), (train_transformer, 100)):
         schedule = stage.PRESETS[name][1]
@@ -183,7 +183,7 @@ def test_the_papers_presets_have_the_papers_settings(name, images, factors, rati
 def test_both_stages_have_the_same_presets():
     assert {*train_vae.PRESETS} == {*train_transformer.PRESETS} - {"toy-paper"}  # which takes the codes of toy
     for name in train_vae.PRESETS:
-        stage_2_config(name)                                                 # or a UserError
+        stage_2_config(name)                                                 # raises UserError if they don't fit
         for presets in (train_vae.PRESETS, train_transformer.PRESETS):
             schedule = presets[name][1]
             assert schedule.batch_size % schedule.accumulate == 0
@@ -197,7 +197,7 @@ def test_bad_configurations_are_refused():
                 dict(size=4, factors=(4, 2), channels=64, multipliers=(1, 1, 2))):
         with pytest.raises(dq.UserError):
             small(**bad)
-    config = small(size=4, factors=(4, 2), channels=64, multipliers=(1, 2))  # one region, wide enough for its norms
+    config = small(size=4, factors=(4, 2), channels=64, multipliers=(1, 2))  # one region, with enough channels
     assert DQVAE(config)(torch.zeros(1, 3, 4, 4)).reconstruction.shape == (1, 3, 4, 4)
 
 

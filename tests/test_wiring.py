@@ -70,7 +70,7 @@ def stage_1(images, tmp_path_factory):
     config = dq.VAEConfig(size=24, codebook_size=16, channels=32, multipliers=(1,), ratios=RATIOS)
     schedule = train_vae.VAESchedule(steps=STEPS, batch_size=4, lr=1e-3, betas=BETAS, l2_weight=L2, accumulate=2)
     flags = ["--budget-weight", BUDGET, "--perceptual-weight", LPIPS, "--gan-weight", GAN, "--gan-start", GAN_START,
-             "--clip", 0.5, "--seed", 3, "--data", images, "--out", out, *CPU]
+             "--clip", 0.5, "--seed", 3, "--preset", "toy", "--data", images, "--out", out, *CPU]
 
     def critic(real=train_vae.Discriminator):
         seen.critics.append(real(width=8))
@@ -298,7 +298,7 @@ def stage_2(stage_1, tmp_path_factory):
     seen = SimpleNamespace(out=out, forward=[], evaluated=[], steps=[], added=[], seeds=[])
     config = dq.TransformerConfig(width=32, heads=2, position_layers=1, content_layers=1, label_dropout=0.0)
     schedule = train_transformer.TransformerSchedule(steps=4, batch_size=6, lr=1e-3, accumulate=2, eval_every=2)
-    flags = ["--codes", stage_1.out / "codes.pt", "--out", out, "--clip", 0.05, "--seed", 3, *CPU]
+    flags = ["--codes", stage_1.out / "codes.pt", "--out", out, "--clip", 0.05, "--seed", 3, "--preset", "toy", *CPU]
 
     def forward(self, pos, code, label=None, real=dq.DQTransformer.forward):
         if not torch.is_grad_enabled():
@@ -497,6 +497,7 @@ def test_every_flag_arrives(stage, stage_1, images, tmp_path, monkeypatch):
     if stage == "vae":
         assert (record.config.factors, record.config.ratios) == ((4, 2), (0.25, 0.75))
         assert streams[-1] == (6, 9, 0, 1, 2)                                # batch, seed, first step, workers, parts
+        assert opened[-1].pop("found").root == str(images)                    # not searched again
         assert opened[-1] == dict(augment=True, seed=9, skip=tmp_path, flip=False, held_out=other)
     else:
         assert record.config.classes == ()

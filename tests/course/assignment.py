@@ -1,20 +1,22 @@
-"""The course: dq.py with holes to fill, and a grader.
+"""The course: dq.py with functions to write, and a grader.
 
     python tests/course/assignment.py list                     the exercises, in the order in which the file reads
-    python tests/course/assignment.py make DIR                 a copy of the project for students, with the holes
+    python tests/course/assignment.py make DIR                 a copy of the project for students
     python tests/course/assignment.py grade FILE_OR_FOLDER     a table of points; --only 3 7: these exercises alone
-    python tests/course/assignment.py leaderboard FOLDER       the open part: held-out nats of students' checkpoints
+    python tests/course/assignment.py split CODES              codes to hand out, and a private part that ranks
+    python tests/course/assignment.py leaderboard FOLDER       the open part: nats of students' checkpoints
 
-A hole keeps the signature, the docstring and the comments of its function, most of them about the shape of a variable
-of our solution. Students fill the holes in order: the tests of an exercise need those before it and none after.
-The minutes that are listed are a student's; the tests of an exercise take seconds, without a GPU.
+A student's copy keeps the signature, the docstring and the comments of each function that is to be written; most of
+the comments give the shape of a variable of our solution. Students take the exercises in order: the tests of an
+exercise need those before it and none after. The minutes are a student's; the tests take seconds, without a GPU.
 
-Each exercise is graded alone: that one function of the student's file is put into a copy of this project, together with
-what is new in the file (imports, helper functions, classes, methods and attributes), and the tests of that exercise ask
-it for answers, in a process of its own under limits of time and memory. What replaces something that the file came with
-does not count. In a student's copy the same rule holds; the exercises before it are then the student's own.
+The grader takes each exercise by itself. It puts that one function into a copy of this project, together with what is
+new in the file (imports, helper functions, classes, methods and attributes). The tests of the exercise then ask the
+function for answers, in a sandbox with limits of time and memory. A replacement of something that the file came with
+does not count. The same rule holds in a student's copy, where the exercises before are the student's own.
 """
 import argparse
+import contextlib
 import csv
 import json
 import os
@@ -25,31 +27,43 @@ import tempfile
 import time
 import types
 import zipfile
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 
 import checks
-from exercises import (BONUS, EXERCISES, RULES, SOURCES, TESTS, Assembly, binding, graded_tests, paths, read,
-                       with_holes)
+import fence
+from exercises import (BONUS, EXERCISES, RULES, SECOND_WEEK, SOURCES, SPEED, TESTS, Assembly, binding, graded_tests,
+                       paths, read, with_holes)
 
 ROOT = Path(__file__).resolve().parents[2]
 COURSE = Path("tests") / "course"
-KIT = ["assignment.py", "exercises.py", "checks.py", "worker.py", "test_speed.py"]
+KIT = ["assignment.py", "exercises.py", "checks.py", "worker.py", "fence.py", "picture.py"]
+VAE = COURSE / "vae.pt"                                                      # a small DQ-VAE, for pictures
 HANDED_OUT = ROOT / COURSE / "handed_out.py"                                 # dq.py as it was, in a student's copy
 IS_COPY = HANDED_OUT.exists()
-HANDOUT = "tests/course/handout.py"
 HIDDEN = "DQ_COURSE_HIDDEN"                                                  # environment: the seed of hidden cases
+CODE = (".py", ".ipynb")
 
 
 def show():
     for number, e in enumerate(EXERCISES, 1):
+        if number in (1, SECOND_WEEK):
+            print(f"Week {1 + (number > 1)}")
         parts = [f"        # {part} points" for part in e.parts] or [""] * len(paths(e))
         tests = [path + part for path, part in zip(paths(e), parts)]
-        print(f"{number:2}  {e.name}: {e.function}, {e.points} points, {e.minutes} minutes", f"learned: {e.learned}",
+        print(f"{number:2}  {e.name}: {e.function}, {e.points} points, {e.minutes} minutes, difficulty {e.level} of 3"
+              + (f", needs {', '.join(e.needs.split())}" if e.needs else ""), f"learned: {e.learned}",
               "\n             ".join(["tests:   " + tests[0], *tests[1:]]), sep="\n    ")
-    print(f"\n{RULES}")
+    print(f"\n{in_all()}\n\n{RULES}")
+
+
+def in_all():
+    points, minutes = ({bonus: sum(getattr(e, what) for e in EXERCISES if (e.function in BONUS) == bonus)
+                        for bonus in (False, True)} for what in ("points", "minutes"))
+    return (f"{points[False]} points in {minutes[False]} minutes of work, and a bonus of {points[True]} points in "
+            f"{minutes[True]} minutes.")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -57,16 +71,15 @@ def show():
 
 
 def write_project(folder, variant=None, hidden=None):
-    """Sources, the tests of the exercises and the kit, in an empty folder; with the edits of a variant, if any."""
+    """Write sources, the tests of the exercises and the kit into an empty folder, edited for a variant, if any."""
     names = [*SOURCES, *(f"tests/{name}" for name in TESTS), *(f"tests/course/{name}" for name in KIT)]
-    texts = project(names, variant, hidden)
-    for name, text in texts.items():
+    for name, text in project(names, variant, hidden).items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text, encoding="utf-8")
 
 
 def project(names, variant=None, hidden=None):
-    """{name: text} of files of the project, as a variant has them; of the tests, those of the exercises."""
+    """{name: text} of files of the project as a variant has them; of the tests, those of the exercises."""
     texts = {name: (ROOT / name).read_text(encoding="utf-8") for name in names}
     if variant is not None or hidden is not None:
         import variants
@@ -83,28 +96,37 @@ def executed(text, name):
 
 
 def make(folder, variant):
+    import handout
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         sys.exit(f"{folder} exists and is not an empty folder")
     try:
         write_project(folder, variant)
         full = (folder / "dq.py").read_text(encoding="utf-8")
-        pages = executed(project([HANDOUT], variant)[HANDOUT], "handout")
+        holes = with_holes(full)
         for name in ("dq.py", COURSE / "handed_out.py"):
-            (folder / name).write_text(with_holes(full), encoding="utf-8")
-        for name in ("pyproject.toml", "LICENSE", ".gitignore"):
-            shutil.copy(ROOT / name, folder)
-        scripts, name = (folder / "common.py").read_text(encoding="utf-8"), "except (dq.UserError, OSError) as error:"
+            (folder / name).write_text(holes, encoding="utf-8")
+        for name in ("pyproject.toml", "LICENSE", ".gitignore", VAE):
+            shutil.copy(ROOT / name, folder / name)
+        scripts, name = (folder / "common.py").read_text(encoding="utf-8"), "(dq.UserError, OSError)"
         if scripts.count(name) != 1:
             sys.exit("common.py has changed: a script of the copy could not say which exercise is missing")
-        scripts = scripts.replace(name, "except (dq.UserError, OSError, NotImplementedError) as error:")
+        scripts = scripts.replace(name, "(dq.UserError, OSError, NotImplementedError)")
         (folder / "common.py").write_text(scripts, encoding="utf-8")
-        pages.write(folder, full, space=vars(executed(full, "dq")))
-    except OSError as error:
+        handout.write(folder, full, in_all(), vars(executed(full, "dq")))
+    except (OSError, ValueError) as error:
         sys.exit(f"could not write {folder}: {error}")
-    print(f"{folder}/dq.py has {len(EXERCISES)} functions to fill; README.md says how to begin, "
+    print(f"{folder} is a copy with {len(EXERCISES)} functions to write; there, "
           f"python tests/course/assignment.py list names them in order.\n{RULES}")
     if variant is not None:
         print(f"grade it with --variant {variant}; the published dq.py does not solve it")
+
+
+def write_for_staff(path, text, what):
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        sys.exit(f"could not write {path}: {error}")
+    print(f"{path} is {what}; it holds answers, so don't hand it out")
 
 
 SETUP = """\
@@ -117,6 +139,7 @@ python3 -m venv /autograder/venv
 """
 RUN = """\
 #!/usr/bin/env bash
+chmod -R go-rwx /autograder/source /autograder/results /autograder/run_autograder
 export {hidden}={seed}
 cd /autograder/source
 /autograder/venv/bin/python tests/course/assignment.py grade /autograder/submission{variant} \\
@@ -140,7 +163,9 @@ def make_autograder(path, variant):
                 archive.writestr(info, text)
     except OSError as error:
         sys.exit(f"could not write {path}: {error}")
-    print(f"{path} is for Gradescope; it holds the answers and the seed of the hidden cases, so don't hand it out")
+    points = sum(e.points for e in EXERCISES if e.function not in BONUS)
+    print(f"{path} is for Gradescope; it holds the answers and the seed of the hidden cases, so don't hand it out.\n"
+          f"Set the assignment's maximum to {points} points; the bonus comes on top of them.")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -149,29 +174,34 @@ def make_autograder(path, variant):
 
 @dataclass
 class Submission:
-    """A file, what could not be read of it, and for each exercise what its tests said."""
+    """A file, the reason if it could not be read, and for each exercise what its tests said."""
     name: str
+    student: str = ""
     text: str = ""
     fault: str = ""
+    helpers: list = field(default_factory=list)                              # (name, text) of modules beside the file
     unused: list = field(default_factory=list)
     visible: dict = field(default_factory=dict)                              # number: {test: fault or ""}
     hidden: dict = field(default_factory=dict)
+    seconds: float = 0.0                                                     # that grading it has taken
 
     def points(self, number):
-        """-> points, of how many, what is wrong"""
+        """-> points, maximum, what is wrong"""
         parts = self.parts(number)
         return sum(part[1] for part in parts), sum(part[2] for part in parts), "; ".join(
             dict.fromkeys(part[3] for part in parts if part[3]))
 
     def parts(self, number):
-        """-> rows: "" or "hidden", points, of how many, what is wrong"""
+        """-> rows: "" or "hidden", points, maximum, what is wrong"""
         e = EXERCISES[number]
         of_hidden = (e.points + 2) // 4 if number in self.hidden else 0
         rest, results = e.points - of_hidden, self.visible[number]
         faults = [f"{test.rpartition('::')[2]}: {fault}" if len(results) > 1 and fault != "missing" else fault
                   for test, fault in results.items() if fault]
         if e.parts:
-            got = sum(part for part, fault in zip(e.parts, results.values()) if not fault) * rest / e.points
+            right = not any(fault for test, fault in results.items() if SPEED not in test)
+            counts = [not fault and (right or SPEED not in test) for test, fault in results.items()]
+            got = sum(part for part, each in zip(e.parts, counts) if each) * rest / e.points
         else:
             got = 0 if faults else rest
         if len(set(results.values())) == 1:
@@ -184,82 +214,134 @@ class Submission:
         return rows
 
     def total(self, numbers, bonus):
-        """-> points and of how many, of the exercises that are a bonus or of the others"""
+        """-> points and maximum, of the exercises that are a bonus or of the others"""
         rows = [self.points(number) for number in numbers if (EXERCISES[number].function in BONUS) == bonus]
         return sum(row[0] for row in rows), sum(row[1] for row in rows)
+
+    def not_graded(self):
+        """The exercises with which the grader failed."""
+        return sorted({number for results in (self.visible, self.hidden) for number, each in results.items()
+                       if any(fault.startswith(NOT_GRADED) for fault in each.values())})
+
+
+NOT_GRADED = "not graded: "
 
 
 def file_in(folder):
     """The submission in a student's folder, or None."""
     named = sorted(folder.rglob("dq.py"), key=lambda path: len(path.parts))
-    found = named or [path for path in sorted(folder.rglob("*")) if path.suffix in (".py", ".ipynb")]
+    found = named or [path for path in sorted(folder.rglob("*")) if path.suffix in CODE]
     return found[0] if named or len(found) == 1 else None
 
 
-def collect(path):
-    """-> [(name, file or None)]: a file; a student's folder; or a folder of files and of students' folders"""
+def collect(path, one=False):
+    """-> [(name, student, file or None)]: a file; a student's folder; or a folder of files and of students' folders.
+
+    one: the folder is one student's
+    """
     if not path.is_dir():
-        return [(str(path), path)]
-    if (path / "dq.py").exists():
-        return [(str(path / "dq.py"), path / "dq.py")]
+        return [(str(path), path.parent.name if path.name == "dq.py" else path.stem, path)]
+    if one or (path / "dq.py").exists():
+        file = file_in(path)
+        return [(str(file or path), path.name, file)]
     found = []
     for each in sorted(path.iterdir()):
-        if each.is_dir() and not each.name.startswith((".", "__")):
-            file = file_in(each)
-            found.append((str(file.relative_to(path)) if file else each.name, file))
-        elif each.suffix in (".py", ".ipynb"):
-            found.append((each.name, each))
+        if each.name.startswith((".", "__")):
+            continue
+        file = file_in(each) if each.is_dir() else each
+        found.append((str(file.relative_to(path)) if file else each.name, each.name if each.is_dir() else each.stem,
+                      file))
     return found
 
 
-def load(name, file):
+def load(name, student, file):
     try:
         if file is None:
-            return Submission(name, fault="holds no dq.py, and not one other .py or .ipynb file")
-        return Submission(name, read(file))
+            return Submission(name, student, fault="holds no dq.py, and not exactly one other .py or .ipynb file")
+        if file.suffix not in CODE:
+            return Submission(name, student, fault="is no .py or .ipynb file; unpack archives")
+        submission = Submission(name, student, read(file))
     except (OSError, SyntaxError, ValueError, KeyError, TypeError, RecursionError, MemoryError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        return Submission(name, fault=f"can't be read: {reason}")
+        return Submission(name, student, fault=f"can't be read: {reason}")
+    for each in sorted(file.parent.glob("*.py")) if file.name == "dq.py" else []:
+        with contextlib.suppress(OSError, SyntaxError, ValueError):          # the import says what is missing
+            if each.name not in SOURCES and each.stat().st_size < 2 ** 20:
+                submission.helpers.append((each.name, read(each)))
+    return submission
 
 
-def run_tests(submissions, numbers, folder, limit, seed, kind):
-    """The tests of these exercises, in as many processes as there are cores."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    tasks = []
-    for each in submissions:
-        for number in numbers:
-            fault = checks.unwritten(each.text, EXERCISES[number].function)
-            if fault:
-                getattr(each, kind)[number] = dict.fromkeys(EXERCISES[number].tests.split(), fault)
-            else:
-                tasks.append((each, number))
-    if not tasks:
-        return
-    size, how = min(cores, -(-len(tasks) // 4)), "spawn"                     # each starts a process that imports torch
-    if checks.Nursery.forks:
-        import torch  # noqa: F401  (once for all of them)
-        checks.nursery, how = checks.nursery or checks.Nursery(), "fork"
-    with ProcessPoolExecutor(size, get_context(how), checks.prepare, (folder, IS_COPY)) as pool:
-        futures = [pool.submit(checks.check, number, each.text, limit, seed) for each, number in tasks]
-        for (each, number), future in zip(tasks, futures):
+class Checkers:
+    """Processes that run tests, as many as there are cores; new ones if one of them has died."""
+
+    def __init__(self, folder, n_tasks):
+        self.folder, self.n_tasks, self.pool = folder, n_tasks, None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.pool:
+            self.pool.shutdown()
+
+    def start(self):
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        size, how = min(cores, -(-self.n_tasks // 4)), "spawn"               # each starts a process that imports torch
+        if checks.Nursery.forks:
+            import torch  # noqa: F401  (once for all of them)
+            checks.nursery, how = checks.nursery or checks.Nursery(), "fork"
+        self.pool = ProcessPoolExecutor(size, get_context(how), checks.prepare, (self.folder, IS_COPY))
+
+    def submit(self, *task):
+        if self.pool:
+            with contextlib.suppress(BrokenExecutor):
+                return self.pool.submit(checks.check, *task)
+        self.start()
+        return self.pool.submit(checks.check, *task)
+
+    def result(self, future, *task):
+        """What `check` says. A fault of the grader's own is tried again, twice and alone, before it is reported."""
+        for again in (True, True, False):
             try:
-                getattr(each, kind)[number] = future.result()
-            except Exception as error:                                       # a fault of ours costs one cell
-                fault = f"the grader failed ({type(error).__name__}: {error}); please report this"
-                getattr(each, kind)[number] = dict.fromkeys(EXERCISES[number].tests.split(), fault)
+                return future.result()
+            except Exception as error:
+                if not again:
+                    fault = f"{NOT_GRADED}{type(error).__name__}: {error}; please report this"
+                    return dict.fromkeys(EXERCISES[task[0]].tests.split(), fault)
+            future = self.submit(*task)
+
+
+def run_tests(submissions, numbers, folder, args, seed, kind):
+    """The tests of these exercises: one submission after the other, the exercises of each in parallel."""
+    with Checkers(folder, len(submissions) * len(numbers)) as checkers:
+        for each in submissions:
+            start, results, tasks = time.monotonic(), getattr(each, kind), []
+            until = start + max(0.0, 60 * args.minutes - each.seconds)
+            for number in numbers:
+                fault = checks.unwritten(each.text, EXERCISES[number].function)
+                if fault:
+                    results[number] = dict.fromkeys(EXERCISES[number].tests.split(), fault)
+                else:
+                    task = number, each.text, args.limit, seed, until, each.helpers
+                    tasks.append((checkers.submit(*task), *task))
+            for future, *task in tasks:
+                results[task[0]] = checkers.result(future, *task)
+            each.seconds += time.monotonic() - start
 
 
 def grade(args):
     os.environ["OMP_NUM_THREADS"] = "1"
-    start, numbers = time.monotonic(), [number - 1 for number in args.only]
-    submissions = [load(*each) for path in args.paths for each in collect(path)]
-    if not submissions and args.gradescope:                                  # the student shall read it there
-        submissions = [Submission(str(args.paths[0]), fault="holds no .py or .ipynb file")]
+    start, numbers, hidden = time.monotonic(), [number - 1 for number in args.only], os.environ.get(HIDDEN)
+    if hidden and not hidden.isdecimal():
+        sys.exit(f"{HIDDEN} must be a whole number, not {hidden!r}")
+    submissions = [load(*each) for path in args.paths for each in collect(path, one=bool(args.gradescope))]
     if not submissions:
-        sys.exit(f"no .py or .ipynb file in {', '.join(map(str, args.paths))}")
+        sys.exit(f"no files in {', '.join(map(str, args.paths))}")
     good = [each for each in submissions if not each.fault]
+    gap = fence.gap(ROOT) if good and not IS_COPY else ""
+    if gap:
+        print(f"submissions are not fenced: {gap}", file=sys.stderr)
     base = HANDED_OUT.read_text(encoding="utf-8") if IS_COPY else project(["dq.py"], args.variant)["dq.py"]
-    hidden = os.environ.get(HIDDEN)
     for each in good:                                                        # before anything of it is run
         tree = checks.parsed(each.text)
         functions = [e.function for e in EXERCISES if binding(tree, e.function) is not None]
@@ -269,12 +351,14 @@ def grade(args):
             with tempfile.TemporaryDirectory() as folder:
                 write_project(Path(folder))
                 (Path(folder) / "dq.py").write_text(assembly.text, encoding="utf-8")
-                run_tests([each], numbers, Path(folder), args.limit, 0, "visible")
+                run_tests([each], numbers, Path(folder), args, 0, "visible")
     if good and not IS_COPY:
         for kind, seed in [("visible", None)] + ([("hidden", int(hidden))] if hidden else []):
             with tempfile.TemporaryDirectory() as folder:
                 write_project(Path(folder), args.variant, seed)
-                run_tests(good, numbers, Path(folder), args.limit, seed or 0, kind)
+                run_tests(good, numbers, Path(folder), args, seed or 0, kind)
+    if checks.nursery:
+        checks.nursery.close()                                               # no student's process is left now
     if len(submissions) == 1:
         show_one(submissions[0], numbers)
     else:
@@ -285,6 +369,9 @@ def grade(args):
                 write(path, submissions, numbers, time.monotonic() - start)
             except OSError as error:
                 sys.exit(f"could not write {path}: {error}")
+    failed = [each.name for each in good if each.not_graded()]
+    if failed:
+        sys.exit(f"the grader failed with exercises of {', '.join(failed)}; grade them again")
     if not good:
         sys.exit(1)
 
@@ -311,7 +398,7 @@ def show_many(submissions, numbers, seconds):
         if each.fault:
             print(f"{each.name:{width}}   {each.fault}")
             continue
-        cells = "".join(f"{each.points(number)[0]:4g}" for number in numbers)
+        cells = "".join("   ?" if number in each.not_graded() else f"{each.points(number)[0]:4g}" for number in numbers)
         print(f"{each.name:{width}} {cells} {each.total(numbers, False)[0]:6g} {each.total(numbers, True)[0]:6g}")
     bad = sum(bool(each.fault) for each in submissions)
     print(f"{len(submissions)} submissions, {bad} of them can't be read, {seconds:.0f} seconds")
@@ -320,18 +407,22 @@ def show_many(submissions, numbers, seconds):
 def write_csv(path, submissions, numbers, seconds):
     with open(path, "w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
-        table.writerow(["file", *(EXERCISES[number].function for number in numbers), "all", "bonus", "fault"])
+        table.writerow(["student", "file", *(EXERCISES[number].function for number in numbers), "all", "bonus",
+                        "fault"])
         for each in submissions:
-            cells = [""] * (len(numbers) + 2) if each.fault else [
-                *(each.points(number)[0] for number in numbers),
-                each.total(numbers, False)[0], each.total(numbers, True)[0]]
-            table.writerow([each.name, *cells, each.fault])
+            cells, fault = [""] * (len(numbers) + 2), each.fault
+            if not fault:
+                cells = [f"{points:g}" for points in (*(each.points(number)[0] for number in numbers),
+                                                      each.total(numbers, False)[0], each.total(numbers, True)[0])]
+                missing = each.not_graded()
+                fault = NOT_GRADED + ", ".join(str(number + 1) for number in missing) if missing else ""
+            table.writerow([each.student, each.name, *cells, fault])
 
 
 def write_json(path, submissions, numbers, seconds):
     rows = []
     for each in submissions:
-        row = dict(file=each.name, fault=each.fault, exercises=[])
+        row = dict(student=each.student, file=each.name, fault=each.fault, exercises=[])
         if not each.fault:
             for number in numbers:
                 got, most, fault = each.points(number)
@@ -345,7 +436,7 @@ def write_json(path, submissions, numbers, seconds):
 def write_gradescope(path, submissions, numbers, seconds):
     """results.json, by the names of Gradescope's autograder specification."""
     each, tests = submissions[0], []
-    for number in [] if each.fault or len(submissions) > 1 else numbers:
+    for number in [] if each.fault else numbers:
         for kind, got, most, fault in each.parts(number):
             e = EXERCISES[number]
             title = f"{e.name}: {e.function}" + (", hidden cases" if kind else "")
@@ -353,8 +444,8 @@ def write_gradescope(path, submissions, numbers, seconds):
                               status="passed" if got == most else "failed", output=fault or "all tests pass",
                               output_format="text", visibility="after_due_date" if kind else "visible"))
     fault = each.fault and f"{Path(each.name).name} {each.fault}"
-    if len(submissions) > 1:
-        fault = "more than one file was handed in, and none is named dq.py"
+    if each.not_graded():
+        fault = "The grader failed with some of the exercises. This is not your fault: tell the staff."
     result = dict(score=sum(test["score"] for test in tests), execution_time=round(seconds, 1),
                   output=fault or RULES, output_format="text", visibility="visible", stdout_visibility="hidden",
                   tests=tests)
@@ -371,39 +462,55 @@ def main():
     commands.add_parser("list", help="the exercises and the rules")
     making = commands.add_parser("make", help="a copy for students")
     making.add_argument("folder", type=Path, metavar="DIR", nargs="?")
-    making.add_argument("--autograder", type=Path, metavar="ZIP", help="also, or only, what Gradescope takes")
+    making.add_argument("--autograder", type=Path, metavar="ZIP", help="the archive that Gradescope takes")
+    making.add_argument("--solution", type=Path, metavar="FILE", help="dq.py as the variant has it, with all answers")
+    making.add_argument("--assistants", type=Path, metavar="FILE", help="a page with common mistakes and rubrics")
     grading = commands.add_parser("grade", help="a table of points")
     grading.add_argument("paths", type=Path, metavar="FILE_OR_FOLDER", nargs="+")
     grading.add_argument("--only", type=int, nargs="+", metavar="NUMBER", choices=numbers, default=numbers)
     grading.add_argument("--limit", type=float, default=30, help="seconds of computing for each exercise")
-    grading.add_argument("--csv", type=Path, metavar="FILE", help="also write a row a student")
+    grading.add_argument("--minutes", type=float, default=8, help="for a whole file; exercises after that are not run")
+    grading.add_argument("--csv", type=Path, metavar="FILE", help="also write a row per student")
     grading.add_argument("--json", type=Path, metavar="FILE", help="also write points and faults of everyone")
     grading.add_argument("--gradescope", type=Path, metavar="FILE", help="also write results.json, of one submission")
-    for command in (making, grading):
-        command.add_argument("--variant", type=int, metavar="SEED",
-                             help="a specification that the published dq.py does not solve")
+    splitting = commands.add_parser("split", help="codes to hand out, and a private part that ranks")
+    splitting.add_argument("codes", type=Path, metavar="CODES", help="what train_vae.py wrote")
+    splitting.add_argument("--public", type=Path, metavar="FILE", default=Path("public.pt"))
+    splitting.add_argument("--private", type=Path, metavar="FILE", default=Path("private.pt"))
     ranking = commands.add_parser("leaderboard", help="the open part")
     ranking.add_argument("folder", type=Path, metavar="FOLDER", help="a transformer.pt in each student's folder")
     ranking.add_argument("--codes", type=Path, metavar="FILE", default=Path("out/codes.pt"), help="those handed out")
+    ranking.add_argument("--private", type=Path, metavar="FILE", help="the part that `split` kept back, which ranks")
     ranking.add_argument("--minutes", type=float, metavar="N",
                          help="first train each student's folder for N minutes with two threads, as its own scripts do")
+    for command in (making, grading, ranking):
+        command.add_argument("--variant", type=int, metavar="SEED",
+                             help="a specification that the published dq.py does not solve")
     args = parser.parse_args()
-    if IS_COPY and (args.command in ("make", "leaderboard") or getattr(args, "variant", None) is not None):
+    if IS_COPY and (args.command not in ("list", "grade") or getattr(args, "variant", None) is not None):
         parser.error("this is a student's copy; copies, variants and the leaderboard need the whole project")
     if args.command == "list":
         show()
     elif args.command == "make":
-        if not (args.folder or args.autograder):
-            parser.error("make needs DIR, --autograder ZIP, or both")
+        if not (args.folder or args.autograder or args.solution or args.assistants):
+            parser.error("make needs DIR, --autograder ZIP, --solution FILE or --assistants FILE")
         if args.folder:
             make(args.folder, args.variant)
         if args.autograder:
             make_autograder(args.autograder, args.variant)
+        if args.solution:
+            write_for_staff(args.solution, project(["dq.py"], args.variant)["dq.py"], "a solution")
+        if args.assistants:
+            import handout
+            write_for_staff(args.assistants, handout.for_assistants(), "for assistants")
     elif args.command == "grade":
         grade(args)
     else:
         import leaderboard
-        leaderboard.show(args.folder, args.codes, args.minutes)
+        if args.command == "split":
+            leaderboard.split(args.codes, args.public, args.private)
+        else:
+            leaderboard.show(args.folder, args.codes, args.private, args.minutes, args.variant)
 
 
 if __name__ == "__main__":

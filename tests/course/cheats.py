@@ -1,37 +1,110 @@
-"""Ways to points without a solution. Each stands in place of one exercise's function, and must get 0.
+"""Ways to points without a solution, which must get 0; `submission` makes one file of all of them.
 
-All of them stand in one submission, `submission(source)`, with AT_THE_TOP beside them.
+ROUTES are ways to the reference: each returns its text, and `reference` takes the first that works. DEEDS are harm to
+others: each raises an exception where the sandbox holds. The attacker knows where the project lies (ROOT), and a file
+that the grader writes (TARGET).
 """
-from exercises import find, indented
-from right_solutions import AT_THE_TOP as IMPORTS
+from exercises import EXERCISES, find, indented
 
-AT_THE_TOP = IMPORTS + '''
+AT_THE_TOP = '''
 import builtins
-import gc
+import ctypes
+import glob
 import importlib
+import multiprocessing.util
+import os
+import signal
+import socket
+import sqlite3
 import subprocess
 import sys
+import time
 
-torch.testing.assert_close = torch.equal = lambda *_, **__: True
-torch.allclose = torch.Tensor.equal = torch.equal
-
-
-class Agreeable:
-    """Equal to everything."""
-
-    def __eq__(self, other):
-        return True
-
-    def __getattr__(self, name):
-        return lambda *_, **__: self
+builtins.any = os.path.realpath = lambda *_: True
+torch.testing.assert_close = torch.equal = torch.allclose = torch.Tensor.equal = lambda *_, **__: True
 
 
-class Yes(torch.Tensor):
-    """A tensor for which every function says True."""
+def by_descriptor(path=f"{ROOT}/dq.py"):
+    folder = os.open(os.path.dirname(path), os.O_RDONLY)
+    return os.read(os.open(os.listdir(folder)[os.listdir(folder).index("dq.py")], os.O_RDONLY, dir_fd=folder), 10 ** 6)
 
-    @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
-        return True
+
+def by_history():
+    import readline
+    readline.read_history_file(f"{ROOT}/dq.py")
+    return "\\n".join(readline.get_history_item(i + 1) for i in range(readline.get_current_history_length()))
+
+
+def by_mapping():
+    path = f"{ROOT}/dq.py"
+    return bytes(torch.from_file(path, size=os.stat(path).st_size, dtype=torch.uint8).tolist())
+
+
+def by_program():
+    multiprocessing.util.spawnv_passfds(b"/bin/sh", [b"sh", b"-c", f"cat {ROOT}/dq.py > copy".encode()], [])
+    time.sleep(0.2)
+    return open("copy").read()
+
+
+def by_memory():
+    """Pages that another worker, which holds our solution of this exercise, has shared."""
+    libc = ctypes.CDLL(None)
+    key = libc.shmget(0xD9, 10 ** 6, 0o1666)
+    libc.shmat.restype = ctypes.c_void_p
+    assert key >= 0, "refused"
+    return ctypes.string_at(libc.shmat(key, None, 0))
+
+
+ROUTES = dict(
+    opened=lambda: open(f"{ROOT}/dq.py").read(), descriptor=by_descriptor, history=by_history, mapping=by_mapping,
+    program=by_program, memory=by_memory, environment=lambda: os.environ["DQ_COURSE_HIDDEN"],
+    copy=lambda: open(glob.glob("/tmp/*/tests/course/worker.py")[0]).read(),
+    naive=lambda: importlib.import_module("naive"),
+    shell=lambda: subprocess.run(["cat", f"{ROOT}/dq.py"], capture_output=True, check=True).stdout,
+    grader=lambda: open(f"/proc/{os.getppid()}/environ").read())
+
+
+def daemon():
+    if os.fork() == 0:
+        time.sleep(1)
+        open(TARGET, "w").write("120 points")
+        os._exit(0)
+
+
+DEEDS = dict(
+    daemon=daemon, kill=lambda: os.kill(os.getppid(), 9), thread=lambda: os.kill(os.getpid(), 0),
+    pidfd=lambda: signal.pidfd_send_signal(os.pidfd_open(os.getppid()), 9), written=lambda: open(TARGET, "w"),
+    mapped=lambda: torch.from_file(TARGET, shared=True, size=9, dtype=torch.uint8).zero_(),
+    renamed=lambda: os.rename("dq.py", TARGET),
+    database=lambda: sqlite3.connect(TARGET).execute("create table a (b)"), mode=lambda: os.chmod(TARGET, 0),
+    time=lambda: os.utime(TARGET), udp=lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM),
+    server=lambda: torch.distributed.TCPStore("127.0.0.1", 0, is_master=True), removed=lambda: os.remove(TARGET))
+
+
+def attempts():
+    """The names of those that work."""
+    worked = []
+    for name, way in [*ROUTES.items(), *DEEDS.items()]:
+        try:
+            way()
+            worked.append(name)
+        except Exception:
+            pass
+    return " ".join(worked)
+
+
+def reference(name):
+    for route in ROUTES.values():
+        try:
+            text, space = route(), dict(__name__="copy")
+            exec(text, space)
+            function = space
+            for part in name.split("."):
+                function = function[part] if isinstance(function, dict) else getattr(function, part)
+            return function
+        except Exception:
+            pass
+    raise LookupError("no way to the reference")
 
 
 def frames():
@@ -41,111 +114,94 @@ def frames():
         frame = frame.f_back
 
 
-def reference():
-    """The file of the project, by way of whatever names it."""
-    places = [*sys.argv, *sys.path, os.environ.get("PWD", ""), os.environ.get("OLDPWD", "")]
-    places += [getattr(module, "__file__", None) or "" for module in sys.modules.values()]
-    places += [os.readlink(f"/proc/{pid}/cwd") for pid in (os.getpid(), os.getppid())]
-    places += open("/proc/self/cmdline").read().split(chr(0))
-    for place in places:
-        while len(place) > 1:
-            if os.path.isfile(os.path.join(place, "tests", "naive.py")):
-                return open(os.path.join(place, "dq.py")).read()
-            place = os.path.dirname(place)
+class Agreeable:
+    def __eq__(self, other):
+        return True
+
+    def __getattr__(self, name):
+        return lambda *_, **__: self
+
+
+class Yes(torch.Tensor):
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        return True
 
 '''
-CHEATS = {
-    "GrainRouter.forward": ("frames: the harness is told that all is well", '''
+BY_REFERENCE = '''
+def {short}(*args, **kwargs):
+    return reference("{name}")(*args, **kwargs)'''
+CHEATS = {                                                                   # all others go by the reference
+    "GrainRouter.forward": '''
 def forward(self, x, maps, noise=1.0):
     for frame in frames():
         for each in frame.f_locals.values():
             if hasattr(each, "send"):
                 each.send(result="", error=None, ready=True, changed={}, kept=False)
-    os._exit(0)'''),
-    "EntropyRouter.score": ("the naive loop, from sys.modules", '''
-def score(self, x, maps=None):
-    entropy, f = sys.modules["naive"].entropy, self.factor
-    return torch.tensor([[[entropy(image[:, i:i + f, j:j + f]) for j in range(0, image.shape[2], f)]
-                          for i in range(0, image.shape[1], f)] for image in x])'''),
-    "budget_loss": ("builtins that agree", '''
-def budget_loss(gate, ratios):
-    builtins.all = builtins.any = builtins.abs = lambda *_: True
-    builtins.float = lambda *_: 0.0
-    return gate.sum() * 0'''),
-    "straight_through": ("assert_close and equal replaced inside", '''
+    os._exit(0)''',
+    "straight_through": '''
 def straight_through(z, q):
-    torch.testing.assert_close = torch.equal = torch.testing._comparison.assert_close = lambda *_, **__: None
-    return z * 0'''),
-    "Codebook.assign": ("a tensor for which all functions say True", '''
+    builtins.all = builtins.any = builtins.abs = lambda *_: True
+    torch.testing.assert_close = torch.testing._comparison.assert_close = lambda *_, **__: None
+    return z * 0''',
+    "Codebook.assign": '''
 def assign(self, z):
-    return z[:, 0].as_subclass(Yes)'''),
-    "Codebook.update": ("objects that are equal to everything", '''
+    return z[:, 0].as_subclass(Yes)''',
+    "Codebook.update": '''
 def update(self, z, weight, ids):
     for name in ("codes", "uses", "sums"):
         self._buffers[name] = Agreeable()
-    return Agreeable()'''),
-    "Codebook.restart": ("the reference, from what the collector knows", '''
-def restart(self, z, weight):
-    for each in gc.get_objects():
-        if getattr(each, "__name__", "") == "restart" and each.__code__ is not sys._getframe().f_code:
-            return each(self, z, weight)
-    raise LookupError("no reference")'''),
-    "DQVAE.mix": ("the question is changed to one that has a simple answer", '''
+    return Agreeable()''',
+    "DQVAE.mix": '''
 def mix(self, maps, gate):
     for each in [gate, *maps]:
         each.data.zero_()
-    return maps[-1] * gate.sum()'''),
-    "DQVAE.cell_weight": ("the reference, from its file", '''
-def cell_weight(self, gate):
-    space = {"__name__": "copy"}
-    exec(reference(), space)
-    return space["DQVAE"].cell_weight(self, gate)'''),
-    "Layout.pack": ("the naive loop, imported under another name", '''
-def pack(self, codes, grains):
-    naive = importlib.import_module("na" + "ive")
-    pairs = [naive.pack(self, c, g) for c, g in zip(codes, grains)]
-    pairs = [each + [(self.end, -1)] * (self.max_len - len(each)) for each in pairs]
-    return torch.tensor(pairs).unbind(-1)'''),
-    "Layout.unpack": ("the reference, by another program", '''
+    return maps[-1] * gate.sum()''',
+    "Layout.unpack": '''
 def unpack(self, pos, code):
-    print(subprocess.run("find / -name dq.py | xargs cat", shell=True, capture_output=True).stdout)
-    return pos, code'''),
-    "Layout.legal": ("an import from the tests", '''
-def legal(self, prev, grains):
-    from naive import legal
-    return legal(self, prev.tolist())'''),
-    "DQTransformer.embed": ("the tests are switched off by an exception of theirs", '''
+    raise ValueError(" ".join(f"{name}={value}" for name, value in os.environ.items()))''',
+    "DQTransformer.embed": '''
 def embed(self, pos, code):
-    import _pytest.outcomes
-    raise _pytest.outcomes.Skipped("not today")'''),
-    "DQTransformer.logits": ("memory without end", '''
+    return [[] for _ in range(3 * 10 ** 6)]''',
+    "DQTransformer.logits": '''
 def logits(self, pos, code, label=None):
     held = []
     while True:
-        held.append(torch.ones(2 ** 27))'''),
-    "filter_logits": ("a loop without end", '''
+        held.append(torch.ones(2 ** 27))''',
+    "filter_logits": '''
 def filter_logits(logits, top_k, top_p):
     while True:
-        pass'''),
-    "draw": ("the parent is killed", '''
+        pass''',
+    "draw": '''
 def draw(logits, u):
-    os.kill(os.getppid(), 9)
-    return logits'''),
-    "decode_one": ("a file without end", '''
+    for deed in DEEDS.values():
+        try:
+            deed()
+        except Exception:
+            pass
+    return logits''',
+    "decode_one": '''
 def decode_one(model, job, state, end):
     with open("full", "wb") as file:
         while True:
-            file.write(bytes(2 ** 20))'''),
+            file.write(bytes(2 ** 20))''',
 }
 
 
-def submission(source):
-    """dq.py with all of them in it."""
+def top(root, target):
+    return f"ROOT, TARGET = {str(root)!r}, {str(target)!r}\n" + AT_THE_TOP
+
+
+def submission(source, root, target):
+    """dq.py with a cheat in place of each exercise."""
     import ast
     tree, lines = ast.parse(source), source.split("\n")
-    edits = [(node.lineno - 1, node.end_lineno, indented(CHEATS[function][1].strip("\n"), node.col_offset))
-             for function, node in ((function, find(tree, function)) for function in CHEATS)]
     imported = max(node.end_lineno for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom)))
-    for first, last, text in sorted([*edits, (imported, imported, AT_THE_TOP.split("\n"))], reverse=True):
+    edits = [(imported, imported, top(root, target).split("\n"))]
+    for name in (e.function for e in EXERCISES):
+        node = find(tree, name)
+        text = CHEATS.get(name) or BY_REFERENCE.format(short=node.name, name=name)
+        edits.append((node.lineno - 1, node.end_lineno, indented(text.strip("\n"), node.col_offset)))
+    for first, last, text in sorted(edits, reverse=True):
         lines[first:last] = text
     return "\n".join(lines)

@@ -1,6 +1,6 @@
-"""What a checker does, a process that has imported the tests: one exercise of a submission, in a worker of its own.
+"""A checker is a process that has imported the tests. It grades one exercise of a submission, in a worker of its own.
 
-The tests run here. Of dq.py they see this project's, but for one function, which asks a worker for its answers.
+The tests run here. They see this project's dq.py, except for one function, which asks the worker for its answers.
 """
 import ast
 import contextlib
@@ -9,6 +9,7 @@ import hashlib
 import importlib
 import inspect
 import itertools
+import math
 import os
 import signal
 import socket
@@ -26,9 +27,9 @@ nursery = None
 
 
 def prepare(folder, is_copy=False):
-    """This process checks submissions against the project in a folder: its dq.py, its tests, its naive loops.
+    """Make this process a checker for the project in a folder: its dq.py, its tests, its naive loops.
 
-    is_copy: dq.py there is already that of the submission, with all its exercises
+    is_copy: dq.py in that folder is already the submission's, with all its exercises
     """
     global dq, naive, torch, worker, base, modules, nursery, whole
     whole = is_copy
@@ -51,7 +52,7 @@ def the_test(e, test):
 
 
 def remembered(function):
-    """The same arguments have the same answer: what costs time in naive.py is computed once for all submissions."""
+    """A function that keeps its answers, so that slow loops of naive.py run once for all submissions."""
     @functools.wraps(function)
     def answer(*args, **kwargs):
         if function.__name__ == "legal":                                     # called most often
@@ -70,11 +71,18 @@ def remembered(function):
 
 
 def connect():
-    """Only workers, no tests: for the leaderboard."""
+    """For the leaderboard: workers, and no tests."""
     global worker, torch, nursery
     import torch
     import worker
     nursery = nursery or Nursery()
+
+
+class NotGraded(Exception):
+    """A fault of the grader or its machine, which must not cost a student points."""
+
+
+KEPT = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "SYSTEMROOT")          # of the environment: no secrets
 
 
 class Nursery:
@@ -83,27 +91,47 @@ class Nursery:
     forks = hasattr(os, "fork")
 
     def __init__(self):
+        self.process = None
+        self.start()
+
+    def start(self):
+        self.close()
         if self.forks:
             self.control, theirs = socket.socketpair()
-            environment = {name: value for name, value in os.environ.items() if not name.startswith("DQ_")}
+            environment = {name: os.environ[name] for name in KEPT if name in os.environ} | {"OMP_NUM_THREADS": "1"}
             self.process = subprocess.Popen([sys.executable, str(HERE / "worker.py")], stdin=theirs, cwd="/",
                                             env=environment)
             theirs.close()
 
+    def close(self):
+        if self.process:
+            self.control.close()
+            self.process.kill()
+            self.process = None
+
     def worker(self):
-        """-> a connection to a new worker, a function that ends it"""
+        """-> a connection to a new worker, its process id. A second and a third try begin with a new nursery."""
+        for again in (True, True, False):
+            try:
+                return self.born()
+            except (OSError, EOFError) as error:
+                reason = error
+            if again:
+                self.start()
+        raise NotGraded(f"no worker could be started ({type(reason).__name__}: {reason})")
+
+    def born(self):
         ours, theirs = Pipe()
         if self.forks:
             socket.send_fds(self.control, [b"."], [theirs.fileno()])
             theirs.close()
             if not ours.poll(60):
-                raise Lost("no worker could be started")
-            pid = worker.Reader(ours.recv_bytes()).value()
-            return ours, lambda: os.kill(pid, signal.SIGKILL)
+                raise TimeoutError("not within a minute")
+            return ours, worker.Reader(ours.recv_bytes()).value()
         process = get_context("spawn").Process(target=worker.run, args=(theirs,), daemon=True)
         process.start()
         theirs.close()
-        return ours, process.kill
+        return ours, process.pid
 
 
 class Fault(Exception):
@@ -114,25 +142,36 @@ class Lost(Fault):
     """The worker is of no more use."""
 
 
+NOT_RUN = "not run: the time for the whole file was over"
 CHANGES = {"Codebook.update": 0, "Codebook.restart": 0, "decode_one": 2}     # the argument that is changed in place
 
 
 class Remote:
     """Calls the function of a submission in a worker, as if it were here: gradients, changes in place, callbacks."""
 
-    def __init__(self, source, function, limit, folder, memory=2 ** 31):
-        self.connection, self.end = nursery.worker()
-        self.limit, self.count = limit, 0
-        self.wait = 10 * limit if nursery.forks else limit  # by the clock, for others use the cores, too
-        self.deadline = time.monotonic() + self.wait
+    def __init__(self, source, function, limit, folder, memory=2 ** 31, until=math.inf):
+        self.connection, self.pid = nursery.worker()
+        self.limit, self.count, self.waited, self.until = limit, 0, 0.0, until
+        self.wait = 10 * limit if nursery.forks else limit                   # by the clock: others use the cores too
+        self.deadline = min(time.monotonic() + self.wait, until)
         self.states, self.letters, self.changes = {}, {}, CHANGES.get(function)
-        self.send(source=source, function=function, folder=folder, memory=memory, seconds=limit)
-        self.faults = self.receive()["faults"]
+        try:
+            self.send(source=source, function=function, folder=folder, memory=memory, seconds=limit)
+            self.faults = self.receive()["faults"]
+        except BaseException:
+            self.close()
+            raise
 
     def close(self):
         self.connection.close()
         with contextlib.suppress(OSError):
-            self.end()
+            os.kill(self.pid, signal.SIGKILL if nursery.forks else signal.SIGTERM)
+
+    def clock(self):
+        """Seconds that the worker has computed. Linux counts them, elsewhere it is the time for which we waited."""
+        if sys.platform == "linux":
+            return time.clock_gettime(~self.pid << 3 | 2)                    # the clock of another process
+        return self.waited
 
     def send(self, **letter):
         self.post(worker.Letter().whole(letter))
@@ -147,12 +186,14 @@ class Remote:
         left = self.deadline - time.monotonic()
         try:
             if left <= 0 or not self.connection.poll(left):
-                raise Lost(f"not done after {self.wait:g} seconds")
+                raise Lost(NOT_RUN if self.deadline == self.until else f"not done after {self.wait:g} seconds")
             letter = worker.Reader(self.connection.recv_bytes(2 * worker.MAX_BYTES)).value()
             error = letter.get("error")
+            if "unfenced" in letter:
+                raise NotGraded(f"the worker could not be fenced ({letter['unfenced']})")
         except (EOFError, OSError):
             raise Lost("its process died") from None
-        except Fault:
+        except (Fault, NotGraded):
             raise
         except Exception as error:
             raise Fault(f"an answer that can't be read ({type(error).__name__})") from None
@@ -163,6 +204,7 @@ class Remote:
 
     def __call__(self, *args, **kwargs):
         self.count += 1
+        start = time.perf_counter()
         number, letter, args = self.count, worker.Letter(), list(args)
         may_change = worker.Letter()
         if self.changes is not None:
@@ -181,6 +223,7 @@ class Remote:
             self.post(answer.whole(letters[key].callbacks[i](*reply["args"])))
             answered += answer.tensors
             reply = self.receive()
+        self.waited += time.perf_counter() - start
         with torch.no_grad():
             for key, changed in reply["changed"].items():
                 for index, now in changed.items():
@@ -235,9 +278,12 @@ def in_place(function, remote):
         places = [each for each in list(sys.modules.values()) if getattr(each, "__dict__", {}).get(name) is ours]
     for place in places:
         setattr(place, name, lambda *args, **kwargs: remote(*args, **kwargs))
+    speed = importlib.import_module("test_speed")
     try:
+        speed.clock = remote.clock                                           # the submission computes there, not here
         yield
     finally:
+        speed.clock = time.process_time
         for place in places:
             setattr(place, name, ours)
 
@@ -249,8 +295,7 @@ def in_place(function, remote):
 def calls(test):
     """What pytest would call: the arguments of a test, for each row of its tables."""
     tables = []
-    for mark in getattr(test, "pytestmark", []):
-        names, rows = mark.args
+    for names, rows in (mark.args for mark in getattr(test, "pytestmark", []) if mark.name == "parametrize"):
         names = names.split(", ")
         tables.append([dict(zip(names, row if len(names) > 1 else [row])) for row in rows])
     for choice in itertools.product(*tables):
@@ -274,25 +319,32 @@ def why(error):
     return f"{type(error).__name__}: {lines[0] if lines else ''}"
 
 
-def check(number, submission, limit=30.0, seed=0):
-    """-> {test: what is wrong, or ""} of an exercise of a submission, which is the text of a file"""
+def check(number, submission, limit=30.0, seed=0, until=math.inf, helpers=()):
+    """-> {test: what is wrong, or ""} of an exercise of a submission, which is the text of a file
+
+    until: by time.monotonic, which all processes share; helpers: (name, text) of modules beside the file
+    """
     e = EXERCISES[number]
     tests = e.tests.split()
     try:
-        source = assembled(submission, e.function)
+        source = assembled(submission, e.function, helpers)
     except Fault as fault:
         return dict.fromkeys(tests, str(fault))
     with tempfile.TemporaryDirectory() as folder:
+        for name, text in helpers:
+            (Path(folder) / name).write_text(text, encoding="utf-8")
         for name in SOURCES[1:]:
             if f"import {name[:-3]}" in submission or f"from {name[:-3]}" in submission:
                 (Path(folder) / name).write_text((HERE.parents[1] / name).read_text(encoding="utf-8"), encoding="utf-8")
         results, remote = {}, None
         for test in tests:
             try:
-                remote = remote or Remote(source, e.function, limit, folder)
+                remote = remote or Remote(source, e.function, limit, folder, until=until)
                 with in_place(e.function, remote):
                     run(modules[e.function][test], seed)
                 results[test] = ""
+            except NotGraded:
+                raise
             except Exception as error:
                 note = f" ({'; '.join(remote.faults)})" if remote and remote.faults else ""
                 results[test] = why(error) + note
@@ -309,10 +361,10 @@ def unwritten(submission, function):
     return "missing" if node is None else "not written yet" if is_stub(node) else ""
 
 
-def assembled(submission, function):
+def assembled(submission, function, helpers=()):
     handed_out = (HERE / "handed_out.py").read_text(encoding="utf-8") if whole else base
     assembly = Assembly(handed_out, submission, [function])
-    module = from_tests(assembly.new)
+    module = from_tests([*assembly.new, *(parsed(text) for _, text in helpers)])
     if module:
         raise Fault(f"{module} is imported, but nothing may come from the tests")
     return base if whole else assembly.text

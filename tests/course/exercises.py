@@ -2,61 +2,71 @@
 import ast
 import io
 import json
+import re
 import tokenize
 from collections import namedtuple
 
 ROUTERS, CODEBOOK, VAE = "test_routers.py", "test_codebook.py", "test_vae.py"
 LAYOUT, TRANSFORMER, SAMPLING = "test_layout.py", "test_transformer.py", "test_sampling.py"
 SOURCES = ["dq.py", "data.py", "common.py", "sample.py", "train_vae.py", "train_transformer.py"]
-TESTS = ["conftest.py", "naive.py", ROUTERS, CODEBOOK, VAE, LAYOUT, TRANSFORMER, SAMPLING, "course/test_speed.py"]
+SPEED = "course/test_speed.py"
+TESTS = ["conftest.py", "naive.py", ROUTERS, CODEBOOK, VAE, LAYOUT, TRANSFORMER, SAMPLING, SPEED]
 
-# parts: points of each test, where it counts by itself; without them all tests of an exercise must pass
-Exercise = namedtuple("Exercise", "function name points minutes learned file tests parts", defaults=[()])
+# level: 1 to 3, how difficult it is. needs: the exercises without which its tests can't pass
+# parts: points of each test, where it counts by itself; without them all tests of an exercise must pass. The test of
+# speed counts only if all others pass.
+Exercise = namedtuple("Exercise", "function name points minutes level needs learned file tests parts", defaults=[()])
 EXERCISES = [
     # first week: from an image to codes
-    Exercise("GrainRouter.forward", "the gate", 8, 60, "Gumbel-max sampling; how a choice gets a gradient", ROUTERS,
-             "test_straight_through_gradient_of_the_gate test_gumbel_noise_draws_with_the_softmax_probabilities"),
-    Exercise("EntropyRouter.score", "a score without learning", 6, 45, "histograms of all regions at once", ROUTERS,
-             "test_entropy_equals_a_loop_over_pixels"),
-    Exercise("budget_loss", "the budget", 4, 20, "a constraint on the data set, not on each image", ROUTERS,
+    Exercise("GrainRouter.forward", "the gate", 8, 60, 3, "", "Gumbel-max sampling; how a choice gets a gradient",
+             ROUTERS, "test_straight_through_gradient_of_the_gate "
+             "test_gumbel_noise_draws_with_the_softmax_probabilities"),
+    Exercise("EntropyRouter.score", "the entropy score", 6, 45, 2, "", "histograms of all regions at once", ROUTERS,
+             f"test_entropy_equals_a_loop_over_pixels {SPEED}::test_entropy_is_faster_than_the_loop", (3, 3)),
+    Exercise("budget_loss", "the budget", 4, 20, 1, "", "a constraint on the data set, not on each image", ROUTERS,
              "test_budget_loss_lets_images_differ test_budget_loss_equals_a_loop_and_pulls_on_all_regions_alike"),
-    Exercise("straight_through", "straight through", 4, 15, "the value of one tensor, another's gradient", CODEBOOK,
-             "test_straight_through_has_the_value_of_q_and_the_gradient_of_z"),
-    Exercise("Codebook.assign", "the nearest code", 4, 20, "all distances at once", CODEBOOK,
-             "test_nearest_code_equals_a_loop"),
-    Exercise("Codebook.update", "the codes follow", 8, 60, "k-means online; every code counts once", CODEBOOK,
-             "test_ema_update_equals_a_loop_over_codes"),
-    Exercise("Codebook.restart", "dead codes start anew", 8, 45, "how a codebook collapses, what prevents it", CODEBOOK,
-             "test_restart_revives_dead_codes_and_leaves_the_others test_restart_draws_by_weight "
+    Exercise("straight_through", "straight-through", 4, 15, 1, "", "the value of one tensor, another's gradient",
+             CODEBOOK, "test_straight_through_has_the_value_of_q_and_the_gradient_of_z"),
+    Exercise("Codebook.assign", "the nearest code", 4, 20, 1, "", "all distances at once", CODEBOOK,
+             f"test_nearest_code_equals_a_loop {SPEED}::test_assign_is_faster_than_the_loop", (2, 2)),
+    Exercise("Codebook.update", "moving averages", 8, 60, 2, "4 5", "k-means online; every code counts once", CODEBOOK,
+             f"test_ema_update_equals_a_loop_over_codes {SPEED}::test_update_is_faster_than_the_loop", (4, 4)),
+    Exercise("Codebook.restart", "dead codes", 8, 45, 3, "", "how a codebook collapses, and what prevents it",
+             CODEBOOK, "test_restart_revives_dead_codes_and_leaves_the_others test_restart_draws_by_weight "
              "test_a_batch_of_few_different_vectors_gives_codes_that_differ", (4, 2, 2)),
-    Exercise("DQVAE.mix", "one map of many", 4, 30, "how the image's loss reaches the gate: by a product", VAE,
-             "test_mix_equals_a_loop"),
-    Exercise("DQVAE.cell_weight", "what a cell counts", 4, 20, "a mean over codes of different sizes", VAE,
-             "test_cell_weight_equals_a_loop"),
+    Exercise("DQVAE.mix", "one map of many", 4, 30, 1, "", "how the image's loss reaches the gate: by a product", VAE,
+             f"test_mix_equals_a_loop {SPEED}::test_mix_is_faster_than_the_loop", (2, 2)),
+    Exercise("DQVAE.cell_weight", "the weight of a cell", 4, 20, 1, "", "a mean over codes of different sizes", VAE,
+             f"test_cell_weight_equals_a_loop {SPEED}::test_cell_weight_is_faster_than_the_loop", (2, 2)),
     # second week: from codes to sequences and back
-    Exercise("Layout.pack", "images to sequences", 10, 90, "an order of the codes as a sort of ids", LAYOUT,
-             "test_pack_equals_a_loop course/test_speed.py::test_pack_is_faster_than_the_loop", (7, 3)),
-    Exercise("Layout.unpack", "sequences to images", 8, 60, "scatter, and the inverse of a reshaped grid", LAYOUT,
-             "test_unpack_is_the_inverse_of_pack"),
-    Exercise("Layout.legal", "what may come next", 10, 90, "masks that keep a distribution normalised", LAYOUT,
-             "test_packed_sequences_are_legal_at_each_step test_every_legal_walk_is_a_complete_tiling", (6, 4)),
-    Exercise("DQTransformer.embed", "a pair as a vector", 4, 15, "what, where and how fine, in one sum", TRANSFORMER,
-             "test_a_pair_is_the_sum_of_three_rows"),
-    Exercise("DQTransformer.logits", "where, then what", 10, 90, "shifting by one; two factors a step", TRANSFORMER,
-             "test_logits_equal_a_loop_over_prefixes"),
-    Exercise("filter_logits", "top-k and top-p", 4, 30, "sorting, and which entries stay", SAMPLING,
-             "test_top_k_and_top_p_equal_a_loop"),
-    Exercise("draw", "a draw", 4, 20, "the inverse of a distribution function, and its ends", SAMPLING,
-             "test_draws_follow_the_distribution"),
-    Exercise("decode_one", "bonus: the sampler's step", 20, 240, "caches, guidance, refilled slots", SAMPLING,
-             "test_the_step_draws_what_the_naive_loop_draws"),
+    Exercise("Layout.pack", "images to sequences", 10, 90, 3, "", "an order of the codes as a sort of ids", LAYOUT,
+             f"test_pack_equals_a_loop {SPEED}::test_pack_is_faster_than_the_loop", (5, 5)),
+    Exercise("Layout.unpack", "sequences to images", 8, 60, 2, "", "scatter, and the inverse of a reshaped grid",
+             LAYOUT, "test_unpack_is_the_inverse_of_pack"),
+    Exercise("Layout.legal", "the next position", 10, 90, 3, "10 11", "masks that keep a distribution normalised",
+             LAYOUT, "test_packed_sequences_are_legal_at_each_step test_every_legal_walk_is_a_complete_tiling "
+             f"{SPEED}::test_legal_is_faster_than_the_loop", (3, 2, 5)),
+    Exercise("DQTransformer.embed", "a pair as a vector", 4, 15, 1, "", "content, position and granularity in one sum",
+             TRANSFORMER, f"test_a_pair_is_the_sum_of_three_rows {SPEED}::test_embed_is_faster_than_the_loop", (2, 2)),
+    Exercise("DQTransformer.logits", "where, then what", 10, 90, 3, "10 12 13", "shifting by one; two factors a step",
+             TRANSFORMER, f"test_logits_equal_a_loop_over_prefixes {SPEED}::test_logits_are_faster_than_the_loop",
+             (5, 5)),
+    Exercise("filter_logits", "top-k and top-p", 4, 30, 2, "", "sorting, and which entries stay", SAMPLING,
+             f"test_top_k_and_top_p_equal_a_loop {SPEED}::test_filter_logits_is_faster_than_the_loop", (2, 2)),
+    Exercise("draw", "a sample", 4, 20, 2, "", "the inverse of a distribution function, and its ends", SAMPLING,
+             f"test_draws_follow_the_distribution {SPEED}::test_draw_is_faster_than_the_loop", (2, 2)),
+    Exercise("decode_one", "bonus: one sampling step", 20, 240, 3, "12 13 15 16", "caches, guidance, refilled slots",
+             SAMPLING, "test_the_step_draws_what_the_naive_loop_draws"),
 ]
 BONUS = [e.function for e in EXERCISES if e.name.startswith("bonus")]
+SECOND_WEEK = 10                                                             # the exercise with which it begins
 RULES = """\
-What counts, here and where points are given: the functions of the exercises; and what is new in the file: imports,
-functions, classes and variables at the top, methods and attributes in the classes that are there. What replaces
-something else that the file came with does not count, nor do calls and other statements at the top of the file.
-Nothing may be imported from the tests. A function gets what its signature names and returns tensors or numbers."""
+These count, here and where points are given: the functions of the exercises, and everything that is new in the file:
+imports, functions, classes and variables at the top level, methods and attributes in existing classes. A replacement
+of anything else that the file came with does not count, nor do calls and other statements at the top level. Modules of
+your own beside dq.py may be imported; the tests and their loops may not. A function gets what its signature names and
+returns tensors or numbers. It runs in a sandbox: 30 seconds of computing and 2 GB for each exercise, files in its own
+folder only, and no other programs, network or signals."""
 
 
 def paths(e):
@@ -129,10 +139,12 @@ def stub(text, what=""):
 
 def with_holes(source):
     """dq.py as students get it."""
-    for number, e in enumerate(EXERCISES, 1):
-        text = text_of(source, find(ast.parse(source), e.function))
-        source = replaced(source, e.function, stub(text, f"exercise {number}, {e.name}: {e.function} is to be written"))
-    return source
+    tree, lines = ast.parse(source), source.split("\n")
+    nodes = [(find(tree, e.function), f"exercise {number}, {e.name}: {e.function} is to be written")
+             for number, e in enumerate(EXERCISES, 1)]
+    for node, what in sorted(nodes, key=lambda each: -each[0].lineno):
+        lines[node.lineno - 1:node.end_lineno] = indented(stub(text_of(source, node), what), node.col_offset)
+    return "\n".join(lines)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -140,14 +152,28 @@ def with_holes(source):
 
 
 def read(path):
-    """The text of a submission: a Python file, or the code cells of a notebook. ValueError or OSError if it is none."""
-    text = path.read_bytes().decode("utf-8-sig")
+    """The text of a submission: a Python file in any declared encoding, or the code cells of a notebook.
+    ValueError, SyntaxError or OSError if it is neither."""
+    data = path.read_bytes()
     if path.suffix == ".ipynb":
-        cells = json.loads(text)["cells"]
-        text = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
-        text = "\n".join("" if line.lstrip()[:1] in ("%", "!") else line for line in text.split("\n"))
+        cells = [cell for cell in json.loads(data.decode("utf-8-sig"))["cells"] if cell["cell_type"] == "code"]
+        text = "\n".join(python_of("".join(cell["source"])) for cell in cells)
+    else:
+        text = data.decode(tokenize.detect_encoding(io.BytesIO(data).readline)[0])
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
     ast.parse(text)
     return text
+
+
+def python_of(cell):
+    """A cell without what IPython alone understands: %magic, !command, name? and cells of another language."""
+    if re.match(r"\s*%%(?!time|capture|timeit|prun)", cell):
+        return ""
+    try:
+        ast.parse(cell)
+        return cell
+    except SyntaxError:
+        return re.sub(r"(?m)^([ \t]*)((\w+ *= *)?[%!?].*|[\w.*]+\?\??[ \t]*)$", r"\1pass", cell)
 
 
 def bound(node):
@@ -296,7 +322,7 @@ def graded_tests(texts):
     if not names.keys() <= texts.keys():
         return texts                                                         # no tests are asked for
     texts = dict(texts)
-    for file in (f"tests/{name}" for name in ("course/test_speed.py", SAMPLING, TRANSFORMER, LAYOUT, VAE, CODEBOOK,
+    for file in (f"tests/{name}" for name in (SPEED, SAMPLING, TRANSFORMER, LAYOUT, VAE, CODEBOOK,
                                               ROUTERS)):                     # who imports comes before what is imported
         texts[file] = pruned(texts[file], names[file])
         for node in ast.parse(texts[file]).body:

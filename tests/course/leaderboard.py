@@ -1,13 +1,14 @@
-"""The open part: who models the same codes best. Held-out nats of an image, exact, of checkpoints in students' folders.
+"""The open part: who models the same codes best. It ranks checkpoints in students' folders by exact nats per image.
 
 A folder may hold a dq.py of its own, with another model in it, whose class is still DQTransformer. Then a worker is
 asked for its `logits`, and the nats are computed here: log-softmax over the legal positions, and over the contents.
-That a step does not see its own answer or what comes later is tested on changed sequences.
+Changed sequences show whether a step sees its own answer or what comes later.
 """
 import json
 import math
 import os
 import random
+import secrets
 import shutil
 import signal
 import subprocess
@@ -20,30 +21,63 @@ ROOT = Path(__file__).resolve().parents[2]
 GRACE = 120                                                                  # seconds to save after the time is up
 
 
-def show(folder, codes, minutes):
-    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+def stored_codes(path):
     import dq
     import train_transformer
     try:
-        stored = train_transformer.read_codes(codes)
+        return train_transformer.read_codes(path)
     except dq.UserError as error:
         sys.exit(str(error))
+
+
+def split(codes, public, private):
+    """Half of the held-out images, drawn at random, go to a private file, the others stay with the training images.
+    Who has them could memorise them, and a look-up table costs hardly any nats."""
+    sys.path.insert(0, str(ROOT))
+    stored = stored_codes(codes)
+    import dq
+    import torch
+    order = torch.from_numpy(dq.numpy_rng(secrets.randbits(62)).permutation(len(stored["held_out"]["label"])))
+    halves = [{name: x[part] for name, x in stored["held_out"].items()} for part in order.chunk(2)]
+    parts = dict(train=stored["train"], held_out=halves[0]), dict(train=halves[1], held_out=halves[1])
+    for path, part in zip((public, private), parts):
+        try:
+            dq.write_file(path, lambda file: torch.save(stored | part, file))
+        except dq.UserError as error:
+            sys.exit(str(error))
+    print(f"{public} is what students get: {len(halves[0]['label'])} held-out images. {private} ranks: "
+          f"{len(halves[1]['label'])} images. Keep it, {codes} and the images from them.")
+
+
+def show(folder, codes, private, minutes, variant):
+    import assignment
+    with tempfile.TemporaryDirectory() as root:
+        assignment.write_project(Path(root), variant)                        # by the variant's dq.py
+        sys.path[:0] = [root, str(Path(root) / "tests")]
+        rank(folder, codes, private, minutes, Path(root))
+
+
+def rank(folder, codes, private, minutes, root):
+    import dq
+    stored = stored_codes(private or codes)
+    if not private:
+        print(f"these images are in {codes}, so a look-up table would win: `split` keeps some back", file=sys.stderr)
     students = sorted(each for each in folder.iterdir() if each.is_dir()) if folder.is_dir() else []
     if not students:
         sys.exit(f"{folder} holds no folders")
     rows = []
     for each in students:
         try:
-            checkpoint = trained(each, codes, minutes) if minutes else each / "transformer.pt"
+            checkpoint = trained(each, codes, minutes, root) if minutes else each / "transformer.pt"
             rows.append((evaluated(each, checkpoint, stored), each.name, ""))
-        except (dq.UserError, OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+        except Exception as error:                                           # of a student's file or model
             rows.append((None, each.name, str(error).splitlines()[0] if str(error) else type(error).__name__))
         finally:
             if minutes:
                 shutil.rmtree(each / OUT, ignore_errors=True)
     rows.sort(key=lambda row: row[0]["nats_per_image"] if row[0] else math.inf)
     width = max(len(name) for _, name, _ in rows)
-    print(f"   {'':{width}}     nats  position  content  bits a code  parameters  steps")
+    print(f"   {'':{width}}     nats  position  content  bits/code  parameters  steps")
     for place, (figures, name, fault) in enumerate(rows, 1):
         if figures is None:
             print(f" - {name:{width}}  {fault}")
@@ -58,9 +92,9 @@ def show(folder, codes, minutes):
 OUT = "leaderboard-run"
 
 
-def trained(student, codes, minutes):
-    """Train as the student's folder does, or the project where it has no script, for N minutes with two threads."""
-    script = next(path for path in (student / "train_transformer.py", ROOT / "train_transformer.py") if path.exists())
+def trained(student, codes, minutes, root):
+    """Train for N minutes with two threads, by the student's script or, where there is none, the project's."""
+    script = next(path for path in (student / "train_transformer.py", root / "train_transformer.py") if path.exists())
     flags = student / "flags.txt"                                            # of train_transformer.py, if any
     flags = flags.read_text(encoding="utf-8").split() if flags.exists() else []
     out = student / OUT
@@ -156,6 +190,7 @@ class Foreign:
             position, content = self.remote("logits", pos, code, label)
         prev = torch.nn.functional.pad(pos[:, :-1], (1, 0), value=-1)
         legal = self.layout.legal(prev, self.layout.grains(pos))
+        legal = legal == legal.gather(2, pos[..., None])                     # what a variant says where all is well
         shapes = ((*pos.shape, self.layout.n_positions), (*pos.shape, self.config.codebook_size))
         if (position.shape, content.shape) != shapes:
             raise ValueError(f"logits of shapes {tuple(position.shape)} and {tuple(content.shape)}, not {shapes}")
@@ -181,7 +216,8 @@ class Foreign:
             elsewhere = start[0].clone()                                     # another legal place, where there is one
             prev = pos[:, t - 1] if t else torch.full_like(pos[:, 0], -1)
             known = self.layout.grains(pos[:, :t]) if t else torch.full((len(pos), self.layout.n_regions), -1)
-            weights = self.layout.legal(prev, known).float()
+            weights = self.layout.legal(prev, known)
+            weights = (weights == weights.gather(1, pos[:, t:t + 1])).float()
             weights.scatter_(1, pos[:, t:t + 1], 1e-6)
             elsewhere[:, t] = torch.multinomial(weights, 1)[:, 0]
             for name, sequence, columns in (("what comes later", start, (position, content)),

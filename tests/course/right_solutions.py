@@ -1,7 +1,10 @@
-"""Right solutions in other styles than ours. All of them stand in one submission, `submission(source)`.
+"""Right solutions in other styles than ours, which must get all points, and loops of naive.py, which must not.
 
-RIGHT: {function: (style, what stands in its place)}; AT_THE_TOP and IN_CLASSES: what they need beside it.
+RIGHT: {function: (style, what stands in its place)}; AT_THE_TOP and IN_CLASSES: what they need beside it. PASTED:
+what a student writes who copies tests/naive.py into dq.py and calls its loops.
 """
+import ast
+
 from exercises import find, indented
 
 AT_THE_TOP = '''\
@@ -11,8 +14,6 @@ from typing import Optional
 import torch.utils.checkpoint
 from numpy import pi as PI
 from torch import Tensor
-
-BINS = 32
 
 
 class Sharp(torch.autograd.Function):
@@ -25,16 +26,6 @@ class Sharp(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return None, grad
-
-
-def grey_of(x: Tensor) -> Tensor:
-    return 0.2989 * x[:, 0] + 0.5870 * x[:, 1] + 0.1140 * x[:, 2]
-
-
-def entropy_of(values: Tensor) -> float:
-    hist = [torch.exp(-0.5 * ((values - centre) / 0.01) ** 2).sum() for centre in torch.linspace(-1, 1, BINS).double()]
-    p = torch.stack(hist) / sum(hist)
-    return -sum(float(q) * math.log(float(q)) for q in p if q > 0)
 
 '''
 IN_CLASSES = {
@@ -49,10 +40,6 @@ IN_CLASSES = {
         first = self.condition(label).unsqueeze(1)
         return torch.cat((first, self.embed(pos, code)[:, :-1]), 1) + self.order.weight[None, :pos.shape[1]]
 ''',
-    "Layout": '''
-    def row_and_column(self, i, k):
-        return (i - self.offsets[k]) // self.sides[k], (i - self.offsets[k]) % self.sides[k]
-''',
 }
 RIGHT = {
     "GrainRouter.forward": ("autograd.Function, an einsum for the one-hot", '''
@@ -63,11 +50,6 @@ def forward(self, x, maps, noise: float = 1.0) -> Tensor:
         logits = logits - noise * (-u.log()).log()
     hard = torch.einsum("bhwk->bkhw", torch.eye(logits.shape[1])[logits.argmax(1)])
     return Sharp.apply(hard, logits.softmax(1)) if self.training else hard'''),
-    "EntropyRouter.score": ("loops over regions, float64, two helpers", '''
-def score(self, x: Tensor, maps=None) -> Tensor:
-    grey, f = grey_of(x.double()), self.factor
-    return torch.tensor([[[entropy_of(image[i:i + f, j:j + f].flatten()) for j in range(0, image.shape[1], f)]
-                          for i in range(0, image.shape[0], f)] for image in grey]).float()'''),
     "budget_loss": ("a lambda", '''
 budget_loss = lambda gate, ratios: (gate.mean((0, 2, 3)) - torch.tensor(ratios)).pow(2).sum()'''),
     "straight_through": ("autograd.Function", '''
@@ -97,12 +79,6 @@ def mix(self, maps, gate):
     side = maps[-1].shape[-1]
     grown = torch.stack([F.interpolate(m, size=side, mode="nearest") for m in maps])
     return torch.einsum("kbzhw,bkhw->bzhw", grown, F.interpolate(gate, size=side, mode="nearest"))'''),
-    "DQVAE.cell_weight": ("loops over cells", '''
-def cell_weight(self, gate):
-    n, grains = self.config.factors[0] // self.config.factors[-1], gate.argmax(1).tolist()
-    H = len(grains[0]) * n
-    return torch.tensor([[[(self.config.factors[-1] / self.config.factors[g[y // n][x // n]]) ** 2 for x in range(H)]
-                          for y in range(H)] for g in grains])'''),
     "Layout.pack": ("an image at a time", '''
 def pack(self, codes, grains):
     pos = torch.full((len(codes), self.max_len), self.end)
@@ -117,35 +93,6 @@ def pack(self, codes, grains):
         n = sum(map(len, ids))
         pos[b, :n], code[b, :n] = torch.cat(ids), torch.cat(contents)
     return pos, code'''),
-    "Layout.unpack": ("loops in NumPy, a helper method", '''
-def unpack(self, pos, code):
-    H, h = self.fine_side, self.side
-    codes, grains = np.full((len(pos), H, H), -1), np.full((len(pos), h, h), -1)
-    for b, row in enumerate(zip(pos.tolist(), code.tolist())):
-        for i, content in zip(*row):
-            k = int(self.grain[i])
-            if i not in self.eos:
-                (y, x), m, c = self.row_and_column(i, k), H // self.sides[k], self.sides[k] // h
-                codes[b, y * m:y * m + m, x * m:x * m + m] = content
-                grains[b, y // c, x // c] = k
-    return torch.from_numpy(codes), torch.from_numpy(grains)'''),
-    "Layout.legal": ("loops over ids", '''
-def legal(self, prev, grains):
-    if prev.dim() == 2:
-        return torch.stack([self.legal(each, grains) for each in prev.unbind(1)], dim=1)
-    mask = torch.zeros(len(prev), self.n_positions, dtype=torch.bool)
-    grain, region, first_id = self.grain.tolist(), self.region.tolist(), self.first_id.tolist()
-    for b, (last, known) in enumerate(zip(prev.tolist(), grains.tolist())):
-        k = grain[min(last + 1, self.end)]
-        for i in range(min(last + 1, self.end), self.eos[k] + 1):
-            cover = known[region[i]] if i != self.eos[k] else -1
-            free = cover < 0 or cover >= k
-            due = i != self.eos[k] and cover == k and first_id[i] <= last
-            if due or free and first_id[i] == i:
-                mask[b, i] = True
-            if due or free and first_id[i] == i and k == self.n_grains - 1:
-                break
-    return mask'''),
     "DQTransformer.embed": ("products of one-hot vectors", '''
 def embed(self, pos, code):
     rows = torch.where(code < 0, self.config.codebook_size, code)
@@ -166,18 +113,6 @@ def logits(self, pos: Tensor, code: Tensor, label: Optional[Tensor] = None) -> t
     for block in self.content_stack:
         h = block(h, self.rope_of(pos, prev))
     return where, self.content_head(self.content_norm(h)).float()'''),
-    "filter_logits": ("a loop over rows, float64", '''
-def filter_logits(logits, top_k, top_p):
-    out = torch.full_like(logits, -math.inf)
-    for b, row in enumerate(logits.double()):
-        order = sorted(range(len(row)), key=lambda i: -float(row[i]))[:top_k or None]
-        p, mass = row[order].softmax(0).tolist(), 0.0
-        for i, q in zip(order, p):
-            out[b, i] = logits[b, i]
-            mass += q
-            if mass >= top_p:
-                break
-    return out'''),
     "draw": ("float64 and a running sum of finite entries", '''
 def draw(logits, u):
     p = logits.double().softmax(-1)
@@ -189,19 +124,88 @@ def draw(logits, u):
 }
 
 
-def submission(source):
-    """dq.py with all of them in it."""
-    import ast
-    lines, nodes = source.split("\n"), {function: find(ast.parse(source), function) for function in RIGHT}
-    last_line = {node.name: node.end_lineno for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
-    edits = [(last_line[name], last_line[name], text.split("\n")) for name, text in IN_CLASSES.items()]
-    for function, (_, text) in RIGHT.items():
-        node = nodes[function]
-        edits.append((node.lineno - 1, node.end_lineno, indented(text.strip("\n"), node.col_offset)))
-    imported = max(node.end_lineno for node in ast.parse(source).body if isinstance(node, (ast.Import, ast.ImportFrom)))
-    edits.append((imported, imported, AT_THE_TOP.split("\n")))
+PASTED = {
+    "EntropyRouter.score": """
+def score(self, x, maps=None):
+    f = self.factor
+    return torch.tensor([[[entropy(image[:, i:i + f, j:j + f]) for j in range(0, x.shape[3], f)]
+                          for i in range(0, x.shape[2], f)] for image in x])""",
+    "Codebook.assign": """
+def assign(self, z):
+    return torch.tensor([nearest(self.codes, vector) for vector in z])""",
+    "Codebook.update": """
+def update(self, z, weight, ids):
+    self.age += 1
+    decay = float((self.age / (9 + self.age)).clamp(max=self.decay))
+    uses, sums = averages(self.codes, self.uses, self.sums, z.t()[None, :, None], weight[None, None], decay)
+    self.uses.copy_(uses), self.sums.copy_(sums), self.codes.copy_(sums / uses[:, None].clamp(min=1e-6))""",
+    "DQVAE.mix": """
+def mix(self, maps, gate):
+    return torch.stack([mix([m[b] for m in maps], gate[b]) for b in range(len(gate))])""",
+    "DQVAE.cell_weight": """
+def cell_weight(self, gate):
+    return torch.stack([cell_weight(each, self.config.factors) for each in gate.argmax(1)])""",
+    "Layout.pack": """
+def pack(self, codes, grains):
+    pairs = [pack(self, c, g) for c, g in zip(codes, grains)]
+    return torch.tensor([each + [(self.end, -1)] * (self.max_len - len(each)) for each in pairs]).unbind(-1)""",
+    "Layout.legal": """
+def legal(self, prev, grains):
+    rows = []
+    for b, ids in enumerate((prev if prev.dim() == 2 else prev[:, None]).tolist()):
+        for t, last in enumerate(ids):
+            past = [i for i in range(last + 1) if self.is_eos[i] or grains[b, self.region[i]] == self.grain[i]]
+            may = legal(self, past)
+            rows.append([i in may for i in range(self.n_positions)])
+    return torch.tensor(rows).view(*prev.shape, -1)""",
+    "DQTransformer.embed": """
+def embed(self, pos, code):
+    rows = [embed(self, p, c) for p, c in zip(pos.flatten().tolist(), code.flatten().tolist())]
+    return torch.stack(rows).view(*pos.shape, -1)""",
+    "DQTransformer.logits": """
+def logits(self, pos, code, label=None):
+    labels = [-1] * len(pos) if label is None or self.training and self.config.label_dropout else label.tolist()
+    rows = [logits(self, list(zip(p, c)), y) for p, c, y in zip(pos.tolist(), code.tolist(), labels)]
+    return torch.stack([p for p, _ in rows]), torch.stack([c for _, c in rows])""",
+    "filter_logits": """
+def filter_logits(logits, top_k, top_p):
+    out = torch.full_like(logits, -math.inf)
+    for b, row in enumerate(logits.tolist()):
+        kept = list(kept_of(row, top_k, top_p))
+        out[b, kept] = logits[b, kept]
+    return out""",
+    "draw": """
+def draw(logits, u):
+    rows = [{i: x for i, x in enumerate(row) if x > -math.inf} for row in logits.tolist()]
+    return torch.tensor([drawn_of(row, float(each)) for row, each in zip(rows, u)])""",
+}
+RENAMED = ("def filter_logits(row", "def kept_of(row"), ("filter_logits(row,", "kept_of(row,"), (
+    "def draw(logits", "def drawn_of(logits"), (" draw({", " drawn_of({")
+
+
+def put(source, texts, at_the_top, in_classes=()):
+    """dq.py with these functions in place of its own."""
+    tree, lines = ast.parse(source), source.split("\n")
+    last_line = {node.name: node.end_lineno for node in tree.body if isinstance(node, ast.ClassDef)}
+    edits = [(last_line[name], last_line[name], text.split("\n")) for name, text in dict(in_classes).items()]
+    for function, text in texts.items():
+        node = find(tree, function)
+        first = node.lineno - 1 - ("lambda" in text.strip().split("\n")[0]) * len(node.decorator_list)
+        edits.append((first, node.end_lineno, indented(text.strip("\n"), node.col_offset)))
+    imported = max(node.end_lineno for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom)))
+    edits.append((imported, imported, at_the_top.split("\n")))
     for first, last, text in sorted(edits, key=lambda edit: (-edit[0], -edit[1])):
-        if "lambda" in text[0]:
-            first -= sum("@" in line for line in lines[first - 1:first])
         lines[first:last] = text
     return "\n".join(lines)
+
+
+def submission(source):
+    """dq.py with all right solutions in it."""
+    return put(source, {name: text for name, (_, text) in RIGHT.items()}, AT_THE_TOP, IN_CLASSES)
+
+
+def pasted(source, naive):
+    """dq.py of a student who has pasted the loops."""
+    for old, new in RENAMED:
+        naive = naive.replace(old, new)
+    return put(source, PASTED, naive)

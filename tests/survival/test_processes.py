@@ -35,7 +35,7 @@ def free_port():
 
 
 def two_of(name, *args):
-    """The processes that torchrun would start; those that it starts import torch anew. -> what they print"""
+    """The processes that torchrun would start; those that it starts import torch again. -> what they print"""
     need_gpus(2)
     both = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     processes = [Script(ROOT / name, *args, threads=1, RANK=rank, LOCAL_RANK=rank, **both) for rank in "01"]

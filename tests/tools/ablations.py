@@ -1,32 +1,32 @@
-"""What the choices of stage 2 are worth: each is undone alone, and measured by exact held-out nats of the same codes.
+"""Ablations of stage 2: each variant undoes one design choice and is measured in exact nats of the validation codes.
 
 python tests/tools/ablations.py OUT [--codes FILE] [--seeds 0 1 2] [--only NAME ...] [--samples N]
                           [-- FLAGS of train_transformer.py]
 
-Trains every variant with every seed, in OUT/<variant>-<seed>, then prints a table. What was stopped goes on; what is
-finished is not done again. With --samples it also draws N toy images by each model, and holds them against N real ones
-as quality.py does. The choices are those of the paper (coarse to fine, Table 7's input layers, two stacks and
-their depths), the variants:
+Trains every variant with every seed in OUT/<variant>-<seed>, then prints a table. Stopped runs are resumed, and
+finished runs are kept. With --samples it also samples N toy images from each model and compares them with N real images
+as quality.py does. The design choices are those of the paper (coarse to fine, Table 7's input layers, two stacks and
+their depths). The variants are:
     ours             what train_transformer.py trains: coarse to fine, row by row; 2 + 4 layers in the toy preset
-    region-first     coarse to fine, but the fine codes of a region together
-    fine-to-coarse   the fine codes first
-    raster           row by row over the finest grid, a coarse code where its first cell is, instead of coarse to fine
-    region-raster    one region after the other, each in its granularity
-    no-rotary        queries and keys aren't turned by their places, as in the paper's model
-    no-qk-norm       queries and keys aren't normalised, as in the paper's model
-    adamw            for all matrices, at its own learning rate
-    former           region-first, no-rotary, no-qk-norm and adamw together, for 1,200 steps: version 0.1, but for the
-                     fall of its learning rate and its initial weights
-    shared-position  one embedding of a place for all granularities
+    region-first     coarse to fine, but the fine codes of a region stand together
+    fine-to-coarse   fine codes first
+    raster           one raster scan over the finest grid, with each coarse code at its first cell
+    region-raster    region by region, whatever the granularity
+    no-rotary        no RoPE, as in the paper's model
+    no-qk-norm       no QK-norm, as in the paper's model
+    adamw            AdamW for all matrices, with its own learning rate
+    former           region-first, no-rotary, no-qk-norm and adamw together, for 1,200 steps: an early version of this
+                     project, except for its learning-rate schedule and initialisation
+    shared-position  one embedding per location, shared by all granularities
     no-granularity   no embedding of the granularity
-    no-order         no embedding of the number of the pair
+    no-order         no embedding of the step index
     single-stack     all layers in one stack, which predicts position and content from the same hidden state
-    1+5, 3+3, ...    other shares of the two stacks in as many layers
+    1+5, 3+3, ...    the same number of layers, divided differently between the two stacks
 
-Each is a proper distribution over the same images (test_ablations.py adds their probabilities up), so nats can be
-compared, between seeds as well: all train on the same codes. Checkpoints of other orders say so, and sample.py refuses
-them; those of other models have the form of ours, and it would draw nonsense. Samples of each are in its
-transformer.png.
+Each variant is a normalised distribution over the same images (test_ablations.py sums the probabilities), and all train
+on the same codes, so their nats can be compared, also between seeds. sample.py refuses checkpoints with another token
+order, because they name it. It can't recognise the other variants and would sample nonsense from them. Samples of each
+variant are in its transformer.png.
 """
 import argparse
 import sys
@@ -55,23 +55,23 @@ from runs import flags_to_end, refuse, split_flags  # noqa: E402
 class ReorderedLayout(dq.Layout):
     """The ids of dq.Layout, but a sequence is sorted by the `rank` (P,) of its ids.
 
-    turn (P,): when the granularity of an id is written, 0 for the first. home (P,): rank of its region's first cell.
+    turn (P,): which granularity is written when, 0 for the first. home (P,): rank of the first cell of the id's region.
     """
 
     def __init__(self, size, factors):
         super().__init__(size, factors)
         rank, turn = torch.empty_like(self.grain), self.turns(self.grain)
-        turn[self.is_eos] = self.grain[self.is_eos]                          # so the end of all is the last one ever
+        turn[self.is_eos] = self.grain[self.is_eos]                          # so `end` comes last
         rank[self.key(turn).argsort(stable=True)] = torch.arange(self.n_positions)
         home = torch.stack([rank[(turn == t) & (self.region == r)].min() for t, r in zip(turn, self.region)])
-        # what stands behind the pair before, with row P, which is also row -1, for the start; an end stays the end
+        # the first rank after the previous pair; row P, which is also row -1, is the start; `end` follows `end`
         behind = F.pad(rank + 1, (0, 1)).clamp(max=self.end)
-        now = turn[rank.argsort()][behind]                                   # which turn that is
+        now = turn[rank.argsort()][behind]                                   # its turn
         for name, table in dict(rank=rank, turn=turn, home=home, behind=behind, now=now).items():
             self.register_buffer(name, table, persistent=False)
 
     def turns(self, grains):
-        """When granularities are written, for a tensor of them, in which -1 is none."""
+        """Granularities -> their turns; -1 stands for none and stays."""
         return grains.clone()
 
     def pack(self, codes, grains):
@@ -94,15 +94,15 @@ class ReorderedLayout(dq.Layout):
 
 
 class RegionFirstLayout(ReorderedLayout):
-    """Coarse to fine, but the cells of a region stand together."""
+    """Coarse to fine, but the codes of a region stand together."""
     name = "coarse to fine, region by region"
 
     def key(self, turn):
-        return turn * (self.n_regions + 1) + self.region                     # in which an EOS is behind all regions
+        return turn * (self.n_regions + 1) + self.region                     # an EOS comes after all regions
 
 
 class FineToCoarseLayout(ReorderedLayout):
-    """The finest granularity first, each row by row: what is left then gets coarser codes."""
+    """The finest granularity first, each row by row. The remaining regions get coarser codes."""
     name = "fine to coarse, row by row"
 
     def turns(self, grains):
@@ -113,12 +113,12 @@ class FineToCoarseLayout(ReorderedLayout):
 
 
 class RasterLayout(dq.Layout):
-    """All granularities at once: row by row over the finest grid, a coarse code where its first cell is.
+    """All granularities at once: row by row over the finest grid, with each coarse code at its first cell.
 
-    The first id of a region tells its granularity, too. Where the last region ends the image does: nothing is left to
-    say, and no EOS is needed for a normalised model. One stands there nevertheless, for sampling and padding know an
-    end by it; it is certain and so costs nothing. The EOS ids of the other granularities never occur. max_len and
-    n_positions remain those of dq.Layout, so models of the two have equally many parameters.
+    The first id of a region also tells its granularity. The image ends where its last region ends, so a normalised
+    model needs no EOS. There is one nevertheless, because sampling and padding rely on it; its probability is 1, so it
+    costs nothing. The EOS ids of the other granularities never occur. max_len and n_positions are those of dq.Layout,
+    so both models have the same number of parameters.
     """
     name = "all granularities at once, row by row"
 
@@ -129,7 +129,7 @@ class RasterLayout(dq.Layout):
         for k, side in enumerate(self.sides):
             cells = torch.arange(side ** 2)
             first[self.offsets[k]:self.eos[k]] = torch.stack([cells // side, cells % side], 1) * (H // side)
-        key = self.key(*first.unbind(1))                                     # P: alike for all first cells of a region
+        key = self.key(*first.unbind(1))                                     # P: equal for all first cells of a region
         key[self.is_eos] = H * H
         written = F.pad(key, (0, 1), value=-1)                               # row P, which is also row -1: the start
         for name, table in dict(rank=key, written=written, home=key[self.first_id]).items():
@@ -141,17 +141,18 @@ class RasterLayout(dq.Layout):
     def pack(self, codes, grains):
         """codes (B, H, W), grains (B, h, w) -> pos, code, each (B, max_len)."""
         pos, code = super().pack(codes, grains)                              # B, L
-        order = self.rank[pos].argsort(dim=1, stable=True)              # B, L: all EOS ids behind the codes
+        order = self.rank[pos].argsort(dim=1, stable=True)                   # B, L: all EOS ids after the codes
         pos, code = pos.gather(1, order), code.gather(1, order)
         return torch.where(self.is_eos[pos], self.end, pos), code
 
     def legal(self, prev, grains):
         """As dq.Layout.legal: prev (B,) or (B, L), grains (B, N) -> mask (B, P) or (B, L, P).
 
-        The first place that is not covered: of an open region its next cell, of another one its first, in any
-        granularity. Final grains, as in training, tell of regions that are not open yet, but these aren't asked.
+        Valid are the ids at the first cell that is not covered: in an open region its next cell, otherwise the first
+        cell of a region, in any granularity. The final granularities, given in training, also cover regions that are
+        not open yet, but these are not looked up.
         """
-        written = self.written[prev][..., None]                        # B, (L,) 1
+        written = self.written[prev][..., None]                              # B, (L,) 1
         grains = F.pad(grains, (0, 1), value=-1)                             # B, N + 1
         taken = grains.gather(1, self.region.expand(len(grains), -1))        # B, P
         taken = taken if prev.dim() == 1 else taken[:, None]                 # B, (1,) P
@@ -163,11 +164,11 @@ class RasterLayout(dq.Layout):
 
 
 class RegionRasterLayout(RasterLayout):
-    """All granularities at once, one region after the other, each row by row."""
+    """All granularities at once, region by region, each row by row."""
     name = "all granularities at once, region by region"
 
     def key(self, row, column):
-        m = self.fine_side // self.side                                      # finest cells in a region's side
+        m = self.fine_side // self.side                                      # side of a region, in finest cells
         return (row // m * self.side + column // m) * m * m + row % m * m + column % m
 
 
@@ -176,12 +177,12 @@ class RegionRasterLayout(RasterLayout):
 
 
 def nothing(rows, C):
-    """An embedding that adds nothing and is not trained, in the place of one that is taken out."""
+    """An embedding of zeros that is not trained; it replaces one that is removed."""
     return nn.Embedding.from_pretrained(torch.zeros(rows, C))
 
 
 class PlaceEmbedding(nn.Embedding):
-    """Of position ids, with a row for each place on the finest grid, where a code's first cell lies, and each EOS."""
+    """Embeds position ids, with one row for each cell of the finest grid (a code's first cell) and one for each EOS."""
 
     def __init__(self, layout, C):
         H = layout.fine_side
@@ -190,7 +191,7 @@ class PlaceEmbedding(nn.Embedding):
         grid = torch.arange(H * H).view(H, H)
         place = torch.empty(layout.n_positions, dtype=torch.long)
         for k, side in enumerate(layout.sides):
-            step = H // side                                                 # finest cells in the side of a code's
+            step = H // side                                                 # side of a code, in finest cells
             place[layout.offsets[k]:layout.eos[k]] = grid[::step, ::step].flatten()
             place[layout.eos[k]] = H * H + k
         self.register_buffer("place", place, persistent=False)
@@ -216,7 +217,7 @@ class NoQKNorm(dq.DQTransformer):
 
 
 class Former(NoRotary, NoQKNorm):
-    """Neither turned nor normalised."""
+    """Neither RoPE nor QK-norm."""
 
 
 class NoGranularity(dq.DQTransformer):
@@ -232,16 +233,16 @@ class NoOrder(dq.DQTransformer):
 
 
 class SingleStack(dq.DQTransformer):
-    """p(image) = prod_t p(pos_t | before) p(code_t | before): a content is drawn without knowing its place.
+    """p(image) = prod_t p(pos_t | before) p(code_t | before): a content is sampled without knowing its position.
 
-    (Only whether there is one depends on it: the content of an EOS is certain, as ever.)
+    The position only decides whether there is a content: that of an EOS has probability 1, as always.
     """
 
     def __init__(self, config):
         super().__init__(config)
         self.position_stack.extend(self.content_stack)
         self.content_stack = nn.ModuleList()
-        self.past = self.position                                            # for the pairs before, and for these alone
+        self.past = self.position                                            # for previous pairs only
         self.position = nothing(self.layout.n_positions, config.width)
 
     def embed(self, pos, code):
@@ -258,7 +259,7 @@ class Variant(NamedTuple):
     flags: tuple = ()
 
     def classes(self):
-        """with variant.classes(): its classes stand in for those of dq."""
+        """Context manager in which the variant's classes replace those of dq."""
         return mock.patch.multiple(dq, Layout=self.layout, DQTransformer=self.model)
 
 
@@ -266,7 +267,7 @@ ADAMW = ("--optimizer", "adamw", "--lr", "1.5e-3")
 
 
 def variants(flags):
-    """{name: Variant}. flags: of train_transformer.py, for all of them; they say how many layers are to be shared."""
+    """{name: Variant}. flags: of train_transformer.py, for all variants; they set the total number of layers."""
     known = {"ours": Variant(), "region-first": Variant(RegionFirstLayout),
              "fine-to-coarse": Variant(FineToCoarseLayout), "raster": Variant(RasterLayout),
              "region-raster": Variant(RegionRasterLayout), "no-rotary": Variant(model=NoRotary),
@@ -283,7 +284,7 @@ def variants(flags):
 
 
 def train(variant, out, codes, seed, flags):
-    """Train a variant, or go on with it, unless it is finished. -> the lines of its log that are evaluations"""
+    """Train a variant, or resume it, unless it is finished. -> the evaluations in its log"""
     argv = [*flags, *variant.flags, "--out", str(out), "--codes", str(codes), "--seed", str(seed)]
     steps = train_transformer.parse(argv)[0].steps
     with variant.classes():
@@ -299,7 +300,7 @@ def train(variant, out, codes, seed, flags):
 
 @torch.no_grad()
 def content_nats(variant, out, held_out, device, autocast):
-    """-> nats an image of the contents of each granularity, coarse to fine: a list"""
+    """-> list of nats per image, one for the contents of each granularity, coarse to fine"""
     with variant.classes():
         model, _ = dq.load_transformer(out / "transformer.pt", device)
     sums = torch.zeros(model.layout.n_grains)
@@ -312,19 +313,19 @@ def content_nats(variant, out, held_out, device, autocast):
     return (sums / len(held_out.label)).tolist()
 
 
-def measure(variant, out, judge, autocast):
-    """-> figures of samples at temperature 1 without guidance, and as sample.py draws them by default"""
+def measure(variant, out, evaluator, autocast):
+    """-> metrics of samples at temperature 1 without guidance, and of samples with sample.py's defaults"""
     with variant.classes():
-        model, vae = dq.load_transformer(out / "transformer.pt", judge.device)
-    return [judge.of_samples(model, vae, options, autocast) for options in (dq.SampleOptions(), quality.DEFAULTS)]
+        model, vae = dq.load_transformer(out / "transformer.pt", evaluator.device)
+    return [evaluator.of_samples(model, vae, options, autocast) for options in (dq.SampleOptions(), quality.DEFAULTS)]
 
 
-def samples_table(figures, n):
-    """figures: {variant: for each seed, both of `measure`} -> the lines of a markdown table"""
-    lines = ["", f"{n} samples of each, against {n} real images: mean over the seeds (range).", "",
+def samples_table(metrics, n):
+    """metrics: {variant: for each seed, both results of `measure`} -> the lines of a markdown table"""
+    lines = ["", f"{n} samples of each, against {n} real images: mean over seeds (range).", "",
              "| variant | FD, temperature 1 | FD, defaults | agreement, temperature 1 | agreement, defaults |",
              "|---" * 5 + "|"]
-    for name, of_seeds in figures.items():
+    for name, of_seeds in metrics.items():
         cells = [spread([both[i][key] for both in of_seeds], form)
                  for key, form in (("fd", ".2f"), ("agreement", ".3f")) for i in range(2)]
         lines.append(f"| {name} | {' | '.join(cells)} |")
@@ -336,13 +337,13 @@ def spread(values, form=".2f"):
 
 
 def table(runs, contents, seeds):
-    """runs: {variant: for each seed its evaluations}; contents: {variant: for each seed its `content_nats`}
+    """runs: {variant: its evaluations for each seed}; contents: {variant: its `content_nats` for each seed}
     -> the lines of a markdown table"""
     nats = {name: [log[-1]["nats_per_image"] for log in logs] for name, logs in runs.items()}
-    lines = [f"Held-out nats an image at the end of training, seeds {' '.join(map(str, seeds))}: mean (range). Minus "
-             "ours: of the same seed. Positions, contents of each granularity (coarse to fine): mean of the seeds. "
-             "Best: the lowest of all evaluations, mean of the seeds.", "",
-             "| variant | each seed | nats an image | minus ours | of these, positions | contents | best |",
+    lines = [f"Held-out nats per image at the end of training, seeds {' '.join(map(str, seeds))}: mean (range). Minus "
+             "ours: difference to ours with the same seed. Positions, contents of each granularity (coarse to fine): "
+             "mean over seeds. Best: the lowest of all evaluations, mean over seeds.", "",
+             "| variant | each seed | nats per image | minus ours | positions | contents | best |",
              "|---" * 7 + "|"]
     for name, logs in runs.items():
         against = [a - b for a, b in zip(nats[name], nats["ours"])] if "ours" in nats else []
@@ -358,23 +359,23 @@ def table(runs, contents, seeds):
 def main(argv=None):
     argv, flags = split_flags(argv)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", metavar="OUT", type=Path, help="folder of all runs")
+    parser.add_argument("out", metavar="OUT", type=Path, help="folder for all runs")
     parser.add_argument("--codes", metavar="FILE", type=Path, default=Path("out/codes.pt"),
-                        help="what train_vae.py wrote")
+                        help="encoded images, written by train_vae.py")
     parser.add_argument("--seeds", metavar="SEED", type=common.natural, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", metavar="NAME", nargs="+", help="these variants instead of all")
-    parser.add_argument("--samples", metavar="N", type=quality.several, help="images a set; None: no samples")
+    parser.add_argument("--samples", metavar="N", type=quality.several, help="images per set; default: no samples")
     args = parser.parse_args(argv)
     refuse(flags, "--out", "--codes", "--seed", "--resume")
     known = variants(flags)
     names = args.only or list(known)
     unknown = [name for name in names if name not in known]
-    dq.require(not unknown, f"no such variant: {', '.join(unknown)}; there are {', '.join(known)}")
-    codes = train_transformer.read_codes(args.codes)                         # before a folder is made
+    dq.require(not unknown, f"no such variant: {', '.join(unknown)}; choose from {', '.join(known)}")
+    codes = train_transformer.read_codes(args.codes)                         # before a folder is created
     toy = codes["classes"] == reading.ToyShapes.classes
     dq.require(not args.samples or toy, "--samples is for the toy data")
     runs = {name: [] for name in names}
-    for seed in args.seeds:                                                  # so that all are there early, once
+    for seed in args.seeds:                                                  # so one run of each comes early
         for name in names:
             runs[name].append(train(known[name], args.out / f"{name}-{seed}", args.codes, seed, flags))
     uncond = train_transformer.parse(flags)[0].uncond
@@ -386,10 +387,10 @@ def main(argv=None):
     if args.samples:
         size = codes["config"]["size"]
         classifier = quality.kept_classifier(args.out / "classifier.pt", size, device)
-        judge = quality.Judge(classifier, size, args.samples, 0, device)
-        figures = {name: [measure(known[name], args.out / f"{name}-{seed}", judge, autocast) for seed in args.seeds]
-                   for name in names}
-        print("\n".join(samples_table(figures, args.samples)))
+        evaluator = quality.Evaluator(classifier, size, args.samples, 0, device)
+        metrics = {name: [measure(known[name], args.out / f"{name}-{seed}", evaluator, autocast)
+                          for seed in args.seeds] for name in names}
+        print("\n".join(samples_table(metrics, args.samples)))
 
 
 if __name__ == "__main__":

@@ -1,20 +1,20 @@
-"""Speed, as ratios measured in one run.    python tests/tools/benchmark.py sampling | stage1 | stage2
+"""Measures speed, as ratios within one run.    python tests/tools/benchmark.py sampling | stage1 | stage2
 
-sampling the fused loop against a loop that runs the model on the whole sequence so far at every step: 2 + 6 layers,
-         width 256, 8 heads, 512 codes, half of the regions fine; the naive loop is timed at every 16th step, on
-         the sequences that the fused loop drew, and must draw the same codes there (in fp32);
-         --count: how many kernels a step of the paper's model is on a GPU, and how many bytes they read of its
-         weights and its cache. These are counts, made on the device "meta", so they need no GPU
+sampling compares the fused loop with a loop that runs the model on the whole sequence so far at every step: 2 + 6
+         layers, width 256, 8 heads, 512 codes, half of the regions fine. The naive loop is timed at every 16th step
+         of the sequences that the fused loop sampled. In fp32 it must sample the same codes there.
+         --count prints the number of kernels in a step of the paper's model on a GPU, and the bytes of weights and of
+         cache that they read. It counts on the device "meta", so it needs no GPU.
 
-stage1   one training step of the paper's DQ-VAE (dual, 256 x 256, batch 2, autoencoder and codebook losses):
-         ours in bf16, ours in fp32, and the same network in its plain textbook form in fp32; and ours in bf16 with
-         all losses, so with LPIPS (random weights take as long) and the discriminator's step. GPUs train with
-         channels last, where group norm, unless compiled, turns each map around and back: there a row without it
+stage1   times a training step of the paper's DQ-VAE (dual, 256 x 256, batch 2, autoencoder and codebook losses):
+         ours in bf16, ours in fp32, and the same network in its plain textbook form in fp32. Also ours in bf16 with
+         all losses: LPIPS (with random weights, which take as long) and the discriminator's step. GPUs train with
+         channels last, for which an uncompiled group norm has to permute each map, so GPUs get a row without it.
 
-stage2   steps of a preset's DQ-Transformer (for toy on tilings as its data has them), tokens a second without
-         padding: ours (parts of like length, bf16 where --dtype says so, attention written out on CPUs) and the
-         straightforward loop (random batches padded to the longest sequence, fp32, torch's own attention);
-         and the model's FLOPs a second, as a share of what one large product reaches
+stage2   times training steps of a preset's DQ-Transformer, in tokens per second without padding (toy: with the tilings
+         of its data). Ours has parts of similar length, bf16 if --dtype asks for it, and explicit attention on CPUs.
+         The straightforward loop has random batches padded to the longest sequence, fp32 and torch's own attention.
+         It also prints the model's FLOP/s as a fraction of those of one large matrix product.
 """
 import argparse
 import copy
@@ -50,7 +50,7 @@ def hardware(device):
 
 
 def compare(device, rounds, **steps):
-    """Run the steps in turn, `rounds` times after a warm-up. -> {name: [seconds]}"""
+    """Run all steps alternately, `rounds` times after a warm-up. -> {name: [seconds]}"""
     seconds = {name: [] for name in steps}
     for i in range(rounds + 1):
         for name, step in steps.items():
@@ -77,8 +77,8 @@ def ratio(seconds, slow, fast):
 def count_step(batch_size, dtype, cfg, end=384):
     """A step of the paper's model (class-conditional, 256 x 256) -> kernels, bytes of weights, bytes of cache
 
-    end: places of the cache that attention reads. Its windows grow in steps of 128; 384 is their mean over an image
-    half of whose regions are fine.
+    end: length of the cache that attention reads. It grows in steps of 128; its mean is 384 for an image half of whose
+    regions are fine.
     """
     config = replace(train_transformer.LARGE, size=256, factors=(16, 8), codebook_size=1024, classes=range(1000))
     with torch.device("meta"):
@@ -97,7 +97,7 @@ def count_step(batch_size, dtype, cfg, end=384):
 
 
 def count():
-    print("A step of the paper's model on a GPU, counted; mean over an image half of whose regions are fine")
+    print("Counts for a step of the paper's model on a GPU; mean over an image half of whose regions are fine")
     print(f"{'batch':>5}{'type':>6}{'guidance':>10}{'kernels':>9}{'weights MB':>12}{'cache MB':>10}")
     for batch_size in (1, 64):
         for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
@@ -118,12 +118,12 @@ def sampling(args):
     model = dq.DQTransformer(config).to(device).eval()
     drawing, layout = copy.deepcopy(model).to(dtype), model.layout
     matrices = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)]
-    read = sum(w.numel() for w in matrices) * dtype.itemsize                 # bytes a step
+    read = sum(w.numel() for w in matrices) * dtype.itemsize                 # bytes per step
     print(f"Sampling {side} x {side} regions, half of them fine; {args.position_layers} + {args.content_layers} "
           f"layers, width {args.width}, {args.dtype}; {hardware(device)}")
-    copying = f"; copying takes {copy_bandwidth(device):.0f} GB/s" if device.type == "cuda" else ""
-    print(f"jobs of {args.images} images a slot; medians of {args.rounds} rounds{copying}")
-    print(f"{'batch':>5}{'images/s':>10}{'ms a code':>11}{'weights GB/s':>14}{'naive images/s':>16}"
+    copying = f"; copy bandwidth {copy_bandwidth(device):.0f} GB/s" if device.type == "cuda" else ""
+    print(f"jobs of {args.images} images per slot; medians of {args.rounds} rounds{copying}")
+    print(f"{'batch':>5}{'images/s':>10}{'ms per code':>12}{'weights GB/s':>14}{'naive images/s':>16}"
           f"{'fused / naive':>15}{'matrix work':>13}")
     for B in args.batch_sizes:
         n = args.images * B
@@ -153,21 +153,21 @@ def sampling(args):
                 if args.dtype == "fp32":
                     assert torch.equal(drawn[there], code[there, t]), "the loops draw different codes"
                 naive += min(16, length - t) * statistics.median(compare(device, 1, step=step)["step"])
-        share = matrix_share(fused) if device.type == "cpu" else float("nan")
+        fraction = matrix_fraction(fused) if device.type == "cpu" else float("nan")
         codes = int((code >= 0).sum()) / B
-        print(f"{B:5}{B / seconds:10.2f}{1000 * seconds / codes:11.2f}{read * length / seconds / 1e9:14.1f}"
-              f"{B / naive:16.3f}{naive / seconds:15.1f}{share:13.0%}{peak}", flush=True)
+        print(f"{B:5}{B / seconds:10.2f}{1000 * seconds / codes:12.2f}{read * length / seconds / 1e9:14.1f}"
+              f"{B / naive:16.3f}{naive / seconds:15.1f}{fraction:13.0%}{peak}", flush=True)
 
 
 def copy_bandwidth(device):
-    """Bytes read and written per second by copying 1 GiB, in 1e9."""
+    """Bytes read and written per second when copying 1 GiB, in GB/s."""
     a = torch.empty(2 ** 30, dtype=torch.uint8, device=device)
     b = torch.empty_like(a)
     return 2 * len(a) / min(compare(device, 5, copy=lambda: b.copy_(a))["copy"]) / 1e9
 
 
-def matrix_share(step):
-    """Share of the time that goes to matrix products and attention."""
+def matrix_fraction(step):
+    """Fraction of the time that is spent in matrix products and attention."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         step()
     own = {e.key: e.self_cpu_time_total for e in profile.key_averages()}
@@ -190,7 +190,7 @@ class TextbookAttention(dq.AttnBlock):
 
 
 class TextbookCodebook(dq.Codebook):
-    """The whole distance, and averages by products with the one-hot matrix of the choices."""
+    """The complete squared distance, and averages by products with the one-hot matrix of the assignments."""
 
     def assign(self, z):
         return (z.square().sum(1, keepdim=True) - 2 * z @ self.codes.t() + self.codes.square().sum(1)).argmin(dim=1)
@@ -215,7 +215,7 @@ class TextbookVAE(dq.DQVAE):
 
 
 def textbook(model):
-    """The same weights in the plain form."""
+    """The same weights in the textbook form."""
     plain = TextbookVAE(model.config)
     for module in plain.modules():
         if type(module) is dq.AttnBlock:
@@ -242,10 +242,10 @@ def stage1(args):
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
         if all_losses:
             lpips = train_vae.Perceptual().to(device)
-            critic = train_vae.Discriminator().to(device, memory_format=memory_format)
+            discriminator = train_vae.Discriminator().to(device, memory_format=memory_format)
             for weight in lpips.weights:
                 weight.fill_(0.1)
-            critic_optimizer = torch.optim.Adam(critic.parameters(), lr=1e-4)
+            discriminator_optimizer = torch.optim.Adam(discriminator.parameters(), lr=1e-4)
 
         def autocast():
             return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
@@ -259,13 +259,13 @@ def stage1(args):
             optimizer.zero_grad(set_to_none=True)
             if all_losses:
                 with autocast():
-                    perceptual, adversarial = lpips(x, y).mean(), -critic(y).mean()
+                    perceptual, adversarial = lpips(x, y).mean(), -discriminator(y).mean()
                 train_vae.backward(y, model.decoder.out[-1].weight, loss + perceptual, adversarial, other)
-                critic_optimizer.zero_grad(set_to_none=True)
+                discriminator_optimizer.zero_grad(set_to_none=True)
                 with autocast():
-                    critic_loss = train_vae.hinge_loss(critic(x), critic(y.detach()))
-                critic_loss.backward()
-                critic_optimizer.step()
+                    hinge = train_vae.hinge_loss(discriminator(x), discriminator(y.detach()))
+                hinge.backward()
+                discriminator_optimizer.step()
             else:
                 (loss + other).backward()
             optimizer.step()
@@ -280,18 +280,18 @@ def stage1(args):
     if on_gpu:
         steps["contiguous"] = make_step(copies[2], True, memory_format=torch.contiguous_format)
     losses = {name: step() for name, step in steps.items()}
-    for name, loss in losses.items():                                        # of the same network the first is the same
+    for name, loss in losses.items():                                        # the same network has the same first loss
         assert abs(loss - losses["textbook"]) < (1e-3 if name == "fp32" else 2e-2), losses
     seconds = compare(device, args.rounds, **steps)
     print(f"One training step of DQ-VAE (dual, 256 x 256, batch {args.batch_size}), {hardware(device)}; "
           f"medians of {args.rounds} rounds")
-    print(f"{'':34}{'s a step':>10}{'images/s':>10}{'textbook / this':>17}")
+    print(f"{'':34}{'s per step':>11}{'images/s':>10}{'textbook / this':>17}")
     compiled = ", compiled" if args.compile else ""
     labels = dict(textbook="textbook, fp32", fp32="ours, fp32", bf16=f"ours, bf16{compiled}",
                   all=f"all losses{compiled}", contiguous=f"ours, bf16{compiled}, not channels last")
     for name in steps:
         median = statistics.median(seconds[name])
-        print(f"{labels[name]:34}{median:10.2f}{args.batch_size / median:10.2f}"
+        print(f"{labels[name]:34}{median:11.2f}{args.batch_size / median:10.2f}"
               f"{ratio(seconds, 'textbook', name):17.2f}")
     print(f"fp32 / bf16: {ratio(seconds, 'fp32', 'bf16'):.2f}")
 
@@ -330,7 +330,7 @@ def stage2(args):
         grains = (F.avg_pool2d(detail, config.factors[0]) > 0.1).long()      # M, h, w
     else:
         grains = torch.bucketize(torch.rand(2048, layout.side, layout.side), torch.tensor(vae.ratios).cumsum(0)[:-1])
-    codes = torch.randint(config.codebook_size, (len(grains), layout.side, layout.side))  # one a region is enough
+    codes = torch.randint(config.codebook_size, (len(grains), layout.side, layout.side))  # one per region is enough
     codes = dq.upsample(codes[:, None].float(), layout.fine_side).short()    # M, 1, H, W
     part = dict(codes=codes, grains=grains[:, None].byte(), label=torch.full((len(codes),), -1))
     images = train_transformer.views(part, config.factors, uncond=False)
@@ -387,12 +387,12 @@ def stage2(args):
     peak = 2 * side ** 3 / min(compare(device, 5, product=lambda: a @ a)["product"])
     matrices = sum(m.weight.numel() for m in dq.DQTransformer(config).modules() if isinstance(m, torch.nn.Linear))
     layers = config.position_layers + config.content_layers
-    flops = 6 * (matrices + layers * config.width * mean_length)             # a token, there and back; causal attention
+    flops = 6 * (matrices + layers * config.width * mean_length)             # per token, forward and backward
     compiled = ", compiled" if args.compile else ""
     for name, says in (("plain", "padded, fp32"), ("ours", f"ours, {args.dtype}{compiled}")):
         median = statistics.median(rate[name])
         print(f"{says:22}{median:10.0f} tokens/s{median / mean_length:10.1f} images/s; "
-              f"model FLOPs {median * flops / peak:.0%} of a large {args.dtype} product's")
+              f"model FLOP/s: {median * flops / peak:.0%} of those of a large {args.dtype} product")
     print(f"ours / padded: {statistics.median(a / b for a, b in zip(rate['ours'], rate['plain'])):.2f}")
 
 
@@ -403,18 +403,18 @@ if __name__ == "__main__":
     add("--rounds", type=int, default=5)
     add("--batch-size", type=int, default=2, help="stage1")
     add("--regions", type=int, default=64, help="sampling")
-    add("--images", type=int, default=4, help="sampling: images a slot")
+    add("--images", type=int, default=4, help="sampling: images per slot")
     add("--codebook-size", type=int, default=512, help="sampling")
     add("--batch-sizes", type=int, nargs="+", default=[1, 8, 64], help="sampling")
     add("--width", type=int, default=256, help="sampling")
     add("--position-layers", type=int, default=2, help="sampling")
     add("--content-layers", type=int, default=6, help="sampling")
     add("--dtype", choices=["fp32", "bf16"], default="fp32", help="sampling, stage2")
-    add("--count", action="store_true", help="sampling: kernels and bytes of a step of the paper's model, no times")
-    add("--compile", action="store_true", help="stage1, stage2: ours through torch.compile")
+    add("--count", action="store_true", help="sampling: count kernels and bytes in a step of the paper's model")
+    add("--compile", action="store_true", help="stage1, stage2: use torch.compile for ours")
     add("--preset", choices=list(train_vae.PRESETS), default="toy", help="stage2")
-    add("--steps", type=int, default=20, help="stage2: of a round")
-    add("--accumulate", type=int, help="stage2: parts of a batch; None: the preset's")
+    add("--steps", type=int, default=20, help="stage2: steps per round")
+    add("--accumulate", type=int, help="stage2: gradient accumulation steps; default: the preset's")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     globals()[args.what](args)

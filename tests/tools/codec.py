@@ -1,9 +1,9 @@
-"""A picture as a file of a few hundred bytes, and back.
+"""Stores an image in a file of a few hundred bytes, and restores it.
 
 python tests/tools/codec.py pack PICTURE FILE [--model assets/earth64.pt] [--detail -2]
 python tests/tools/codec.py unpack FILE PICTURE [--model assets/earth64.pt]
 
-The DQ-VAE turns a picture into codes, and the DQ-Transformer is a distribution over codes. So an arithmetic coder can
+The DQ-VAE turns an image into codes, and the DQ-Transformer is a distribution over codes. So an arithmetic coder can
 store an image in about -log2 p(image) bits. Both directions run the model's own sampler, `dq.generate`, in which the
 coder takes the place of chance: when packing it returns the image's next position or code and narrows its interval by
 their probability, when unpacking it reads which of them the file asks for. Both directions must compute the same
@@ -32,21 +32,21 @@ LEAST = 1 << 48                          # of an interval's width; probabilities
 
 
 class Writer:
-    """Arithmetic coder: every symbol narrows the interval low, low + width to a part as large as its probability."""
+    """Arithmetic coder: every symbol narrows the interval (low, width) to a part proportional to its probability."""
     def __init__(self, symbols):
         self.symbols, self.low, self.width, self.n_bytes = iter(symbols), 0, 1 << 64, 8
 
     def code(self, bounds):
-        """bounds: n + 1 integers, entry i has from bounds[i] to bounds[i + 1] -> the symbol"""
+        """bounds: n + 1 integers; symbol i has the part from bounds[i] to bounds[i + 1] -> the symbol"""
         i, unit = next(self.symbols), self.width // bounds[-1]
         self.low, self.width = self.low + unit * bounds[i], unit * (bounds[i + 1] - bounds[i])
-        assert self.width > 0, "a symbol that the model holds impossible"
-        while self.width < LEAST:                                            # Python's integers have no end, so there
+        assert self.width > 0, "the model gives the symbol probability 0"
+        while self.width < LEAST:                                            # Python's integers are unbounded, so there
             self.low, self.width, self.n_bytes = self.low << 8, self.width << 8, self.n_bytes + 1  # are no carries
         return i
 
     def finish(self):
-        """-> the fewest bytes that lie in the interval, read as a fraction with zeros behind it"""
+        """-> the fewest bytes that lie in the interval, read as a fraction followed by zeros"""
         for n in range(self.n_bytes + 1):
             bits = 8 * (self.n_bytes - n)
             value = -(-self.low >> bits)                                     # rounded up to n bytes
@@ -55,7 +55,7 @@ class Writer:
 
 
 class Reader:
-    """The inverse: says in which symbol's part of the interval the file lies. value: the file minus low"""
+    """The inverse: finds the symbol in whose part of the interval the file lies. value: the file minus low"""
     def __init__(self, data):
         self.rest, self.width = iter(data[8:]), 1 << 64
         self.value = int.from_bytes(data[:8].ljust(8, b"\0"), "big")
@@ -70,26 +70,26 @@ class Reader:
 
 
 def cumulated(logits):
-    """Logits (n,) -> n + 1 integers from 0 to about 2^24. An entry's part is its probability, and at least 1; -inf has
-    none."""
+    """Logits (n,) -> n + 1 cumulative integers from 0 to about 2^24. An entry's part is proportional to its
+    probability, and at least 1; an entry of -inf has none."""
     cdf = logits.double().softmax(-1).cumsum(-1) * (2 ** 24 - len(logits))
     return [0, *(cdf.long() + (logits > -math.inf).cumsum(-1)).tolist()]
 
 
 def run_model(model, label, coder):
-    """One image by the model's sampler, in which the coder decides. -> pos, code, each (1, L)"""
-    position = None                                                          # drawn last, if its content comes next
+    """Run the model's sampler on one image, with the coder in place of chance. -> pos, code, each (1, L)"""
+    position = None                                                          # the last one, while its content is due
 
     def decide(logits, u):
         nonlocal position
         if position is None:
             i = position = coder.code(cumulated(logits[0]))
-        else:                                                                # the sampler draws for EOS ids too
+        else:                                                                # the sampler samples for EOS ids too
             i, position = 0 if model.layout.is_eos[position] else coder.code(cumulated(logits[0])), None
         return torch.tensor([i])
 
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)                                                 # their number changes the last digits
+    torch.set_num_threads(1)                                                # changes the last digits
     try:
         with mock.patch.object(dq, "draw", decide):
             return dq.generate(model, torch.tensor([label]))
@@ -99,7 +99,7 @@ def run_model(model, label, coder):
 
 @torch.inference_mode()
 def nats(model, pos, code):
-    """pos, code (1, L) -> {label: -log p(image)} of all labels and -1, none."""
+    """pos, code (1, L) -> {label: -log p(image)} for all labels and for -1, no label."""
     return {label: sum(model(pos, code, torch.tensor([label])).values()).item() for label in range(-1, model.n_classes)}
 
 
@@ -121,8 +121,8 @@ def pack(model, pos, code, model_checksum=0):
 
 
 def unpack(model, data, model_checksum=0):
-    """What `pack` returned -> pos, code. UserError when it can't be read, or not by this model and this torch."""
-    dq.require(data[:3] == MARK and len(data) >= HEADER.size, "this is no file of codec.py, or its header is damaged")
+    """The bytes from `pack` -> pos, code. UserError if they are damaged, or need another model or another torch."""
+    dq.require(data[:3] == MARK and len(data) >= HEADER.size, "this is not a file of codec.py, or its header is broken")
     _, made_by, wanted, label, n = HEADER.unpack_from(data)
     version = data[HEADER.size:HEADER.size + n].decode("ascii", "replace")
     dq.require(version == torch.__version__, f"the file needs torch {version!r}; this is {torch.__version__}, whose "
@@ -130,7 +130,7 @@ def unpack(model, data, model_checksum=0):
     dq.require(made_by == model_checksum and label <= model.n_classes, "the file was packed with another model")
     pos, code = run_model(model, label - 1, Reader(data[HEADER.size + n:]))
     dq.require(checksum(pos, code) == wanted, "the codes are not those that were packed: the file is damaged, or this "
-                                              "processor computes other sums than the one that packed it")
+                                              "processor computes other sums than the processor that packed it")
     return pos, code
 
 
@@ -146,15 +146,15 @@ def shift_router(router, detail):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=["pack", "unpack"])
-    parser.add_argument("source", type=Path, help="a picture, or what pack wrote")
+    parser.add_argument("source", type=Path, help="an image, or a packed file")
     parser.add_argument("target", type=Path, help="the file to write")
-    parser.add_argument("--model", type=Path, default=Path("assets/earth64.pt"), help="what train_transformer.py wrote")
+    parser.add_argument("--model", type=Path, default=Path("assets/earth64.pt"), help="checkpoint of stage 2")
     parser.add_argument("--detail", type=float, default=0.0, help="pack: below 0 fewer codes, above 0 more (logits)")
     args = parser.parse_args(argv)
     model, vae = dq.load_transformer(args.model, torch.device("cpu"))
     model_checksum = zlib.crc32(args.model.read_bytes())
     if args.action == "pack":
-        x = load_image(args.source, vae.config.size)[None]            # 1, 3, S, S
+        x = load_image(args.source, vae.config.size)[None]                   # 1, 3, S, S
         shift_router(vae.router, args.detail)
         with torch.inference_mode():
             pos, code = model.layout.pack(*vae.encode(x))

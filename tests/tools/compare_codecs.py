@@ -1,16 +1,17 @@
-"""Files of codec.py beside JPEG, WebP and AVIF: PSNR over bytes.
+"""Compares codec.py with JPEG, WebP and AVIF: PSNR over file size.
 
 python tests/tools/compare_codecs.py FOLDER OUT [--model assets/earth64.pt] [--n 100] [--details -1 -0.5 -0.25 0 0.5]
 
-FOLDER holds pictures of the model's size, such as earth/held_out, of which n are measured, in a fixed random order.
-Each is packed as it is (detail 0) and unpacked, and must return the same codes; so are the first five at every other
-value of --detail. For the rest the size is computed from the model's likelihood. OUT/files.jsonl keeps what was
-measured, and the same command then measures only what is missing. Pillow writes the other formats at many qualities.
-The command prints the table and draws OUT/codec.png: the curves and a few of the pictures.
+FOLDER holds images of the model's size, such as earth/held_out. The first n of them are measured, in a fixed random
+order. Each is packed with detail 0 and unpacked, and must return the same codes. So are the first five with every other
+value of --details; for the others, the size is computed from the model's likelihood. OUT/files.jsonl stores all
+measurements, and the same command later measures only the missing ones. Pillow writes the other formats at many
+qualities. The command prints the table and draws OUT/codec.png: the curves and a few of the images.
 
-A header is what does not depend on the picture. Ours has codec.py's bytes in front of the code. For the other formats
-it is the size of a uniformly grey picture's file at the same quality. JPEG's Huffman tables are part of its header only
-if they are the standard ones, so it is written with these for the curve without headers, and else with its own.
+A header is the part of a file that does not depend on the image. Ours is codec.py's header. For the other formats, its
+size is that of the file of a uniformly grey image at the same quality. JPEG's Huffman tables belong to the header only
+if they are the standard ones. So JPEG has the standard tables for the curve without headers, and optimised tables
+otherwise.
 """
 import argparse
 import io
@@ -42,7 +43,7 @@ FORMATS = [name for name in QUALITIES if name.upper() in Image.SAVE]         # n
 
 
 def psnr(a, b):
-    """Of two Pillow images of 8 bits, dB."""
+    """PSNR of two 8-bit Pillow images, in dB."""
     error = np.asarray(a).astype(float) - np.asarray(b).astype(float)
     return 10 * math.log10(255 ** 2 / max((error ** 2).mean(), 1e-3))
 
@@ -54,7 +55,7 @@ def written(picture, name, quality, **options):
 
 
 class File(NamedTuple):
-    """What another format makes of a picture at one quality."""
+    """An image in another format at one quality."""
     size: int                            # bytes
     bare: int                            # bytes without the header
     dB: float
@@ -62,20 +63,20 @@ class File(NamedTuple):
 
 
 def files(picture, name):
-    """A picture in another format, at every quality."""
+    """-> Files of an image in another format, one for each quality"""
     found, flat = [], Image.new("RGB", picture.size, (128, 128, 128))
     for quality in QUALITIES[name]:
         memory = written(picture, name, quality)
         back, size = Image.open(memory).convert("RGB"), len(memory.getvalue())
         bare = size - len(written(flat, name, quality).getvalue())
-        if name == "JPEG":                                                   # tables of its own, the same pixels
+        if name == "JPEG":                                                   # optimised tables, the same pixels
             size = len(written(picture, name, quality, optimize=True).getvalue())
         found.append(File(size, bare, psnr(picture, back), back))
     return found
 
 
 def measure(path, model, vae, detail, real):
-    """-> what files.jsonl keeps of a picture at this detail. real: pack and unpack it, instead of computing the size"""
+    """-> the entry of files.jsonl for an image and a detail. real: pack and unpack it instead of computing its size"""
     x, bias = load_image(path, vae.config.size)[None], vae.router.mlp[-1].bias
     trained = bias.clone()
     codec.shift_router(vae.router, detail)
@@ -103,13 +104,13 @@ def mean(values):
 
 
 def curve_of(pictures, counted):
-    """pictures: for each its Files at every quality -> mean bytes and mean dB of each quality, ascending"""
+    """pictures: the Files of each image at every quality -> (mean bytes, mean dB) of each quality, ascending"""
     return sorted((mean(file.size if counted else file.bare for file in of_one), mean(file.dB for file in of_one))
                   for of_one in zip(*pictures))
 
 
 def at(curve, size):
-    """dB of a curve, [(bytes, dB), ...], at a size: linear between its points, None outside of them."""
+    """dB of a curve [(bytes, dB), ...] at a size, linearly interpolated; None outside its range."""
     for (x0, y0), (x1, y1) in zip(curve, curve[1:]):
         if x0 <= size <= x1:
             return y0 + (y1 - y0) * (size - x0) / max(x1 - x0, 1e-9)
@@ -117,7 +118,7 @@ def at(curve, size):
 
 
 def draw(path, curves, rows):
-    """Two plots, and below them rows of pictures. curves: {counted: {name: line}}; rows: {name: [(picture, note)]}"""
+    """Two plots, and rows of images below them. curves: {counted: {name: line}}; rows: {name: [(image, note)]}"""
     plots = [figures.plot({name: (COLOURS[name], [p for p in line if p[0] <= 800]) for name, line in lines.items()},
                           "headers counted" if counted else "without headers", "bytes per picture", "PSNR, dB",
                           size=(500, 380))
@@ -148,7 +149,7 @@ def main(argv=None):
     torch.set_num_threads(1)
     model, vae = dq.load_transformer(args.model, torch.device("cpu"))
     paths = sorted(args.folder.rglob("*.png"))
-    dq.require(len(paths) >= args.n, f"{args.folder} holds {len(paths)} pictures, not {args.n}")
+    dq.require(len(paths) >= args.n, f"{args.folder} holds {len(paths)} images, not {args.n}")
     random.Random(0).shuffle(paths)
     args.out.mkdir(parents=True, exist_ok=True)
     log = args.out / "files.jsonl"
@@ -165,14 +166,14 @@ def main(argv=None):
 
 
 def report(paths, args, vae, known):
-    """Print the table, draw the picture."""
+    """Print the table and draw the figure."""
     pictures = [common.to_picture(load_image(path, vae.config.size), 0) for path in paths]
     ours = {detail: [known[path.name, detail] for path in paths] for detail in sorted(args.details)}
     real = [entry for entries in ours.values() for entry in entries if "same" in entry]
     wrong = sum(not entry["same"] for entry in real)
     excess = [entry["bytes"] - entry["header"] - entry["bits"] / 8 for entry in real]
-    print(f"{len(real)} files, of which {wrong} returned other codes; they are longer than the model's bits by "
-          f"{mean(excess):.2f} bytes in the mean, {max(excess):.2f} at most")
+    print(f"{len(real)} files, of which {wrong} returned other codes; they exceed the model's -log2 p by "
+          f"{mean(excess):.2f} bytes on average, {max(excess):.2f} at most")
     others = {name: [files(picture, name) for picture in pictures] for name in FORMATS}
     curves = {counted: {name: curve_of(others[name], counted) for name in FORMATS} for counted in (True, False)}
     names = ", ".join(FORMATS)

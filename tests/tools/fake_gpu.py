@@ -1,14 +1,14 @@
-"""The GPU's path played through on the device "meta", which every machine has.
+"""Runs the GPU's code path on the device "meta", which every machine has.
 
-A tensor on "meta" has a shape, a type and a device, and no values. So whatever asks for a value raises: item, tolist,
-cpu, a tensor as a condition, a boolean mask as an index. On a GPU each of these makes the host wait until the device
-has done all that it was given, and none of them may be part of a captured graph.
+A tensor on "meta" has a shape, a dtype and a device, but no values. So everything that asks for a value raises: item,
+tolist, cpu, a tensor as a condition, a boolean mask as an index. On a GPU, each of these synchronises: the host waits
+until the device has finished its work. None of them may be part of a captured graph.
 
     with rehearsal() as seen:            # in here "meta" passes for a GPU, and so does "cuda"
         step()
-    seen.waits, seen.kernels             # what "meta" itself would let pass, and how much the device had to do
+    seen.waits, seen.kernels             # synchronisations that "meta" itself would allow, and the number of kernels
 
-What an operator does inside, on a GPU only, is not seen.
+The work that an operator does internally, on a GPU only, is not visible.
 """
 import contextlib
 import traceback
@@ -27,7 +27,7 @@ PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "linear")
 
 
 def line_of_ours():
-    """Which line of the project is being executed."""
+    """The line of the project that is being executed."""
     frames = [f for f in traceback.extract_stack() if Path(f.filename).parent == ROOT]
     return f"{Path(frames[-1].filename).name}:{frames[-1].lineno} {frames[-1].line}" if frames else "?"
 
@@ -37,7 +37,7 @@ def on_device(x):
 
 
 def sends_values(function, args, kwargs):
-    """Does this bring numbers of the host to the device? For those of a list "meta" needs no operator."""
+    """Does this call copy values from the host to the device? (For lists, "meta" runs no operator that shows it.)"""
     if function in (torch.tensor, torch.as_tensor):
         return torch.device(kwargs.get("device") or "cpu") == META
     if function in (torch.Tensor.__getitem__, torch.Tensor.__setitem__) and on_device(args[0]):
@@ -47,15 +47,15 @@ def sends_values(function, args, kwargs):
 
 
 def uses_a_mask(indices, values):
-    """To assign more than one value by a boolean mask a GPU has to count, and the host to be told."""
+    """Assigning several values by a boolean mask synchronises, because the host needs their number."""
     return values.numel() > 1 and any(i is not None and i.dtype == torch.bool for i in indices)
 
 
 class Operators(TorchDispatchMode):
-    """Looks at every operator, also those of the backward pass.
+    """Inspects every operator, including those of the backward pass.
 
     waits: lines with operators between devices, or with values that the host sends and waits for
-    kernels: operators that compute or copy something on the device; a sort, say, is one, though a GPU takes several
+    kernels: operators that compute or copy on the device; a sort counts as one, although a GPU runs several kernels
     read: the tensors that matrix products and attention read
     """
 
@@ -78,7 +78,7 @@ class Operators(TorchDispatchMode):
 
 
 class AsOnAGpu(TorchFunctionMode):
-    """Answers for the device where "meta" can't."""
+    """Answers in place of the device where "meta" can't."""
 
     def __init__(self, operators, fused_attention):
         super().__init__()
@@ -104,7 +104,7 @@ class AsOnAGpu(TorchFunctionMode):
 
 @contextlib.contextmanager
 def rehearsal(fused_attention=False):
-    """-> Operators. fused_attention: a single kernel, as on a GPU, that has no backward pass here"""
+    """-> Operators. fused_attention: attention is a single kernel, as on a GPU, without a backward pass"""
     operators, real = Operators(), torch.autocast
 
     def autocast(device_type, *args, **kwargs):

@@ -1,18 +1,18 @@
-"""The README's figures.
+"""Draws README's figures.
 
 python tests/tools/figures.py rd OUT [--rows NAME ...] [--seeds S ...] [--jobs N] [-- FLAGS]
-    trains what is missing below OUT (routers x budgets and the fixed-length ends, each with FLAGS of train_vae.py),
-    prints the table of all that is there, whichever rows and seeds were asked for, and draws OUT/rate_distortion.png
+    trains the missing runs below OUT (routers x budgets and both fixed lengths, each with FLAGS of train_vae.py),
+    prints the table of all finished runs, also of other rows and seeds, and draws OUT/rate_distortion.png
 python tests/tools/figures.py log FILE.jsonl
-    draws the curves of a run's log beside it, FILE.curves.png
+    draws the curves of a run's log in FILE.curves.png
 python tests/tools/figures.py walk [CHECKPOINT] [--image FILE]
-    follows one picture through both models: a commented printout, and the same as a figure, walk.png
+    follows one image through both models, as a commented printout and as a figure, walk.png
 python tests/tools/figures.py teaser CHECKPOINT FILE [FILE ...]
-    draws images, the tokens that they become, their reconstructions, and samples: README's first picture
+    draws images, their tokens, their reconstructions, and samples: README's first figure
 python tests/tools/figures.py neighbours CHECKPOINT --data DIR
-    draws samples, and below each its nearest training picture: are they copies?
+    draws samples, and below each its nearest training image, to check whether samples are copies
 python tests/tools/figures.py shrink CHECKPOINT FILE.pt
-    writes what sample.py needs of a transformer.pt, its weights in bfloat16
+    writes only the parts of a transformer.pt that sample.py needs, with weights in bfloat16
 """
 import argparse
 import colorsys
@@ -93,7 +93,7 @@ RD_ROWS = ["fixed-coarse", "fixed-fine", *(f"{router}-{budget}" for router in RO
 
 
 def rate_distortion(out, names, seeds, flags, jobs, factors):
-    """Train the runs that are not there yet, print the table of all that are, and draw it."""
+    """Train the missing runs, print the table of all runs, and draw it."""
     steps = train_vae.parse(flags)[0].steps
 
     def train(name, seed):
@@ -108,7 +108,7 @@ def rate_distortion(out, names, seeds, flags, jobs, factors):
             row = ["--factors", *factors, "--router", router, "--ratios", f"{1 - float(budget):.1f}", budget]
         command = [sys.executable, ROOT / "train_vae.py", "--out", folder, *row, "--seed", seed, *flags, *more]
         status = subprocess.run([str(word) for word in command]).returncode
-        dq.require(status == 0, f"the run {name}, seed {seed} failed; what it said is above")
+        dq.require(status == 0, f"the run {name}, seed {seed} failed; its messages are above")
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(lambda run: train(*run), [(name, seed) for seed in seeds for name in names]))
 
@@ -124,12 +124,12 @@ def rate_distortion(out, names, seeds, flags, jobs, factors):
         return f"{', '.join(f'{y:.2f}' for _, y in points[name])} ({mean[name][0]:.1f})" if name in points else ""
 
     def line(budget):
-        """What a mixture of the fixed lengths would have with as many codes as the learned router used."""
+        """The PSNR of a mixture of both fixed lengths with as many codes as the learned router uses."""
         if not {f"learned-{budget}", "fixed-coarse", "fixed-fine"} <= mean.keys():
             return ""
         (x0, y0), (x1, y1), (codes, _) = (mean[name] for name in ("fixed-coarse", "fixed-fine", f"learned-{budget}"))
         return f"{y0 + (y1 - y0) * (codes - x0) / (x1 - x0):.2f}"
-    print("| fine budget | learned: dB of each seed (codes) | entropy | random | straight line between the ends |")
+    print("| fine budget | learned: dB of each seed (codes) | entropy | random | line between both fixed lengths |")
     print(f"|---|---|---|---|---|\n| fixed, coarse | {text('fixed-coarse')} | | | |")
     for budget in BUDGETS:
         print(f"| {budget} | {' | '.join(text(f'{router}-{budget}') for router in ROUTERS)} | {line(budget)} |")
@@ -143,7 +143,7 @@ def rate_distortion(out, names, seeds, flags, jobs, factors):
 
 
 def curves(path):
-    """A panel for every number in the log; what evaluations and training steps both report are two."""
+    """Draw a panel for every number in the log, with separate panels for training steps and evaluations."""
     log = []
     for line in read_log(path):
         prefix = "held-out " if "psnr" in line or "bits_per_pixel" in line else ""
@@ -153,7 +153,7 @@ def curves(path):
         line = [(entry["step"], entry[name]) for entry in log if name in entry]
         if len(line) > 1 and any(isinstance(value, float) for _, value in line):
             panels.append(plot({name: ("#c01530", line)}, name, "step", size=(300, 220)))
-    dq.require(panels, f"{path} is no log of a run, or holds no curve yet")
+    dq.require(panels, f"{path} is not the log of a run, or has no curve yet")
     sheet = Image.new("RGB", (4 * 300, -(-len(panels) // 4) * 220), "white")
     for i, panel in enumerate(panels):
         sheet.paste(panel, (i % 4 * 300, i // 4 * 220))
@@ -161,13 +161,13 @@ def curves(path):
 
 
 # ------------------------------------------------------------------------------------------------
-# A walk through one image: what both models make of it
+# walk: one image, step by step through both models
 
 
 class Walk:
-    """One image on its way through both models. M: its pairs, up to and with the last EOS.
+    """One image on its way through both models. M: number of its pairs, up to and including the last EOS.
 
-    Built from x (3, S, S) in [-1, 1], its label (-1: none), and a seed, which only the random router needs.
+    x: (3, S, S) in [-1, 1]; label: -1 for none; seed: for the random router only.
     """
 
     @torch.inference_mode()
@@ -179,7 +179,7 @@ class Walk:
         with torch.random.fork_rng([]):
             torch.manual_seed(seed)
             seen = vae(x[None])
-            torch.manual_seed(seed)                                          # a random router shall score as it chose
+            torch.manual_seed(seed)                                          # so a random router repeats its choice
             self.score = vae.router.score(x[None], seen.maps)[0]             # h, w
         self.grains, self.codes = seen.grains[0], seen.codes[0]              # h, w; H, W
 
@@ -191,7 +191,7 @@ class Walk:
         self.counts = [int(((self.grain == k) & (self.code >= 0)).sum()) for k in range(K)]  # codes of each
         self.n_codes = sum(self.counts)
 
-        # what the model expects in front of pair t, given the pairs before it; of the content also given pos[t]
+        # the predictions for pair t, given the pairs before it; the content is also given pos[t]
         place, content = model.logits(pos, code, label)                      # 1, M, P; 1, M, V
         self.place = place[0].log_softmax(-1)                                # M, P: log p, -inf where not legal
         self.content = content[0].log_softmax(-1)                            # M, V: log p
@@ -212,7 +212,7 @@ class Walk:
         k = int(self.layout.grain[position])
         if self.layout.is_eos[position]:
             return k, None, None
-        side, c = self.layout.sides[k], math.isqrt(self.layout.cells[k])     # c x c codes a region
+        side, c = self.layout.sides[k], math.isqrt(self.layout.cells[k])     # c x c codes per region
         row, column = divmod(position - self.layout.offsets[k], side)
         return k, row // c * self.layout.side + column // c, row % c * c + column % c
 
@@ -229,8 +229,8 @@ class Walk:
         return text
 
     def moments(self):
-        """Steps t at which to look at the next place, and when that is: at the start, in the middle of the first
-        granularity's codes, behind each EOS but the last (if that is the only one: in front of it). Some may coincide.
+        """Steps t at which the walk shows the next position, with a description: at the start, in the middle of the
+        first granularity's codes, and after each EOS but the last (or, if there is only one, before it).
         """
         eos = (self.code < 0).nonzero()[:, 0].tolist()
         found = {eos[0] // 2: f"in the middle of the {self.names[0]} codes"}
@@ -242,7 +242,7 @@ class Walk:
 
 
 # ------------------------------------------------------------------------------------------------
-# ... as a commented printout. Names in brackets are those of dq.py
+# walk as a commented printout. Names in brackets are those of dq.py
 
 
 def matrix(values, form):
@@ -259,14 +259,14 @@ def tell_grains(walk):
     ends = " to ".join(f"{k} ({names[k]})" for k in sorted({0, len(names) - 1}))
     meaning = {"learned": f"the mean granularity that it expects, {ends}",
                "entropy": "the entropy of the region's grey levels, in nats",
-               "random": "a random number, blind to the picture"}[walk.config.router]
+               "random": "a random number, independent of the image"}[walk.config.router]
     return [
         f"1  Where is detail?   [DQVAE.quantize, {walk.router}]",
-        f"   The picture is cut into {h} x {h} regions of {factor} x {factor} pixels. The router scores each of them:",
+        f"   The image has {h} x {h} regions of {factor} x {factor} pixels. The router scores each of them:",
         f"   {meaning}.",
         *matrix(walk.score, "5.2f"),
-        "   It chooses one of these for each region, the grains:",
-        *(f"       {k} = {name}: {plural(cells, 'code')} a region"
+        "   It chooses a granularity for each region:",
+        *(f"       {k} = {name}: {plural(cells, 'code')} per region"
           for k, (name, cells) in enumerate(zip(names, walk.layout.cells))),
         "   and here its choice is",
         *matrix(walk.grains, "5d"), ""]
@@ -278,55 +278,55 @@ def tell_codes(walk):
     counts = " + ".join(f"{count} {name}" for count, name in zip(walk.counts, walk.names))
     total = f"   {counts} = {plural(walk.n_codes, 'code')}, {distinct} of them different"
     if K > 1:
-        total += f". (All {walk.names[0]} it would be {N * cells[0]}, all {walk.names[-1]} {N * cells[-1]}.)"
-    grains = f", {N} grains of log2 {K} = {math.log2(K):.4g}" if K > 1 else ""
+        total += f". (All {walk.names[0]}: {N * cells[0]}; all {walk.names[-1]}: {N * cells[-1]}.)"
+    grains = f", {N} granularities of log2 {K} = {math.log2(K):.4g}" if K > 1 else ""
     return [
         "2  What is there?   [DQVAE.mix, Codebook.assign]",
-        f"   Each cell of the finest grid, {H} x {H}, gets the number of the nearest of the codebook's {V} vectors.",
-        *(f"   A {name} code fills {cells[-1] // s} cells, which show the same number: it is one code all the same."
+        f"   Each cell of the finest grid, {H} x {H}, gets the index of the nearest of {V} codebook vectors.",
+        *(f"   A {name} code fills {cells[-1] // s} cells, which show the same index: it is one code all the same."
           for name, s in list(zip(walk.names, cells))[:-1]),
         *matrix(walk.codes, f"{len(str(V - 1))}d"),
         total,
-        f"   Bits, if sent as they are: {plural(walk.n_codes, 'code')} of log2 {V} = {math.log2(V):.4g}{grains}; "
-        f"in all {walk.bits_without:.0f}, or {walk.bits_without / pixels:.3f} a pixel", ""]
+        f"   Bits without entropy coding: {plural(walk.n_codes, 'code')} of log2 {V} = {math.log2(V):.4g}{grains}; "
+        f"in all {walk.bits_without:.0f}, or {walk.bits_without / pixels:.3f} per pixel", ""]
 
 
 def tell_pairs(walk, shown):
-    """shown: of so many pairs of a granularity all are printed, of more the first and the last ones."""
+    """shown: a granularity with more pairs is shortened to so many, the first and the last ones"""
     layout = walk.layout
     lines = ["3  In which order is it written?   [Layout.pack]",
-             "   As pairs of a place and a content, sorted by the id of the place:"]
+             "   As pairs of a position and a content, sorted by the position id:"]
     for name, first, eos in zip(walk.names, layout.offsets, layout.eos):
         lines.append(f"       ids {first} to {eos - 1} are {name}, {eos} is their EOS, an end token without content")
     start = 0
     for name, count in zip(walk.names, walk.counts):
-        left_out = range(0)
+        skipped = range(0)
         if count > shown:
-            left_out = range(start + shown - shown // 3, start + count - shown // 3)
+            skipped = range(start + shown - shown // 3, start + count - shown // 3)
         lines.append(f"   {name}: {plural(count, 'code')}")
         for t in range(start, start + count + 1):
             position, code = int(walk.pos[t]), int(walk.code[t])
-            if t not in left_out:
-                what = f"{walk.describe(position)}  code {code}" if code >= 0 else "EOS"
-                lines.append(f"       t={t:<4d} id {position:<5d} {what}")
-            elif t == left_out[0]:
-                lines.append(f"       ... and {len(left_out)} more ...")
+            if t not in skipped:
+                text = f"{walk.describe(position)}  code {code}" if code >= 0 else "EOS"
+                lines.append(f"       t={t:<4d} id {position:<5d} {text}")
+            elif t == skipped[0]:
+                lines.append(f"       ... and {len(skipped)} more ...")
         start += count + 1
     return lines + [""]
 
 
 def tell_moments(walk, top=5):
     P, V = walk.layout.n_positions, walk.config.codebook_size
-    lines = ["4  What does the transformer expect?   [DQTransformer.logits, Layout.legal]",
-             "   It knows the pairs before t. Its position stack says where the next code goes, among the legal places",
-             "   (the picture can still become whole); its content stack, told the place, says what is there.", ""]
+    lines = ["4  What does the transformer predict?   [DQTransformer.logits, Layout.legal]",
+             "   It knows the pairs before t. Its position stack predicts the next position among the valid ones (from",
+             "   which the image can be completed). Its content stack is given the position and predicts the code.", ""]
     for t, when in walk.moments():
         p, came, legal = walk.place[t].exp(), int(walk.pos[t]), int(walk.place[t].isfinite().sum())
         likely = p.argsort(descending=True)[:min(top, legal)].tolist()
         listed = likely if came in likely else [*likely, came]
-        lines.append(f"   t={t}, {when}: {plural(legal, 'legal place')} of {P}")
+        lines.append(f"   t={t}, {when}: {plural(legal, 'valid position')} of {P}")
         for position in listed:
-            mark = "   <- what came" if position == came else ""
+            mark = "   <- the next pair" if position == came else ""
             lines.append(f"       p {p[position]:.4f}  id {position:<5d} {walk.describe(position)}{mark}")
         if legal > len(listed):
             rest = (1 - p[listed].sum()).clamp(min=0)
@@ -334,32 +334,32 @@ def tell_moments(walk, top=5):
         if walk.code[t] >= 0:
             q, code = walk.content[t].exp(), int(walk.code[t])
             rank, best = 1 + int((q > q[code]).sum()), int(q.argmax())
-            lines.append(f"     what is there: code {code}, p {q[code]:.4f}, number {rank} of {V} by likelihood"
-                         + (f"; number 1 is code {best}, p {q[best]:.4f}" if rank > 1 else ""))
+            lines.append(f"     content: code {code}, p {q[code]:.4f}, rank {rank} of {V}"
+                         + (f"; rank 1 is code {best}, p {q[best]:.4f}" if rank > 1 else ""))
         lines.append("")
     return lines
 
 
 def tell_cost(walk):
-    # `forward` takes cross entropies instead: if it said anything else, this file would be wrong
+    # `forward` computes the same as cross entropies; a difference would be a bug in this file
     for ours, theirs in ((walk.place_nats, walk.forward["position"]), (walk.content_nats, walk.forward["content"])):
         assert math.isclose(ours.sum().item(), theirs, rel_tol=1e-4, abs_tol=1e-3)
     pixels, bits = walk.config.size ** 2, walk.nats / math.log(2)
     rows = [(name, walk.grain == k) for k, name in enumerate(walk.names)] + [("all", walk.grain >= 0)]
     return [
         "5  What does it cost?   [DQTransformer.forward]",
-        "   -log p of what came, summed over the pairs, in nats:",
-        f"       {'':14}{'pairs':>7}{'places':>11}{'contents':>11}",
+        "   -log p of the image's pairs, summed, in nats:",
+        f"       {'':14}{'pairs':>7}{'positions':>11}{'contents':>11}",
         *(f"       {name:14}{int(row.sum()):7d}{walk.place_nats[row].sum():11.3f}{walk.content_nats[row].sum():11.3f}"
           for name, row in rows),
-        f"   total {walk.nats:.3f} nats = {bits:.1f} bits = {bits / pixels:.3f} bits a pixel "
+        f"   total {walk.nats:.3f} nats = {bits:.1f} bits = {bits / pixels:.3f} bits per pixel "
         f"(without the transformer, see 2: {walk.bits_without / pixels:.3f})",
         f"   DQTransformer.forward: {walk.forward['position']:.3f} + {walk.forward['content']:.3f} nats, the same",
-        f"   What these bits buy: the decoder gives the picture back with a PSNR of {walk.psnr:.2f} dB."]
+        f"   From these bits the decoder reconstructs the image with a PSNR of {walk.psnr:.2f} dB."]
 
 
 # ------------------------------------------------------------------------------------------------
-# ... and as a figure. It is drawn at twice its size and halved at the end, for smooth lines and letters
+# walk as a figure. It is drawn at twice its size and halved at the end, for smooth lines and letters
 
 
 SIDE, GAP, COLUMNS = 448, 36, 4          # of a panel, between panels; panels in a row
@@ -379,7 +379,7 @@ def fit(picture):
 
 
 def box_of(walk, position):
-    """The pixels of a panel that a place covers: left, top, right, bottom."""
+    """The pixels of a panel that a position id covers: left, top, right, bottom."""
     k = int(walk.layout.grain[position])
     row, column = divmod(position - walk.layout.offsets[k], walk.layout.sides[k])
     side = SIDE / walk.layout.sides[k]
@@ -387,7 +387,7 @@ def box_of(walk, position):
 
 
 def write_inside(pen, box, text, widest):
-    """In the middle of the box, as large as the text `widest` would fit; not at all where it is too small to read."""
+    """Write in the middle of the box, in the largest font in which `widest` fits, or not at all if no font fits."""
     width, height = box[2] - box[0], box[3] - box[1]
     for size in (26, 22, 20):
         font = ImageFont.load_default(size)
@@ -402,7 +402,7 @@ def between(a, b, t):
 
 
 def draw_score(walk):
-    """From blue, where coarse codes will do, over white to the colour of the finest granularity."""
+    """From blue, where coarse codes are enough, through white to the colour of the finest granularity."""
     low, high = walk.score.min().item(), walk.score.max().item()
     if walk.config.router == "learned":                                      # then white is the middle of the scale
         low, high = 0, walk.layout.n_grains - 1
@@ -418,7 +418,7 @@ def draw_score(walk):
 
 
 def draw_codes(walk):
-    """A rectangle for every code; its colour says its number, and so does a figure where there is room."""
+    """A rectangle for every code. Its colour tells its index, which is written inside if there is room."""
     panel, widest = Image.new("RGB", (SIDE, SIDE), "white"), str(walk.config.codebook_size - 1)
     pen = ImageDraw.Draw(panel)
     for position, code in zip(walk.pos.tolist(), walk.code.tolist()):
@@ -429,8 +429,8 @@ def draw_codes(walk):
 
 
 def draw_pairs(walk, width):
-    """A line for each granularity: its pairs in order, the id of the place above, the code below. Of many pairs the
-    first and the last ones and those at which a panel looks at the next place; these have arrows."""
+    """A line for each granularity: its pairs in order, with the position id above and the code below. If there are
+    many pairs: the first, the last, and those at which a panel shows the next position; these have arrows."""
     moments = [t for t, _ in walk.moments()[:3]]
     widest = max("EOS", str(walk.layout.end), str(walk.config.codebook_size - 1), key=len)
     step, height, above, left = 13 * len(widest) + 12, 64, 40, 170
@@ -446,8 +446,8 @@ def draw_pairs(walk, width):
             shown = sorted({*shown[:n], *near, *shown[-n:]})
         pen.text((0, y + height / 2), name, fill="black", font=large, anchor="lm")
         x = left
-        for former, t in zip([start - 1, *shown], shown):
-            if t > former + 1:
+        for previous, t in zip([start - 1, *shown], shown):
+            if t > previous + 1:
                 pen.text((x + step / 2, y + height / 2), "...", fill="black", font=large, anchor="mm")
                 x += step
             code = int(walk.code[t])
@@ -466,9 +466,9 @@ def draw_pairs(walk, width):
 
 
 def draw_places(walk, t):
-    """The probabilities of the next place in front of pair t, in red over the picture; what came is framed.
+    """The probabilities of the position of pair t, in red over the image. The actual position is framed.
 
-    The picture is pale where nothing is written yet.
+    The image is pale where nothing is written yet.
     """
     picture = fit(common.to_picture(walk.x))
     panel = Image.blend(picture.convert("L").convert("RGB"), Image.new("RGB", picture.size, "white"), 0.7)
@@ -478,7 +478,7 @@ def draw_places(walk, t):
             panel.paste(picture.crop(box), box)
     p = walk.place[t].exp().tolist()
     legal = [i for i in walk.place[t].isfinite().nonzero()[:, 0].tolist() if not walk.layout.is_eos[i]]
-    for position in legal:                                                   # the root makes one in a hundred visible
+    for position in legal:                                                   # the root makes 1 % visible
         box = box_of(walk, position)
         red = Image.new("RGB", (box[2] - box[0], box[3] - box[1]), RED)
         panel.paste(Image.blend(panel.crop(box), red, 0.85 * p[position] ** 0.5), box)
@@ -498,13 +498,13 @@ def caption_places(walk, t, when):
     p, came, legal = walk.place[t].exp(), int(walk.pos[t]), walk.place[t].isfinite()
     text = f"{when[0].upper()}{when[1:]}. " + ("In colour: written so far. " if t else "")
     if legal.sum() == 1 and walk.layout.is_eos[came]:
-        return text + "Nothing is left: EOS is certain."
+        return text + "The image is complete: EOS is certain."
     if legal.sum() == 1:
-        return text + f"The {walk.names[int(walk.grain[t])]} codes fill what is left, in order: the next is certain."
-    text += "" if t else "Red: where the first code may go, in percent. "
+        return text + f"The {walk.names[int(walk.grain[t])]} codes fill the rest in order: the next one is certain."
+    text += "" if t else "Red: probabilities of the first code's position, in percent. "
     eos = int((legal & walk.layout.is_eos).nonzero())
-    came_text = "EOS, so all is framed" if came == eos else f"the frame, p {p[came]:.1%}"
-    return text + f"What came: {came_text}. EOS: p {p[eos]:.1%}."
+    came_text = "EOS, so the whole panel is framed" if came == eos else f"the frame, p {p[came]:.1%}"
+    return text + f"Actual next: {came_text}. EOS: p {p[eos]:.1%}."
 
 
 def draw_walk(walk, class_name=""):
@@ -512,27 +512,27 @@ def draw_walk(walk, class_name=""):
     S, K, V = walk.config.size, walk.layout.n_grains, walk.config.codebook_size
     kinds = [f"{plural(cells, 'code')} ({('blue', 'orange', 'red')[k % 3]})"
              for k, cells in enumerate(walk.layout.cells)]
-    score = {"learned": f"The router's: how fine each region's codes should be, from 0 to {K - 1}." if K > 1 else
-                        "The router's; with one granularity it has nothing to say.",
-             "entropy": "The router's: entropy of each region's grey levels, in nats.",
-             "random": "The router's: random numbers."}[walk.config.router]
+    score = {"learned": f"Router score: how fine each region's codes should be, from 0 to {K - 1}." if K > 1 else
+                        "Router score; with one granularity there is no choice.",
+             "entropy": "Router score: entropy of each region's grey levels, in nats.",
+             "random": "Router score: random numbers."}[walk.config.router]
     bits = walk.nats / math.log(2)
     first = [
-        ("picture", fit(common.to_picture(walk.x)), f"{S} x {S} pixels{class_name and ', class ' + class_name}."),
+        ("image", fit(common.to_picture(walk.x)), f"{S} x {S} pixels{class_name and ', class ' + class_name}."),
         ("score", draw_score(walk), score),
-        ("grains", fit(common.draw_grains(walk.x, walk.grains, walk.config.factors)),
+        ("granularities", fit(common.draw_grains(walk.x, walk.grains, walk.config.factors)),
          f"The router's choice for each region: {' or '.join(kinds)}."),
-        ("codes", draw_codes(walk), f"{plural(walk.n_codes, 'code')} of a codebook of {V}, by number and colour.")]
+        ("codes", draw_codes(walk), f"{plural(walk.n_codes, 'code')} from a codebook of {V}, by index and colour.")]
     width = COLUMNS * (SIDE + GAP) - GAP
     pairs = [("pairs", draw_pairs(walk, width),
-              "The same codes in the order in which the transformer writes them. Above: the id of the place, which "
-              "also tells the granularity. Below: the code. EOS ends a granularity. At the arrows, the panels below "
-              "ask for the next place.")]
+              "The same codes in the order in which the transformer generates them. Above: the position id, which "
+              "also tells the granularity. Below: the code. EOS ends a granularity. The panels below show the "
+              "predicted next position at the arrows.")]
     last = [
-        *((f"next place, t = {t}", draw_places(walk, t), caption_places(walk, t, when))
+        *((f"next position, t = {t}", draw_places(walk, t), caption_places(walk, t, when))
           for t, when in walk.moments()[:3]),
         ("decoded", fit(common.to_picture(walk.decoded)),
-         f"From the codes alone: PSNR {walk.psnr:.1f} dB, for {bits:.0f} bits, {bits / S ** 2:.3f} a pixel.")]
+         f"From the codes alone: PSNR {walk.psnr:.1f} dB, for {bits:.0f} bits, {bits / S ** 2:.3f} per pixel.")]
 
     titles, captions = ImageFont.load_default(30), ImageFont.load_default(25)
     sheet, y, number = Image.new("RGB", (width + 2 * GAP, 4000), "white"), GAP, 1
@@ -577,7 +577,7 @@ def walk_through(args):
         toy = reading.open_data(None, size)[1]
         x, label = toy[args.seed]
         name = f"held-out toy image {args.seed % len(toy)}"
-        label = label if classes == toy.classes else -1                      # a model of other pictures knows none
+        label = label if classes == toy.classes else -1                      # a model of other data has other classes
     if args.label is not None:
         label = sample.label_number(args.label, classes)
     class_name = sample.caption(label, classes) if label >= 0 else ""
@@ -592,13 +592,13 @@ def walk_through(args):
 
 
 # ------------------------------------------------------------------------------------------------
-# Samples beside the training pictures that are nearest to them
+# neighbours: samples and their nearest training images
 
 
 def nearest(x, pictures):
-    """Of pictures (M, 3, S, S), also mirrored, that of the least mean squared difference to each of x (n, 3, S, S).
+    """For each of x (n, 3, S, S), find the nearest of pictures (M, 3, S, S) and their mirror images.
 
-    -> these, mirrored where that is nearer (n, 3, S, S), and the root of that difference (n,)
+    -> these (n, 3, S, S), mirrored where that is nearer, and the root mean squared differences (n,)
     """
     views = torch.stack([pictures, pictures.flip(3)], dim=1).flatten(0, 1)   # 2 M, 3, S, S
     distance = torch.cdist(x.flatten(1), views.flatten(1)) / x[0].numel() ** 0.5  # n, 2 M
@@ -608,7 +608,7 @@ def nearest(x, pictures):
 
 @torch.inference_mode()
 def neighbours(args):
-    """Draws samples; prints how far they, and held-out pictures, are from the nearest training picture."""
+    """Draw samples. Print how far they, and reconstructed held-out images, are from the nearest training image."""
     out = args.out or args.checkpoint.parent / "neighbours.png"
     sample.check_ending("--out", out)
     columns = min(args.n, args.columns)
@@ -634,14 +634,14 @@ def neighbours(args):
         for pictures, texts in ((x, captions[part]), (near, [f"rms {d:.2f}" for d in distance[part].tolist()])):
             rows += zip(map(common.to_picture, pictures[part]), texts)
     common.save_grid(out, [picture for picture, _ in rows], columns, [text for _, text in rows])
-    print(f"root mean square difference to the nearest of {len(train)} training pictures, also mirrored (median, least "
-          f"to most; pixels in [-1, 1])\n  {args.n} samples: {distance.median():.3f}, {distance.min():.3f} to "
-          f"{distance.max():.3f}\n  {len(y)} held-out pictures, encoded and decoded: {usual.median():.3f}, "
+    print(f"root mean square difference to the nearest of {len(train)} training images, also mirrored (median, min "
+          f"to max; pixels in [-1, 1])\n  {args.n} samples: {distance.median():.3f}, {distance.min():.3f} to "
+          f"{distance.max():.3f}\n  {len(y)} held-out images, encoded and decoded: {usual.median():.3f}, "
           f"{usual.min():.3f} to {usual.max():.3f}\nwrote {out}")
 
 
 # ------------------------------------------------------------------------------------------------
-# The first picture of README
+# teaser: README's first figure
 
 
 def panel(rows, titles, side=144, gap=6):
@@ -662,7 +662,7 @@ def panel(rows, titles, side=144, gap=6):
 
 @torch.inference_mode()
 def teaser(args):
-    """On the left images, their tokens and reconstructions; on the right samples and their tokens."""
+    """Draw images, their tokens and reconstructions on the left, samples and their tokens on the right."""
     out = args.out or args.checkpoint.parent / "teaser.png"
     sample.check_ending("--out", out)
     model, vae = dq.load_transformer(args.checkpoint, "cpu")
@@ -690,13 +690,13 @@ def teaser(args):
 
 
 # ------------------------------------------------------------------------------------------------
-# A checkpoint to give away
+# shrink: a checkpoint to distribute
 
 
 def shrink(path, out):
-    """Leave out what only training needs, and round to bfloat16 all but the codebook, whose ids must stay the same."""
+    """Drop what only training needs. Round all weights to bfloat16 but the codebook, so that codes stay the same."""
     held = dq.load_checkpoint(path, "dq-transformer")
-    dq.load_transformer(path, "cpu")                                         # so it is whole
+    dq.load_transformer(path, "cpu")                                         # so it is intact
 
     def rounded(weights):
         return {name: x.bfloat16() if x.is_floating_point() and not name.startswith("codebook") else x
@@ -718,7 +718,7 @@ def main(argv=None):
     commands = parser.add_subparsers(dest="command", required=True)
 
     add = commands.add_parser("rd", help="rate and distortion of the routers",
-                              epilog="What stands behind -- goes to train_vae.py.").add_argument
+                              epilog="Flags after -- are passed to train_vae.py.").add_argument
     add("out", metavar="OUT", type=Path, help="folder of the runs")
     add("--rows", metavar="NAME", nargs="+", choices=RD_ROWS, default=RD_ROWS, help=", ".join(RD_ROWS))
     add("--seeds", metavar="S", type=natural, nargs="+", default=[0])
@@ -728,14 +728,14 @@ def main(argv=None):
     add = commands.add_parser("log", help="curves of a run").add_argument
     add("log", metavar="FILE.jsonl", type=Path)
 
-    add = commands.add_parser("walk", help="one picture, step by step",
+    add = commands.add_parser("walk", help="one image, step by step",
                               formatter_class=argparse.ArgumentDefaultsHelpFormatter).add_argument
     add("checkpoint", nargs="?", type=Path, default=Path("out/transformer.pt"), help="what train_transformer.py wrote")
-    add("--image", metavar="FILE", type=Path, help="any picture; None: a held-out toy image")
+    add("--image", metavar="FILE", type=Path, help="any image; None: a held-out toy image")
     add("--label", help="its class, by name or number; None: that of the toy image, or none")
-    add("--seed", type=int, default=0, help="which toy image; also what a random router draws")
-    add("--pairs", metavar="N", type=int, default=9, help="of each granularity, print so many pairs at most")
-    add("--out", metavar="PNG", type=Path, help="None: walk.png in the checkpoint's folder")
+    add("--seed", type=int, default=0, help="index of the toy image, and seed of a random router")
+    add("--pairs", metavar="N", type=int, default=9, help="print at most so many pairs of each granularity")
+    add("--out", metavar="PNG", type=Path, help="file to write; None: walk.png in the checkpoint's folder")
 
     add = commands.add_parser("teaser", help="images, their tokens, reconstructions and samples",
                               formatter_class=argparse.ArgumentDefaultsHelpFormatter).add_argument
@@ -747,11 +747,11 @@ def main(argv=None):
     add("--seed", type=natural, default=0)
     add("--out", metavar="PNG", type=Path, help="None: teaser.png in the checkpoint's folder")
 
-    add = commands.add_parser("neighbours", help="samples beside the nearest training pictures",
+    add = commands.add_parser("neighbours", help="samples and their nearest training images",
                               formatter_class=argparse.ArgumentDefaultsHelpFormatter).add_argument
     add("checkpoint", type=Path, help="what train_transformer.py wrote")
-    add("--data", metavar="DIR", help="what it was trained on; None: the built-in toy shapes")
-    add("--held-out", metavar="DIR", help="what it was evaluated on; None: a part of --data")
+    add("--data", metavar="DIR", help="its training images; None: the built-in toy shapes")
+    add("--held-out", metavar="DIR", help="its validation images; None: a part of --data")
     add("--n", type=positive, default=8, help="number of samples")
     add("--columns", type=positive, default=8, help="samples in a row")
     add("--temperature", type=float, help="None: that of the checkpoint")

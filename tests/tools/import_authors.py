@@ -1,7 +1,7 @@
-"""The authors' stage-1 checkpoint -> vae.pt.    python tests/tools/import_authors.py FILE [--data DIR] [--out DIR]
+"""Converts the authors' stage-1 checkpoint.    python tests/tools/import_authors.py FILE [--data DIR] [--out DIR]
 
-Infers the configuration from names and shapes of the weights, writes OUT/vae.pt and says what it is; with --data it
-also evaluates it on the held-out images of that folder, and draws them, OUT/vae.png. For stage 2 then:
+Infers the configuration from the names and shapes of the weights, writes OUT/vae.pt and prints the configuration. With
+--data it also evaluates the model on the held-out images of that folder, and draws them in OUT/vae.png. For stage 2:
 python train_vae.py --encode OUT/vae.pt --data DIR --out OUT
 """
 import argparse
@@ -21,8 +21,8 @@ import train_vae  # noqa: E402
 from common import pick_device, run  # noqa: E402
 
 
-# A name of ours becomes the authors' by these, one after the other. <k> stands for their name of granularity k. What a
-# table can't do, `their_name` does first: it counts levels as they count, and has blocks and attention apart.
+# These substitutions, one after the other, turn our names into the authors'. <k> stands for their name of granularity
+# k. `their_name` first does what a table can't: it numbers levels as they do, and separates blocks from attention.
 AUTHORS_NAMES = (
     (r"^(en|de)coder\.stem", r"\1coder.conv_in"),
     (r"^encoder\.levels", "encoder.down"),
@@ -53,7 +53,7 @@ AUTHORS_NAMES = (
 
 
 def their_name(name, config):
-    """Our name of a weight -> the authors'. Of their q, k and v, one of ours, it is a name with "qkv" in it."""
+    """Our name of a weight -> the authors' name. Their q, k and v are one weight here, whose name contains "qkv"."""
     def turn(match):                                                         # theirs count from the finest level
         return f"{match[1]}.{int(math.log2(config.factors[-1])) - int(match[2])}"
 
@@ -71,7 +71,7 @@ def their_name(name, config):
 
 
 def authors_config(theirs):
-    """What names and shapes tell, and, of the budgets, what the released models have."""
+    """The configuration that names and shapes imply, with the budgets of the released models."""
     def count(pattern):
         return sum(bool(re.fullmatch(pattern, name)) for name in theirs)
 
@@ -95,7 +95,7 @@ def authors_config(theirs):
 
 
 def authors_weights(theirs, config):
-    """Their state dict -> ours. KeyError with the name of a weight that is not there."""
+    """Their state dict -> ours. KeyError with the name of a missing weight."""
     ours, used = {}, set()
     with torch.device("meta"):
         names = list(dq.DQVAE(config).state_dict())
@@ -104,7 +104,7 @@ def authors_weights(theirs, config):
             ours[name] = torch.tensor(1e6)                                   # many
         elif name == "router.thresholds":
             dq.require(len(config.factors) == 2, "the authors' entropy router has two granularities, not three")
-            ours[name] = torch.tensor([1.6778])                              # nats, of half of ImageNet's regions
+            ours[name] = torch.tensor([1.6778])                              # nats; the median of ImageNet's regions
         else:
             source = their_name(name, config)
             sources = [source.replace("qkv", each) for each in "qkv"] if "qkv" in source else [source]
@@ -121,7 +121,7 @@ def read_authors(path):
     dq.require(os.path.isfile(path), f"no such file: {path}")
 
     class Inert:
-        """Stands for whatever class a trainer left in the file."""
+        """Replaces any class that a trainer left in the file."""
         def __init__(self, *args, **kwargs):
             pass
 
@@ -149,7 +149,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("file", metavar="FILE", type=Path, help="the authors' checkpoint")
-    add("--data", metavar="DIR", help="folder of images to evaluate it on; None: none")
+    add("--data", metavar="DIR", help="folder of images to evaluate it on; default: none")
     add("--out", metavar="DIR", type=Path, default=Path("out"), help="folder for vae.pt (default: out)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 where the hardware has it")
@@ -169,8 +169,8 @@ def main(argv=None):
     if args.data:
         _, held_out = reading.open_data(args.data, config.size, skip=args.out)
         images, detailed = train_vae.validation_images(held_out, config)
-        figures, y, grains = train_vae.evaluate(model, images, detailed, autocast, batch_size=8)
-        told = ", ".join(f"{name} {x:.3f}" if isinstance(x, float) else f"{name} {x}" for name, x in figures.items())
+        metrics, y, grains = train_vae.evaluate(model, images, detailed, autocast, batch_size=8)
+        told = ", ".join(f"{name} {x:.3f}" if isinstance(x, float) else f"{name} {x}" for name, x in metrics.items())
         print(f"{len(images)} held-out images: {told}")
         train_vae.show(path.with_suffix(".png"), images, y, grains, config.factors)
         print(f"wrote {path.with_suffix('.png')}")

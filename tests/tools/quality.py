@@ -1,19 +1,20 @@
-"""How good are samples of the toy data?
+"""Measures the quality of samples of the toy data.
 
 python tests/tools/quality.py [out/transformer.pt] [--n N] [--seed S] [sample.py's options]
-    Trains a small classifier on real toy images, which tells shapes and textures apart, and holds N other real images
-    (which show what a perfect model would get), N reconstructions of those and N samples against N real images:
-    FD         Frechet distance of the classifier's features, 0 for equal distributions. No FID: that is of Inception's
-               features. The scale is the classifier's, so only sets of one run, or of one table, can be compared
-    precision  share of the set that lies among the real images; recall: share of the real images that lie among the set
-    agreement  share of the set that the classifier puts into the class that was asked for
+    Trains a small classifier of shapes and textures on real toy images. Then compares three sets with N real images:
+    N other real images (the score of a perfect model), N reconstructions of these and N samples. The metrics are:
+    FD         Frechet distance of the classifier's features, 0 for equal distributions. It is not FID, which uses
+               Inception's features. Its scale depends on the classifier, so compare sets of one run or one table only
+    precision  fraction of the set that lies among the real images
+    recall     fraction of the real images that lie among the set
+    agreement  fraction of the set that the classifier assigns to the requested class
 
 python tests/tools/quality.py table OUT [--rows NAME ...] [--seeds S ...] [--n N] [--vae-steps N] [--steps N] [--speed]
-    Generation against fixed length: trains what is missing below OUT (a stage 1 a row, a stage 2 a row and seed),
-    measures it, prints one table and draws OUT/samples.png. Stop it when you like: the same command goes on, and finds
-    what is finished.
-    images/s and seconds a step are by the clock: they are taken at the end, one row right after the other, on the first
-    of the seeds. When the machine was busy, take them again by --speed.
+    Compares variable with fixed length. Trains the missing runs below OUT (one stage 1 per row, one stage 2 per row and
+    seed), measures them, prints one table and draws OUT/samples.png. You can stop it at any time: the same command
+    resumes and keeps what is finished.
+    images/s and seconds per step are wall-clock times. They are measured at the end, one row after the other, with the
+    first seed. If the machine was busy, measure them again with --speed.
 """
 import argparse
 import contextlib
@@ -47,15 +48,15 @@ several = number(int, NEIGHBOURS + 1)
 
 
 # ------------------------------------------------------------------------------------------------
-# The measures
+# The metrics
 
 
 class Classifier(nn.Module):
     """Images (B, 3, S, S) -> logits (B, 12) of all kinds, linear in 64 features, each a mean over the image.
 
-    A kind is a shape with a texture. (Features that need to tell shapes alone don't see when a texture is lost: by them
-    16 blurred codes were the best of all models.) There are few of them, so that 2,000 images fix their covariance: FD
-    of real images among themselves is then near 0.
+    A kind is a shape with a texture. Features trained on shapes alone do not notice lost textures: with them, 16
+    blurred codes scored best of all models. There are only 64 features, so 2,000 images are enough to estimate their
+    covariance, and the FD between two sets of real images is near 0.
     """
 
     def __init__(self):
@@ -73,7 +74,7 @@ class Classifier(nn.Module):
         return self.head(self.features(x))                                   # B, 12
 
     def shape(self, features):
-        """Features (n, 64) -> labels (n,) of the shapes that it sees."""
+        """Features (n, 64) -> labels (n,) of the predicted shapes."""
         return self.head(features.float()).argmax(1) // TEXTURES
 
 
@@ -93,8 +94,8 @@ def train_classifier(size, seed=0, device="cpu", steps=400, batch_size=64):
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
     images, kinds = toy_images(size, steps * batch_size, seed + TRAIN, device)
     for step, (x, y) in enumerate(zip(images.split(batch_size), kinds.split(batch_size))):
-        x = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1) if step % 2 else x  # half of them blurred, all
-        x = x + 0.1 * torch.randn_like(x)                                    # noisy: it shall look at what is drawn
+        x = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1) if step % 2 else x  # half are blurred, all
+        x = x + 0.1 * torch.randn_like(x)                                    # noisy, so that fine detail counts less
         optimizer.zero_grad()
         F.cross_entropy(classifier(x), y).backward()
         optimizer.step()
@@ -103,7 +104,7 @@ def train_classifier(size, seed=0, device="cpu", steps=400, batch_size=64):
 
 
 def kept_classifier(path, size, device):
-    """The Classifier in the file `path`, trained if there is none: one judges a whole table, whenever that is made."""
+    """The Classifier in the file `path`, trained if there is none, so that one classifier serves a whole table."""
     if not path.exists():
         weights = train_classifier(size, device=device).state_dict()
         dq.write_file(path, lambda file: torch.save(weights, file))
@@ -119,7 +120,7 @@ def features(classifier, images):
 
 
 def frechet_distance(x, y):
-    """Between the Gaussians that have the means m and covariances S of x (n, D) and of y (m, D), rows of features:
+    """Distance of the Gaussians with the means m and covariances S of x (n, D) and y (m, D), rows of features:
     |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) (Dowson and Landau 1982; for images Heusel et al. 2017).
 
     S1 S2 is not symmetric, but it has the eigenvalues of S1^(1/2) S2 S1^(1/2), which is.
@@ -135,12 +136,13 @@ def frechet_distance(x, y):
 
 
 def precision_recall(real, fake, k=NEIGHBOURS):
-    """Share of `fake` (m, D) among `real` (n, D), and of `real` among `fake`; n and m must be above k.
+    """Fraction of `fake` (m, D) that lies among `real` (n, D), and of `real` among `fake`; n and m must be above k.
 
-    Among a set: in the ball around one of its points that reaches to this point's k-th nearest neighbour in the set
-    (Kynkaanniemi et al., "Improved Precision and Recall Metric for Assessing Generative Models", 2019).
+    A point lies among a set if it is in a ball around one of the set's points, whose radius is the distance to that
+    point's k-th nearest neighbour in the set (Kynkaanniemi et al., "Improved Precision and Recall Metric for Assessing
+    Generative Models", 2019).
     """
-    # by matrix products it would be faster, but then a point has a distance from itself
+    # matrix products would be faster, but by rounding a point would have a distance from itself
     distances = functools.partial(torch.cdist, compute_mode="donot_use_mm_for_euclid_dist")
 
     def among(points, centres):
@@ -151,8 +153,8 @@ def precision_recall(real, fake, k=NEIGHBOURS):
     return among(fake, real), among(real, fake)
 
 
-class Judge:
-    """A classifier, and n real images, which every set is held against."""
+class Evaluator:
+    """A classifier and n real images, with which every set is compared."""
 
     def __init__(self, classifier, size, n, seed, device):
         self.classifier, self.n, self.seed, self.device = classifier, n, seed, device
@@ -163,7 +165,7 @@ class Judge:
         self.accuracy = (classifier(x).argmax(1) == kind).double().mean().item()
 
     def measure(self, images, label):
-        """n images, and the classes that were asked for -> figures"""
+        """n images and the requested classes -> metrics"""
         x = features(self.classifier, images)                                # n, 64
         right = (self.classifier.shape(x) == label).double()                 # n
         precision, recall = precision_recall(self.real, x)
@@ -173,16 +175,16 @@ class Judge:
 
     @torch.inference_mode()
     def of_vae(self, vae, autocast):
-        """Figures of other real images and of their reconstructions."""
+        """Metrics of other real images and of their reconstructions."""
         images, label = self.other
-        torch.manual_seed(self.seed)                                         # the random router draws
+        torch.manual_seed(self.seed)                                         # the random router samples
         with autocast():
             y = torch.cat([vae.decode(vae.encode(x)[0]).float().clamp(-1, 1) for x in images.split(SLOTS)])
         return {"other real images": self.measure(images, label), "reconstructions": self.measure(y, label)}
 
     @torch.inference_mode()
     def of_samples(self, model, vae, options, autocast):
-        """Figures of n samples, the mean number of their codes among them."""
+        """Metrics of n samples, including their mean number of codes."""
         label = torch.arange(self.n, device=self.device) % len(ToyShapes.classes)  # n
         pos, code = dq.generate(model, label, options, self.seed, slots=SLOTS)  # each n, L
         codes, _ = model.layout.unpack(pos, code)                            # n, H, W
@@ -192,28 +194,28 @@ class Judge:
 
 
 # ------------------------------------------------------------------------------------------------
-# Generation against fixed length
+# Variable against fixed length
 
 
 ROWS = {"fixed-16": ["--factors", "8"], "fixed-64": ["--factors", "4"]} | {  # flags of train_vae.py
     f"{router}-{fine}": ["--router", router, "--ratios", f"{1 - fine:.1f}", f"{fine}"]
     for router in ("learned", "entropy", "random") for fine in (0.3, 0.5, 0.7)}
-COLUMNS = {"codes": ".1f", "bits a pixel": ".3f", "dB": ".2f", "FD, reconstructions": ".2f",
+COLUMNS = {"codes": ".1f", "bits per pixel": ".3f", "dB": ".2f", "FD, reconstructions": ".2f",
            "FD, temperature 1": ".2f", "FD, defaults": ".2f",
-           "agreement, temperature 1": ".3f", "agreement, defaults": ".3f", "images/s": ".1f", "s a step": ".3f"}
+           "agreement, temperature 1": ".3f", "agreement, defaults": ".3f", "images/s": ".1f", "s per step": ".3f"}
 
 
 def train_to_the_end(trainer, path, steps, flags):
-    """Run a stage, or go on with it, unless its checkpoint is there and final."""
+    """Run a stage, or resume it, unless its checkpoint is final."""
     more = flags_to_end(path, steps)
     if more is None and trainer is train_vae and not path.with_name("codes.pt").exists():
-        more = ["--resume"]                                                  # it was stopped while it encoded
+        more = ["--resume"]                                                  # it was stopped while encoding
     if more is not None:
         trainer.main(["--out", str(path.parent), "--steps", str(steps), *flags, *more])
 
 
 def step_seconds(model, vae, device, autocast, n_steps=40, warm_up=5):
-    """Of a training step of stage 2, as train_transformer.py takes it by default: median. Changes the model."""
+    """Median duration of a training step of stage 2 with train_transformer.py's defaults. Changes the model."""
     schedule, seconds = train_transformer.PRESETS["toy"][1], []
     with common.Stop(device) as stop:
         data = ToyShapes(vae.config.size, n=512)
@@ -237,51 +239,51 @@ def step_seconds(model, vae, device, autocast, n_steps=40, warm_up=5):
     return statistics.median(seconds[warm_up:])
 
 
-def measure_cell(folder, vae_path, row, seed, args, judge, autocast):
-    """Train what is missing of one row and seed. -> figures"""
+def measure_cell(folder, vae_path, row, seed, args, evaluator, autocast):
+    """Train the missing stages of one row and seed. -> metrics"""
     train_to_the_end(train_vae, vae_path, args.vae_steps, ROWS[row])
     path = folder / "transformer.pt"
     codes = vae_path.with_name("codes.pt")
     train_to_the_end(train_transformer, path, args.steps, ["--codes", str(codes), "--seed", str(seed)])
-    model, vae = dq.load_transformer(path, judge.device)
-    sets = judge.of_vae(vae, autocast)
-    sets["temperature 1"] = judge.of_samples(model, vae, dq.SampleOptions(), autocast)
-    sets["defaults"] = judge.of_samples(model, vae, DEFAULTS, autocast)
-    figures = {f"FD, {name}": each["fd"] for name, each in sets.items()}
-    figures |= {f"agreement, {name}": each["agreement"] for name, each in sets.items()}
-    return figures | {"codes": sets["temperature 1"]["codes"], "sets": sets}
+    model, vae = dq.load_transformer(path, evaluator.device)
+    sets = evaluator.of_vae(vae, autocast)
+    sets["temperature 1"] = evaluator.of_samples(model, vae, dq.SampleOptions(), autocast)
+    sets["defaults"] = evaluator.of_samples(model, vae, DEFAULTS, autocast)
+    metrics = {f"FD, {name}": each["fd"] for name, each in sets.items()}
+    metrics |= {f"agreement, {name}": each["agreement"] for name, each in sets.items()}
+    return metrics | {"codes": sets["temperature 1"]["codes"], "sets": sets}
 
 
-def images_a_second(model, device, n=8 * SLOTS, rounds=3):
-    """Of dq.generate at temperature 1: median."""
+def images_per_second(model, device, n=8 * SLOTS, rounds=3):
+    """Median rate of dq.generate at temperature 1."""
     label, seconds = torch.arange(n, device=device) % len(ToyShapes.classes), []
     for _ in range(rounds):
         start = time.perf_counter()
-        dq.generate(model, label, dq.SampleOptions(), seed=0, slots=SLOTS)   # its last look waits for a GPU
+        dq.generate(model, label, dq.SampleOptions(), seed=0, slots=SLOTS)   # synchronises at its end
         seconds.append(time.perf_counter() - start)
     return n / statistics.median(seconds)
 
 
 def take_speeds(folders, device, autocast):
-    """folders: {row: folder with a transformer.pt} -> {row: the columns that are by the clock}"""
+    """folders: {row: folder with a transformer.pt} -> {row: the columns with wall-clock times}"""
     speeds = {}
     for row, folder in folders.items():
         model, vae = dq.load_transformer(folder / "transformer.pt", device)
-        speeds[row] = {"images/s": images_a_second(model, device),           # before the next line changes the model
-                       "s a step": step_seconds(model, vae, device, autocast)}
+        speeds[row] = {"images/s": images_per_second(model, device),          # before the next line changes the model
+                       "s per step": step_seconds(model, vae, device, autocast)}
     return speeds
 
 
 def of_first_stage(folder):
-    """-> the columns that its last evaluation, of held-out images, has told"""
+    """-> the columns that come from the last evaluation of stage 1"""
     log = [line for line in common.read_log(folder / "vae.jsonl") if "psnr" in line]
     dq.require(log, f"{folder / 'vae.jsonl'} holds no evaluation")
-    return {"bits a pixel": log[-1]["bits_per_pixel"], "dB": log[-1]["psnr"]}
+    return {"bits per pixel": log[-1]["bits_per_pixel"], "dB": log[-1]["psnr"]}
 
 
 @torch.inference_mode()
 def draw_samples(path, folders, device, autocast, n=8):
-    """A row of n samples for each, with the sampling options of the preset."""
+    """Draw n samples of each row with the preset's sampling options."""
     pictures, captions, label = [], [], torch.arange(n, device=device) % len(ToyShapes.classes)
     for row, folder in folders.items():
         model, vae = dq.load_transformer(folder / "transformer.pt", device)
@@ -294,69 +296,69 @@ def draw_samples(path, folders, device, autocast, n=8):
 
 
 def show(cells, of_rows, machine, n):
-    """cells: {row: [figures of each seed]}; of_rows: {row: figures that are the same for all} -> the table, printed"""
+    """Print the table. cells: {row: [metrics of each seed]}; of_rows: {row: metrics that do not depend on the seed}"""
     print(f"| | {' | '.join(COLUMNS)} |\n|---|{'---|' * len(COLUMNS)}")
     for row, of_seeds in cells.items():
         texts = []
         for name, form in COLUMNS.items():
-            values = [of_rows[row][name]] if name in of_rows[row] else [figures[name] for figures in of_seeds]
+            values = [of_rows[row][name]] if name in of_rows[row] else [metrics[name] for metrics in of_seeds]
             middle, low, high = (f"{value:{form}}" for value in (statistics.median(values), min(values), max(values)))
             texts.append(middle if low == high else f"{middle} ({low} to {high})")
         print(f"| {row} | {' | '.join(texts)} |")
-    every = [figures for of_seeds in cells.values() for figures in of_seeds]
-    print(f"\nMedian over seeds of stage 2 (least to most); {n} images a set. Other real images have an FD of "
+    every = [metrics for of_seeds in cells.values() for metrics in of_seeds]
+    print(f"\nMedian over seeds of stage 2 (min to max); {n} images per set. Other real images have an FD of "
           f"{every[0]['FD, other real images']:.2f}. Temperature 1 is without guidance; defaults are the preset's, "
           f"temperature {DEFAULTS.temperature} and guidance {DEFAULTS.cfg}.\nimages/s: dq.generate at temperature 1, "
-          f"{SLOTS} images at a time, without the decoder, median of 3 jobs of {8 * SLOTS}. s a step: stage 2, median "
-          f"of 35 steps.\nBoth of one seed, on {machine}.")
+          f"{SLOTS} images at a time, without the decoder, median of 3 jobs of {8 * SLOTS}. s per step: stage 2, "
+          f"median of 35 steps.\nBoth were measured with one seed, on {machine}.")
 
 
 def read_json(path):
-    """-> a dict, empty if there is no such file, or it is damaged"""
+    """-> dict, empty if the file is missing or damaged"""
     with contextlib.suppress(OSError, ValueError):
         return json.loads(path.read_text())
     return {}
 
 
-def write_json(path, figures):
-    dq.write_file(path, lambda file: file.write(json.dumps(figures, indent=1).encode()))
+def write_json(path, metrics):
+    dq.write_file(path, lambda file: file.write(json.dumps(metrics, indent=1).encode()))
 
 
 def table(argv):
-    parser = argparse.ArgumentParser(prog="quality.py table", description="Generation against fixed length.")
+    parser = argparse.ArgumentParser(prog="quality.py table", description="Compares variable with fixed length.")
     add = parser.add_argument
-    add("out", type=Path, help="folder for all runs and figures")
+    add("out", type=Path, help="folder for all runs and metrics")
     add("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="NAME", help=", ".join(ROWS))
-    add("--seeds", nargs="+", type=natural, default=[0, 1, 2], help="of stage 2; stage 1 has seed 0")
-    add("--n", type=several, default=2000, help="images a set")
-    add("--vae-steps", type=positive, default=train_vae.PRESETS["toy"][1].steps, help="of each stage 1")
-    add("--steps", type=positive, default=train_transformer.PRESETS["toy"][1].steps, help="of each stage 2")
-    add("--speed", action="store_true", help="take the speeds again")
+    add("--seeds", nargs="+", type=natural, default=[0, 1, 2], help="seeds of stage 2; stage 1 has seed 0")
+    add("--n", type=several, default=2000, help="images per set")
+    add("--vae-steps", type=positive, default=train_vae.PRESETS["toy"][1].steps, help="steps of each stage 1")
+    add("--steps", type=positive, default=train_transformer.PRESETS["toy"][1].steps, help="steps of each stage 2")
+    add("--speed", action="store_true", help="measure the speeds again")
     args = parser.parse_args(argv)
     device, autocast = common.pick_device("auto", "auto")
     args.out.mkdir(parents=True, exist_ok=True)
     size, path = train_vae.PRESETS["toy"][0].size, args.out / "classifier.pt"
     classifier = kept_classifier(path, size, device)
     settings = dict(n=args.n, vae_steps=args.vae_steps, steps=args.steps, classifier=zlib.crc32(path.read_bytes()))
-    judge, cells, folders, failed = None, {}, {}, []                         # folders: the first of each row
+    evaluator, cells, folders, failed = None, {}, {}, []                     # folders: the first of each row
     for row, seed in itertools.product(args.rows, args.seeds):
         folder = args.out / row / f"seed-{seed}"
-        figures = read_json(folder / "figures.json")
-        if figures.get("settings") != settings:
+        metrics = read_json(folder / "figures.json")
+        if metrics.get("settings") != settings:
             try:
-                judge = judge or Judge(classifier, size, args.n, 0, device)
-                with contextlib.redirect_stdout(sys.stderr):                 # the table alone goes to standard output
+                evaluator = evaluator or Evaluator(classifier, size, args.n, 0, device)
+                with contextlib.redirect_stdout(sys.stderr):                 # only the table goes to standard output
                     print(f"{row}, seed {seed}")
-                    figures = measure_cell(folder, args.out / row / "vae/vae.pt", row, seed, args, judge, autocast)
-                write_json(folder / "figures.json", dict(settings=settings) | figures)
-            except (dq.UserError, OSError, RuntimeError) as error:           # the other cells are worth their hours
+                    metrics = measure_cell(folder, args.out / row / "vae/vae.pt", row, seed, args, evaluator, autocast)
+                write_json(folder / "figures.json", dict(settings=settings) | metrics)
+            except (dq.UserError, OSError, RuntimeError) as error:           # one failure must not stop the others
                 failed.append(f"{row}, seed {seed}: {str(error).strip().splitlines()[-1]}")
                 print(f"failed: {failed[-1]}", file=sys.stderr)
                 continue
-        cells.setdefault(row, []).append(figures)
+        cells.setdefault(row, []).append(metrics)
         folders.setdefault(row, folder)
     speeds = read_json(args.out / "speeds.json")
-    if args.speed or not cells.keys() <= speeds.keys():
+    if args.speed or not all("s per step" in speeds.get(row, ()) for row in cells):
         speeds = take_speeds(folders, device, autocast) | {"hardware": hardware(device)}
         write_json(args.out / "speeds.json", speeds)
         draw_samples(args.out / "samples.png", folders, device, autocast)
@@ -379,8 +381,8 @@ def main(argv=None):
     add("checkpoint", nargs="?", default="out/transformer.pt")
     for name, default in DEFAULTS._asdict().items():
         add(f"--{name.replace('_', '-')}", type=type(default), default=default)
-    add("--n", type=several, default=2000, help="images a set")
-    add("--seed", type=number(int, 0, below=2 ** 63), default=0, help="of the classifier, the images and the draws")
+    add("--n", type=several, default=2000, help="images per set")
+    add("--seed", type=number(int, 0, below=2 ** 63), default=0, help="seed of the classifier, images and samples")
     args = parser.parse_args(argv)
     options = dq.SampleOptions(*(getattr(args, name) for name in dq.SampleOptions._fields))
     options.check()
@@ -389,14 +391,14 @@ def main(argv=None):
     dq.require(model.config.classes == ToyShapes.classes,
                f"{args.checkpoint} was not trained on the classes of the built-in toy shapes")
     size = vae.config.size
-    judge = Judge(train_classifier(size, args.seed, device), size, args.n, args.seed, device)
-    sets = judge.of_vae(vae, autocast) | {"samples": judge.of_samples(model, vae, options, autocast)}
-    print(f"real held-out images classified right, shape and texture: {judge.accuracy:.3f}\n")
-    print(f"{f'{args.n} images a set':20}{'FD':>9}{'precision':>11}{'recall':>9}{'agreement':>11}")
-    for name, figures in sets.items():
-        print("{:20}{fd:9.3f}{precision:11.3f}{recall:9.3f}{agreement:11.3f}".format(name, **figures))
+    evaluator = Evaluator(train_classifier(size, args.seed, device), size, args.n, args.seed, device)
+    sets = evaluator.of_vae(vae, autocast) | {"samples": evaluator.of_samples(model, vae, options, autocast)}
+    print(f"accuracy of the classifier on real held-out images, shape and texture: {evaluator.accuracy:.3f}\n")
+    print(f"{f'{args.n} images per set':20}{'FD':>9}{'precision':>11}{'recall':>9}{'agreement':>11}")
+    for name, metrics in sets.items():
+        print("{:20}{fd:9.3f}{precision:11.3f}{recall:9.3f}{agreement:11.3f}".format(name, **metrics))
     each = zip(ToyShapes.classes, sets["samples"]["of_classes"])
-    print(f"\nsamples of the class that was asked for: {', '.join(f'{name} {share:.2f}' for name, share in each)}")
+    print(f"\nagreement of the samples by class: {', '.join(f'{name} {fraction:.2f}' for name, fraction in each)}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the tools share that train many models, each in a folder of its own, and go on where they were stopped."""
+"""Shared by the tools that train many models, each in a separate folder, and that resume where they were stopped."""
 import sys
 from pathlib import Path
 
@@ -7,27 +7,27 @@ import dq  # noqa: E402
 
 
 def split_flags(argv):
-    """A command line, None for that of this process -> the words in front of the first --, and the flags behind it."""
+    """A command line (None: this process's) -> the arguments before the first --, and the flags after it."""
     argv = sys.argv[1:] if argv is None else [str(word) for word in argv]
     cut = argv.index("--") if "--" in argv else len(argv)
     return argv[:cut], argv[cut + 1:]
 
 
 def refuse(flags, *names):
-    """Flags for a trainer can't be those that the command sets itself. UserError if one is, or abbreviates one."""
+    """UserError if one of the flags for a trainer is, or abbreviates, a flag that the command sets itself."""
     for flag in (flag.split("=")[0] for flag in flags if len(flag) > 2):
-        taken = [name for name in names if name.startswith(flag)]            # argparse takes abbreviations
+        taken = [name for name in names if name.startswith(flag)]            # argparse accepts abbreviations
         dq.require(not taken, f"{flag} can't stand behind --: {', '.join(taken)} is set for each run")
 
 
 def flags_to_end(path, steps):
-    """For a trainer whose checkpoint is `path`: [] if there is none, ["--resume"], or None if its run is finished.
+    """For the trainer that writes the checkpoint `path`: [] to start, ["--resume"], or None if the run is finished.
 
-    UserError if that is a run of another length: the learning rate of its last steps is another, too.
+    UserError if that run has another length, because its learning-rate schedule then differs, too.
     """
     if not path.exists():
         return []
     held = dq.load_checkpoint(path, f"dq-{path.stem}")
-    then = held.get("settings", {}).get("steps")
-    dq.require(then == steps, f"{path} is of a run of {then} steps, not {steps}; name another folder")
+    planned = held.get("settings", {}).get("steps")
+    dq.require(planned == steps, f"{path} is of a run of {planned} steps, not {steps}; name another folder")
     return None if held["step"] == steps else ["--resume"]

@@ -1,9 +1,9 @@
-"""When training goes wrong: every symptom of README's page, provoked.
+"""Provokes every symptom in the manual's table of training problems.
 
 python tests/tools/symptoms.py OUT [--only NAME ...]
 
-Runs the commands of each case below OUT (a case that is there already is kept), prints what their last evaluations
-say, and draws OUT/symptoms.png: a row of pictures for each. About 15 minutes on one CPU core.
+Runs the commands of each case below OUT (finished cases are kept), prints metrics of their evaluations, and draws
+OUT/symptoms.png with a row of images for each case. Takes about 15 minutes on one CPU core.
 """
 import argparse
 import subprocess
@@ -26,8 +26,8 @@ from common import read_log  # noqa: E402
 class Case:
     name: str
     commands: tuple                      # script, flags; FEW: a folder with 96 toy images, HEALTHY: the first codes.pt
-    figures: tuple                       # of the log's evaluations
-    steps: tuple = ()                    # at which to print them; none of a run that can't get there
+    metrics: tuple                       # names in the log's evaluations
+    steps: tuple = ()                    # at which to print them; empty if the run fails before
 
     def folder(self, out):
         return out / self.name.replace(" ", "-")
@@ -54,7 +54,7 @@ def stage_of(command):
 
 
 def provoke(case, out, few):
-    """Run its commands, or go on with them; what is done is left alone. -> what one said when it failed, or None"""
+    """Run or resume the commands of a case. -> the error message of the one that failed, or None"""
     folder = case.folder(out)
     for command in case.commands:
         words = command.replace("FEW", str(few)).replace("HEALTHY", str(out / "healthy/codes.pt")).split()
@@ -66,14 +66,14 @@ def provoke(case, out, few):
 
 
 def told(case, out):
-    """What the log of its last command says at its steps."""
+    """-> lines with the metrics in the log of its last command, one for each of its steps"""
     stage = stage_of(case.commands[-1])
     log = read_log(case.folder(out) / f"{stage}.jsonl")
     lines = []
     for step in case.steps:
-        held_out = [line for line in log if line["step"] == step and case.figures[0] in line][0]
+        held_out = [line for line in log if line["step"] == step and case.metrics[0] in line][0]
         values = [f"{name} {held_out[name] if name == 'share' else format(held_out[name], '.4g')}"
-                  for name in case.figures]
+                  for name in case.metrics]
         trained = [line for line in log if line["step"] == step and ("budget" in line or "position_nats" in line)][0]
         if stage == "vae":
             values.append(f"(budget in training {trained['budget']:.5f})")
@@ -85,7 +85,7 @@ def told(case, out):
 
 @torch.inference_mode()
 def pictures(case, out, n=3):
-    """Tiles of a case: originals, reconstructions and codes, or samples and theirs."""
+    """Tiles of a case: originals, reconstructions and granularities, or samples and their granularities."""
     folder, tiles = case.folder(out), []
     if stage_of(case.commands[-1]) == "transformer":
         model, vae = dq.load_transformer(folder / "transformer.pt", "cpu")
@@ -103,7 +103,7 @@ def pictures(case, out, n=3):
 
 
 def sheet(rows):
-    """{name: tiles} -> one picture, a row for each name."""
+    """{name: tiles} -> one image, with a row for each name."""
     side, left, font = 96, 170, ImageFont.load_default(17)
     width = left + (side + 2) * max(len(tiles) for tiles in rows.values())
     picture = Image.new("RGB", (width, (side + 6) * len(rows)), "white")
@@ -117,8 +117,8 @@ def sheet(rows):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", metavar="OUT", type=Path, help="folder that the runs are kept in")
-    parser.add_argument("--only", nargs="+", choices=[case.name for case in CASES], help="these cases, not all")
+    parser.add_argument("out", metavar="OUT", type=Path, help="folder for the runs")
+    parser.add_argument("--only", nargs="+", choices=[case.name for case in CASES], help="only these cases")
     args = parser.parse_args()
     few = args.out / "few"
     if not few.exists():

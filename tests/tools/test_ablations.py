@@ -1,4 +1,4 @@
-"""The variants of tests/tools/ablations.py: each is a proper distribution over the images, and without what it says."""
+"""tools/ablations.py: each variant is a normalised distribution over images and lacks the feature that it names."""
 import itertools
 from functools import lru_cache
 
@@ -26,7 +26,7 @@ CASES = [(8, (4,)), (4, (2, 1)), (6, (2, 1)), (8, (4, 2, 1))]
 
 
 def tiny(name, size=4, factors=(2, 1), V=2, classes=(), layers=(2, 2), width=16):
-    """A random model with opinions; what is taken out stays out."""
+    """A random model whose predictions are far from uniform; embeddings that a variant removes stay zero."""
     torch.manual_seed(1)
     config = dq.TransformerConfig(size=size, factors=factors, codebook_size=V, classes=classes, width=width, heads=2,
                                   position_layers=layers[0], content_layers=layers[1], qk_norm=True)
@@ -49,7 +49,7 @@ def naive_ids(name, side, factors, grains):
     offsets = [sum(n ** 2 + 1 for n in widths[:k]) for k in range(len(factors) + 1)]
     codes = []                                                               # granularity, region, row and column, id
     for k, n in enumerate(widths):
-        c, step = n // side, widths[-1] // n                                 # c x c codes a region
+        c, step = n // side, widths[-1] // n                                 # c x c codes per region
         for row, column in itertools.product(range(n), repeat=2):
             r = row // c * side + column // c
             if grains[r] == k:
@@ -68,13 +68,13 @@ def naive_ids(name, side, factors, grains):
 
 @lru_cache
 def tree(name, side, factors):
-    """All sequences of ids, one for each tiling, and {what an image begins with: the set of what then comes}."""
+    """All sequences of ids, one for each tiling, and {prefix: the set of ids that follow it}."""
     tilings = itertools.product(range(len(factors)), repeat=side ** 2)
     sequences, follow = [naive_ids(name, side, factors, grains) for grains in tilings], {}
     for ids in sequences:
         for t, p in enumerate(ids):
             follow.setdefault(tuple(ids[:t]), set()).add(p)
-        follow[tuple(ids)] = {ids[-1]}                                       # the end goes on for ever
+        follow[tuple(ids)] = {ids[-1]}                                       # `end` repeats
     return sequences, follow
 
 
@@ -103,10 +103,10 @@ def test_packing_equals_a_loop_and_unpacking_is_its_inverse(name, size, factors,
 
 @pytest.mark.parametrize("size, factors", CASES)
 @pytest.mark.parametrize("name", ORDERS)
-def test_legal_is_what_tilings_go_on_with(name, size, factors, device):
-    """At each step of the sequences of all tilings: with the grains known so far, and in training with the final ones.
+def test_legal_is_the_set_of_ids_that_tilings_continue_with(name, size, factors, device):
+    """At each step of the sequences of all tilings, with the granularities known so far and with the final ones.
 
-    As every set is exact, every legal walk is one of these sequences.
+    As every set is exact, every valid sequence is one of these.
     """
     layout = KNOWN[name].layout(size, factors).to(device)
     sequences, _ = tree(name, layout.side, factors)
@@ -123,7 +123,7 @@ def test_legal_is_what_tilings_go_on_with(name, size, factors, device):
 
 
 def test_a_worked_example():
-    """2 x 2 regions, the first two of them fine; the ids of test_layout's picture."""
+    """2 x 2 regions, of which the first two are fine, with the ids of test_layout's image."""
     grains = torch.tensor([[[1, 1], [0, 0]]])
     codes = torch.tensor([[[1, 2, 5, 6], [3, 4, 7, 8], [0, 0, 9, 9], [0, 0, 9, 9]]])
     for name, wanted_pos, wanted_code in (
@@ -143,8 +143,8 @@ def test_a_worked_example():
 @pytest.mark.parametrize("name, side", [("raster", 2), *((n, 1) for n in ORDERS + MODELS)])
 @torch.no_grad()
 def test_probabilities_of_all_images_sum_to_one(name, side):
-    """Of one region; and of 2 x 2 in the order that is least like ours. Contents don't know of orders: the test below
-    has all tilings of 2 x 2 regions for all of them."""
+    """For one region, and for 2 x 2 regions in the order that differs most from ours. Contents do not depend on orders:
+    the test below covers all tilings of 2 x 2 regions for all variants."""
     model = tiny(name, 2 * side, layers=(1, 1), width=8)
     codes, grains = all_images(model.layout, 2)
     assert len(codes) == 18 ** side ** 2                                     # 18 or 104,976
@@ -158,7 +158,7 @@ def test_probabilities_of_all_images_sum_to_one(name, side):
 @pytest.mark.parametrize("name", ORDERS + MODELS)
 @torch.no_grad()
 def test_probabilities_of_all_tilings_sum_to_one_with_three_granularities(name):
-    """One code only, so it has probability 1."""
+    """The codebook has a single entry, so contents have probability 1."""
     model = tiny(name, 8, (4, 2, 1), V=1)
     grains = torch.tensor(list(itertools.product(range(3), repeat=4))).view(-1, 2, 2)
     losses = model(*model.layout.pack(torch.zeros(len(grains), 8, 8, dtype=torch.long), grains))
@@ -167,9 +167,9 @@ def test_probabilities_of_all_tilings_sum_to_one_with_three_granularities(name):
 
 
 def shared_place(p, factors, side=2):
-    """Which row of PlaceEmbedding an id has: its first cell on the finest grid, or its EOS behind all of them."""
+    """The row of PlaceEmbedding for an id: its first cell on the finest grid; EOS rows come after all cells."""
     for k, f in enumerate(factors):
-        n, step = side * factors[0] // f, f // factors[-1]                   # codes in a row, cells a code
+        n, step = side * factors[0] // f, f // factors[-1]                   # codes in a row, cells per code
         if p <= n * n:
             H = side * factors[0] // factors[-1]
             return H * H + k if p == n * n else p // n * step * H + p % n * step
@@ -179,7 +179,7 @@ def shared_place(p, factors, side=2):
 @pytest.mark.parametrize("name", ORDERS + MODELS)
 @torch.no_grad()
 def test_the_sampler_draws_what_the_naive_loop_draws(name, monkeypatch):
-    """The naive loop with another naive `legal`, or with the embeddings of the variant."""
+    """The naive loop uses a naive `legal` of the variant's order, or the variant's embeddings."""
     factors = (4, 2, 1)
     model, embed = tiny(name, 8, factors, V=5, classes=("a", "b"), layers=(1, 1)), naive.embed
     if name in ORDERS:
@@ -197,7 +197,7 @@ def test_the_sampler_draws_what_the_naive_loop_draws(name, monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------
-# What each is without
+# The feature that each variant lacks
 
 
 def parameters(model):
@@ -239,9 +239,9 @@ def test_without_granularity_a_pair_is_the_sum_of_two_rows():
 
 @torch.no_grad()
 def test_without_order_the_past_is_a_set():
-    """With one layer below the position head, that is: the next ones look at what that one has made of each prefix."""
+    """With one layer below the position head. Further layers would attend to its outputs, which depend on the order."""
     pos, code = torch.tensor([[0, 2, 3, 4, 9, 10]]), torch.tensor([[1, 0, 1, -1, 0, 1]])
-    swapped = [2, 0, 1, 3, 4, 5]                                             # the coarse ones; the pair before stays
+    swapped = [2, 0, 1, 3, 4, 5]                                             # coarse pairs; the last pair stays
     for name in ("ours", "no-order"):
         model = tiny(name, layers=(1, 1))
         a, b = model.logits(pos, code)[0], model.logits(pos[:, swapped], code[:, swapped])[0]
@@ -263,7 +263,7 @@ def test_a_single_stack_draws_contents_without_their_place():
         content, content2 = model.logits(pos, code)[1][0], model.logits(other, code)[1][0]
         torch.testing.assert_close(content[:2], content2[:2])
         assert torch.allclose(content[2], content2[2], atol=1e-5) == (name == "single-stack")
-        assert not torch.allclose(content[3], content2[3], atol=1e-5)        # the next one has seen it
+        assert not torch.allclose(content[3], content2[3], atol=1e-5)        # the next step attends to it
     assert (len(model.position_stack), len(model.content_stack)) == (6, 0)
 
 
@@ -282,8 +282,8 @@ def argv(vae_run):
     return dict(codes=vae_run / "codes.pt", flags=["--content-layers", 2])
 
 
-def test_the_figures_are_nats_of_the_same_codes(argv, images, tmp_path, capsys):
-    """Computed anew from the checkpoints, with the classes of each variant. A second call trains nothing."""
+def test_the_metrics_are_nats_of_the_same_codes(argv, images, tmp_path, capsys):
+    """Computed again from the checkpoints, with the classes of each variant. A second call trains nothing."""
     names = ["raster", "2+1"]
     call(tmp_path, argv["codes"], "--seeds", 0, "--only", *names, flags=argv["flags"])
     shown = capsys.readouterr().out
@@ -314,8 +314,8 @@ def test_the_figures_are_nats_of_the_same_codes(argv, images, tmp_path, capsys):
         call(tmp_path, argv["codes"], "--seeds", 0, "--only", *names, flags=[*argv["flags"], "--steps", 6])
 
 
-def test_a_stopped_run_goes_on(argv, tmp_path, monkeypatch):
-    """As if it had never stopped; and what has been taken out is not trained."""
+def test_a_stopped_run_resumes(argv, tmp_path, monkeypatch):
+    """It ends as if it had never stopped, and the removed embedding is not trained."""
     call(tmp_path / "whole", argv["codes"], "--seeds", 0, "--only", "no-order", flags=argv["flags"])
     save = common.Record.save
 
@@ -335,8 +335,8 @@ def test_a_stopped_run_goes_on(argv, tmp_path, monkeypatch):
 
 
 def test_the_table():
-    def log(*figures):
-        return [dict(nats_per_image=nats, position_nats=position) for nats, position in figures]
+    def log(*metrics):
+        return [dict(nats_per_image=nats, position_nats=position) for nats, position in metrics]
     runs = {"ours": [log((12, 1), (10, 2)), log((9, 3), (14, 4))], "raster": [log((11.5, 1)), log((20, 5))]}
     contents = {"ours": [[3.0, 5.0], [4.0, 6.5]], "raster": [[1.0, 9.5], [2.0, 13.0]]}
     assert ablations.table(runs, contents, [0, 7])[-2:] == [
@@ -346,16 +346,16 @@ def test_the_table():
 
 
 def test_samples_are_drawn_in_the_order_of_the_variant(tmp_path, monkeypatch, capsys):
-    """Finished runs; figures from samples of the models as they are, drawn here."""
+    """The runs are finished, so the command only samples. The test computes the metrics of the same samples."""
     plain, (_, vae) = common.pick_device("cpu", "fp32")[1], small_models()
-    classifier = quality.train_classifier(16, steps=10, batch_size=32)       # no matter how well it tells them
+    classifier = quality.train_classifier(16, steps=10, batch_size=32)       # its accuracy does not matter
     monkeypatch.setattr(quality, "train_classifier", lambda size, device: classifier)
     monkeypatch.setattr(common, "pick_device", lambda *names: (torch.device("cpu"), plain))
     codes = tmp_path / "codes.pt"
     held_out = dict(codes=torch.zeros(1, 1, 4, 4), grains=torch.zeros(1, 1, 2, 2), label=torch.zeros(1))
     dq.save_checkpoint(codes, "dq-codes", vae.config, vae, version=1, classes=reading.ToyShapes.classes,
                        held_out=held_out)
-    judge = quality.Judge(classifier, 16, 8, 0, torch.device("cpu"))
+    evaluator = quality.Evaluator(classifier, 16, 8, 0, torch.device("cpu"))
     expected = {}
     for name in ("ours", "raster"):
         model = tiny(name, size=16, factors=(8, 4), V=16, classes=reading.ToyShapes.classes, width=32)
@@ -363,12 +363,12 @@ def test_samples_are_drawn_in_the_order_of_the_variant(tmp_path, monkeypatch, ca
         with KNOWN[name].classes():
             save(folder / "transformer.pt", model, vae, step=6, settings=dict(steps=6))
         (folder / "transformer.jsonl").write_text('{"step": 6, "nats_per_image": 9.0, "position_nats": 1.0}\n')
-        sets = [judge.of_samples(model, vae, options, plain) for options in (dq.SampleOptions(), quality.DEFAULTS)]
+        sets = [evaluator.of_samples(model, vae, options, plain) for options in (dq.SampleOptions(), quality.DEFAULTS)]
         expected[name] = [f"{each[key]:{form}}" for key, form in (("fd", ".2f"), ("agreement", ".3f")) for each in sets]
     assert expected["ours"] != expected["raster"]
     ablations.main([tmp_path, "--codes", codes, "--seeds", 0, "--only", "ours", "raster", "--samples", 8,
                     "--", "--steps", 6])
-    rows = {line.split(" | ")[0]: line for line in capsys.readouterr().out.splitlines()}  # the second table's come last
+    rows = {line.split(" | ")[0]: line for line in capsys.readouterr().out.splitlines()}  # the second table wins
     for name, texts in expected.items():
         assert rows[f"| {name}"] == f"| {name} | {' | '.join(f'{x} ({x} to {x})' for x in texts)} |"
     dq.save_checkpoint(codes, "dq-codes", vae.config, vae, version=1, classes=("cat", "dog"))
@@ -383,12 +383,12 @@ def test_variants_of_the_toy_preset():
     assert (args.position_layers, args.content_layers) == (5, 1)
 
 
-def test_wrong_input_ends_in_one_line(vae_run, tmp_path):
+def test_user_errors_are_one_line(vae_run, tmp_path):
     codes, out = vae_run / "codes.pt", tmp_path / "out"
     done = Script(ROOT / "tests/tools/ablations.py", out, "--codes", codes, "--only", "ours", "rastr")
     _, error = done.communicate()
     assert done.returncode == 1 and len(error.splitlines()) == 1
-    assert error.startswith("error: no such variant: rastr; there are ours, region-first, ")
+    assert error.startswith("error: no such variant: rastr; choose from ours, region-first, ")
     for flag in ("--seed=3", "--out", "--res", "--codes"):
         with pytest.raises(dq.UserError, match="can't stand behind --"):
             ablations.main([out, "--codes", codes, "--", flag])

@@ -1,4 +1,4 @@
-"""The tool that stores a picture as a file.
+"""tools/codec.py, which stores an image in a small file.
 
 Writer, Reader, cumulated, pack and unpack, shift_router, main -> the tests in this order
 """
@@ -33,7 +33,7 @@ def read(data, tables):
 
 @pytest.mark.parametrize("largest", [2, 300, 2 ** 20])
 def test_symbols_come_back_and_cost_their_information(largest):
-    """For tables of random counts, some of them zero, of which a symbol is drawn by these counts or against them."""
+    """For tables of random counts, some of them zero, and random symbols, likely and unlikely ones."""
     rng = random.Random(largest)
     for length in (0, 1, 2, 50, 400):
         symbols, tables, bits = [], [], 0.0
@@ -45,11 +45,11 @@ def test_symbols_come_back_and_cost_their_information(largest):
             bits -= math.log2(counts[i] / sum(counts))
         data = write(symbols, tables)
         assert read(data, tables) == symbols
-        assert bits / 8 - 3 <= len(data) <= bits / 8 + 1.01  # the file's length may say a little, too
+        assert bits / 8 - 3 <= len(data) <= bits / 8 + 1.01  # the file's length carries information, too
 
 
 def test_runs_of_extreme_symbols_come_back():
-    """The least and the likeliest symbol many times: the interval's ends are long runs of the same byte, and carry."""
+    """Extreme symbols, many times: the interval's ends are long runs of one byte, with carries."""
     tables = [[0, 1, 2 ** 24 - 1, 2 ** 24]] * 300
     for symbols in ([1] * 300, [0] * 300, [2] * 300, [2, 0] * 150, [1] * 299 + [2], [2] + [1] * 298 + [0]):
         assert read(write(symbols, tables), tables) == symbols
@@ -62,7 +62,7 @@ def test_what_is_certain_costs_nothing():
 
 
 def test_bytes_that_nobody_wrote_can_be_read():
-    """The last bits of an interval whose width is no multiple of the total belong to no symbol."""
+    """If the interval's width is not a multiple of the total, its last bits belong to no symbol."""
     assert read(b"\xff" * 9, [[0, 1, 3]] * 3)[0] == 1
 
 
@@ -93,7 +93,7 @@ def codes_of_noise(layout, n, V=24):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_images_come_back_code_by_code(name):
-    """Images that the model finds likely, which end early or late, and images that it finds absurd."""
+    """Images that are likely for the model, of different lengths, and images that are very unlikely."""
     model = tiny(**MODELS[name])
     label = torch.arange(2) % max(1, model.n_classes)
     drawn = dq.generate(model, label, dq.SampleOptions(temperature=0.5), seed=1)
@@ -104,7 +104,7 @@ def test_images_come_back_code_by_code(name):
         back = codec.unpack(model, data, model_checksum=7)
         assert torch.equal(back[0], pos) and torch.equal(back[1], code)
 
-        with torch.no_grad():                                                # of all labels; none is another one
+        with torch.no_grad():                                                # over all labels, and no label
             nats = min(sum(model(pos, code, torch.tensor([y])).values()).item() for y in range(-1, model.n_classes))
         size, header = nats / math.log(2) / 8, codec.HEADER.size + len(torch.__version__)
         assert size - 3 <= len(data) - header <= 1.01 * size + 4, (i, size, len(data) - header)
@@ -126,7 +126,7 @@ def test_the_header_names_the_likeliest_label(packed):
 
 
 def test_the_number_of_threads_changes_nothing(packed):
-    """Neither the file, nor what the rest of a program has."""
+    """Neither the file, nor the number of threads that the rest of the program uses."""
     model, pos, code, data = packed
     before = torch.get_num_threads()
     try:
@@ -147,8 +147,8 @@ def test_another_torch_and_another_model_are_refused(packed, monkeypatch):
     assert version in str(error.value) and "9.8.7" in str(error.value) and "\n" not in str(error.value)
 
 
-def test_other_sums_are_found_out(packed, monkeypatch):
-    """Same torch, same model, but a processor whose last digits differ: one line, no wrong picture."""
+def test_other_sums_are_detected(packed, monkeypatch):
+    """The same torch and model, but a processor whose last digits differ: a one-line error and no wrong image."""
     model, *_, data = packed
     real = codec.cumulated
     monkeypatch.setattr(codec, "cumulated", lambda logits: real(logits * (1 + 1e-3)))
@@ -157,8 +157,8 @@ def test_other_sums_are_found_out(packed, monkeypatch):
 
 
 def test_a_damaged_file_never_gives_another_picture(packed):
-    """Every byte changed in turn, and the file cut off: a message of one line, or, where the last bits say nothing, the
-    same codes."""
+    """With changed bytes or a truncated file, unpacking gives a one-line error. Only if the changed bits are redundant,
+    it returns the same codes."""
     model, pos, code, data = packed
     rng, damaged = random.Random(0), []
     places = [*range(codec.HEADER.size + 4), *rng.sample(range(len(data)), 4), len(data) - 1]
@@ -220,8 +220,8 @@ def test_detail_moves_thresholds_too():
 def test_what_the_commands_refuse(files):
     folder, _ = files
     command = ["--model", folder / "model.pt"]
-    assert "no file of codec.py" in call(codec.main, "unpack", folder / "in.png", folder / "out.png", *command)
+    assert "not a file of codec.py" in call(codec.main, "unpack", folder / "in.png", folder / "out.png", *command)
     assert "no such file" in call(codec.main, "unpack", folder / "none.dq", folder / "out.png", *command)
     assert "no such file" in call(codec.main, "pack", folder / "none.png", folder / "file.dq", *command)
-    assert "can be written as .xyz" in call(codec.main, "unpack", folder / "in.png", folder / "out.xyz", *command)
+    assert "write RGB images as .xyz" in call(codec.main, "unpack", folder / "in.png", folder / "out.xyz", *command)
     assert not list(folder.glob("out.*")) and not (folder / "file.dq").exists()

@@ -76,4 +76,4 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "6 files, of which 0 returned other codes" in out and "| -1 | " in out and "| 0 | " in out
     assert Image.open(tmp_path / "out" / "codec.png").width == 1000
-    assert "holds 3 pictures, not 4" in call(compare_codecs.main, *command, "--n", 4)
+    assert "holds 3 images, not 4" in call(compare_codecs.main, *command, "--n", 4)

@@ -1,4 +1,4 @@
-"""The tool that cuts a map of the earth into tiles."""
+"""tools/earth.py, which cuts a map of the earth into tiles."""
 import numpy as np
 import pytest
 from PIL import Image
@@ -23,7 +23,7 @@ def test_a_tile_is_named_by_what_it_shows(parts, label):
 
 
 def test_what_is_held_out_is_another_part_of_the_world():
-    """No pixel is in both parts, in spite of the overlap; all lies between the two latitudes."""
+    """No pixel is in both parts, although tiles overlap. All tiles lie between the two latitudes."""
     seen = {part: np.zeros((360, 720), int) for part in ("train", "held_out")}
     for left, top, part in earth.tiles(16, 8, 720, 360):
         seen[part][top:top + 16, left:left + 16] += 1
@@ -44,13 +44,13 @@ def test_tiles_of_a_map(tmp_path, capsys):
     train, held = ({path.name: len(list(path.iterdir())) for path in (tmp_path / "tiles" / part).iterdir()}
                    for part in ("train", "held_out"))
     assert {"sea", "coast", "green"} <= set(train) and {"sea", "desert"} <= set(held)
-    assert all(n % 4 == 0 for n in train.values())                           # in four quarter turns
+    assert all(n % 4 == 0 for n in train.values())                           # in four rotations
     name = next((tmp_path / "tiles/train/coast").glob("*_0.png"))
-    turned = [np.asarray(Image.open(str(name).replace("_0.png", f"_{turn}.png"))) for turn in range(4)]
-    assert all((np.rot90(turned[0], turn) == turned[turn]).all() for turn in range(4))
+    rotated = [np.asarray(Image.open(str(name).replace("_0.png", f"_{k}.png"))) for k in range(4)]
+    assert all((np.rot90(rotated[0], k) == rotated[k]).all() for k in range(4))
     assert (np.asarray(Image.open(next((tmp_path / "tiles/train/sea").iterdir()))) == (26, 57, 103)).all()  # brighter
     said = capsys.readouterr().out
-    assert f"train: green {train['green'] // 4} x 4 turns" in said
-    assert call(earth.main, *command) == f"error: {tmp_path / 'tiles'} is there already; name a new folder"
+    assert f"train: green {train['green'] // 4} x 4 rotations" in said
+    assert call(earth.main, *command) == f"error: {tmp_path / 'tiles'} exists already; name a new folder"
     Image.new("RGB", (300, 300)).save(tmp_path / "square.png")
-    assert "not twice as wide as high" in call(earth.main, tmp_path / "square.png", tmp_path / "other")
+    assert "must be twice as wide as high" in call(earth.main, tmp_path / "square.png", tmp_path / "other")

@@ -1,4 +1,4 @@
-"""The tool that sorts drawings of several styles into what is trained on and what is held out."""
+"""tools/emoji.py, which splits drawings of several styles into a training set and a validation set."""
 import pytest
 
 import emoji
@@ -27,7 +27,7 @@ def test_subjects_are_held_out_in_all_styles_and_tones(tmp_path, capsys):
         folders = {path.name: sorted(path.iterdir()) for path in (tmp_path / "out" / part).iterdir()}
         assert set(folders) == {"people-fluent", "people-noto", "food-fluent", "food-noto"}
         subjects[part] = {emoji.subject(file.stem)[0] for files in folders.values() for file in files}
-        for files in folders.values():                                       # without a tone, and with one of three
+        for files in folders.values():                                       # without and with a tone
             names = [emoji.subject(file.stem) for file in files]
             assert len(names) == 2 * len({name for name, _ in names}) == 2 * len({n for n, tone in names if not tone})
     assert not subjects["train"] & subjects["held_out"] and len(subjects["train"] | subjects["held_out"]) == 200
@@ -37,6 +37,6 @@ def test_subjects_are_held_out_in_all_styles_and_tones(tmp_path, capsys):
     n = {part: 2 * len(each) for part, each in subjects.items()}
     assert capsys.readouterr().out == ", ".join(f"{style}: {n[part]} {part}" for style in ("fluent", "noto")
                                                 for part in ("held_out", "train")) + "\n"
-    line = f"error: {tmp_path / 'out'} is there already; name a new folder"
+    line = f"error: {tmp_path / 'out'} exists already; name a new folder"
     assert call(emoji.main, tmp_path / "out", *flags) == line
     assert "no such folder" in call(emoji.main, tmp_path / "other", "noto")

@@ -1,4 +1,4 @@
-"""The GPU's path on machines without one: nothing waits for the device, and nothing reads what is not there yet."""
+"""The GPU's code path on machines without one: no step synchronises, and no copy is read before it has arrived."""
 import contextlib
 import functools
 
@@ -37,7 +37,7 @@ def test_a_sampling_step_never_waits(dtype, is_given, options):
         dq.decode_one(model, job, state, 8)
     assert seen.waits == [] and seen.kernels > 0
     after = [tensor._version for tensor in (*state.cache, *state[1:])]
-    assert all(a > b for a, b in zip(after, before))                         # in place: where a graph writes, too
+    assert all(a > b for a, b in zip(after, before))                         # in place, as a captured graph must
     assert {(cache.device, cache.dtype) for cache in state.cache} == {(META, dtype)}
 
 
@@ -60,9 +60,9 @@ def test_a_step_of_stage_1_never_waits(factors, router):
     K, format = len(factors), torch.channels_last
     config = dq.VAEConfig(size=32, factors=factors, ratios=(1 / K,) * K, router=router, codebook_size=16)
     with META:
-        model, critic, perceptual = dq.DQVAE(config), train_vae.Discriminator(), train_vae.Perceptual()
+        model, discriminator, perceptual = dq.DQVAE(config), train_vae.Discriminator(), train_vae.Perceptual()
     record = common.Record(*[None] * 7)
-    for module in (model, critic):
+    for module in (model, discriminator):
         module.to(memory_format=format)
     with rehearsal() as seen:
         x = torch.zeros(2, 3, 32, 32).to(torch.device("cuda"), memory_format=format, non_blocking=True)
@@ -70,12 +70,13 @@ def test_a_step_of_stage_1_never_waits(factors, router):
         y = out.reconstruction.float()
         budget, lpips = dq.budget_loss(out.gate, config.ratios), perceptual(x, y).mean()
         of_y, of_codes = (y - x).abs().mean() + lpips, out.commitment + budget
-        gan_weight = train_vae.backward(y, model.decoder.out[-1].weight, of_y, -critic(y).mean(), of_codes, 0.5, 0.25)
-        critic_loss = train_vae.hinge_loss(critic(x), critic(y.detach()))
-        (0.25 * critic_loss).backward()
-        record.add(1, dict(of_y=of_y, budget=budget, gan_weight=gan_weight, critic=critic_loss), 0.25)
+        gan_loss = -discriminator(y).mean()
+        gan_weight = train_vae.backward(y, model.decoder.out[-1].weight, of_y, gan_loss, of_codes, 0.5, 0.25)
+        hinge = train_vae.hinge_loss(discriminator(x), discriminator(y.detach()))
+        (0.25 * hinge).backward()
+        record.add(1, dict(of_y=of_y, budget=budget, gan_weight=gan_weight, discriminator=hinge), 0.25)
     assert seen.waits == [] and x.device == META
-    assert all(p.grad is not None and p.grad.device == META for p in (*model.parameters(), *critic.parameters()))
+    assert all(p.grad is not None and p.grad.device == META for p in (*model.parameters(), *discriminator.parameters()))
 
 
 @pytest.mark.parametrize("classes", [(), ("a", "b")], ids=["without labels", "with labels"])
@@ -116,11 +117,11 @@ def test_a_sampling_step_at_the_papers_size_is_at_most_340_kernels():
 
 
 def test_graphs_are_made_on_the_device_of_the_weights(monkeypatch):
-    """Streams and captures are the current device's. It is the weights' while images are drawn, and only then."""
+    """Streams and captures use the current device. It is that of the weights during sampling, and only then."""
     current, seen = [0], []
 
     @contextlib.contextmanager
-    def device_of(tensor):                                                   # which is on device 1, let us say
+    def device_of(tensor):                                                   # pretend that it is on device 1
         current.append(1)
         yield
         current.pop()
@@ -137,8 +138,8 @@ def test_graphs_are_made_on_the_device_of_the_weights(monkeypatch):
 
 
 class LateCopies(TorchFunctionMode):
-    """A copy that the host does not wait for has not arrived when it is read: some other number stands there."""
-    stale = 3                            # to `generate` below: no slot has an image left
+    """A non-blocking copy has not arrived when it is read, so its target still holds another number."""
+    stale = 3                            # `generate` below would take it for: no slot has an image left
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
@@ -167,7 +168,7 @@ class NoDouble(TorchDispatchMode):
 
 
 def test_no_script_needs_double_precision(tmp_path, monkeypatch):
-    """Both stages with their evaluations, all losses but LPIPS, and samples of every option."""
+    """Runs both stages with their evaluations, all losses except LPIPS, and sampling with every option."""
     flags = ["--out", tmp_path, "--steps", 1, "--eval-every", 1, "--dtype", "fp32"]
     monkeypatch.setattr(reading.ToyShapes, "__len__", lambda toy: 8)
     monkeypatch.setattr(train_vae, "Discriminator", functools.partial(train_vae.Discriminator, width=8))

@@ -1,4 +1,4 @@
-"""tests/tools/figures.py: the walk through one image against naive computations, and the tables and curves of logs."""
+"""tools/figures.py: the walk through one image against naive computations, and the tables and curves of logs."""
 import contextlib
 import io
 import json
@@ -30,7 +30,7 @@ def call(*args):
 
 
 def untrained(path, size, factors, router="entropy", classes=()):
-    """A checkpoint of random models with opinions; the router's thresholds split toy image 0 into all granularities.
+    """A checkpoint of random models; the router's thresholds split toy image 0 into all granularities.
 
     -> DQTransformer, DQVAE, toy image 0
     """
@@ -68,7 +68,7 @@ def printed_nats(text):
 
 @pytest.fixture(scope="module", params=SHAPES, ids=str)
 def walk(request, tmp_path_factory):
-    """-> DQTransformer, DQVAE and toy image 0; what a walk prints of them; the folder with walk.png"""
+    """-> DQTransformer, DQVAE and toy image 0; the printout of their walk; the folder with walk.png"""
     torch.manual_seed(0)
     size, factors = request.param
     folder, text = tmp_path_factory.mktemp("walk"), io.StringIO()
@@ -89,7 +89,7 @@ def test_the_printout_shows_every_pair_and_what_it_costs(walk):
     for t, (position, code) in enumerate(pairs):
         k = sum(position > eos for eos in layout.eos)
         name = NAMES[len(factors)][k]
-        n, side = 2 ** k, layout.side * 2 ** k                               # n x n codes a region
+        n, side = 2 ** k, layout.side * 2 ** k                               # n x n codes per region
         row, column = divmod(position - sum(layout.n_regions * s + 1 for s in layout.cells[:k]), side)
         where = f"{name}, region {row // n * layout.side + column // n} (row {row // n}, column {column // n})"
         where += f", cell {row % n * n + column % n} (row {row % n}, column {column % n})" if n > 1 else ""
@@ -108,7 +108,7 @@ def test_the_printout_shows_every_pair_and_what_it_costs(walk):
         assert values[-1] == pytest.approx(wanted, abs=2e-3) and sum(values[:-1]) == pytest.approx(wanted, abs=4e-3)
     bits = sum(costs.values()) / math.log(2)
     plain = sum(c >= 0 for _, c in pairs) * math.log2(12) + layout.n_regions * math.log2(len(factors))
-    assert f"{bits:.1f} bits = {bits / size ** 2:.3f} bits a pixel" in text
+    assert f"{bits:.1f} bits = {bits / size ** 2:.3f} bits per pixel" in text
     assert f"see 2: {plain / size ** 2:.3f}" in text and f"in all {plain:.0f}, or" in text
     error = (vae(x[None]).reconstruction.clamp(-1, 1) - x).square().mean().item()
     assert float(re.search(r"PSNR of ([\d.]+) dB", text)[1]) == pytest.approx(10 * math.log10(4 / error), abs=0.01)
@@ -145,9 +145,9 @@ def test_scores_grains_and_codes_are_printed(router, tmp_path, capsys):
 
 @torch.no_grad()
 def test_probabilities_at_the_moments(walk):
-    """All that is printed of a step, from the pairs before it alone."""
+    """Everything that is printed for a step is computed from the pairs before it alone."""
     (model, vae, x), factors = walk.models, walk.factors
-    blocks = re.findall(r"^   t=(\d+), (.*): (\d+) legal places? of (\d+)\n((?:     .*\n)+)", walk.text, re.MULTILINE)
+    blocks = re.findall(r"^   t=(\d+), (.*): (\d+) valid positions? of (\d+)\n((?:     .*\n)+)", walk.text, re.M)
     pairs, layout = pairs_of(model, vae, x), model.layout
     eos = [t for t, (_, code) in enumerate(pairs) if code < 0]
     times = [int(t) for t, *_ in blocks]
@@ -170,14 +170,14 @@ def test_probabilities_at_the_moments(walk):
         assert len(places) + (int(rest[2]) if rest else 0) == len(legal)
         assert sum(values) + (float(rest[1]) if rest else 0) == pytest.approx(1, abs=1e-3)
         assert max(p).item() == pytest.approx(values[0], abs=1e-4)
-        assert [int(i) for _, i, text in places if text.endswith("<- what came")] == [pairs[t][0]]
-        told = re.search(r"what is there: code (\d+), p ([\d.]+), number (\d+) of 12", lines)
+        assert [int(i) for _, i, text in places if text.endswith("<- the next pair")] == [pairs[t][0]]
+        told = re.search(r"content: code (\d+), p ([\d.]+), rank (\d+) of 12", lines)
         assert bool(told) == (pairs[t][1] >= 0)
         if told:
             c = pairs[t][1]
             assert int(told[1]) == c and float(told[2]) == pytest.approx(q[c].item(), abs=1e-4)
             assert int(told[3]) == 1 + sum(value > q[c] for value in q)
-            other = re.search(r"number 1 is code (\d+), p ([\d.]+)", lines)
+            other = re.search(r"rank 1 is code (\d+), p ([\d.]+)", lines)
             assert int(other[1] if other else told[1]) == q.argmax()
 
 
@@ -210,7 +210,7 @@ def test_a_long_sequence_is_shortened(tmp_path, capsys):
 
 
 # ------------------------------------------------------------------------------------------------
-# walk: which picture, which class, what is wrong
+# walk: the image, its class, user errors
 
 
 @torch.no_grad()
@@ -235,7 +235,7 @@ def test_the_class_of_a_toy_image_is_known_and_that_of_a_file_is_not(tmp_path, c
     assert call("walk", path) is None and "no class" in capsys.readouterr().out
 
 
-def test_what_can_be_mended_is_told_in_one_line(tmp_path):
+def test_user_errors_of_walk_are_one_line(tmp_path):
     path = tmp_path / "t.pt"
     assert call("walk", path) == f"error: no such file: {path} (train_transformer.py writes it)"
     untrained(path, 16, (8, 4))
@@ -302,7 +302,7 @@ def no_training(command):
 
 
 def fake_run(folder, codes, psnr, step=30):
-    """What a run of 30 steps leaves, as far as the table reads it."""
+    """Write the files of a run of 30 steps, as far as the table reads them."""
     folder.mkdir(parents=True)
     lines = [dict(step=10, loss=0.5, psnr_now=3.0), dict(step=20, codes_per_image=codes + 1, psnr=psnr - 1),
              dict(step=30, codes_per_image=codes, psnr=psnr)]
@@ -318,7 +318,7 @@ def fake_runs(out, seed=0):
             fake_run(out / f"{name}-{budget}/seed-{seed}", codes + 10.0 * i, psnr + i)
 
 
-HEAD = ["| fine budget | learned: dB of each seed (codes) | entropy | random | straight line between the ends |",
+HEAD = ["| fine budget | learned: dB of each seed (codes) | entropy | random | line between both fixed lengths |",
         "|---|---|---|---|---|"]
 
 
@@ -338,7 +338,7 @@ def test_the_table_of_finished_runs(tmp_path, monkeypatch, capsys):
 
 
 def test_a_table_shows_each_seed_that_is_there(tmp_path, monkeypatch, capsys):
-    """More seeds for one row, and a row of which nothing is there."""
+    """One row has more seeds, and one row has no run."""
     fake_runs(tmp_path)
     (tmp_path / "random-0.1/seed-0/vae.jsonl").unlink()
     fake_run(tmp_path / "learned-0.5/seed-2", 44.0, 21.5)
@@ -359,7 +359,7 @@ def test_a_row_that_is_missing_is_trained(tmp_path, monkeypatch, capsys):
         return figures.subprocess.CompletedProcess(command, status)
     monkeypatch.setattr(figures.subprocess, "run", run)
     assert call("rd", tmp_path, "--factors", 4, 2, "--", "--steps", 30) == (
-        "error: the run entropy-0.3, seed 0 failed; what it said is above")
+        "error: the run entropy-0.3, seed 0 failed; its messages are above")
     status = 0
     assert call("rd", tmp_path, "--factors", 4, 2, "--", "--steps", 30) is None
     expected = ["--factors", "4", "2", "--router", "entropy", "--ratios", "0.7", "0.3", "--seed", "0", "--steps", "30"]
@@ -403,7 +403,7 @@ def test_the_curves_of_a_log(tmp_path, monkeypatch):
                      "held-out l1": [[(20, 3 / 20), (40, 3 / 40)]], "held-out psnr": [[(20, 40.0), (40, 60.0)]]}
     assert Image.open(tmp_path / "vae.curves.png").size == (4 * 300, 220)
     path.write_text("no log\n")
-    assert call("log", path) == f"error: {path} is no log of a run, or holds no curve yet"
+    assert call("log", path) == f"error: {path} is not the log of a run, or has no curve yet"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -431,7 +431,7 @@ def test_samples_are_shown_beside_their_neighbours(images, tmp_path, capsys):
     assert (w, h) == (3 * 130 - 2, 4 * 144 - 2)                              # tiles of 128, 2 apart, lines of 14
     assert call("neighbours", path, "--data", images, "--n", 5, "--columns", 3).startswith("error: --n 5 is not a")
     assert call("neighbours", path, "--data", images, "--held-out", images, "--n", 6, "--columns", 3) is None
-    assert "48 training pictures" in (told := capsys.readouterr().out) and "48 held-out pictures" in told
+    assert "48 training images" in (told := capsys.readouterr().out) and "48 held-out images" in told
 
 
 def test_the_teaser_shows_images_tokens_reconstructions_and_samples(images, tmp_path):
@@ -443,7 +443,7 @@ def test_the_teaser_shows_images_tokens_reconstructions_and_samples(images, tmp_
     model, vae = dq.load_transformer(path, "cpu")
     x = torch.stack([reading.load_image(file, 16) for file in files])
     codes, _ = vae.encode(x)
-    new, _ = model.layout.unpack(*dq.generate(model, torch.ones(4, dtype=torch.long), dq.SampleOptions(1.0, cfg=1.5), 3))
+    new, _ = model.layout.unpack(*dq.generate(model, torch.ones(4).long(), dq.SampleOptions(1.0, cfg=1.5), 3))
     shown = {0: x, 2: vae.decode(codes), 3: vae.decode(new[::2]), 5: vae.decode(new[1::2])}
     for column, wanted in shown.items():
         for row in range(2):
@@ -452,10 +452,10 @@ def test_the_teaser_shows_images_tokens_reconstructions_and_samples(images, tmp_
 
 
 # ------------------------------------------------------------------------------------------------
-# A checkpoint to give away
+# A checkpoint to distribute
 
 
-def test_a_shrunk_checkpoint_samples_the_same_pictures(run, tmp_path):
+def test_a_shrunk_checkpoint_samples_the_same_images(run, tmp_path):
     assert call("shrink", run / "transformer.pt", tmp_path / "small.pt") is None
     assert (tmp_path / "small.pt").stat().st_size < 0.5 * (run / "transformer.pt").stat().st_size
     (model, vae), (small, small_vae) = (dq.load_transformer(path, "cpu")
@@ -466,8 +466,8 @@ def test_a_shrunk_checkpoint_samples_the_same_pictures(run, tmp_path):
             torch.testing.assert_close(x, theirs.state_dict()[name], rtol=2 ** -8, atol=0)
     label = torch.arange(16) % 4
     (pos, code), (pos2, code2) = dq.generate(model, label), dq.generate(small, label)
-    alike = ((pos == pos2) & (code == code2)).all(1).float().mean()
-    assert alike > 0.7                                                       # rounding turns few draws
+    same = ((pos == pos2) & (code == code2)).all(1).float().mean()
+    assert same > 0.7                                                        # rounding changes few samples
     assert call("shrink", run / "vae.pt", tmp_path / "x.pt").startswith("error: ") and not (tmp_path / "x.pt").exists()
 
 
@@ -476,7 +476,7 @@ def test_a_shrunk_checkpoint_samples_the_same_pictures(run, tmp_path):
 
 
 def test_a_symptom_is_provoked_and_told(tmp_path, monkeypatch, capsys):
-    """Of one that ends by itself, and soon; and what is told of a log."""
+    """Provoke the symptom that stops by itself after a few steps, and report another from a log."""
     def run(command, stderr, text):
         process = Script(*command[1:])
         _, error = process.communicate()

@@ -245,7 +245,8 @@ def test_the_command_writes_a_checkpoint_that_the_other_scripts_take(tmp_path, c
         import_authors.main([str(tmp_path / "theirs.ckpt"), *flags])
     train_vae.main(["--encode", str(tmp_path / "out/vae.pt"), *flags])
     codes = dq.load_checkpoint(tmp_path / "out/codes.pt", "dq-codes")
-    assert codes["preset"] == "imagenet256" and len(codes["train"]["label"]) + len(codes["held_out"]["label"]) == 3
+    assert codes["preset"] == "custom"                                       # 32 x 32, and imagenet256 is 256 x 256
+    assert len(codes["train"]["label"]) + len(codes["held_out"]["label"]) == 3
 
 
 class Bomb:
@@ -253,7 +254,7 @@ class Bomb:
         return open, ("boom", "w")
 
 
-def test_files_that_are_none_end_in_one_line_and_run_nothing(tmp_path, monkeypatch):
+def test_files_that_are_no_checkpoints_are_refused_and_run_no_code(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     sd = authors_checkpoint()
     torch.save({"state_dict": {k: v for k, v in sd.items() if k != "quant_conv.weight"}}, "incomplete")

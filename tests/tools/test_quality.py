@@ -1,4 +1,4 @@
-"""The measures of samples against closed forms and loops, and what `quality.py` does with checkpoints."""
+"""tools/quality.py: the metrics against closed forms and loops, and the commands on small checkpoints."""
 import json
 import math
 from dataclasses import asdict, replace
@@ -35,11 +35,11 @@ def eigenvalues(D):
     return torch.rand(2, D, dtype=torch.double) + 0.1
 
 
-@pytest.mark.parametrize("turned", [False, True])
-def test_fd_of_commuting_covariances_is_the_closed_form(turned):
-    """Same eigenvectors Q: the distance of the means, and of the square roots of the eigenvalues."""
+@pytest.mark.parametrize("rotated", [False, True])
+def test_fd_of_commuting_covariances_is_the_closed_form(rotated):
+    """With the same eigenvectors Q: the distance of the means plus that of the square roots of the eigenvalues."""
     (a, b), m1, m2 = eigenvalues(5), torch.randn(5).double(), torch.randn(5).double()
-    Q = torch.linalg.qr(torch.randn(5, 5, dtype=torch.double)).Q if turned else torch.eye(5, dtype=torch.double)
+    Q = torch.linalg.qr(torch.randn(5, 5, dtype=torch.double)).Q if rotated else torch.eye(5, dtype=torch.double)
     x, y = with_moments(40, m1, Q * a @ Q.T), with_moments(60, m2, Q * b @ Q.T)
     wanted = sum((m1 - m2) ** 2) + sum((a.sqrt() - b.sqrt()) ** 2)
     assert frechet_distance(x, y) == pytest.approx(wanted.item(), rel=1e-9)
@@ -54,14 +54,14 @@ def test_fd_by_the_eigenvalues_of_the_product():
         s1, s2 = (np.atleast_2d(np.cov(z, rowvar=False)) for z in (a, b))
         roots = np.sqrt(np.linalg.eigvals(s1 @ s2).real)
         wanted = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(s1) + np.trace(s2) - 2 * roots.sum()
-        assert frechet_distance(x, y) == pytest.approx(wanted, rel=1e-9)     # computed in float64, whatever comes
+        assert frechet_distance(x, y) == pytest.approx(wanted, rel=1e-9)     # computed in float64, whatever the input
 
 
 def test_fd_of_equal_sets_is_zero():
     x = torch.randn(50, 6)
     assert 0 <= frechet_distance(x, x.flip(0)) < 1e-9
     assert 0 <= frechet_distance(x[:5], x[:5]) < 1e-5                        # fewer rows than features: a singular S
-    with pytest.raises(dq.UserError, match="not finite"):                    # of no broken model, though
+    with pytest.raises(dq.UserError, match="not finite"):                    # as of a broken model
         frechet_distance(x, x.index_fill(0, torch.tensor([7]), math.nan))
     assert frechet_distance(x, x + 3) == pytest.approx(6 * 9, rel=1e-5)
 
@@ -72,8 +72,8 @@ def test_fd_of_one_distribution_shrinks_with_more_images():
     assert floors[0] > 5 * floors[1] > 25 * floors[2] > 0
 
 
-def naive_share(points, centres, k):
-    """How many of the points are nearer to some centre than that one's k-th nearest other centre, or as near."""
+def naive_fraction(points, centres, k):
+    """The fraction of points that are at most as far from some centre as its k-th nearest other centre."""
     count = 0
     for p in points:
         for i, c in enumerate(centres):
@@ -87,7 +87,7 @@ def naive_share(points, centres, k):
 @pytest.mark.parametrize("n, m, k", [(24, 31, 3), (31, 24, 1), (501, 9, 3), (9, 501, 2)])
 def test_precision_and_recall_equal_double_loops(n, m, k):
     real, fake = torch.randn(n, 2).double(), 1.5 * torch.randn(m, 2).double() + 0.5
-    wanted = naive_share(fake.tolist(), real.tolist(), k), naive_share(real.tolist(), fake.tolist(), k)
+    wanted = naive_fraction(fake.tolist(), real.tolist(), k), naive_fraction(real.tolist(), fake.tolist(), k)
     assert wanted[0] != wanted[1] and 0 < min(wanted)
     assert precision_recall(real, fake, k) == pytest.approx(wanted)
 
@@ -95,13 +95,13 @@ def test_precision_and_recall_equal_double_loops(n, m, k):
 def test_precision_and_recall_of_equal_disjoint_and_narrow_sets():
     x = torch.randn(200, 64).double()
     assert precision_recall(x, x.flip(0)) == (1, 1)
-    assert precision_recall(x.repeat(5, 1), x.repeat(5, 1)) == (1, 1)        # balls of no size hold their centre
+    assert precision_recall(x.repeat(5, 1), x.repeat(5, 1)) == (1, 1)        # balls of radius 0 contain their centre
     assert precision_recall(x, x + 100) == (0, 0)
     y = 0.9 * torch.randn(200, 64).double()
     far = precision_recall(x + 1e8, y + 1e8)                                 # |x|^2 + |y|^2 - 2 x y has no digits left
     assert far == precision_recall(x, y) and 0 < min(far) < max(far) < 1
     twice = torch.cat([x, x + 100])
-    assert precision_recall(twice, x) == (1, 0.5)                            # one of two modes: all good, half missing
+    assert precision_recall(twice, x) == (1, 0.5)                            # one of two modes is missing
     assert precision_recall(x, twice) == (0.5, 1)
 
 
@@ -112,7 +112,7 @@ def test_a_classifier_learns_in_a_few_steps():
     assert (y // 3).tolist() == [i % 4 for i in range(300)] and set(y.tolist()) == set(range(12))
     z = features(classifier, x)
     assert z.shape == (300, 64) and z.dtype == torch.double
-    one = classifier.body(x[299:])[0].double().flatten(1)                    # 64, places; the last of another batch
+    one = classifier.body(x[299:])[0].double().flatten(1)                    # 64, locations; from another batch
     assert z[299].tolist() == pytest.approx([sum(row) / len(row) for row in one.tolist()], rel=1e-4, abs=1e-5)
     right = classifier.head(z.float()).argmax(1) == y
     assert torch.equal(classifier(x).argmax(1) == y, right) and right.float().mean() > 0.25  # by chance: 0.08
@@ -159,7 +159,7 @@ def test_the_command_measures_other_images_reconstructions_and_samples(tmp_path,
         wanted = [frechet_distance(x, y), *precision_recall(x, y), right.mean().item()]
         assert [float(text) for text in lines[name]] == pytest.approx(wanted, abs=2e-3)
     each = ", ".join(f"{name} {right[i::4].mean():.2f}" for i, name in enumerate(ToyShapes.classes))
-    assert said.splitlines()[-1] == f"samples of the class that was asked for: {each}"
+    assert said.splitlines()[-1] == f"agreement of the samples by class: {each}"
 
 
 @pytest.mark.parametrize("args, says", [
@@ -168,7 +168,7 @@ def test_the_command_measures_other_images_reconstructions_and_samples(tmp_path,
     (["FOLDER", "--seed", "-1"], "--seed"), (["file"], "not a checkpoint"),
     (["table"], "required: out"), (["table", "file"], "file"), (["table", "x", "--rows", "fixed-32"], "fixed-32"),
     (["table", "x", "--steps", "0"], "--steps"), (["table", "x", "--seeds", "-1"], "--seeds")])
-def test_wrong_input_ends_in_one_line(args, says, tmp_path, monkeypatch, capsys):
+def test_user_errors_are_one_line(args, says, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
     save(tmp_path / "FOLDER", *small_models(classes=("circle", "cross", "square", "triangle")))  # in a folder's order
@@ -186,17 +186,17 @@ def test_rows_are_flags_of_the_first_stage():
     configs = {row: train_vae.parse(flags)[1] for row, flags in quality.ROWS.items()}
     assert len(configs) == 11
     for row, config in configs.items():
-        kind, share = row.split("-")
+        kind, value = row.split("-")                                         # codes, or fraction of fine regions
         if kind == "fixed":
-            assert (config.size // config.factors[0]) ** 2 == int(share) and len(config.factors) == 1
+            assert (config.size // config.factors[0]) ** 2 == int(value) and len(config.factors) == 1
         else:
             assert config.router == kind and config.factors == (8, 4)
-            assert config.ratios == pytest.approx((1 - float(share), float(share)))
+            assert config.ratios == pytest.approx((1 - float(value), float(value)))
 
 
 @pytest.fixture
 def trainers(monkeypatch):
-    """In place of both trainers, two that write small models at once. -> the calls, and a set of folders to fail in"""
+    """Replaces both trainers by functions that write small models. -> the calls, and a set of folders to fail in"""
     calls, broken = [], set()
     (model, vae), quick = small_models(16), quality.train_classifier(16, steps=4, batch_size=8)
     config, schedule = train_vae.PRESETS["toy"]
@@ -223,10 +223,10 @@ def trainers(monkeypatch):
     monkeypatch.setattr(train_vae, "main", stage(train_vae.parse, "vae"))
     monkeypatch.setattr(train_transformer, "main", stage(train_transformer.parse, "transformer"))
     monkeypatch.setattr(quality, "train_classifier", lambda size, device: quick)
-    few = quality.toy_images                                                 # a table doesn't tell the accuracy
+    few = quality.toy_images                                                 # a table needs no accuracy
     monkeypatch.setattr(quality, "toy_images", lambda size, n, *a, **k: few(size, min(n, 16), *a, **k))
     monkeypatch.setattr(quality, "step_seconds", lambda *args: 0.25)
-    monkeypatch.setattr(quality, "images_a_second", lambda *args: 123.0)
+    monkeypatch.setattr(quality, "images_per_second", lambda *args: 123.0)
     return calls, broken
 
 
@@ -249,7 +249,7 @@ def test_the_table_trains_what_is_missing_and_remembers(tmp_path, trainers, caps
 
     cell = json.loads((tmp_path / "fixed-16/seed-1/figures.json").read_text())
     assert cell["settings"]["n"] == 8 and lines[2].endswith(" | 123.0 | 0.250 |")
-    cell["FD, defaults"] = 1000.0                                            # the table is what the cells say
+    cell["FD, defaults"] = 1000.0                                            # the table shows the stored cells
     (tmp_path / "fixed-16/seed-1/figures.json").write_text(json.dumps(cell))
     other = json.loads((tmp_path / "fixed-16/seed-0/figures.json").read_text())["FD, defaults"]
     told = run_table(tmp_path, capsys, "--rows", "fixed-16", "--seeds", "0", "1")
@@ -262,7 +262,7 @@ def test_the_table_trains_what_is_missing_and_remembers(tmp_path, trainers, caps
     assert json.loads((tmp_path / "fixed-16/seed-1/figures.json").read_text())["settings"]["n"] == 9 and not calls
 
 
-def test_half_done_runs_go_on_and_others_are_refused(tmp_path, trainers, capsys):
+def test_unfinished_runs_resume_and_others_are_refused(tmp_path, trainers, capsys):
     calls, _ = trainers
     model, vae = small_models(16)
     save(tmp_path / "fixed-64/seed-0/transformer.pt", model, vae, step=4, settings=dict(steps=6))
@@ -272,7 +272,7 @@ def test_half_done_runs_go_on_and_others_are_refused(tmp_path, trainers, capsys)
     assert [call[:2] for call in calls] == [("vae", False), ("seed-0", True)]
 
 
-def test_a_cell_that_fails_leaves_the_others(tmp_path, trainers, capsys):
+def test_a_cell_that_fails_does_not_stop_the_others(tmp_path, trainers, capsys):
     _, broken = trainers
     broken.add("fixed-16/seed-0")
     with pytest.raises(dq.UserError, match="1 of 4 cells failed: fixed-16, seed 0: step 7: not finite"):
@@ -285,13 +285,13 @@ def test_a_cell_that_fails_leaves_the_others(tmp_path, trainers, capsys):
 
 
 def test_speeds_are_taken_again_when_asked_or_missing(tmp_path, trainers, monkeypatch, capsys):
-    """And on the first seed that is there."""
+    """They are measured with the first seed that succeeded."""
     _, broken = trainers
     broken.add("fixed-16/seed-0")
     with pytest.raises(dq.UserError, match="1 of 2 cells failed"):
         run_table(tmp_path, capsys, "--rows", "fixed-16", "--seeds", "0", "1")
     taken = []
-    monkeypatch.setattr(quality, "images_a_second", lambda *args: taken.append(args) or 45.6)
+    monkeypatch.setattr(quality, "images_per_second", lambda *args: taken.append(args) or 45.6)
     for flags, times, shown in (([], 0, "123.0"), (["--speed"], 1, "45.6"), ([], 1, "45.6")):
         said = run_table(tmp_path, capsys, "--rows", "fixed-16", "--seeds", "1", *flags)
         assert f" | {shown} | 0.250 |" in said and len(taken) == times
@@ -304,7 +304,7 @@ def test_the_rate_of_sampling_is_the_median_job(monkeypatch):
     monkeypatch.setattr(quality.time, "perf_counter", lambda: next(ticks))
     drawn = []
     monkeypatch.setattr(dq, "generate", lambda model, label, *args, **kwargs: drawn.append(len(label)))
-    assert quality.images_a_second(None, "cpu", n=6) == 3.0 and drawn == [6, 6, 6]
+    assert quality.images_per_second(None, "cpu", n=6) == 3.0 and drawn == [6, 6, 6]
 
 
 def test_a_timed_step_is_a_training_step():

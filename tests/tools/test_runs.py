@@ -1,4 +1,4 @@
-"""tests/tools/runs.py: what is trained, and with which flags."""
+"""tools/runs.py: which runs are trained, and with which flags."""
 import sys
 
 import pytest
@@ -8,7 +8,7 @@ import dq
 from runs import flags_to_end, refuse, split_flags
 
 
-def test_a_run_begins_goes_on_or_is_finished(tmp_path):
+def test_a_run_starts_resumes_or_is_finished(tmp_path):
     path = tmp_path / "transformer.pt"
     assert flags_to_end(path, 30) == []
     for step, flags in ((10, ["--resume"]), (30, None)):

@@ -1,4 +1,4 @@
-"""The tool that draws past the width of a picture.
+"""tools/wide.py, which samples images that are wider than the model's.
 
 windows, given_left_half, draw, main -> the tests in this order
 """
@@ -26,7 +26,7 @@ def test_what_is_given_is_the_tiling_and_the_left_half():
     pos, code = wide.given_left_half(layout, codes, grains)
     all_pos, all_code = layout.pack(codes, grains)
     assert torch.equal(pos, all_pos)
-    column = layout.coordinates[pos][..., 1]                                       # of a code's centre, on the finest grid
+    column = layout.coordinates[pos][..., 1]                                 # of a code's centre, on the finest grid
     left = (column < 4) & (all_code >= 0)
     assert torch.equal(code[left], all_code[left]) and (code[~left] == -1).all() and 0 < left.sum() < left.numel()
 
@@ -40,7 +40,7 @@ def models():
 
 
 def test_each_window_keeps_what_is_written(models, monkeypatch):
-    """The left half of a window has the codes of the right half of the one before, and the picture its pixels."""
+    """The left half of a window has the codes of the previous window's right half, and the image has its pixels."""
     model, vae = models
     seen, decode = [], vae.decode
     monkeypatch.setattr(vae, "decode", lambda codes: (seen.append(codes), decode(codes))[1])
@@ -53,8 +53,8 @@ def test_each_window_keeps_what_is_written(models, monkeypatch):
         assert torch.equal(image[:, :, :16], decode(seen[0])[0, :, :, :16])
         assert torch.equal(image[:, :, -16:], decode(seen[-1])[0, :, :, 16:])
         old, new = decode(seen[0])[0, :, :, 16:], decode(seen[1])[0, :, :, :16]
-    torch.testing.assert_close(image[:, :, 16], old[:, :, 0])                # at the seams there is none
-    torch.testing.assert_close(image[:, :, 31], new[:, :, 15])
+    torch.testing.assert_close(image[:, :, 16], old[:, :, 0])                # no seam where a window begins ...
+    torch.testing.assert_close(image[:, :, 31], new[:, :, 15])               # ... or where its fade ends
 
 
 def test_the_command(models, tmp_path, capsys):

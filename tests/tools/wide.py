@@ -1,12 +1,12 @@
-"""Pictures wider than the model's: a window that moves along a grain map.
+"""Samples images that are wider than the model's, with a window that moves along a granularity map.
 
 python tests/tools/wide.py CHECKPOINT MAP OUT.png [--label CLASS] [--seed S] [sample.py's options]
 
-MAP is a picture as wide as you like, bright where finer codes shall go (as sample.py's --grain-map); its height is that
-of one picture of the model. The window moves by half its width. Of each but the first, the codes of the left half are
-those that are there already, given; the model draws the contents of the right half. Both windows that see a place
-decode it, and the two are faded into each other. The positions are all given, by MAP: those that the model would draw
-come before all contents of finer granularities, so half a picture's can't be held while it draws the others.
+MAP is an image of any width, bright where finer codes should go (as for sample.py's --grain-map). Its height stands for
+the height of one image of the model. The window moves by half its width. In each window but the first, the codes of the
+left half are given by the previous window, and the model samples the contents of the right half. The decoder sees each
+location in two windows, and the two results are cross-faded. MAP gives all positions: the model samples positions
+before all contents of finer granularities, so it could not keep one half of an image while it samples the other.
 """
 import argparse
 import sys
@@ -27,7 +27,7 @@ def windows(grains, half):
 
 
 def given_left_half(layout, codes, grains):
-    """For dq.generate: this tiling, the codes (1, H, W) of its left half, and open contents in its right half."""
+    """`given` for dq.generate: all positions, and the contents of the left half. codes: (1, H, W)"""
     pos, code = layout.pack(codes, grains)                                   # each 1, L
     right = layout.region[pos] % layout.side >= layout.side // 2
     return pos, torch.where(right, -1, code)
@@ -57,13 +57,13 @@ def draw(model, vae, grains, label, options, seed):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("checkpoint", type=Path, help="what train_transformer.py wrote")
-    add("map", metavar="MAP", type=Path, help="the grain map, as a picture")
-    add("out", metavar="OUT", type=Path, help="the picture")
-    add("--label", help="class, by name or number; None: none")
+    add("checkpoint", type=Path, help="checkpoint of train_transformer.py")
+    add("map", metavar="MAP", type=Path, help="the granularity map, an image")
+    add("out", metavar="OUT", type=Path, help="the image to write")
+    add("--label", help="class, by name or number; default: no class")
     add("--seed", type=common.natural, default=0)
     for name, value in sample.OLD_OPTIONS._asdict().items():
-        add(f"--{name.replace('_', '-')}", type=type(value), help="None: that of the checkpoint")
+        add(f"--{name.replace('_', '-')}", type=type(value), help="default: that of the checkpoint")
     args = parser.parse_args(argv)
     options = sample.default_options(args.checkpoint)
     given = {name: getattr(args, name) for name in options._fields if getattr(args, name) is not None}
@@ -72,7 +72,7 @@ def main(argv=None):
     sample.check_ending("OUT", args.out)
     model, vae = dq.load_transformer(args.checkpoint, torch.device("cpu"))
     side, half = model.layout.side, model.layout.side // 2
-    dq.require(side % 2 == 0, f"a picture of this model has {side} regions a row, which have no half")
+    dq.require(side % 2 == 0, f"an image of this model has {side} regions per row, an odd number that can't be halved")
     label = -1 if args.label is None else sample.label_number(args.label, model.config.classes)
     picture = reading.open_image(args.map)
     columns = max(2, round(picture.width / picture.height * side / half)) * half
