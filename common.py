@@ -485,15 +485,13 @@ class Record:
             if done % 10 == 0:
                 self.write_log(done, newest)
         self.began = self.began or (done, time.monotonic())                  # not timed: the first step, which warms up
-        if done == self.began[0] + 19 and done < self.settings["steps"] and dq.rank_world()[0] == 0:
-            left = self.settings["steps"] - done
+        left = self.settings["steps"] - done
+        if done == self.began[0] + 19 and left > 0:
             minutes = (time.monotonic() - self.began[1]) / 19 * left / 60
-            tqdm.write(f"step {done}: about {max(1, round(minutes))} min for the other {left} steps")
+            say(f"step {done}: about {max(1, round(minutes))} min for the other {left} steps")
         if saves:
             stop.alive += 15                                                 # to write it takes longer than a step
-        if asked:
-            self.bar.close()
-        return saves, asked if done < self.settings["steps"] else 0
+        return saves, asked if left > 0 else 0
 
     def write_log(self, done, values, stays=False):
         """Append one JSON object. stays: print it as a line as well"""
@@ -588,4 +586,4 @@ def distribute(model):
     if dq.rank_world()[1] == 1:
         return model
     warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)  # its new name is too new
-    return DistributedDataParallel(model, broadcast_buffers=False)           # they are equal on all ranks without help
+    return DistributedDataParallel(model, broadcast_buffers=False)           # equal on all ranks without help
