@@ -571,7 +571,7 @@ def variable(name, kind=natural, default="0"):
 
 
 def join(world, device):
-    """Join the other processes of a torchrun job. UserError if its environment variables make no sense, and so on."""
+    """Join the other processes of a torchrun job. UserError if its variables make no sense, or a process is missing."""
     variable("RANK", number(int, 0, below=world), "")
     variable("MASTER_PORT", number(int, 1, below=65536), "")
     backend, how = ("nccl", dict(device_id=device)) if device.type == "cuda" else ("gloo", {})
@@ -585,5 +585,6 @@ def distribute(model):
     """Wrap the forward pass in DistributedDataParallel: backward then averages the gradients over the ranks."""
     if dq.rank_world()[1] == 1:
         return model
-    warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)  # its new name is too new
-    return DistributedDataParallel(model, broadcast_buffers=False)           # equal on all ranks without help
+    warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)  # not all versions know its new name
+    # the buffers (codebook, batch norm) are equal on all ranks without help
+    return DistributedDataParallel(model, broadcast_buffers=False)

@@ -57,7 +57,7 @@ def gradients(checkpoint):
 @pytest.mark.parametrize("stage, flags", [
     ("vae", [*VAE, *CRITIC, "--router", "learned", "--clip", 1]),
     ("vae", [*VAE, "--router", "entropy", "--accumulate", 2]),               # two parts of two images
-    ("transformer", [*TRANSFORMER, "--label-dropout", 0, "--clip", 0])],
+    ("transformer", [*TRANSFORMER, "--dropout", 0, "--label-dropout", 0, "--clip", 0])],
     ids=["vae with a discriminator", "vae with the entropy router", "transformer"])
 def test_two_processes_compute_what_one_computes(stage, flags, vae_run, images, tmp_path):
     data = ["--codes", vae_run / "codes.pt"] if stage == "transformer" else ["--data", images]
