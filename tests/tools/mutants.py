@@ -566,7 +566,6 @@ TRAINING_RUN = of(
     ("each process stops by itself", "dist.all_reduce(...)", "None",
      "survival/test_processes.py::test_all_processes_stop_after_the_same_step", "asked"),
     ("a lock that children inherit", "fcntl.lockf", "fcntl.flock", "test_a_lock_is_not_handed_to_children"),
-    ("a lock that is shared", "fcntl.LOCK_EX", "fcntl.LOCK_SH", "test_a_folder_is_one_runs_at_a_time"),
     ("--resume needs a checkpoint", "not resumes or not self.path.exists()", "not resumes",
      "survival/test_resume.py::test_the_same_command_starts_and_resumes"),
     ("a restarted job starts from scratch", 'variable("TORCHELASTIC_RESTART_COUNT") > 0', "False",
