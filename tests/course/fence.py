@@ -60,9 +60,12 @@ def open_to_all(path):
     return bool(path.stat().st_mode & 4) and all(each.stat().st_mode & 1 for each in path.parents)
 
 
+def others_can_read_python():
+    return all(open_to_all(each) for each in pythons_folders() if not os.path.isfile(each))
+
+
 def gap(project):
     """Why submissions are not fenced on this machine, in one line; "" if they are."""
-    import torch
     inside = [each for each in pythons_folders() if (project / "dq.py").is_relative_to(each) or (
         landlock_version() and os.path.exists(os.path.join(each, "dq.py")))]
     if inside:
@@ -71,7 +74,7 @@ def gap(project):
         return ""
     if not hasattr(os, "geteuid") or os.geteuid() != 0:
         return "this system has no Landlock (Linux 5.13 or newer), and another user can be taken by root alone"
-    if not open_to_all(torch.__file__):
+    if not others_can_read_python():
         return "this system has no Landlock, and users other than root can't read Python's packages"
     return f"this system has no Landlock, and all users can read {project}" if open_to_all(project / "dq.py") else ""
 
@@ -112,7 +115,7 @@ def other_user(folder):
     user = 50_000 + os.getpid() % 10_000
     for path in (folder, *Path(folder).rglob("*")):
         os.chown(path, user, user)
-    keeps = landlock_version() and not open_to_all(pythons_folders()[0])
+    keeps = landlock_version() and not others_can_read_python()
     call("prctl", 8, int(bool(keeps)), 0, 0, 0)
     os.setgroups([])
     os.setresgid(user, user, user)
@@ -124,7 +127,7 @@ def other_user(folder):
 
 def close(folder):
     """All that the system has. OSError if a part of it fails that should work here."""
-    if hasattr(os, "geteuid") and os.geteuid() == 0 and (landlock_version() or open_to_all(pythons_folders()[0])):
+    if hasattr(os, "geteuid") and os.geteuid() == 0 and (landlock_version() or others_can_read_python()):
         try:
             other_user(folder)
         except OSError:                                                      # a container's root may have no such right

@@ -388,6 +388,18 @@ def graded(checker, function, text=None, **kwargs):
     return checker.check(number, text if "\nimport" in text else replaced(SOURCE, function, text), **kwargs)
 
 
+def test_one_closed_folder_of_python_is_noticed(tmp_path, monkeypatch):
+    """A virtual environment in a folder of root's own, beside an interpreter that everybody can read."""
+    (tmp_path / "closed").mkdir(mode=0o700)
+    for path in (tmp_path, *tmp_path.parents):
+        if path.stat().st_uid == os.geteuid() and not path.stat().st_mode & 1:
+            monkeypatch.setattr(fence, "open_to_all", lambda path: Path(path).name != "closed")
+    monkeypatch.setattr(fence, "pythons_folders", lambda: [str(tmp_path)])
+    assert fence.others_can_read_python()
+    monkeypatch.setattr(fence, "pythons_folders", lambda: [str(tmp_path), str(tmp_path / "closed")])
+    assert not fence.others_can_read_python()
+
+
 needs_landlock = pytest.mark.skipif(not fence.landlock_version(), reason="this kernel has no Landlock")
 needs_root = pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can be another user")
 
