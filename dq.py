@@ -895,13 +895,12 @@ def check_given(model, pos, code):
 
 def generate(model, label, options=SampleOptions(), seed=0, given=None, slots=None, first=0, graphs=None, bucket=None,
              sync_every=None, compile=False, progress=None):
-    """Sample images. label: (n,) classes, -1 for none -> pos, code, each (n, max_len); Layout.unpack reads them.
-    Image i depends on its label, the seed and first + i alone. given: optional (pos, code), each (n, max_len), -1 where
-    it is sampled; given positions must form a prefix of the sequence. slots: images that are decoded at a time
-    (None: all). progress: called as progress(n_complete, pos, code) at host synchronisations, the last time with all n
-    images complete; it can end sampling by returning True. For speed only: the cache length grows in steps of `bucket`
-    pairs; graphs (None: on GPUs) captures a CUDA graph for each of these lengths; sync_every is the number of steps
-    between host synchronisations."""
+    """Sample images. label: (n,) classes, -1 for none -> pos, code, each (n, max_len); Layout.unpack reads them. Image
+    i depends on its label, the seed and first + i alone. given: optional (pos, code), each (n, max_len), -1 where it is
+    sampled; given positions must form a prefix of the sequence. slots: images that are decoded at a time (None: all).
+    progress: called with (n_complete, pos, code) at host synchronisations, the last time with n; returning True ends
+    sampling. For speed only: the cache length grows in steps of `bucket` pairs; graphs (None: on GPUs) captures a CUDA
+    graph for each of these lengths; sync_every is the number of steps between host synchronisations."""
     options.check()
     n, L, device = len(label), model.layout.max_len, label.device
     last = max(0, model.n_classes - 1)                                       # without classes, 0 is the same as none
@@ -920,8 +919,7 @@ def generate(model, label, options=SampleOptions(), seed=0, given=None, slots=No
             longest = min(longest + 1, L - 1)
             if n_steps % sync_every == 0:
                 oldest, longest = torch.stack([state.image.min(), state.t.max()]).tolist()
-                stops = progress and progress(oldest, state.pos, state.code)
-                if oldest == n or stops:                                     # oldest == n: all slots are idle
+                if (progress and progress(oldest, state.pos, state.code)) or oldest == n:  # n: all slots are idle
                     break
     return state.pos[:n].clone(), state.code[:n].clone()                     # normal tensors, no inference tensors
 

@@ -16,7 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import dq
-from common import (Stop, draw_grains, lock, number, path, pick_device, positive, run, save_grid, save_picture,
+from common import (Stop, draw_grains, lock, machine, number, path, pick_device, positive, run, save_grid, save_picture,
                     to_picture)
 from data import load_image, open_image
 
@@ -25,19 +25,21 @@ OLD_OPTIONS = dq.SampleOptions(temperature=0.7, cfg=2.0)                     # f
 
 
 def parse(argv=None):
-    """-> the flags, the checkpoint as a file. Sampling options that are not given are those of the checkpoint."""
-    parser = argparse.ArgumentParser(description="Sample images from a DQ-Transformer.", add_help=False,
+    """-> the flags, the checkpoint as a file. Sampling options that are not given are absent."""
+    parser = argparse.ArgumentParser(description="Sample images from a DQ-Transformer.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
+    option = parser.add_argument_group("sampling options (default: the checkpoint's)",
+                                       argument_default=argparse.SUPPRESS).add_argument
     add("checkpoint", nargs="?", type=path, default=Path("out"),
         help="checkpoint, or a folder: the better of its transformer.pt and transformer.best.pt by validation loss")
     add("--n", type=positive, default=32, help="number of images")
     add("--batch-size", type=positive, default=64, help="number of images that are sampled at the same time")
     add("--label", metavar="CLASS", help="name or number of a class; without it the images cycle through all classes")
-    add("--temperature", type=float, help="divides the logits of positions and contents")
-    add("--top-k", metavar="K", type=int, help="sample contents from the K most likely codes; 0: from all codes")
-    add("--top-p", metavar="P", type=float, help="nucleus sampling of contents: the most likely codes that reach P")
-    add("--cfg", metavar="SCALE", type=float, help="scale of classifier-free guidance; 1: no guidance")
+    option("--temperature", type=float, help="divides the logits of positions and contents")
+    option("--top-k", metavar="K", type=int, help="sample contents from the K most likely codes; 0: from all codes")
+    option("--top-p", metavar="P", type=float, help="nucleus sampling of contents: the most likely codes that reach P")
+    option("--cfg", metavar="SCALE", type=float, help="scale of classifier-free guidance; 1: no guidance")
     add("--seed", type=number(int, 0, below=2 ** 64), default=0, help="random seed")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 where it is fast")
@@ -50,13 +52,10 @@ def parse(argv=None):
         help="greyscale image, brighter where codes should be finer; fixes all positions, so only contents are sampled")
     add("--input", metavar="IMAGE", type=path, help="photo whose coarse codes are kept (see --keep)")
     add("--keep", metavar="N", type=int, help="with --input: keep the codes of the N coarsest granularities; None: 1")
-    checkpoint = parser.parse_known_args(argv)[0].checkpoint
-    if checkpoint.is_dir() or checkpoint == Path("out"):
-        checkpoint = better_checkpoint(checkpoint)
-    parser.set_defaults(**default_options(checkpoint)._asdict())
-    parser.epilog = f"Defaults of --temperature, --top-k, --top-p and --cfg: the sampling options of {checkpoint}."
-    add("-h", "--help", action="help", default=argparse.SUPPRESS, help="show this help message and exit")
-    return argparse.Namespace(**vars(parser.parse_args(argv)) | dict(checkpoint=checkpoint))
+    args = parser.parse_args(argv)
+    if args.checkpoint.is_dir() or args.checkpoint == Path("out"):
+        args.checkpoint = better_checkpoint(args.checkpoint)
+    return args
 
 
 def peek(path):
@@ -80,18 +79,18 @@ def has_guidance(config):
 def default_options(path):
     """-> the SampleOptions of a checkpoint"""
     saved = peek(path)
-    with contextlib.suppress(Exception):                                     # damaged: `main` reports it
+    try:
         options = dq.SampleOptions(**saved.get("sample_options", OLD_OPTIONS._asdict()))
         options.check()
         return options if has_guidance(dq.TransformerConfig(**saved["config"])) else options._replace(cfg=1.0)
-    return OLD_OPTIONS
+    except Exception:                                                        # damaged: `main` reports it
+        return OLD_OPTIONS
 
 
 def check(args):
     """Validate the output paths before any work. -> path of the grid"""
     dq.require(not (args.input and args.grain_map), "--input and --grain-map exclude each other")
     dq.require(args.input or args.keep is None, "--keep needs --input")
-
     out = args.out or args.checkpoint.parent
     if out.is_dir() or out.suffix.lower() not in Image.registered_extensions():
         out = out / "samples.png"
@@ -187,7 +186,8 @@ def save_gif(path, layout, vae, pos, code, autocast, batch_size, frames=80):
 
 def main(argv=None):
     args = parse(argv)
-    options = dq.SampleOptions(args.temperature, args.top_k, args.top_p, args.cfg)
+    given_options = {name: getattr(args, name) for name in dq.SampleOptions._fields if name in args}
+    options = default_options(args.checkpoint)._replace(**given_options)
     options.check()
     out = check(args)
     device, autocast = pick_device(args.device, args.dtype)
@@ -199,23 +199,20 @@ def main(argv=None):
     if args.label is not None:
         label.fill_(label_number(args.label, classes))
     given = given_pairs(args, layout, vae, device, autocast)
-    for folder in (out.parent, args.save_dir, args.gif and args.gif.parent):
-        if folder:
-            folder.mkdir(parents=True, exist_ok=True)
-            if folder == args.save_dir or out == folder / "samples.png":
-                lock(folder, ".sample.lock")                                 # not .lock: a run may be training there
-    with autocast():                                                         # on CPUs it is no faster for few rows
-        bf16 = torch.is_autocast_enabled(device.type) and (device.type == "cuda" or args.dtype == "bf16")
-    model.to(torch.bfloat16 if bf16 else torch.float32)
+    for folder in filter(None, (out.parent, args.save_dir, args.gif and args.gif.parent)):
+        folder.mkdir(parents=True, exist_ok=True)
+        if folder == args.save_dir or out == folder / "samples.png":
+            lock(folder, ".sample.lock")                                     # not .lock: a run may be training there
+    if args.dtype == "bf16" or (device.type == "cuda" and machine(device, autocast)["dtype"] == "bf16"):
+        model.to(torch.bfloat16)                                             # on CPUs it is no faster for few rows
     if args.checkpoint.name == "transformer.best.pt" and (saved := peek(args.checkpoint)).get("best"):
         print(f"sampling from {args.checkpoint}: validation loss {saved['best']:.1f} nats per image at step "
               f"{saved['step']}, the lowest of its run; for the last step name transformer.pt")
 
     if args.save_dir:                                                        # marks its images as output, not data
-        told = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-        told["labels"] = {f"{i:06d}.png": classes[k] for i, k in enumerate(label.tolist())} if classes else {}
-        told["written_by"] = "dq"
-        dq.write_file(args.save_dir / "samples.json", lambda file: file.write(json.dumps(told, indent=1).encode()))
+        labels = {f"{i:06d}.png": classes[k] for i, k in enumerate(label.tolist())} if classes else {}
+        told = json.dumps(vars(args) | options._asdict() | dict(labels=labels, written_by="dq"), indent=1, default=str)
+        dq.write_file(args.save_dir / "samples.json", lambda file: file.write(told.encode()))
     n_saved, tiles, captions = 0, [], []
 
     def save_complete(n_complete, pos, code):
@@ -224,10 +221,10 @@ def main(argv=None):
         bar.update(first + n_complete - bar.n)
         if stop.number:
             tqdm.write("stopping: the images that are complete are saved; a second signal stops at once")
+        if n_complete < len(y) and not stop.number:
+            n_complete -= n_complete % args.batch_size                       # whole batches
         for start in range(n_saved - first, n_complete, args.batch_size):
             part = slice(start, min(start + args.batch_size, n_complete))
-            if part.stop - start < args.batch_size and n_complete < len(y) and not stop.number:
-                break                                                        # not yet a whole batch
             codes, grains = layout.unpack(pos[part], code[part])             # n, H, W and n, h, w
             with autocast(), torch.inference_mode():
                 images = vae.decode(codes).float()                           # n, 3, S, S

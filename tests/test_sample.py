@@ -105,7 +105,7 @@ def test_out_is_a_folder_or_a_pictures_name(run, tmp_path, capsys):
     for out, file in ((tmp_path / "a/b.1", "a/b.1/samples.png"), (tmp_path / "c/x.jpg", "c/x.jpg"),
                       (tmp_path / "folder.png", "folder.png/samples.png")):
         assert draw(run, "--n", 2, "--out", out) is None
-        assert capsys.readouterr().out.startswith(f"wrote {tmp_path / file} with temperature 0.7, ")
+        assert capsys.readouterr().out.startswith(f"wrote {tmp_path / file} with temperature 1, ")
         assert Image.open(tmp_path / file).width > 200
     assert draw(run, "--n", 2) is None and Image.open(run / "samples.png").width > 200
     (tmp_path / "file").touch()
@@ -238,26 +238,30 @@ def save_model(path, options=None, step=7, best=100.0, **config):
     return path
 
 
-def options_of(*flags):
-    args = sample.parse(list(map(str, flags)))
-    return args.temperature, args.top_k, args.top_p, args.cfg
+def options_of(monkeypatch, *flags):
+    """The options with which sample.main calls dq.generate, if it is given these flags."""
+    def generate(model, label, options, *rest, **how):
+        raise InterruptedError(options)
+    with monkeypatch.context() as patch, pytest.raises(InterruptedError) as end:
+        patch.setattr(dq, "generate", generate)
+        sample.main([str(each) for each in ("--n", 1, "--device", DEVICE, *flags)])
+    return end.value.args[0]
 
 
 def test_options_that_are_not_given_are_those_of_the_checkpoint(tmp_path, monkeypatch, capsys):
     carried = dict(temperature=1.25, top_k=3, top_p=0.75, cfg=1.5)
     path = save_model(tmp_path / "a.pt", carried, classes=("a", "b"))
-    assert options_of(path) == (1.25, 3, 0.75, 1.5)
-    assert options_of("--n", "16", path, "--top-k", 0) == (1.25, 0, 0.75, 1.5)
-    assert options_of("--cfg", 3, "--temperature", 0.5, path) == (0.5, 3, 0.75, 3.0)
+    assert options_of(monkeypatch, path) == (1.25, 3, 0.75, 1.5)
+    assert options_of(monkeypatch, "--n", "16", path, "--top-k", 0) == (1.25, 0, 0.75, 1.5)
+    assert options_of(monkeypatch, "--cfg", 3, "--temperature", 0.5, path) == (0.5, 3, 0.75, 3.0)
     old = save_model(tmp_path / "old.pt", classes=("a", "b"))
-    assert options_of(old) == (0.7, 0, 1.0, 2.0)
+    assert options_of(monkeypatch, old) == (0.7, 0, 1.0, 2.0)
     for wrong in (["a"], dict(heat=1.0), dict(temperature="hot")):           # of another version, or damaged
-        assert len(options_of(save_model(tmp_path / "wrong.pt", wrong, classes=("a",)))) == 4
+        assert len(options_of(monkeypatch, save_model(tmp_path / "wrong.pt", wrong, classes=("a",)))) == 4
     monkeypatch.setenv("COLUMNS", "1000")                                    # no path is broken
     with pytest.raises(SystemExit):
         sample.parse([str(path), "--help"])
-    told = " ".join(capsys.readouterr().out.split())
-    assert all(f"(default: {value})" in told for value in carried.values()) and str(path) in told
+    assert "sampling options (default: the checkpoint's)" in capsys.readouterr().out
     assert call(sample.main, path, "--n", 1, "--cfg", 1, "--device", DEVICE, "--out", tmp_path / "x.png") is None
     assert capsys.readouterr().out == (
         f"wrote {tmp_path / 'x.png'} with temperature 1.25, top-k 3, top-p 0.75, cfg 1\n")
@@ -266,10 +270,10 @@ def test_options_that_are_not_given_are_those_of_the_checkpoint(tmp_path, monkey
 @pytest.mark.parametrize("carried", [None, dict(temperature=0.9, cfg=2.0)])
 @pytest.mark.parametrize("config, without", [(dict(classes=("a", "b"), label_dropout=0.0), "label dropout"),
                                              (dict(), "classes"), (dict(label_dropout=0.0), "classes")])
-def test_no_guidance_by_a_vector_that_was_not_trained(config, without, carried, tmp_path):
+def test_no_guidance_by_a_vector_that_was_not_trained(config, without, carried, tmp_path, monkeypatch):
     path = save_model(tmp_path / "a.pt", carried, **config)
     flags = ["--n", 1, "--device", DEVICE, "--out", tmp_path / "x.png"]
-    assert options_of(path)[3] == 1.0
+    assert options_of(monkeypatch, path)[3] == 1.0
     assert call(sample.main, path, *flags) is None and call(sample.main, path, *flags, "--cfg", 1) is None
     for cfg in ("2", "0.5", "0"):
         assert call(sample.main, path, *flags, "--cfg", cfg) == (
@@ -288,7 +292,7 @@ def test_the_better_checkpoint_of_a_folder(tmp_path, monkeypatch, capsys):
     assert sample.parse([]).checkpoint == last and sample.parse(["out"]).checkpoint == last
     assert call(sample.main, *flags) is None and "validation" not in capsys.readouterr().out
     save_model(best, dict(temperature=0.5), step=10, best=192.14)
-    assert sample.parse([]).checkpoint == best and sample.parse([]).temperature == 0.5
+    assert sample.parse([]).checkpoint == best and options_of(monkeypatch).temperature == 0.5
     assert sample.parse([str(last)]).checkpoint == last
     assert call(sample.main, *flags) is None
     line = capsys.readouterr().out.splitlines()[0]
@@ -306,7 +310,7 @@ def test_samples_json_says_how_and_what(run, tmp_path):
     assert draw(run, "--n", 3, "--temperature", 0.9, "--out", tmp_path, "--save-dir", tmp_path / "all") is None
     told = json.loads((tmp_path / "all/samples.json").read_text())
     assert (told["n"], told["temperature"], told["compile"], told["label"]) == (3, 0.9, False, None)
-    assert told["checkpoint"] == str(run / "transformer.pt") and told["written_by"] == "dq" and told["cfg"] == 2.0
+    assert told["checkpoint"] == str(run / "transformer.pt") and told["written_by"] == "dq" and told["cfg"] == 1.5
     names = dq.load_transformer(run / "transformer.pt", "cpu")[0].config.classes
     assert told["labels"] == {f"00000{i}.png": names[i] for i in range(3)}
 

@@ -8,9 +8,11 @@
     evaluate                     test_evaluation_of_a_transformer, test_evaluation_is_no_wider_than_needed,
                                  test_processes_share_an_evaluation
     save_samples                 test_samples_of_a_run
+    Muon                         test_muon_in_float32_is_torchs_up_to_rounding
     make_optimizers              test_which_weights_decay
     main                         test_codes_in_another_folder_need_no_image and what follows, test_wiring.py
 """
+import copy
 import itertools
 import math
 import os
@@ -147,6 +149,27 @@ def test_which_weights_decay():
     assert (p.detach() - before).square().mean().sqrt().item() == pytest.approx(0.2 * 0.02, rel=0.3)
 
 
+@pytest.mark.parametrize("shape", [(24, 8), (8, 24), (16, 16)])
+def test_muon_in_float32_is_torchs_up_to_rounding(shape):
+    """Each continues from the other's state, so that runs resume on another machine."""
+    weights = [torch.nn.Parameter(torch.ones(shape)) for _ in range(2)]
+    how, generator = dict(lr=0.02, weight_decay=0.3, adjust_lr_fn="match_rms_adamw"), torch.manual_seed(0)
+    ours, torchs = train_transformer.Muon(weights[:1], **how), torch.optim.Muon(weights[1:], **how)
+    for _ in range(3):
+        before = weights[0].detach().clone()
+        gradient = torch.randn(shape, generator=generator)
+        for p, optimizer in zip(weights, (ours, torchs)):
+            p.grad = gradient.clone()
+            optimizer.step()
+        moved, wanted = (p.detach() - before * (1 - 0.02 * 0.3) for p in weights)
+        assert (moved - wanted).norm() < 0.03 * wanted.norm()
+        ours_state, torchs_state = ours.state_dict(), torchs.state_dict()
+        assert ours_state["param_groups"] == torchs_state["param_groups"]
+        torch.testing.assert_close(ours_state["state"], torchs_state["state"])
+        weights[0].data.copy_(weights[1])
+        ours.load_state_dict(copy.deepcopy(torchs_state))
+
+
 def test_how_the_presets_of_stage_2_learn():
     """Ours by Muon, at a rate that falls linearly; the paper's by AdamW, at one that falls like a cosine."""
     for name, (_, schedule) in train_transformer.PRESETS.items():
@@ -262,7 +285,7 @@ def test_checkpoints_carry_the_sampling_options_of_the_preset(flags, guided, vae
     assert call(train_transformer.main, *flags) is None
     for name in ("transformer.pt", "transformer.best.pt"):
         assert dq.load_checkpoint(tmp_path / name, "dq-transformer")["sample_options"] == options._asdict()
-    assert sampled == [options] and sample.parse([str(tmp_path)]).cfg == options.cfg
+    assert sampled == [options] and sample.default_options(tmp_path / "transformer.pt") == options
     changed = replace(schedule, sampling=dq.SampleOptions())                 # no reason not to resume
     monkeypatch.setitem(train_transformer.PRESETS, "toy", (config, changed))
     assert call(train_transformer.main, *flags, "--resume") is None

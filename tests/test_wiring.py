@@ -334,7 +334,7 @@ def stage_2(stage_1, tmp_path_factory):
         for owner, name, spied in ((dq.DQTransformer, "forward", forward), (common.Record, "add", add),
                                    (train_transformer, "seed_all", seed_all),
                                    (torch.optim.AdamW, "step", spy(torch.optim.AdamW)),
-                                   (torch.optim.Muon, "step", spy(torch.optim.Muon))):
+                                   (train_transformer.Muon, "step", spy(train_transformer.Muon))):
             patch.setattr(owner, name, spied)
         assert call(train_transformer.main, *flags) is None
     seen.stored = dq.load_checkpoint(stage_1.out / "codes.pt", "dq-codes")
