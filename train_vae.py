@@ -69,7 +69,7 @@ PRESETS = {
                   replace(FOLDER, steps=20_000, batch_size=64, eval_every=1000)),
     "folder256": (dq.VAEConfig(size=256, factors=(16, 8), **WIDE),
                   replace(FOLDER, steps=8000, batch_size=32, eval_every=1000)),
-    # a few thousand pictures in 40 codes each: what assets/emoji64.pt was made with
+    # a few thousand pictures in 40 codes each: the recipe of assets/emoji64.pt, see assets/README.md
     "emoji64": (dq.VAEConfig(size=64, factors=(16, 8), codebook_size=1024, channels=128, multipliers=(1, 2, 4, 4),
                              attention_from=8),
                 VAESchedule(steps=8000, batch_size=32, lr=1e-3, clip=0.0)),
