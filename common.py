@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import platform
 import random
+import re
 import signal
 import socket
 import sys
@@ -95,7 +96,8 @@ def pick_device(name, dtype):
         device = torch.device(name)
         torch.ones(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
-        raise dq.UserError(f"no such device here: {name} ({first_line(error)})") from None
+        raise dq.UserError(f"no such device: {name}, on a machine with {torch.cuda.device_count()} CUDA GPUs "
+                           f"({first_line(error)})") from None
     if device.type == "cuda":
         device = torch.device("cuda", device.index or 0)
         torch.cuda.set_device(device)                                        # streams and graphs are created there
@@ -120,13 +122,11 @@ def machine(device, autocast):
     return dict(device=f"{device.type} ({name})", dtype=dtype, torch=str(torch.__version__))
 
 
-GONE = "another process of this job died or lost its connection; --resume continues from the last checkpoint"
-NO_MEMORY = "not enough memory; reduce --batch-size, or in training increase --accumulate"
-HINTS = {"DataLoader worker (pid": "a process that loads images died; --resume continues, fewer --workers need less "
-                                   "memory",
-         "DataLoader timed out": "the processes that load images do not deliver; try --workers 0",
-         "gloo": GONE, "NCCL": GONE, "out of memory": NO_MEMORY, "allocate memory": NO_MEMORY, "MemoryError": NO_MEMORY,
-         "bad_alloc": NO_MEMORY, "ALLOC_FAILED": NO_MEMORY}
+HINTS = {                                # what the type or the text of an error contains -> what to do
+    "out of memory|allocate memory|MemoryError|bad_alloc|ALLOC_FAILED":
+        "not enough memory; reduce --batch-size, or in training increase --accumulate",
+    "gloo|NCCL": "another process of this job died or lost its connection; --resume continues from the last checkpoint",
+    "DataLoader worker .pid": "a process that loads images died; --resume continues, fewer --workers need less memory"}
 
 
 def first_line(error):
@@ -135,10 +135,9 @@ def first_line(error):
 
 def explain(error):
     """An exception -> one line if the user can fix it, else None."""
-    hint = next((hint for sign, hint in HINTS.items() if sign in f"{type(error).__name__}: {error}"), None)
-    files = {os.path.basename(frame.f_code.co_filename) for frame, _ in traceback.walk_tb(error.__traceback__)}
-    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")) or (
-            not hint and files & {"convert_frame.py", "compile_fx.py"}):     # these run while something is compiled
+    hint = next((HINTS[signs] for signs in HINTS if re.search(signs, f"{type(error).__name__}: {error}")), None)
+    where = "".join(traceback.format_exception(error))                       # the compiler's types, or its files
+    if not hint and re.search(r"(?m)^torch\._(dynamo|inductor)\.|convert_frame\.py|compile_fx\.py", where):
         hint = "--compile does not work here; leave it out, or install what it lacks"
     elif isinstance(error, (dq.UserError, OSError)):
         return f"error: {str(error).strip().splitlines()[-1]}"               # a loader process adds lines before ours
@@ -177,13 +176,12 @@ def run(main):
         if status is None:
             raise
     LOCKS.clear()                                                            # closes the files
-    if isinstance(status, str):
-        status = printable(status)
+    line = printable(status) if isinstance(status, str) else ""
     if dq.rank_world()[1] > 1:                                               # a clean exit could deadlock
-        print(status if isinstance(status, str) else "", file=sys.stderr, flush=True)
-        os._exit(1 if isinstance(status, str) else status)
+        print(line, file=sys.stderr, flush=True)
+        os._exit(1 if line else status or 0)
     if status:
-        sys.exit(status)
+        sys.exit(line or status)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -273,7 +271,7 @@ def override(preset, args, **more):
 
 def prepare(args, trains=True):
     """Join the other processes of a torchrun job, make and lock the output folder. -> device, autocast"""
-    world, local = torchrun_job()
+    world, local = variable("WORLD_SIZE", positive, "1"), variable("LOCAL_RANK")
     parts = args.accumulate * world
     dq.require(args.batch_size % parts == 0 or not trains, f"--batch-size {args.batch_size} is not a multiple of "
                f"{parts}, which is --accumulate times the number of processes")
@@ -340,29 +338,22 @@ def shuffled_indices(n, batch_size, seed, start=0):
 # Ctrl-C and the signals of batch systems; not every system has all of them
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
 PATIENCE = 5                             # seconds
-if hasattr(os, "register_at_fork"):                                          # a loader's signals are not for its parent
-    os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
 
 
 class Stop:
     """with Stop(device): the first termination signal is deferred to the end of the step; a second one acts at once.
-
-    patience: seconds after which the first one acts, too, if the step does not end: a loader, a file server or another
-    process may block it for ever. Python's signal handlers may not run then, but a thread hears the signal as well.
-    """
+    patience: seconds after which a thread ends the process if the step does not end. A loader, a file server or another
+    process may block it for ever, and then Python's signal handlers may not run."""
 
     def __init__(self, device, patience=math.inf):
         self.patience, self.number, self.seconds, self.alive = patience, 0, 0.0, time.monotonic()
         self.over, self.handlers = threading.Event(), contextlib.ExitStack()
         # over the CPU, because to ask a GPU would wait for it
         self.group = dist.new_group(backend="gloo") if dq.rank_world()[1] > 1 else None
-        if patience < math.inf:
-            ear, mouth = socket.socketpair()
-            mouth.setblocking(False)
-            self.handlers.callback(mouth.close)
-            former = signal.set_wakeup_fd(mouth.fileno(), warn_on_full_buffer=False)
-            self.handlers.callback(signal.set_wakeup_fd, former)
-            threading.Thread(target=self.watch, args=[ear], daemon=True).start()
+        ear, mouth = socket.socketpair()                                     # the system writes signals into the mouth
+        self.handlers.enter_context(mouth).setblocking(False)
+        self.handlers.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(mouth.fileno(), warn_on_full_buffer=False))
+        threading.Thread(target=self.watch, args=[ear], daemon=True).start()
         for number in SIGNALS:
             if number.name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN:  # ignored under nohup
                 self.handlers.callback(signal.signal, number, signal.signal(number, self.note))
@@ -494,15 +485,13 @@ class Record:
             if done % 10 == 0:
                 self.write_log(done, newest)
         self.began = self.began or (done, time.monotonic())                  # not timed: the first step, which warms up
-        if done == self.began[0] + 19 and done < self.settings["steps"] and dq.rank_world()[0] == 0:
-            left = self.settings["steps"] - done
+        left = self.settings["steps"] - done
+        if done == self.began[0] + 19 and left > 0:
             minutes = (time.monotonic() - self.began[1]) / 19 * left / 60
-            tqdm.write(f"step {done}: about {max(1, round(minutes))} min for the other {left} steps")
+            say(f"step {done}: about {max(1, round(minutes))} min for the other {left} steps")
         if saves:
             stop.alive += 15                                                 # to write it takes longer than a step
-        if asked:
-            self.bar.close()
-        return saves, asked if done < self.settings["steps"] else 0
+        return saves, asked if left > 0 else 0
 
     def write_log(self, done, values, stays=False):
         """Append one JSON object. stays: print it as a line as well"""
@@ -577,36 +566,25 @@ def variable(name, kind=natural, default="0"):
     try:
         return kind(text)
     except (ValueError, argparse.ArgumentTypeError) as error:
-        raise dq.UserError(f"the environment variable {name} is {text!r} ({error}); torchrun sets it, and for a single "
-                           "process it can be unset") from None
-
-
-def torchrun_job():
-    """-> world size, local rank; 1, 0 without torchrun. UserError if its environment variables make no sense."""
-    world = variable("WORLD_SIZE", positive, "1")
-    if world > 1:
-        missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
-        dq.require(not missing, f"WORLD_SIZE is {world}, but there is no {', '.join(missing)}: torchrun sets all of "
-                   "them; for a single process unset WORLD_SIZE")
-        variable("RANK", number(int, 0, below=world))
-        variable("MASTER_PORT", number(int, 1, below=65536))
-    return world, variable("LOCAL_RANK")
+        raise dq.UserError(f"the environment variable {name} is {text!r} ({error}); torchrun sets it; for a single "
+                           "process unset WORLD_SIZE and all that torchrun sets") from None
 
 
 def join(world, device):
+    """Join the other processes of a torchrun job. UserError if its variables make no sense, or a process is missing."""
+    variable("RANK", number(int, 0, below=world), "")
+    variable("MASTER_PORT", number(int, 1, below=65536), "")
     backend, how = ("nccl", dict(device_id=device)) if device.type == "cuda" else ("gloo", {})
     try:
         dist.init_process_group(backend, **how)                              # barriers then know their device
-    except Exception as error:                                               # a port in use, no network
-        address = ":".join(os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT"))
-        raise dq.UserError(f"could not join the {world} processes at {address} ({first_line(error)})") from None
+    except Exception as error:                                               # no MASTER_ADDR, a port in use, no network
+        raise dq.UserError(f"could not join the {world} processes of this job ({first_line(error)})") from None
 
 
 def distribute(model):
     """Wrap the forward pass in DistributedDataParallel: backward then averages the gradients over the ranks."""
     if dq.rank_world()[1] == 1:
         return model
+    warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)  # not all versions know its new name
     # the buffers (codebook, batch norm) are equal on all ranks without help
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)                       # the argument's new name is too new
-        return DistributedDataParallel(model, broadcast_buffers=False)
+    return DistributedDataParallel(model, broadcast_buffers=False)

@@ -373,12 +373,13 @@ def loader(data, workers, **how):
         if data.kept and multiprocessing.get_start_method() != "fork":
             workers = 0                                                      # each would get a copy of all images
     return Loader(data, num_workers=workers, worker_init_fn=leave_signals_to_the_parent, collate_fn=Loader.collate,
-                  timeout=600 if workers else 0, **how)
+                  generator=torch.Generator(), timeout=600 if workers else 0, **how)  # draws none of the run's numbers
 
 
 def leave_signals_to_the_parent(worker):
     """A signal that is sent to all processes of a run reaches the loaders too. The parent still needs them, so they
     ignore the first one, and the second one takes effect."""
+    signal.set_wakeup_fd(-1)                                                 # else the parent hears a loader's signals
     for number in SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:                       # as under nohup
             signal.signal(number, lambda number, frame: signal.signal(number, signal.SIG_DFL))

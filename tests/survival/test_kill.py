@@ -123,10 +123,10 @@ def test_a_step_that_ends_is_waited_for(monkeypatch):
 
 def test_a_signal_for_a_loader_is_not_one_for_the_run(monkeypatch):
     ended = []
-    monkeypatch.setattr(common.os, "_exit", ended.append)
     with common.Stop(torch.device("cpu"), patience=0.1) as stop:
         child = multiprocessing.get_context("fork").Process(target=loader_that_is_hit, args=(signal.SIGTERM, 1))
         child.start()
+        monkeypatch.setattr(common.os, "_exit", ended.append)                # not in the child, which ends by it
         child.join(60)
         time.sleep(0.4)
         assert stop.number == 0 and not ended
