@@ -69,7 +69,7 @@ PRESETS = {
                   replace(FOLDER, steps=20_000, batch_size=64, eval_every=1000)),
     "folder256": (dq.VAEConfig(size=256, factors=(16, 8), **WIDE),
                   replace(FOLDER, steps=8000, batch_size=32, eval_every=1000)),
-    # a few thousand pictures in 40 codes each: what assets/emoji64.pt was made with
+    # a few thousand pictures in 40 codes each: the recipe of assets/emoji64.pt, see assets/README.md
     "emoji64": (dq.VAEConfig(size=64, factors=(16, 8), codebook_size=1024, channels=128, multipliers=(1, 2, 4, 4),
                              attention_from=8),
                 VAESchedule(steps=8000, batch_size=32, lr=1e-3, clip=0.0)),
@@ -222,23 +222,6 @@ def auc(score, truth):
     return ((below + not_above).sum() / (2 * len(detailed) * len(smooth))).item()
 
 
-def ssim(x, y):
-    """Structural similarity of images (B, 3, S, S) in [-1, 1] -> (B,), the mean over channels and pixels.
-
-    Wang et al., "Image Quality Assessment: From Error Visibility to Structural Similarity", 2004:
-    Gaussian window of 11 pixels and deviation 1.5, constants (0.01 R)^2 and (0.03 R)^2 for range R, here 1.
-    """
-    side = min(11, x.shape[-1] - 1 + x.shape[-1] % 2)                        # smaller images: the largest odd window
-    line = torch.exp(-0.5 * ((torch.arange(side, device=x.device) - side // 2) / 1.5) ** 2)
-    window = (line[:, None] * line).div(line.sum() ** 2).expand(3, 1, side, side)
-    x, y = (x + 1) / 2, (y + 1) / 2                                          # black must be 0, as means are divided
-    mx, my, xx, yy, xy = (F.conv2d(z, window, groups=3) for z in (x, y, x * x, y * y, x * y))  # B, 3, S - 10, S - 10
-    c1, c2 = 0.01 ** 2, 0.03 ** 2
-    means = (2 * mx * my + c1) / (mx ** 2 + my ** 2 + c1)                    # B, 3, S - 10, S - 10
-    structure = (2 * (xy - mx * my) + c2) / (xx - mx ** 2 + yy - my ** 2 + c2)  # B, 3, S - 10, S - 10
-    return (means * structure).mean(dim=(1, 2, 3))
-
-
 @torch.no_grad()
 def evaluate(model, images, detailed, autocast, perceptual=None, batch_size=64):
     """Validation images (M, 3, S, S) -> metrics, reconstructions (M, 3, S, S), grains (M, h, w), on the CPU.
@@ -253,10 +236,10 @@ def evaluate(model, images, detailed, autocast, perceptual=None, batch_size=64):
             score = model.router.score(x, out.maps).float()                  # B, h, w
             lpips = [perceptual(x, y)] if perceptual else []                 # B
         l1, l2 = (y - x).abs().mean(dim=(1, 2, 3)), (y - x).square().mean(dim=(1, 2, 3))  # B; B
-        rows = [y, out.codes, out.grains, model.cell_weight(out.gate), score, ssim(y, x), l1, l2, *lpips]
+        rows = [y, out.codes, out.grains, model.cell_weight(out.gate), score, l1, l2, *lpips]
         parts.append([each.cpu() for each in rows])
     model.train()
-    y, codes, grains, weight, score, similarity, l1, l2, *lpips = map(torch.cat, zip(*parts))  # codes, weight: M, H, W
+    y, codes, grains, weight, score, l1, l2, *lpips = map(torch.cat, zip(*parts))  # codes, weight: M, H, W
 
     config, K = model.config, len(model.config.factors)
     n_codes = weight.sum(dim=(1, 2)).mean().item()                           # every code counts once
@@ -267,7 +250,7 @@ def evaluate(model, images, detailed, autocast, perceptual=None, batch_size=64):
     rounding = (2 / 255) ** 2 / 12                                           # of 8 bits: no reconstruction is better
     metrics = dict(
         psnr=(10 * torch.log10(4 / l2.clamp(min=rounding))).mean().item(),
-        ssim=similarity.mean().item(), l1=l1.mean().item(), l2=l2.mean().item(),
+        l1=l1.mean().item(), l2=l2.mean().item(),
         codes_per_image=n_codes, bits_per_pixel=bits / config.size ** 2,
         share=[round((grains == k).float().mean().item(), 4) for k in range(K)],
         perplexity=torch.exp(-(p * (p + 1e-12).log()).sum()).item(), codebook_used=(use > 0).float().mean().item())

@@ -4,7 +4,7 @@
     adaptive_weight, backward        test_adaptive_weight_is_the_ratio_of_gradients_at_the_last_layer and two more
     Discriminator, hinge_loss        test_discriminator_is_the_usual_patchgan and three more
     BatchNorm                        test_batch_norm_of_two_processes_is_that_of_one, survival/test_processes.py
-    auc, ssim, evaluate              test_auc_equals_counting_pairs, test_ssim_..., test_evaluation_of_a_dq_vae
+    auc, evaluate                    test_auc_equals_counting_pairs, test_evaluation_of_a_dq_vae
     show                             test_the_picture_shows_originals_first
     validation_images                test_regions_with_a_tenth_of_detail_are_detailed, test_all_classes_are_evaluated
     calibrate                        test_routers.py
@@ -252,27 +252,6 @@ def test_auc_equals_counting_pairs():
     score, truth = torch.randint(0, 6, (7, 4)).float(), torch.rand(7, 4) < 0.4
     pairs = [(a > b) + 0.5 * (a == b) for a in score[truth].tolist() for b in score[~truth].tolist()]
     assert train_vae.auc(score, truth) == pytest.approx(sum(pairs) / len(pairs))
-
-
-def test_ssim_is_the_published_formula():
-    x = torch.rand(2, 3, 13, 13) * 2 - 1
-    y = (x + 0.3 * torch.randn(x.shape)).clamp(-1, 1)
-    g = np.exp(-0.5 * ((np.arange(11) - 5) / 1.5) ** 2)
-    window = np.outer(g, g) / g.sum() ** 2
-    for b in range(2):
-        values = []
-        for c in range(3):
-            u, v = (t[b, c].double().numpy() * 127.5 + 127.5 for t in (x, y))  # as the paper has it: 0 to 255
-            for r in range(3):
-                for s in range(3):
-                    p, q = u[r:r + 11, s:s + 11], v[r:r + 11, s:s + 11]
-                    mp, mq = (window * p).sum(), (window * q).sum()
-                    vp, vq = (window * (p - mp) ** 2).sum(), (window * (q - mq) ** 2).sum()
-                    cov = (window * (p - mp) * (q - mq)).sum()
-                    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-                    values.append((2 * mp * mq + c1) * (2 * cov + c2) / ((mp ** 2 + mq ** 2 + c1) * (vp + vq + c2)))
-        assert train_vae.ssim(x, y)[b].item() == pytest.approx(np.mean(values), abs=1e-4)
-    assert train_vae.ssim(x, x).tolist() == pytest.approx([1, 1])
 
 
 def test_evaluation_of_a_dq_vae():
