@@ -59,9 +59,8 @@ class ToyShapes(Dataset):
         return self.n
 
     def _draw(self, i):
-        """Everything random in image i: signed distance to the shape's edge (S, S), negative inside; coordinates
-        relative to the shape's centre, x and y; the two background colours and the direction of their gradient; the
-        texture's rotation and kind; its inks."""
+        """Signed distance to the shape's edge (S, S), negative inside; x and y from the shape's centre; two background
+        colours and the direction of their gradient; the texture's rotation, kind and inks."""
         rng = dq.numpy_rng(self.seed, i % self.n)
         r = rng.choice([0.6, 0.675, 0.75])
         x, y = self.x - rng.integers(-2, 3) / 8, self.y - rng.integers(-2, 3) / 8  # on a coarse grid: easier to encode
@@ -152,6 +151,7 @@ def open_data(folder, size, augment=False, seed=0, skip=None, flip=True, held_ou
 
     def labelled(files):
         return [(file.name, label.get(class_of(file), -1), file.size) for file in files]
+
     classes = sorted({class_of(file) for file in files if "/" in file.name})
     label = {name: i for i, name in enumerate(classes)} if len(classes) > 1 else {}
     train, val = split(labelled(files))
@@ -301,9 +301,8 @@ class ImageFolder(Dataset):
 
     self[i] -> image (3, S, S) in [-1, 1], label. An image that can't be decoded is black and has the label BROKEN.
 
-    augment: random crops and flips. i may exceed the length: i // len(self) is the epoch, and (seed, i) determines the
-    crop and the flip. A file that can't be decoded is replaced by another one of the epoch, drawn by (seed, i): none is
-    favoured, and a resumed run sees the same images.
+    augment: random crops and flips, and another image in place of one that can't be decoded. (seed, i) determines all
+    three, so a resumed run sees the same images. i may exceed the length: i // len(self) is the epoch.
     kept: {name: strip} of all images, as of `decode_all`; without it each image is decoded whenever it is needed.
     """
 
@@ -426,8 +425,8 @@ def identity(data):
     if isinstance(data, ToyShapes):
         return "the toy shapes"
     files = "\n".join(f"{name} {size}" for (name, _), size in zip(data.files, data.files.sizes))
-    return (f"{len(data)} files (checksum of their names and sizes "
-            f"{zlib.crc32(files.encode(errors='surrogateescape')):08x})")
+    checksum = zlib.crc32(files.encode(errors="surrogateescape"))
+    return f"{len(data)} files (checksum of their names and sizes {checksum:08x})"
 
 
 def image_sizes(root, names, n=64):
