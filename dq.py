@@ -555,8 +555,7 @@ class Layout(nn.Module):
         known = torch.full((len(pos), self.n_regions + 1), -1, device=pos.device)
         return known.scatter(1, self.region[pos], self.grain[pos])[:, :-1]   # EOS ids write to a spare column
 
-    def lengths(self, pos):
-        """Number of pairs, with the last EOS. pos (B, L) -> (B,)"""
+    def lengths(self, pos):                                                  # (B, L) -> (B,): pairs, with the last EOS
         return (pos != self.end).sum(1) + 1
 
     def legal(self, prev, grains):

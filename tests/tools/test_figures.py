@@ -4,6 +4,7 @@ import io
 import json
 import math
 import re
+import shutil
 import sys
 from dataclasses import asdict
 from types import SimpleNamespace
@@ -430,7 +431,9 @@ def test_samples_are_shown_beside_their_neighbours(images, tmp_path, capsys):
     w, h = Image.open(tmp_path / "neighbours.png").size
     assert (w, h) == (3 * 130 - 2, 4 * 144 - 2)                              # tiles of 128, 2 apart, lines of 14
     assert call("neighbours", path, "--data", images, "--n", 5, "--columns", 3).startswith("error: --n 5 is not a")
-    assert call("neighbours", path, "--data", images, "--held-out", images, "--n", 6, "--columns", 3) is None
+    shutil.copytree(images, tmp_path / "others")
+    flags = ["--data", images, "--held-out", tmp_path / "others", "--n", 6, "--columns", 3]
+    assert call("neighbours", path, *flags) is None
     assert "48 training images" in (told := capsys.readouterr().out) and "48 held-out images" in told
 
 
