@@ -12,11 +12,11 @@ with Dynamic Vector Quantization", CVPR 2023 (arXiv 2305.11718). The file follow
     8  checkpoints                    atomic writes, safe loading
     9  several processes              helpers for distributed training; skip them on a first reading
 
-Notation, the same everywhere:
+Notation used throughout:
     B batch size   K granularities, k = 0 the coarsest   N regions = cells of the coarsest grid, h x w
     s_k codes per region at granularity k (1, 4, 16)   H x W the finest grid   S image side
     Z encoder channels   D code dimension   V codebook size   P position ids   L sequence length   C transformer width
-    d channels per attention head   M length of a KV cache   -1 "none": no label, the start, the content of an EOS
+    d channels per attention head   M length of a KV cache   -1 marks "none": no label, start, EOS content
     grains (B, h, w) granularity of each region   codes (B, H, W) codebook ids on the finest grid, coarse ones repeated
 """
 import itertools
@@ -81,7 +81,7 @@ class VAEConfig:
         require(self.channels % 32 == self.width % 32 == 0, "channels and width must be multiples of 32, for GroupNorm")
         # in a map of 1 x 1, a group with a single channel has no variance
         fewest = min(self.channels, *map(self.level_width, range(self.factors[0].bit_length())[-2:]))
-        require(self.size > self.factors[0] or fewest > 32, "a single region needs more than 32 channels per level")
+        require(self.size > self.factors[0] or fewest > 32, "an image of one region needs more than 32 channels")
 
     def level_width(self, level):                                            # channels at downsampling factor 2**level
         return self.width * self.multipliers[min(level, len(self.multipliers) - 1)]
@@ -107,7 +107,7 @@ class TransformerConfig:
         self.factors, self.classes = tuple(self.factors), tuple(self.classes)
         check_factors(self.size, self.factors)
         unit = self.heads * (4 if self.rotary else 1)
-        require(unit > 0 and self.width % unit == 0, f"width {self.width} must be divisible by {unit}, for its heads")
+        require(unit > 0 and self.width % unit == 0, f"width {self.width} must be a multiple of {unit}, for its heads")
 
 
 # ---- 2  Dynamic grained coding (the paper's "Dynamic Grained Coding" and "budget loss") --------
@@ -143,11 +143,11 @@ class GrainRouter(nn.Module):
         return sum(k * p[:, k] for k in range(p.shape[1]))                   # B, h, w
 
     def forward(self, x, maps, noise=1.0):
-        """In training the gate is a hard Gumbel-softmax sample with noise scaled by `noise`, in evaluation the argmax.
+        """In training, the gate is a hard Gumbel-softmax sample with scaled noise. In evaluation it is the argmax.
         Why it learns: the gate multiplies the maps (DQVAE.mix), so the cost c_k = d loss / d gate_k is the effect on
         the loss of moving a region towards granularity k. The backward pass uses p, the softmax of the noisy logits
-        (straight-through): d loss / d logit_k = p_k (c_k - sum_j p_j c_j), which makes what costs less than average
-        more likely. Unless the noise is annealed to zero (gumbel_scale), the argmax may miss the budget."""
+        (straight-through): d loss / d logit_k = p_k (c_k - sum_j p_j c_j), so granularities of below-average cost
+        become more likely. Unless the noise is annealed to zero (gumbel_scale), the argmax may miss the budget."""
         logits = self.logits(maps)                                           # B, K, h, w
         if not self.training:
             return one_hot(logits.argmax(dim=1), logits.shape[1])
@@ -158,7 +158,7 @@ class GrainRouter(nn.Module):
 
 
 def gumbel_scale(step, steps):
-    """1 in the first half of training, then a linear decay to 0 at 90 %: the gate explores, then learns its argmax."""
+    """1 in the first half of training, then a linear decay to 0 at 90 %: the gate explores, then trains its argmax."""
     return min(1.0, max(0.0, (0.9 - step / steps) / 0.4))
 
 
@@ -196,7 +196,7 @@ class EntropyRouter(ThresholdRouter):
 
     def score(self, x, maps=None):
         """x: (B, 3, S, S) in [-1, 1] -> entropy of each region in nats (B, h, w). Grey is 0.2989 red + 0.5870 green +
-        0.1140 blue. The histogram has 32 soft bins, Gaussians around linspace(-1, 1, 32) with deviation 0.01."""
+        0.1140 blue. The histogram has 32 soft bins, Gaussians around linspace(-1, 1, 32), standard deviation 0.01."""
         red, green, blue = x.float().split(1, dim=1)                         # each B, 1, S, S
         grey = 0.2989 * red + 0.5870 * green + 0.1140 * blue
         pixels = F.unfold(grey, self.factor, stride=self.factor)             # B, F F, N for regions of F x F pixels
@@ -207,11 +207,11 @@ class EntropyRouter(ThresholdRouter):
         return entropy.view(-1, x.shape[2] // self.factor, x.shape[3] // self.factor)  # B, h, w
 
     def calibrate(self, ratios, images):
-        """Set the thresholds to quantiles over batches of training images (B, 3, S, S). Ties become coarse."""
+        """Set the thresholds to quantiles over batches of training images (B, 3, S, S). Ties get the coarser one."""
         scores = torch.cat([self.score(x).flatten() for x in images])
         cuts = np.cumsum(ratios)[:-1].clip(0, 1)                             # K - 1
         levels = np.quantile(scores.cpu().numpy().astype(float), cuts)
-        levels = np.where(cuts < 1e-6, -1, np.where(cuts > 1 - 1e-6, 1e3, levels))  # none, or all, are coarser
+        levels = np.where(cuts < 1e-6, -1, np.where(cuts > 1 - 1e-6, 1e3, levels))  # extreme ratios
         self.thresholds.copy_(torch.from_numpy(levels.astype(np.float32)))
 
 
@@ -241,7 +241,7 @@ def straight_through(z, q):
 class Codebook(nn.Module):
     """Vector quantization with one codebook for all granularities, trained by exponential moving averages (EMA).
     forward(z (B, D, H, W), weight (B, H, W)) -> quantised z (B, D, H, W), ids (B, H, W), commitment loss. `weight`
-    makes every *code* count once: a coarse code that is repeated over 4 cells gives each of them 1/4.
+    makes every *code* count once: each cell of a coarse code that covers 4 cells has weight 1/4.
     A training step restarts dead entries, assigns vectors to entries, and updates the entries. At the start every entry
     is dead, so the first restart is also the data-dependent initialisation."""
     def __init__(self, size, dim, decay=0.99, commitment=0.25, dead_below=0.1):
@@ -276,8 +276,8 @@ class Codebook(nn.Module):
     @torch.no_grad()
     def update(self, z, weight, ids):
         """EMA update (online k-means): every entry becomes sums / uses, the moving average of its assigned vectors.
-        The encoder changes quickly at first, so the average starts short: decay n / (9 + n) in batch n, capped at
-        self.decay. First, `age` increases by 1. z: (n, D); weight, ids: (n,)"""
+        The encoder changes quickly at first, so the averaging window starts short: decay n / (9 + n) in batch n, up
+        to self.decay. First, `age` increases by 1. z: (n, D); weight, ids: (n,)"""
         self.age += 1
         decay = (self.age / (9 + self.age)).clamp(max=self.decay)
         uses = torch.zeros_like(self.uses).index_add_(0, ids, weight)        # V
@@ -288,9 +288,9 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def restart(self, z, weight):
-        """Move dead entries, used less than dead_below times the mean (the batch's weight / V), to vectors of the batch
-        that are sampled in proportion to weight, plus noise of 1 % of the standard deviation per dimension. Their usage
-        is set to the mean. z: (n, D); weight: (n,)"""
+        """Entries are dead if their usage is below dead_below times the mean (batch weight / V). They are replaced by
+        vectors of the batch, sampled by weight, plus noise of 1 % of the standard deviation per dimension. Their
+        usage becomes the mean. z: (n, D); weight: (n,)"""
         mean_uses = all_reduce_sum(weight.sum()) / len(self.uses)
         dead = self.uses < self.dead_below * mean_uses                       # V
         vectors = sample_vectors(z, weight, len(self.uses))                  # up to V, D
@@ -421,7 +421,7 @@ class VAEOutput(NamedTuple):
     grains: torch.Tensor                 # B, h, w
     gate: torch.Tensor                   # B, K, h, w
     commitment: torch.Tensor             # scalar
-    maps: list                           # the encoder's, K x (B, Z, H_k, W_k)
+    maps: list                           # K encoder feature maps (B, Z, H_k, W_k)
 
 
 class DQVAE(nn.Module):
@@ -471,14 +471,14 @@ class DQVAE(nn.Module):
 # ---- 5  Sequences (the paper's stage 2: coarse to fine, position and content) ------------------
 
 def none_last(ids, n):
-    """Row numbers of a table with n rows and, after them, a row for "none": -1 becomes n."""
+    """Map -1 to n, the row for "none" in a table of n + 1 rows."""
     return ids % (n + 1)
 
 
 class Layout(nn.Module):
     """Converts between (codes, grains) and the sequence of (position, content) pairs of an image.
-    Granularity k owns the position ids  offset_k + i  for cell i of its own grid, in raster order over the whole grid
-    (as the authors number them), and then one EOS id. The ids of the next granularity follow. An id therefore
+    Cell i of granularity k has the position id  offset_k + i. Cells are counted in raster order over the whole grid
+    (as the authors number them). One EOS id follows, then the ids of the next granularity. An id therefore
     determines granularity, location and order, and the sequence of an image is its codes *sorted by id*, with every EOS
     id in its place: coarse codes first, each granularity row by row. The content of an EOS is -1. Sequences are padded
     with the last EOS: nothing else is valid after it, so padding has probability 1 and adds nothing to the loss.
@@ -512,8 +512,8 @@ class Layout(nn.Module):
 
         grain = torch.zeros(P, dtype=torch.long)                             # granularity of an id
         region = torch.full((P,), N)                                         # its region; N for an EOS
-        first_id = torch.arange(P)                                           # the first id of its region
-        # row and column of a code's centre in cells of the finest grid; (0, 0) for an EOS and in row P, the start (-1)
+        first_id = torch.arange(P)                                           # first id of its region, same granularity
+        # row and column of a code's centre in cells of the finest grid; (0, 0) for EOS ids and for the start (row P)
         coordinates = torch.zeros(P + 1, 2)
         for k, side in enumerate(self.sides):
             c, cells, first = side // self.side, torch.arange(side ** 2), self.offsets[k]
@@ -555,20 +555,20 @@ class Layout(nn.Module):
         known = torch.full((len(pos), self.n_regions + 1), -1, device=pos.device)
         return known.scatter(1, self.region[pos], self.grain[pos])[:, :-1]   # EOS ids write to a spare column
 
-    def lengths(self, pos):                                                  # (B, L) -> (B,): pairs, with the last EOS
+    def lengths(self, pos):                                                  # (B, L) -> (B,): pairs up to the last EOS
         return (pos != self.end).sum(1) + 1
 
     def legal(self, prev, grains):
         """The mask of valid next position ids. (tests/naive.py has the same rules as a loop.) prev: (B,) or (B, L) ids,
         -1 at the start; grains: (B, N) granularities known so far, -1 elsewhere -> (B, P) or (B, L, P), bool.
-        Candidates lie after prev, in the granularity that is being written. A region is open once its first cell is
-        written; its other cells are then pending. Valid are the first cells of uncovered regions that come before the
-        next pending cell, and that cell. If none is pending, the EOS is valid too. The finest granularity may leave no
-        hole: there only the first candidate is valid. In the class's example:
+        Candidates are the ids after prev in the granularity that is being written. Writing a region's first cell opens
+        it; its other cells are then pending, and must follow in order. The valid ids are the next pending cell and,
+        before it, the first cell of every uncovered region. If no cell is pending, the EOS is valid too. The finest
+        granularity may leave no hole: there the first pending or opening id is the only one. In the class's example:
             prev  -1 -> 0 1 2 3 4      0 -> 1 2 3 4      3 -> 4        coarse codes may skip regions
             prev   4 -> 7     (the first hole)           7 -> 8        8 -> 11 (pending)      12 -> 21
-        Training calls this with the *final* grains and gets the same mask for all steps at once: regions that are not
-        open yet and turn out finer count as uncovered, and coarser ones were covered before."""
+        Training calls this with the *final* grains and gets the same mask, for all steps at once: a region that is not
+        open yet counts as uncovered, whether its final granularity is this one or a finer one."""
         following = (prev + 1).clamp(max=self.end)[..., None]                # B, (L,) 1: the id after prev
         covered_by = F.pad(none_last(grains, self.n_grains), (0, 1), value=self.n_grains)  # B, N + 1; K: by nothing
         covered_by = covered_by.gather(1, self.region.expand(len(grains), -1))  # B, P
@@ -576,7 +576,7 @@ class Layout(nn.Module):
         candidate = (self.ids >= following) & (self.grain == self.grain[following])  # B, (L,) P
         pending = candidate & (covered_by == self.grain) & (self.first_id < following)
         opening = candidate & (covered_by >= self.grain) & self.opens        # the last of these is the EOS
-        must_take = pending | opening & self.finest                          # cannot be skipped
+        must_take = pending | (opening & self.finest)                         # cannot be skipped
         limit = torch.where(must_take, self.ids, self.end).amin(-1, keepdim=True)  # B, (L,) 1: the first of those
         return (pending | opening) & (self.ids <= limit)
 
@@ -585,7 +585,7 @@ class Layout(nn.Module):
 
 def attention(q, k, v, mask=None, dropout=0.0):
     """softmax(q k^T / sqrt(d) + mask) v; causal when there is no mask. q: (B, heads, L, d); k, v: (B, heads, M, d)"""
-    if q.is_cuda:                                                            # on CPUs, training with it is half as fast
+    if q.is_cuda:                                                            # on CPUs it halves the training speed
         return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None)  # B, heads, L, d
     if mask is None:
         mask = torch.full((q.shape[2], k.shape[2]), -math.inf, dtype=q.dtype, device=q.device).triu(1)  # L, M
@@ -596,7 +596,7 @@ def attention(q, k, v, mask=None, dropout=0.0):
 def rope_table(coordinates, d):
     """2-D rotary position embedding (RoPE; Su et al., "RoFormer", 2021): (n, 2) -> cosines and signed sines (n, 2, d).
     Half of the channel pairs rotate with the row, half with the column, at frequencies from 1 to 1/10, because grids of
-    codes are small. Then q . k depends on the offset of two codes in the image. (0, 0) is not rotated."""
+    codes are small. Then q . k depends on positions only through their difference. (0, 0) is not rotated."""
     frequency = 10.0 ** -(torch.arange(d // 4) / (d // 4))                   # d/4
     angle = (coordinates[:, :, None] * frequency).flatten(1)                 # n, d/2: by the row, by the column
     return torch.stack([angle.cos().repeat(1, 2), torch.cat([-angle.sin(), angle.sin()], dim=1)], dim=1)
@@ -636,19 +636,19 @@ class Block(nn.Module):
         return x + self.drop(self.down(F.gelu(self.up(self.norm2(x)))))
 
     def step(self, x, rope, cache, at, mask):
-        """One token per row: (B, 1, C) -> (B, 1, C). cache (2, B, heads, M, d) holds the keys and values so far; those
-        of x are written into it at `at`, rows (B,) and steps (B,). mask (B, heads, 1, M): -inf where not to attend"""
+        """One token per row: (B, 1, C) -> (B, 1, C). cache (2, B, heads, M, d) holds keys and values; those of x
+        go to `at` = (rows (B,), steps (B,)). mask (B, heads, 1, M): -inf at masked entries"""
         qkv = self.queries_keys_values(x, rope)                              # B, 1, 3, heads, d
-        cache[:, at[0], :, at[1]] = qkv[:, 0, 1:]                            # B, 2, heads, d: indexed dimensions lead
+        cache[:, at[0], :, at[1]] = qkv[:, 0, 1:]                            # B, 2, heads, d: indexed ones come first
         y = attention(qkv[:, :, 0].transpose(1, 2), *cache, mask)            # B, heads, 1, d
         x = torch.addmm(x[:, 0], y.flatten(1), self.proj.weight.t())         # B, C: x + proj(y) by one kernel
         return torch.addmm(x, F.gelu(self.up(self.norm2(x))), self.down.weight.t())[:, None]  # B, 1, C
 
 
 class DQTransformer(nn.Module):
-    """p(image) = prod_t p(pos_t | pairs before) p(code_t | pairs before, pos_t): one stack predicts the position, and
-    a second one on top of it the content, which depends on location and size. Every factor is normalised over the valid
-    choices, and every valid sequence ends in a complete tiling, so the product is normalised over images."""
+    """p(image) = prod_t p(pos_t | pairs before) p(code_t | pairs before, pos_t): one stack predicts the position.
+    A second one on top of it predicts the content, which depends on location and size. Every conditional is normalised
+    over the valid choices, and every valid sequence ends in a complete tiling, so the product is normalised too."""
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -678,7 +678,7 @@ class DQTransformer(nn.Module):
 
     def rope_of(self, queries, keys):
         """RoPE tables for queries and keys at these position ids (B, L), -1 for the start -> (B, L, 3, 1, 2, d)."""
-        if self.config.rotary:                                               # v: as the start, which rotates nothing
+        if self.config.rotary:                                               # v: id -1, rotated by the identity
             ids = torch.stack([queries, keys, torch.full_like(keys, -1)], dim=-1)  # B, L, 3
             return self.rope[ids][:, :, :, None]                             # B, L, 3, 1, 2, d
 
@@ -699,8 +699,8 @@ class DQTransformer(nn.Module):
             h = block(h, rope)                                               # B, L, C
         legal = self.layout.legal(prev, self.layout.grains(pos))             # B, L, P
         position_logits = self.position_head(self.position_norm(h)).float()  # B, L, P
-        h = h + self.position(pos)                                           # add the chosen position: from here on
-        rope = self.rope_of(pos, prev)                                       # queries use it, keys the pair before
+        h = h + self.position(pos)                                           # h now includes the chosen position;
+        rope = self.rope_of(pos, prev)                                       # queries rotate by it, keys by their pair
         for block in self.content_stack:
             h = block(h, rope)
         content_logits = self.content_head(self.content_norm(h)).float()     # B, L, V
@@ -708,7 +708,7 @@ class DQTransformer(nn.Module):
 
     def forward(self, pos, code, label=None):
         """-> {"position": (B,), "content": (B,)}: negative log-likelihoods of the images, in nats.
-        A position costs nothing where only one id is valid, a content nothing at an EOS."""
+        Positions with a single valid id and contents of EOS contribute 0."""
         position, content = self.logits(pos, code, label)
         nll = dict(position=F.cross_entropy(position.flatten(0, 1), pos.flatten(), reduction="none"),  # B L
                    content=F.cross_entropy(content.flatten(0, 1), code.flatten(), reduction="none", ignore_index=-1))
@@ -732,7 +732,7 @@ class SampleOptions(NamedTuple):
 
 
 def apply_guidance(logits, options, B):
-    """Logits of B conditional rows and, with guidance, B unconditional ones, (R, n) -> (B, n), over temperature."""
+    """Logits (R, n) of B conditional rows and, with guidance, B unconditional ones -> (B, n), over temperature."""
     logits = logits.float()
     if len(logits) > B:
         labelled, unlabelled = logits.chunk(2)
@@ -741,8 +741,8 @@ def apply_guidance(logits, options, B):
 
 
 def filter_logits(logits, top_k, top_p):
-    """Keep the top k (ties included), then the nucleus, the fewest of these that reach p after renormalising; all other
-    entries become -inf. logits: (B, V)"""
+    """Top-k filtering (ties are kept), then top-p (nucleus) filtering of the renormalised rest: the fewest entries that
+    reach p are kept, all others become -inf. logits: (B, V)"""
     if 0 < top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
     if top_p < 1:
@@ -762,8 +762,8 @@ def draw(logits, u):
 
 @torch.no_grad()
 def generate_one(model, label=-1, options=SampleOptions(), seed=0, index=0):
-    """The simplest sampler: one image and no cache, so every step reads the whole sequence again. label: class, -1 for
-    none -> pos, code (L,), up to and including the last EOS: image `index` of `generate`. For models in eval mode."""
+    """The simplest sampler: one image and no cache, so every step reads the whole sequence again. label: class, or -1.
+    Returns pos and code (L,), up to and including the last EOS: those of image `index` of `generate`, in eval mode."""
     layout, device = model.layout, model.order.weight.device
     labels = torch.tensor([label] if options.cfg == 1 else [label, -1], device=device)  # R = 1, or 2 with guidance
     u = torch.from_numpy(1 - numpy_rng(seed, index).random((layout.max_len, 2), np.float32)).to(device)  # L, 2
@@ -781,12 +781,12 @@ def generate_one(model, label=-1, options=SampleOptions(), seed=0, index=0):
             return pos[0], code[0]
 
 
-# The same for many images, fast: continuous batching with a KV cache. B slots (batch rows) decode one pair per step; a
-# slot whose image is complete starts the next one, so that the cost follows the mean length.
+# Fast sampling of many images: continuous batching with a KV cache. B slots (batch rows) decode one pair per step. A
+# slot whose image is complete starts the next one, so the cost scales with the mean length.
 
 class Job(NamedTuple):
     """The constant inputs of a sampling run for n images. Row n is a dummy for idle slots."""
-    condition: torch.Tensor              # n + 1, 1 or, with guidance, 2: rows of the condition embedding
+    condition: torch.Tensor              # (n + 1, 1), or (n + 1, 2) with guidance: rows of the embedding
     uniform: torch.Tensor                # n + 1, L, 2: random numbers for position and content
     given: torch.Tensor                  # n + 1, L, 2: position and content, -1 where they are sampled; or None
     options: SampleOptions
@@ -883,7 +883,7 @@ def check_given(model, pos, code):
     """UserError unless the given pairs (n, L) begin with a valid prefix, and their contents are in the codebook."""
     layout, V = model.layout, model.config.codebook_size
     in_range = -1 <= pos.min() and pos.max() <= layout.end and -1 <= code.min() and code.max() < V
-    require(in_range, f"given positions must be below {layout.n_positions}, contents below {V}")
+    require(in_range, f"given positions must be below {layout.n_positions} and contents below {V} (-1: sampled)")
     for pos in pos.unique(dim=0).split(8):                                   # the mask takes much memory
         known = pos >= 0
         require((known.int().diff(dim=1) <= 0).all(), "given positions must form a prefix of the sequence")
@@ -896,13 +896,13 @@ def generate(model, label, options=SampleOptions(), seed=0, given=None, slots=No
              sync_every=None, compile=False, progress=None):
     """Sample images. label: (n,) classes, -1 for none -> pos, code, each (n, max_len); Layout.unpack reads them. Image
     i depends on its label, the seed and first + i alone. given: optional (pos, code), each (n, max_len), -1 where it is
-    sampled; given positions must form a prefix of the sequence. slots: images that are decoded at a time (None: all).
+    sampled; given positions must form a prefix of the sequence. slots: images decoded concurrently (None: all).
     progress: called with (n_complete, pos, code) at host synchronisations, the last time with n; returning True ends
     sampling. For speed only: the cache length grows in steps of `bucket` pairs; graphs (None: on GPUs) captures a CUDA
     graph for each of these lengths; sync_every is the number of steps between host synchronisations."""
     options.check()
     n, L, device = len(label), model.layout.max_len, label.device
-    last = max(0, model.n_classes - 1)                                       # without classes, 0 is the same as none
+    last = max(0, model.n_classes - 1)                                       # without classes, 0 means no label, too
     require(((label >= -1) & (label <= last)).all(), f"labels must be -1 (none) to {last}")
     if given is not None:
         check_given(model, *given)
@@ -920,7 +920,7 @@ def generate(model, label, options=SampleOptions(), seed=0, given=None, slots=No
                 oldest, longest = torch.stack([state.image.min(), state.t.max()]).tolist()
                 if (progress and progress(oldest, state.pos, state.code)) or oldest == n:  # n: all slots are idle
                     break
-    return state.pos[:n].clone(), state.code[:n].clone()                     # normal tensors, no inference tensors
+    return state.pos[:n].clone(), state.code[:n].clone()                     # normal tensors, not inference tensors
 
 
 def plain_steps(step, model, job, state):
@@ -935,12 +935,12 @@ def plain_steps(step, model, job, state):
 
 
 def captured_steps(step, model, job, state):
-    """The same by CUDA graphs, one for each `end`. Graphs need fixed memory addresses, so the cache has full length."""
+    """Like plain_steps, by one CUDA graph per `end`. Graphs need fixed memory addresses, so a full-length cache."""
     graphs, pool, stream = {}, torch.cuda.graph_pool_handle(), torch.cuda.Stream(state.t.device)
     def take(end):
         if end in graphs:
             return graphs[end].replay()
-        step(model, job, state, end)                                         # also warms up; a capture computes nothing
+        step(model, job, state, end)                                         # and warm-up; the capture only records
         graphs[end] = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graphs[end], pool=pool, stream=stream):
             step(model, job, state, end)
@@ -1036,7 +1036,7 @@ def sample_global(fill, shape, device):
 
 
 def sample_vectors(z, weight, n):
-    """n vectors of z (m, D) of all ranks, or all, sampled without replacement by weight (m,). -> (up to n, D)"""
+    """Sample up to n vectors of z (m, D) over all ranks, by weight (m,), without replacement. -> (up to n, D)"""
     (rank, world), m = rank_world(), len(z)
     weights = torch.zeros(world, m, device=z.device)
     weights[rank] = weight.nan_to_num(1.0)                                   # a NaN is reported by the trainer
@@ -1046,5 +1046,5 @@ def sample_vectors(z, weight, n):
 
 
 def numpy_rng(*seeds):
-    """NumPy's generator for integers below 2**64, two 32-bit words each, so that no others give the same stream."""
+    """NumPy's generator for integers below 2**64, two 32-bit words each, so distinct seeds give distinct streams."""
     return np.random.default_rng([seed % 2 ** 32 for seed in seeds] + [seed >> 32 for seed in seeds])
