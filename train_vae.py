@@ -486,7 +486,8 @@ def recall(args):
 
 def encode_only(args, saved, device, autocast):
     """--encode: write codes.pt with a DQ-VAE that is already trained."""
-    vae, path = dq.load_vae(args.encode, device), args.out / "codes.pt"
+    vae = dq.rebuild(dq.DQVAE, dq.VAEConfig, saved.get("config"), saved.get("weights"), device)
+    path = args.out / "codes.pt"
     trained_on = saved.get("settings", {}).get("data")
     train, val = open_data(args.data, vae.config.size, seed=args.seed, skip=args.out, held_out=args.held_out)
     say(describe(train, val))

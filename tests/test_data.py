@@ -561,10 +561,9 @@ def test_a_huge_file_is_not_read(tmp_path, monkeypatch, capfd):
         reading.open_image(tmp_path / "images/0.png")
 
 
-def test_one_question_per_file(tmp_path, monkeypatch):
-    """A file server may take a millisecond for each, and there may be a million files."""
-    put(tmp_path, *numbered(30, "a/"), *numbered(10, "b/"))
-    asked, opened, entries = Counter(), [], os.scandir
+def replace_stat(monkeypatch, of):
+    """os.scandir's entries say of(info) where they would say `info` of a file."""
+    entries = os.scandir
 
     class Entry:
         def __init__(self, entry):
@@ -574,9 +573,15 @@ def test_one_question_per_file(tmp_path, monkeypatch):
             return getattr(self.entry, name)
 
         def stat(self):
-            asked["scan"] += 1
-            return self.entry.stat()
+            return of(self.entry.stat())
     monkeypatch.setattr(os, "scandir", lambda path: map(Entry, entries(path)))
+
+
+def test_one_question_per_file(tmp_path, monkeypatch):
+    """A file server may take a millisecond for each, and there may be a million files."""
+    put(tmp_path, *numbered(30, "a/"), *numbered(10, "b/"))
+    asked, opened = Counter(), []
+    replace_stat(monkeypatch, lambda info: (asked.update(["scan"]), info)[1])
     for name in ("stat", "lstat"):
         real = getattr(os, name)
         monkeypatch.setattr(os, name, lambda path, *args, real=real, **how: (
@@ -604,20 +609,8 @@ def test_numbers_of_files_need_not_mean_anything(links, tmp_path, monkeypatch):
     (tmp_path / "b/again.png").symlink_to(tmp_path / "a/3.png")
     for i, path in enumerate(sorted(tmp_path.rglob("*.png"))):
         os.utime(path, (i * (links - 1),) * 2)                               # with one link: the same times as well
-    entries = os.scandir
-
-    class Entry:
-        def __init__(self, entry):
-            self.entry = entry
-
-        def __getattr__(self, name):
-            return getattr(self.entry, name)
-
-        def stat(self):
-            info = self.entry.stat()
-            return SimpleNamespace(st_dev=1, st_ino=7, st_nlink=links, st_size=info.st_size,
-                                   st_mtime_ns=info.st_mtime_ns)
-    monkeypatch.setattr(os, "scandir", lambda path: map(Entry, entries(path)))
+    replace_stat(monkeypatch, lambda info: SimpleNamespace(
+        st_dev=1, st_ino=7, st_nlink=links, st_size=info.st_size, st_mtime_ns=info.st_mtime_ns))
     train, val = open_data(tmp_path, 8)
     assert names(train, val) == sorted(numbered(12, "a/") + numbered(12, "b/"))
 
