@@ -516,8 +516,8 @@ class Layout(nn.Module):
         # row and column of a code's centre in cells of the finest grid; (0, 0) for EOS ids and for the start (row P)
         coordinates = torch.zeros(P + 1, 2)
         for k, side in enumerate(self.sides):
-            c, index, first = side // self.side, torch.arange(side ** 2), self.offsets[k]
-            row, column = index // side, index % side
+            c, cells, first = side // self.side, torch.arange(side ** 2), self.offsets[k]
+            row, column = cells // side, cells % side
             grain[first:self.eos[k] + 1] = k
             region[first:self.eos[k]] = row // c * self.side + column // c  # c x c cells per region
             first_id[first:self.eos[k]] = first + row // c * c * side + column // c * c  # its top left
