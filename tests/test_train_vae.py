@@ -372,7 +372,7 @@ def test_encoding_keeps_every_image_and_its_mirror_image():
 
 def test_broken_images_have_no_codes(tmp_path, monkeypatch, capfd):
     data = spoilt_folder(tmp_path / "images", monkeypatch)
-    sound, data.augment = [i for i, (name, _) in enumerate(data.files) if not 5 <= int(name[:2]) < 15], False
+    sound, data.augment = [i for i, name in enumerate(data.names) if not 5 <= int(name[:2]) < 15], False
     model = dq.DQVAE(dq.VAEConfig(size=8, factors=(4, 2), codebook_size=8)).eval()
     model.codebook.codes.normal_()
     with common.Stop(torch.device("cpu")) as stop:
