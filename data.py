@@ -180,23 +180,23 @@ def find_images(root, skip=()):
     while todo or links:
         linked = not todo                                                    # it is a link, or a link leads to it
         entry, name = (todo or links).pop()
-        path, ending = os.path.realpath(entry) if linked else os.fspath(entry), os.path.splitext(name)[1].lower()
+        path, real = os.path.join(root, name), os.path.realpath(entry) if linked else os.fspath(entry)
         try:
             if patiently(path, entry.is_dir):
-                entries = [] if path in seen else patiently(path, lambda: list(os.scandir(path)))
-                seen.add(path)
+                entries = [] if real in seen else patiently(path, lambda: list(os.scandir(real)))
+                seen.add(real)
                 ours = name and any(each.name == "samples.json" and holds_samples(each) for each in entries)
                 for each in entries:
                     if ours or each.name.startswith(".") or each.name in NO_DATA:
                         left_out["hidden, of the system or of this project"] += 1
                     else:
                         (links if linked or each.is_symlink() else todo).append((each, posixpath.join(name, each.name)))
-            elif ending not in endings:
+            elif (ending := os.path.splitext(name)[1].lower()) not in endings:
                 left_out[ending or "without an ending"] += 1
             else:
                 info = patiently(path, entry.stat)
                 dq.require(stat.S_ISREG(info.st_mode), f"{path}: no such file")  # reading a pipe would block
-                key = (info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns) if info.st_nlink > 1 else path
+                key = (info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns) if info.st_nlink > 1 else real
                 rows.append((linked, File(name, info.st_size, key)))         # with one link, the file has one name
                 bar.update()
         except dq.UserError as error:                                        # no permission, or a link to nothing
@@ -285,8 +285,8 @@ class ImageFolder(Dataset):
 
 
 def loader(data, workers, batches=None, **how):
-    """For each list of indices: images (B, 3, S, S), labels (B,). `workers` threads load batches ahead. how: sampler and
-    batch_size, in place of the lists"""
+    """For each list of indices: images (B, 3, S, S), labels (B,). `workers` threads load batches ahead. how: `sampler`
+    and `batch_size` instead of the lists"""
     batches = batches or BatchSampler(drop_last=False, **how)
     with ThreadPool(max(1, workers)) as pool:
         results = deque()

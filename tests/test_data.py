@@ -28,7 +28,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageCms, PngImagePlugin
 
 import common
 import data as reading
@@ -419,7 +419,8 @@ def test_identity_depends_on_file_sizes(tmp_path):
 def test_identity_of_a_data_set(tmp_path):
     """It is in checkpoints, so it must not change."""
     data = ImageFolder(tmp_path, [("a/\udcff.png", 0, 5), ("b/1.png", 1, 12)], "ab", 8)
-    assert reading.identity(data) == f"2 files (checksum of their names and sizes {zlib.crc32(b'a/%c.png 5' % 255 + bytes([10]) + b'b/1.png 12'):08x})"
+    checksum = zlib.crc32(b"a/\xff.png 5\nb/1.png 12")
+    assert reading.identity(data) == f"2 files (checksum of their names and sizes {checksum:08x})"
     assert reading.identity(ToyShapes(8)) == "the toy shapes"
 
 
@@ -606,6 +607,15 @@ def test_a_huge_file_is_not_read(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(Path, "read_bytes", no_memory)
     with pytest.raises(dq.UserError, match="0.png: not enough memory"):
         reading.open_image(tmp_path / "images/0.png")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes")
+def test_a_pipe_is_not_read(tmp_path, monkeypatch):
+    """To read one would block."""
+    os.mkfifo(tmp_path / "x.png")
+    monkeypatch.setattr(Path, "read_bytes", None)
+    with pytest.raises(dq.UserError, match="x.png: not a file"):
+        reading.open_image(tmp_path / "x.png")
 
 
 def replace_stat(monkeypatch, of):
@@ -811,7 +821,7 @@ def directory(tags, start):
     head, tail = struct.pack("<H", len(tags)), b""
     for tag, kind, values in sorted(tags):
         data = struct.pack(f"<{len(values)}{ {3: 'H', 4: 'I', 8: 'h'}[kind]}", *values)
-        if len(data) > 4:                                                    # too long for the entry: it follows the directory
+        if len(data) > 4:                                                    # then the entry holds its place
             place = start + 2 + 12 * len(tags) + 4 + len(tail)
             tail += data
             data = struct.pack("<I", place)
@@ -907,6 +917,14 @@ def test_colour_profiles(profile, colour, expected, mode, tmp_path):
     assert max(abs(a - b) for a, b in zip(reading.open_image(tmp_path / "x.png").getpixel((3, 3)), expected)) <= 1
 
 
+def test_srgb_profiles_change_nothing(tmp_path):
+    """Their transform would change some colours by a rounding error."""
+    colours = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    Image.fromarray(colours).save(tmp_path / "x.png", icc_profile=profile)
+    assert np.array_equal(np.asarray(reading.open_image(tmp_path / "x.png")), colours)
+
+
 @pytest.mark.parametrize("kind", MODES)
 def test_images_of_every_mode(tmp_path, kind):
     image, name, expected = MODES[kind]
@@ -959,7 +977,7 @@ def test_resize_crop_and_flip(tmp_path):
     rising = [bool(c[0, 0, -1] > c[0, 0, 0]) for c in crops]
     assert 8 < sum(rising) < 32                                              # half of them are flipped
     assert len({round(c.mean().item(), 3) for c in crops}) > 15              # from many positions
-    noise = np.indices((64, 64)).sum(0).astype(np.uint8) % 2 * 255           # a checkerboard, which antialiasing makes grey
+    noise = np.indices((64, 64)).sum(0).astype(np.uint8) % 2 * 255           # a checkerboard, which becomes grey
     Image.fromarray(noise).save(tmp_path / "noise.png")
     small = reading.load_image(tmp_path / "noise.png", 8)
     assert small.abs().max() < 0.1
