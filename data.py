@@ -222,7 +222,7 @@ def holds_samples(path):
 
 def progress(title, items=None, total=None):
     """A progress bar for what may take long: it appears after some seconds, also in the log of a batch system."""
-    return tqdm(items, title, total, unit=" images", leave=False, delay=5, mininterval=2, disable=dq.rank_world()[0])
+    return tqdm(items, title, total, unit=" images", leave=False, delay=5, mininterval=5, disable=dq.rank_world()[0])
 
 
 def decode_all(root, files, left_out, strips, size):
