@@ -1,14 +1,14 @@
 """What the scripts do with the functions that the other files test: spies on what `main` hands on.
 
-    train_vae.main            test_images_are_dealt_by_the_seed to test_no_clip
-      the losses              test_the_loss_of_the_image, test_the_loss_of_the_codes, test_the_adversarial_loss,
-                              test_the_lesson_of_the_critic, test_parts_are_averaged
-      noise, optimisers       test_the_noise_of_the_gate_fades, test_the_optimisers_of_stage_1, test_the_clip_of_stage_1
-    train_transformer.main    test_codes_are_dealt_by_the_seed to test_evaluating_stage_2_more_often_changes_nothing
+    train_vae.main            test_batches_of_images_follow_the_seed to test_clip_0_does_not_clip
+      the losses              test_the_reconstruction_loss, test_the_commitment_and_budget_losses, test_the_adversarial_loss,
+                              test_the_discriminator_loss, test_accumulated_gradients_are_averaged
+      noise, optimisers       test_the_gate_noise_is_annealed, test_the_optimisers_of_stage_1, test_gradient_clipping_of_stage_1
+    train_transformer.main    test_batches_of_codes_follow_the_seed to test_evaluating_stage_2_more_often_changes_nothing
       the loss                test_the_gradient_of_stage_2
-    sample.main               test_what_sampling_asks_for and what follows
-    parse, override           test_every_flag_arrives, test_factors_without_ratios_have_equal_shares
-    Record                    test_what_is_logged_is_what_was_trained, test_the_end_is_saved
+    sample.main               test_flags_reach_the_sampler and what follows
+    parse, override           test_every_flag_reaches_the_run, test_factors_without_ratios_get_equal_ratios
+    Record                    test_the_logged_losses_of_stage_1, test_the_final_state_is_saved
 
 One short run of each stage is enough for most of it. Every weight of a loss is one that no other has, and is not 1.
 """
@@ -137,7 +137,7 @@ def stage_1(images, tmp_path_factory):
     return seen
 
 
-def test_images_are_dealt_by_the_seed(stage_1, images):
+def test_batches_of_images_follow_the_seed(stage_1, images):
     data = reading.open_data(images, 24, augment=True, seed=3)[0]
     for each, numbers in zip(zip(stage_1.forward[::2], stage_1.forward[1::2]), common.shuffled_indices(len(data), 4, seed=3)):
         batch = torch.stack([data[i][0] for i in numbers])
@@ -149,19 +149,19 @@ def test_stage_1_trains_in_training_mode(stage_1):
     assert all(each.training for each in stage_1.forward)
 
 
-def test_each_step_draws_anew(stage_1, stage_2):
+def test_each_step_has_its_own_seed(stage_1, stage_2):
     """What is random in a step depends on the seed and its number, in stage 2 on the process too: nothing else."""
     assert [seed for seed in stage_1.seeds if len(seed[0]) == 2] == [((3, step), step) for step in range(STEPS)]
     assert [seed for seed in stage_2.seeds if len(seed[0]) > 1] == [((3, step, 0), step) for step in range(4)]
 
 
-def test_the_noise_of_the_gate_fades(stage_1):
+def test_the_gate_noise_is_annealed(stage_1):
     """By the schedule; both parts of a batch have the same."""
     wanted = [1, 1, 1, 0.75, 0.25]
     assert stage_1.noise == pytest.approx([noise for noise in wanted for _ in range(2)], abs=1e-6)
 
 
-def test_the_loss_of_the_image(stage_1):
+def test_the_reconstruction_loss(stage_1):
     for each, passed in zip(stage_1.backward, stage_1.forward):
         x, y = passed.x, each.y
         assert torch.equal(y, passed.out.reconstruction)
@@ -170,7 +170,7 @@ def test_the_loss_of_the_image(stage_1):
         assert each.last is stage_1.model.decoder.out[-1].weight
 
 
-def test_the_loss_of_the_codes(stage_1):
+def test_the_commitment_and_budget_losses(stage_1):
     for each, passed in zip(stage_1.backward, stage_1.forward):
         shares = naive.shares(passed.out.gate.detach())
         budget = sum((share - ratio) ** 2 for share, ratio in zip(shares, RATIOS))
@@ -187,7 +187,7 @@ def test_the_adversarial_loss(stage_1):
         assert each.gan_weight == GAN and 0 < each.weight <= 0.75 * GAN
 
 
-def test_the_lesson_of_the_critic(stage_1):
+def test_the_discriminator_loss(stage_1):
     assert len(stage_1.hinge) == 2 * (STEPS - GAN_START)
     for each in stage_1.hinge:
         for got, wanted in zip((each.real, each.fake), each.wanted):
@@ -195,7 +195,7 @@ def test_the_lesson_of_the_critic(stage_1):
         assert each.of_y is None                                             # it teaches the critic alone
 
 
-def test_parts_are_averaged(stage_1):
+def test_accumulated_gradients_are_averaged(stage_1):
     assert all(each.scale == 0.5 for each in stage_1.backward)
     steps = [each for each in stage_1.steps if weights_of(each.optimizer) == list(stage_1.critic.parameters())]
     assert len(steps) == STEPS - GAN_START
@@ -204,7 +204,7 @@ def test_parts_are_averaged(stage_1):
             torch.testing.assert_close(gradient, (a + b) / 2, atol=1e-6, rtol=1e-4)
 
 
-def test_each_step_has_gradients_of_its_own(stage_1):
+def test_each_step_starts_without_gradients(stage_1):
     """Neither model nor critic has a gradient before the first part of a batch."""
     assert all(each.fresh for each in stage_1.backward[::2])
 
@@ -223,13 +223,13 @@ def test_the_optimisers_of_stage_1(stage_1):
         assert sum(each.moved) > 0.9 * len(each.moved)
 
 
-def test_the_clip_of_stage_1(stage_1):
+def test_gradient_clipping_of_stage_1(stage_1):
     of_model = [each for each in stage_1.steps if len(each.gradients) == len(list(stage_1.model.parameters()))]
     norms = [norm_of(each.gradients) for each in of_model]
     assert len(norms) == STEPS and max(norms) == pytest.approx(0.5, rel=1e-3)
 
 
-def test_what_is_logged_is_what_was_trained(stage_1):
+def test_the_logged_losses_of_stage_1(stage_1):
     """Means over the parts of a batch; at the end the held-out figures, by which the best checkpoint is chosen."""
     trained, held_out = stage_1.read[-1], json.loads((stage_1.out / "vae.jsonl").read_text().splitlines()[-1])
     last, outs = stage_1.backward[-2:], [each.out for each in stage_1.forward[-2:]]
@@ -245,7 +245,7 @@ def test_what_is_logged_is_what_was_trained(stage_1):
     assert best == pytest.approx(held_out["loss"], abs=1e-5)
 
 
-def test_the_end_is_saved(stage_1):
+def test_the_final_state_is_saved(stage_1):
     checkpoint = dq.load_checkpoint(stage_1.out / "vae.pt", "dq-vae")
     assert checkpoint["step"] == STEPS and checkpoint["preset"] == "toy"
     for name, x in stage_1.model.state_dict().items():
@@ -255,7 +255,7 @@ def test_the_end_is_saved(stage_1):
         BUDGET, GAN_START, L2, 3)
 
 
-def test_the_entropy_router_sees_2048_images_first(images, tmp_path, monkeypatch):
+def test_the_entropy_router_is_calibrated_on_2048_images(images, tmp_path, monkeypatch):
     """Of those that are trained on, dealt by the seed."""
     seen = SimpleNamespace()
 
@@ -280,7 +280,7 @@ def test_losses_of_stage_1_are_in_float32(images, tmp_path, monkeypatch):
     assert y.dtype == loss.dtype == other.dtype == torch.float32
 
 
-def test_no_clip(images, tmp_path, monkeypatch):
+def test_clip_0_does_not_clip(images, tmp_path, monkeypatch):
     def never(*args):
         raise AssertionError
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", never)
@@ -354,7 +354,7 @@ def rows(*batch):
                   for pos, code, y in zip(*batch) for n in [int((code >= 0).nonzero().max()) + 2])
 
 
-def test_codes_are_dealt_by_the_seed(stage_2):
+def test_batches_of_codes_follow_the_seed(stage_2):
     """With their labels, each image once an epoch, in the order of the seed."""
     pos, code, label = images_in(stage_2.stored, "train", stage_2.forward[0].model.layout)
     n = len(label)
@@ -390,7 +390,7 @@ def test_the_gradient_of_stage_2(stage_2):
             torch.testing.assert_close(gradient, wanted[name] * 0.05 / norm, atol=1e-6, rtol=1e-3, msg=name)
 
 
-def test_the_steps_of_stage_2(stage_2):
+def test_the_optimisers_of_stage_2(stage_2):
     schedule = common.Schedule(steps=4, batch_size=6, lr=1e-3)
     for kind in ("AdamW", "Muon"):
         steps = [step for step in stage_2.steps if step.kind == kind]
@@ -400,14 +400,14 @@ def test_the_steps_of_stage_2(stage_2):
     assert all(part.training for part in stage_2.forward)
 
 
-def test_what_stage_2_evaluates(stage_2):
+def test_stage_2_evaluates_all_validation_images(stage_2):
     """All that is held out, with its labels, twice in this run."""
     batch = images_in(stage_2.stored, "held_out", stage_2.forward[0].model.layout)
     got = [row for each in stage_2.evaluated for row in rows(each.pos, each.code, each.label)]
     assert sorted(got) == sorted(2 * rows(*batch))
 
 
-def test_what_stage_2_logs(stage_2):
+def test_the_logged_losses_of_stage_2(stage_2):
     for part, terms in zip(stage_2.forward, stage_2.added):
         with torch.no_grad():
             nll = part.model.eval()(part.pos, part.code, part.label)
@@ -420,7 +420,7 @@ def test_what_stage_2_logs(stage_2):
 
 
 @pytest.mark.parametrize("stage", ["vae", "transformer"])
-def test_no_process_but_the_first_writes(stage, stage_1, images, tmp_path, monkeypatch):
+def test_only_rank_0_writes_files(stage, stage_1, images, tmp_path, monkeypatch):
     """Two that write a picture under the same name lose it, and with it the run."""
     module, flags = train_vae, ["--data", images, "--size", 16]
     if stage == "transformer":
@@ -476,7 +476,7 @@ TRANSFORMER_FLAGS = {"--position-layers": 3, "--content-layers": 5, "--width": 4
 
 
 @pytest.mark.parametrize("stage", ["vae", "transformer"])
-def test_every_flag_arrives(stage, stage_1, images, tmp_path, monkeypatch):
+def test_every_flag_reaches_the_run(stage, stage_1, images, tmp_path, monkeypatch):
     """In the configuration, the schedule or the record; without flags all have the values of the preset."""
     monkeypatch.setattr(train_vae.Perceptual, "load", lambda files: Distance())
     opened, streams, real = [], [], reading.open_data
@@ -526,14 +526,14 @@ def test_no_flip(images, tmp_path, monkeypatch):
         assert asked == mirrored
 
 
-def test_factors_without_ratios_have_equal_shares():
+def test_factors_without_ratios_get_equal_ratios():
     assert train_vae.parse(["--factors", "8", "4", "2"])[1].ratios == (1 / 3,) * 3
     triple = ["--preset", "imagenet256-triple", "--factors", "32", "16", "8"]
     assert train_vae.parse(triple)[1].ratios == (0.4, 0.3, 0.3)              # as many as the preset has
 
 
 @pytest.mark.parametrize("stage", ["vae", "transformer"])
-def test_the_seed_fixes_the_weights(stage, stage_1, images, tmp_path, monkeypatch):
+def test_the_seed_determines_the_initial_weights(stage, stage_1, images, tmp_path, monkeypatch):
     module, both = train_vae, ["--data", images, "--size", 16]
     if stage == "transformer":
         module, both = train_transformer, ["--codes", stage_1.out / "codes.pt", "--width", 32, "--heads", 2]
@@ -575,7 +575,7 @@ def asked_for(monkeypatch, checkpoint, *flags):
     return SimpleNamespace(label=label.tolist(), options=options, seed=seed, given=given, dtype=dtype, **how)
 
 
-def test_what_sampling_asks_for(checkpoint, monkeypatch):
+def test_flags_reach_the_sampler(checkpoint, monkeypatch):
     def asked(*flags):
         return asked_for(monkeypatch, checkpoint, *flags)
 
@@ -591,7 +591,7 @@ def test_what_sampling_asks_for(checkpoint, monkeypatch):
     assert asked("--n", 2, "--label", 2).label == [2, 2]
 
 
-def test_calls_draw_together_what_one_would(checkpoint, tmp_path, monkeypatch):
+def test_a_large_job_saves_what_one_batch_would(checkpoint, tmp_path, monkeypatch):
     """A large job is several calls of dq.generate: no image comes twice, none has another's label or number."""
     folders = []
     for batches in (1, 16):
@@ -638,7 +638,7 @@ def test_images_of_a_larger_job(checkpoint, tmp_path):
         sample.check(args)
 
 
-def test_what_a_grain_map_fixes(checkpoint, tmp_path, monkeypatch):
+def test_a_granularity_map_fixes_all_positions(checkpoint, tmp_path, monkeypatch):
     """All places, no content."""
     picture = Image.new("L", (40, 40), 0)
     picture.paste(255, (20, 0, 40, 20))                                      # the second region is fine
@@ -650,7 +650,7 @@ def test_what_a_grain_map_fixes(checkpoint, tmp_path, monkeypatch):
     assert pos == wanted + [layout.end] * (layout.max_len - len(wanted)) and set(code) == {-1}
 
 
-def test_what_a_photo_fixes(checkpoint, images, monkeypatch):
+def test_a_photo_fixes_its_coarse_codes(checkpoint, images, monkeypatch):
     """The pairs of its codes in the --keep coarsest granularities, 1 by itself, for every image; all else is open."""
     photo, layout = next(images.rglob("*.png")), dq.Layout(16, (8, 4, 2))
     _, vae = dq.load_transformer(checkpoint, "cpu")
@@ -669,7 +669,7 @@ def test_what_a_photo_fixes(checkpoint, images, monkeypatch):
         sample.main([str(each) for each in (checkpoint, "--input", photo, "--keep", 4, *CPU)])
 
 
-def test_a_gif_grows(checkpoint, tmp_path, monkeypatch):
+def test_an_animation_adds_the_codes_one_by_one(checkpoint, tmp_path, monkeypatch):
     """From one code to all, each frame as the codes so far are decoded, and grey where there are none."""
     saved, real = [], sample.save_picture
     monkeypatch.setattr(sample, "ROUND", 1)
