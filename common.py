@@ -259,7 +259,7 @@ def trainer_flags(description, presets, schedule):
         help="auto, which is the default: bf16 where the hardware supports it")
     add("--compile", action="store_true", help="use torch.compile")
     add("--resume", action="store_true", help="continue from the checkpoint in --out, if there is one")
-    replacing = parser.add_argument_group("model and schedule", "Default: the value in the preset; see PRESETS in the script.")
+    replacing = parser.add_argument_group("model and schedule", "Defaults: the preset's; see PRESETS in the script")
     for each in fields(schedule):
         if each.metadata:
             replacing.add_argument(f"--{each.name.replace('_', '-')}", **each.metadata)

@@ -254,7 +254,8 @@ def main(argv=None):
     if not (config.classes and config.label_dropout):                        # guidance needs the vector "no label"
         options = options._replace(cfg=1.0)
     psnr = stored.get("psnr")                                                # of the DQ-VAE; older files lack it
-    extra = dict(sample_options=options._asdict(), vae_config=asdict(vae.config), vae_weights=vae.state_dict(), psnr=psnr)
+    extra = dict(sample_options=options._asdict(), psnr=psnr)
+    extra |= dict(vae_config=asdict(vae.config), vae_weights=vae.state_dict())
     record = Record(args, args.out / "transformer.pt", config, settings, model, optimizers, extra)
     record.begin()
     forward = distribute(torch.compile(model) if args.compile else model)
