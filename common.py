@@ -467,17 +467,19 @@ class Record:
         return self.bar
 
     def steps(self, title, stop, validate):
-        """Yield each step to come. Before it, call validate(step) if an evaluation is due. After it, log and save if
-        that is due, and end the process if `stop` has received a signal."""
+        """Yield each step to come. Between the steps this logs, saves, evaluates and, after a signal, exits.
+        validate: step -> metrics, loss"""
         for step in self.start(title):
             if self.evaluates(step):
-                validate(step)
+                self.evaluated(step, *validate(step))
             yield step
             saves, stops = self.after(step + 1, stop)
             if saves:
                 self.save(step + 1)
             if stops:
                 stop.leave(stops, f"after step {step + 1}, saved in {self.path}")
+        self.metrics, loss = validate(self.step)
+        self.evaluated(self.step, self.metrics, loss)
 
     def evaluates(self, step):
         """Is it due to evaluate the model of this step? At the beginning of the next one, after the checkpoint is

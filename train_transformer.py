@@ -34,36 +34,31 @@ PAPER = TransformerSchedule(steps=507_000, batch_size=240, accumulate=4, lr=5e-4
                             weight_decay=0.01, warmup=1000, eval_every=5000, decay="cosine", optimizer="adamw",
                             sampling=dq.SampleOptions(top_k=300))            # 100 epochs of 1,217,000 images
 OURS = dq.TransformerConfig(qk_norm=True)
+MEDIUM = replace(OURS, width=256, heads=8, content_layers=6)
+SHORT = TransformerSchedule(steps=800, batch_size=32, lr=4e-3, weight_decay=0.1, eval_every=200)
 LONG = TransformerSchedule(steps=10_000, batch_size=64, lr=3e-3, weight_decay=0.1, eval_every=500)
+TOY = replace(SHORT, lr=5e-3, weight_decay=0.05, accumulate=2, sampling=SHAPES)
 
 PRESETS = {                                                                  # train_vae.py says what each is for
-    "toy": (OURS, TransformerSchedule(steps=800, batch_size=32, lr=5e-3, weight_decay=0.05, accumulate=2,
-                                      eval_every=200, sampling=SHAPES)),
-    "toy64": (replace(OURS, width=256, heads=8, content_layers=6),
-              replace(LONG, steps=6000, weight_decay=0.05, eval_every=250, sampling=SHAPES)),
-    **dict.fromkeys(["folder32", "folder64"], (
-        replace(OURS, dropout=0.1),
-        TransformerSchedule(steps=800, batch_size=32, lr=4e-3, weight_decay=0.1, eval_every=200))),
-    **dict.fromkeys(["folder64-large", "folder128"], (
-        replace(OURS, width=256, heads=8, content_layers=6, dropout=0.2), LONG)),
+    "toy": (OURS, TOY),
+    "toy64": (MEDIUM, replace(LONG, steps=6000, weight_decay=0.05, eval_every=250, sampling=SHAPES)),
+    **dict.fromkeys(["folder32", "folder64"], (replace(OURS, dropout=0.1), SHORT)),
+    **dict.fromkeys(["folder64-large", "folder128"], (replace(MEDIUM, dropout=0.2), LONG)),
     "folder256": (replace(OURS, width=512, heads=8, position_layers=3, content_layers=9, dropout=0.1), LONG),
     "emoji64": (replace(OURS, width=160, heads=5, content_layers=6, dropout=0.3),
                 replace(LONG, steps=5000, eval_every=250, sampling=SHAPES)),
-    "earth64": (replace(OURS, content_layers=6, dropout=0.1),
-                replace(LONG, steps=4500, batch_size=96, eval_every=750)),
+    "earth64": (replace(OURS, content_layers=6, dropout=0.1), replace(LONG, steps=4500, batch_size=96, eval_every=750)),
     "emoji128": (replace(OURS, width=384, position_layers=3, content_layers=9, dropout=0.1),
                  replace(LONG, steps=20_000, lr=2e-3, betas=(0.9, 0.95), weight_decay=0.05, eval_every=1000)),
     "ffhq256": (LARGE, replace(PAPER, steps=27_700, eval_every=1000)),       # 100 epochs of 66,500 images
     "imagenet256": (LARGE, PAPER),
     "imagenet256-triple": (LARGE, PAPER),
+    # for codes of the preset toy: without what is ours, RoPE, QK-norm, Muon and the linear decay
+    "toy-paper": (dq.TransformerConfig(rotary=False), replace(TOY, lr=1.5e-3, decay="cosine", optimizer="adamw")),
 }
-# for codes of the preset toy: without what is ours, RoPE, QK-norm, Muon and the linear decay
-PRESETS["toy-paper"] = (dq.TransformerConfig(rotary=False),
-                        replace(PRESETS["toy"][1], lr=1.5e-3, decay="cosine", optimizer="adamw"))
 
 
-# ------------------------------------------------------------------------------------------------
-# Flags and data
+# ---- Flags and data ----------------------------------------------------------------------------
 
 
 def fit(stored, gpu):
@@ -154,8 +149,7 @@ def sequences(images, index, layout, device):
     return pos[:, :columns], code[:, :columns], label
 
 
-# ------------------------------------------------------------------------------------------------
-# Evaluation
+# ---- Evaluation --------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -192,8 +186,7 @@ def save_samples(path, model, vae, options, seed, autocast, n=16, batch_size=64)
     save_grid(path, sum(pairs, ()), columns=8)
 
 
-# ------------------------------------------------------------------------------------------------
-# Training
+# ---- Training ----------------------------------------------------------------------------------
 
 
 class Muon(torch.optim.Muon):
@@ -266,8 +259,7 @@ def main(argv=None):
         metrics = evaluate(model, held_out, device, autocast, args.part, limit=512)
         if rank == 0:
             save_samples(args.out / "transformer.png", model, vae, options, args.seed, autocast, batch_size=args.part)
-        record.evaluated(step, metrics, metrics["nats_per_image"])
-        return metrics
+        return metrics, metrics["nats_per_image"]
 
     model.train()
     with Stop(device, PATIENCE) as stop:
@@ -284,7 +276,7 @@ def main(argv=None):
                 terms = dict(bits_per_code=loss / math.log(2), position_nats=position, content_nats=content)
                 record.add(step + 1, terms)
             schedule.update(model, optimizers, step)
-        metrics = validate(record.step)
+    metrics = record.metrics
     limit = f"; reconstructions limit them at {psnr:.1f} dB, which more --steps of train_vae.py raise" if psnr else ""
     say(f"done: validation loss {metrics['nats_per_image']:.1f} nats per image (lowest: {record.best:.1f}), "
         f"{metrics['bits_per_code']:.2f} bits per code; samples: {args.out / 'transformer.png'}{limit}; "

@@ -26,8 +26,7 @@ from common import (PATIENCE, Record, Schedule, Stop, distribute, draw_grains, f
 from data import BROKEN, ImageFolder, ToyShapes, describe, find_images, identity, image_side, loader, open_data, stream
 
 
-# ------------------------------------------------------------------------------------------------
-# Presets
+# ---- Presets -----------------------------------------------------------------------------------
 
 
 @dataclass
@@ -83,8 +82,7 @@ PRESETS = {
 FEW = 500                                # images; for fewer, codes.pt has crops of each
 
 
-# ------------------------------------------------------------------------------------------------
-# Losses that only training needs
+# ---- Losses that only training needs -----------------------------------------------------------
 
 
 class Perceptual(nn.Module):
@@ -202,8 +200,7 @@ def compiled(model, **how):
     return torch.compile(model, **how)
 
 
-# ------------------------------------------------------------------------------------------------
-# Evaluation
+# ---- Evaluation --------------------------------------------------------------------------------
 
 
 def auc(score, truth):
@@ -260,8 +257,7 @@ def show(path, images, reconstructions, grains, factors):
     save_grid(path, sum(triples, ()), columns=6)
 
 
-# ------------------------------------------------------------------------------------------------
-# codes.pt: what stage 2 reads
+# ---- codes.pt: what stage 2 reads --------------------------------------------------------------
 
 
 def views(x, cropped, mirrored):
@@ -339,8 +335,7 @@ def write_codes(path, vae, train, val, args, device, autocast, stop, psnr):
     dq.write_file(path, lambda file: torch.save(codes, file))
 
 
-# ------------------------------------------------------------------------------------------------
-# Training
+# ---- Training ----------------------------------------------------------------------------------
 
 
 # flags that --encode uses; it takes those that are not given from the checkpoint, where it has them
@@ -499,13 +494,12 @@ def main(argv=None):
 
     def validate(step):
         if dq.rank_world()[0] > 0:
-            return None
+            return {}, math.inf
         metrics, y, grains = evaluate(model, images, detailed, autocast, perceptual, args.part)
         metrics["loss"] = (metrics["l1"] + schedule.l2_weight * metrics["l2"]
                            + schedule.perceptual_weight * metrics.get("lpips", 0.0))
         show(args.out / "vae.png", images, y, grains, config.factors)
-        record.evaluated(step, metrics, metrics["loss"])
-        return metrics
+        return metrics, metrics["loss"]
 
     model.train()
     with Stop(device, PATIENCE) as stop:
@@ -535,19 +529,17 @@ def main(argv=None):
                     terms |= dict(gan=gan_loss, gan_weight=gan_weight, critic=critic_loss)
                 record.add(step + 1, dict(loss=recon_loss + code_loss) | terms, scale)
             schedule.update(model, optimizers, step)
-        metrics = validate(record.step)
         train.augment = False                                                # encode each image once, without crops
         args.preset = recipe(args.preset, asdict(config))
-        write_codes(codes, model, train, val, args, device, autocast, stop, metrics and metrics["psnr"])
+        write_codes(codes, model, train, val, args, device, autocast, stop, record.metrics.get("psnr"))
     say(f"done: {record.path}, {codes}, {args.out / 'vae.png'} and {record.log}")
-    if metrics:
+    if metrics := record.metrics:
         out = "" if args.out == Path("out") else f" --out {shlex.quote(str(args.out))}"
         say(f"{metrics['psnr']:.1f} dB PSNR on the validation images at {metrics['codes_per_image']:.1f} codes per "
             f"image; next: python train_transformer.py{out}")
 
 
-# ------------------------------------------------------------------------------------------------
-# Several processes
+# ---- Several processes -------------------------------------------------------------------------
 
 
 class BatchNorm(nn.BatchNorm2d):

@@ -184,7 +184,8 @@ def test_discriminator_is_the_usual_patchgan():
     with torch.device("meta"):
         discriminator = Discriminator()
         assert discriminator(torch.empty(2, 3, 256, 256)).shape == (2, 1, 30, 30)
-    assert sum(p.numel() for p in discriminator.parameters()) == 2_765_633          # pix2pix's 70 x 70 PatchGAN, 3 channels in
+    # pix2pix's 70 x 70 PatchGAN with 3 input channels
+    assert sum(p.numel() for p in discriminator.parameters()) == 2_765_633
     # one logit sees 70 x 70 pixels
     discriminator = Discriminator(width=4).eval()
     x = torch.zeros(1, 3, 128, 128, requires_grad=True)
@@ -242,7 +243,8 @@ def test_discriminator_learns_to_tell_sharp_from_blurred():
         loss.backward()
         optimizer.step()
     with torch.no_grad():                                                    # other images, normalised as in training
-        right = torch.cat([discriminator(real[192:]).mean(dim=(1, 2, 3)) > 0, discriminator(fake[192:]).mean(dim=(1, 2, 3)) < 0])
+        scores = [discriminator(x[192:]).mean(dim=(1, 2, 3)) for x in (real, fake)]
+        right = torch.cat([scores[0] > 0, scores[1] < 0])
     assert right.float().mean() > 0.9
 
 
