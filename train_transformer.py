@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 import dq
-from common import (PATIENCE, Record, Schedule, Stop, distribute, draw_grains, machine, number, on_gpu, override,
-                    path, positive, prepare, read_log, run, save_grid, say, seed_all, shuffled_indices, to_picture,
+from common import (Record, Schedule, Stop, distribute, draw_grains, machine, number, on_gpu, override,
+                    path, positive, prepare, run, save_grid, say, seed_all, shuffled_indices, to_picture,
                     trainer_flags)
 
 
@@ -276,9 +276,6 @@ def main(argv=None):
     extra = dict(sample_options=options._asdict(), vae_config=asdict(vae.config), vae_weights=vae.state_dict())
     record = Record(args, args.out / "transformer.pt", config, settings, model, optimizers, extra)
     record.begin()
-    evaluated = [line["step"] for line in read_log(args.out / "transformer.jsonl") if "nats_per_image" in line]
-    if record.step >= schedule.steps and record.step in evaluated:
-        return say(f"nothing left to do: {record.path} is at step {record.step}")
     forward = distribute(torch.compile(model) if args.compile else model)
     order = batches(train.length.numpy(), schedule.batch_size, args.seed, record.step)
     codes_per_image = (train.length - len(factors)).float().mean().item()
@@ -287,15 +284,11 @@ def main(argv=None):
         metrics = evaluate(model, held_out, device, autocast, args.part, limit=512)
         if rank == 0:
             save_samples(args.out / "transformer.png", model, vae, options, args.seed, autocast, batch_size=args.part)
-        record.evaluated(step, metrics, metrics["nats_per_image"])
-        return metrics
+        return metrics, metrics["nats_per_image"]
 
     model.train()
-    with Stop(device, PATIENCE) as stop:
-        for step in record.start("DQ-Transformer"):
-            if record.evaluates(step):
-                validate(step)
-            done = step + 1
+    with Stop() as stop:
+        for step in record.steps("DQ-Transformer", stop, validate):
             seed_all(args.seed, step, rank)                                  # a different dropout mask on each rank
             for optimizer in optimizers.values():
                 optimizer.zero_grad(set_to_none=True)
@@ -309,19 +302,14 @@ def main(argv=None):
                 position, content = (nll[name].sum() * world / schedule.batch_size for name in ("position", "content"))
                 loss = (position + content) / codes_per_image                # nats per code; long images count for more
                 loss.backward()
-                record.add(done, dict(bits_per_code=loss / math.log(2), position_nats=position, content_nats=content))
+                terms = dict(bits_per_code=loss / math.log(2), position_nats=position, content_nats=content)
+                record.add(step + 1, terms)
             if schedule.clip:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), schedule.clip)
             for optimizer in optimizers.values():
                 optimizer.step()
-
-            saves, stops = record.after(done, stop)
-            if saves:
-                record.save(done)
-            if stops:
-                stop.leave(stops, f"after step {done}, saved in {record.path}")
-        metrics = validate(record.step)
     limit = f", limited by reconstructions of {stored['psnr']:.1f} dB" if "psnr" in stored else ""
+    metrics = record.metrics
     say(f"done: validation loss {metrics['nats_per_image']:.1f} nats per image (lowest: {record.best:.1f}), "
         f"{metrics['bits_per_code']:.2f} bits per code; samples: {args.out / 'transformer.png'}{limit}; "
         f"next: python sample.py {shlex.quote(str(args.out))}")

@@ -21,7 +21,7 @@ from torch.distributed.nn.functional import all_reduce
 from tqdm import tqdm
 
 import dq
-from common import (PATIENCE, Record, Schedule, Stop, distribute, draw_grains, flag, machine, natural, on_gpu, override,
+from common import (Record, Schedule, Stop, distribute, draw_grains, flag, machine, natural, on_gpu, override,
                     path, positive, prepare, run, save_grid, say, seed_all, set_aside, shuffled_indices, to_picture,
                     trainer_flags, weight)
 from data import BROKEN, ImageFolder, ToyShapes, describe, find_images, identity, image_side, loader, open_data, stream
@@ -344,7 +344,6 @@ def write_codes(path, vae, train, val, args, device, autocast, stop):
              for data, mirrored, crops_too in ((train, not args.no_flip, cropped), (val, False, False))]
     if dq.rank_world()[0] > 0:
         return
-    stop.alive += 15                                                         # to write them takes longer than a step
     weights, checksum = {name: x.cpu() for name, x in vae.state_dict().items()}, 0
     for x in (*weights.values(), *parts[0].values(), *parts[1].values()):
         checksum = zlib.crc32(x.contiguous().flatten().view(torch.uint8).numpy(), checksum)
@@ -496,7 +495,7 @@ def encode_only(args, saved, device, autocast):
     set_aside(path, hint="")
     if "preset" not in args.given:
         args.preset = recipe(args.preset, vae.config)
-    with Stop(device, PATIENCE) as stop:
+    with Stop() as stop:
         write_codes(path, vae, train, val, args, device, autocast, stop)
     say(f"done: {path}")
 
@@ -548,20 +547,16 @@ def main(argv=None):
 
     def validate(step):
         if dq.rank_world()[0] > 0:
-            return None
+            return {}, math.inf
         metrics, y, grains = evaluate(model, images, detailed, autocast, perceptual, args.part)
         metrics["loss"] = (metrics["l1"] + schedule.l2_weight * metrics["l2"]
                            + schedule.perceptual_weight * metrics.get("lpips", 0.0))
         show(args.out / "vae.png", images, y, grains, config.factors)
-        record.evaluated(step, metrics, metrics["loss"])
-        return metrics
+        return metrics, metrics["loss"]
 
     model.train()
-    with Stop(device, PATIENCE) as stop:
-        for step in record.start("DQ-VAE"):
-            if record.evaluates(step):
-                validate(step)
-            done = step + 1
+    with Stop() as stop:
+        for step in record.steps("DQ-VAE", stop, validate):
             seed_all(args.seed, step)                                        # the same random numbers on all ranks
             batch = next(batches)[0].to(device, memory_format=memory_format, non_blocking=True)  # B, 3, S, S
             adversarial_on = schedule.gan_weight > 0 and step >= schedule.gan_start
@@ -589,23 +584,16 @@ def main(argv=None):
                         critic_loss = hinge_loss(discriminator_ddp(x), discriminator_ddp(y.detach()))
                     (scale * critic_loss).backward()
                     terms |= dict(gan=gan_loss, gan_weight=gan_weight, critic=critic_loss)
-                record.add(done, dict(loss=recon_loss + code_loss) | terms, scale)
+                record.add(step + 1, dict(loss=recon_loss + code_loss) | terms, scale)
             if schedule.clip:
                 nn.utils.clip_grad_norm_(model.parameters(), schedule.clip)
             for optimizer in optimizers.values():
                 optimizer.step()                                             # does nothing without gradients
-
-            saves, stops = record.after(done, stop)
-            if saves:
-                record.save(done)
-            if stops:
-                stop.leave(stops, f"after step {done}, saved in {record.path}")
-        metrics = validate(record.step)
         train.augment = False                                                # encode each image once, without crops
         args.preset = recipe(args.preset, config)
         write_codes(codes, model, train, val, args, device, autocast, stop)
     say(f"done: {record.path}, {codes}, {args.out / 'vae.png'} and {record.log}")
-    if metrics:
+    if metrics := record.metrics:
         out = "" if args.out == Path("out") else f" --out {shlex.quote(str(args.out))}"
         say(f"{metrics['psnr']:.1f} dB PSNR on the validation images at {metrics['codes_per_image']:.1f} codes per "
             f"image; next: python train_transformer.py{out}")

@@ -258,8 +258,7 @@ def test_the_time_is_estimated_once(tmp_path, monkeypatch):
         record = common.Record(argparse.Namespace(save_every=1000), tmp_path / "vae.pt", None,
                                dict(steps=220, eval_every=1000), torch.nn.Linear(1, 1), {}, {}, step=start)
         seconds.value = 50.0
-        for step in record.start("test"):
+        for step in record.steps("test", SimpleNamespace(asked=lambda: 0), lambda step: ({}, 0.0)):
             seconds.value += 6 if step > start else 500                      # seconds a step
             record.add(step + 1, dict(loss=torch.tensor(1.0)))
-            record.after(step + 1, SimpleNamespace(asked=lambda: 0, alive=0))
     assert lines == ["step 20: about 20 min for the other 200 steps", "step 120: about 10 min for the other 100 steps"]
