@@ -240,7 +240,7 @@ def main(argv=None):
                 n_saved += 1
         return stop.number
 
-    with Stop(device) as stop, tqdm(total=args.n, desc="sampling", unit="image", disable=None) as bar:
+    with Stop(patience=None) as stop, tqdm(total=args.n, desc="sampling", unit="image", disable=None) as bar:
         for first in range(0, args.n, ROUND * args.batch_size):
             y = label[first:first + ROUND * args.batch_size].to(device)
             open_pairs = None if given is None else tuple(each.expand(len(y), -1) for each in given)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 import dq
-from common import (PATIENCE, Record, Schedule, Stop, distribute, draw_grains, flag, machine, number, on_gpu, override,
+from common import (Record, Schedule, Stop, distribute, draw_grains, flag, machine, number, on_gpu, override,
                     path, positive, prepare, run, save_grid, say, seed_all, shuffled_indices, to_picture, trainer_flags)
 
 
@@ -262,7 +262,7 @@ def main(argv=None):
         return metrics, metrics["nats_per_image"]
 
     model.train()
-    with Stop(device, PATIENCE) as stop:
+    with Stop() as stop:
         for step in record.steps("DQ-Transformer", stop, validate):
             seed_all(args.seed, step, rank)                                  # a different dropout mask on each rank
             for part in next(order)[rank::world].chunk(schedule.accumulate):

@@ -3,7 +3,6 @@
 Writes into --out: vae.pt (checkpoint), vae.best.pt (the one with the lowest validation loss), vae.jsonl (log), vae.png
 (original | reconstruction | granularity map) and, at the end, codes.pt (everything that stage 2 needs).
 """
-import argparse
 import contextlib
 import math
 import os
@@ -20,7 +19,7 @@ from torch.distributed.nn.functional import all_reduce
 from tqdm import tqdm
 
 import dq
-from common import (PATIENCE, Record, Schedule, Stop, distribute, draw_grains, flag, machine, natural, on_gpu, override,
+from common import (Record, Schedule, Stop, distribute, draw_grains, flag, machine, natural, on_gpu, override,
                     path, positive, prepare, run, save_grid, say, seed_all, set_aside, shuffled_indices, to_picture,
                     trainer_flags, weight)
 from data import BROKEN, ImageFolder, ToyShapes, describe, find_images, identity, image_side, loader, open_data, stream
@@ -325,7 +324,6 @@ def write_codes(path, vae, train, val, args, device, autocast, stop, psnr):
              for data, mirrored, crops_too in ((train, not args.no_flip, cropped), (val, False, False))]
     if dq.rank_world()[0] > 0:
         return
-    stop.alive += 15                                                         # to write them takes longer than a step
     weights, checksum = {name: x.cpu() for name, x in vae.state_dict().items()}, 0
     for x in (*weights.values(), *parts[0].values(), *parts[1].values()):
         checksum = zlib.crc32(x.contiguous().flatten().view(torch.uint8).numpy(), checksum)
@@ -444,7 +442,7 @@ def encode_only(args):
     path = args.out / "codes.pt"
     set_aside(path, hint="")
     metrics = evaluate(vae, *validation_images(val, vae.config), autocast, batch_size=args.part)[0]
-    with Stop(device, PATIENCE) as stop:
+    with Stop() as stop:
         write_codes(path, vae, train, val, args, device, autocast, stop, metrics["psnr"])
     say(f"done: {path}")
 
@@ -502,7 +500,7 @@ def main(argv=None):
         return metrics, metrics["loss"]
 
     model.train()
-    with Stop(device, PATIENCE) as stop:
+    with Stop() as stop:
         for step in record.steps("DQ-VAE", stop, validate):
             seed_all(args.seed, step)                                        # the same random numbers on all ranks
             batch = next(batches)[0].to(device, memory_format=memory_format, non_blocking=True)  # B, 3, S, S

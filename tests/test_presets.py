@@ -3,9 +3,10 @@
     choose, image_side, outline, parse    test_a_folder_chooses_its_preset and the next ten tests
     views, recipe, write_codes            the three tests under "codes.pt"
     fit                                   test_stage_2_fits_its_codes and the next four tests
-    common.on_gpu, Record.after           test_on_gpu_depends_on_the_name_of_the_device, test_the_time_is_estimated_once
+    common.on_gpu, Record.steps           test_on_gpu_depends_on_the_name_of_the_device, test_the_time_is_estimated_once
 """
 import argparse
+import math
 from dataclasses import asdict, replace
 from types import SimpleNamespace
 
@@ -272,8 +273,7 @@ def test_the_time_is_estimated_once(tmp_path, monkeypatch):
         record = common.Record(argparse.Namespace(save_every=1000), tmp_path / "vae.pt", None,
                                dict(steps=220, eval_every=1000), torch.nn.Linear(1, 1), {}, {}, step=start)
         seconds.value = 50.0
-        for step in record.start("test"):
+        for step in record.steps("test", SimpleNamespace(asked=lambda: 0), lambda step: ({}, math.inf)):
             seconds.value += 6 if step > start else 500                      # seconds per step
             record.add(step + 1, dict(loss=torch.tensor(1.0)))
-            record.after(step + 1, SimpleNamespace(asked=lambda: 0, alive=0))
     assert lines == ["step 20: about 20 min for the other 200 steps", "step 120: about 10 min for the other 100 steps"]

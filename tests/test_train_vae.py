@@ -355,7 +355,7 @@ def test_encoding_keeps_every_image_and_its_mirror_image():
     model(x)
     model.eval()
     device, layout = torch.device("cpu"), dq.Layout(16, (8, 4))
-    with common.Stop(device) as stop:
+    with common.Stop() as stop:
         part = train_vae.encode_dataset(model, data, device, plain, workers=0, mirrored=True, stop=stop)
     assert part["codes"].shape == (10, 2, 4, 4) and part["grains"].shape == (10, 2, 2, 2)
     assert [part[name].dtype for name in ("codes", "grains", "label")] == [torch.uint8, torch.uint8, torch.int32]
@@ -380,7 +380,7 @@ def test_broken_images_have_no_codes(tmp_path, monkeypatch, capfd):
     sound, data.augment = [i for i, (name, _) in enumerate(data.files) if not 5 <= int(name[:2]) < 15], False
     model = dq.DQVAE(dq.VAEConfig(size=8, factors=(4, 2), codebook_size=8)).eval()
     model.codebook.codes.normal_()
-    with common.Stop(torch.device("cpu")) as stop:
+    with common.Stop() as stop:
         part = train_vae.encode_dataset(model, data, torch.device("cpu"), plain, workers=0, mirrored=False, stop=stop)
     with torch.no_grad():
         codes, grains = model.encode(torch.stack([data[i][0] for i in sound]))
