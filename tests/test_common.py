@@ -485,7 +485,7 @@ def test_child_processes_do_not_inherit_a_lock(tmp_path):
 
 
 def try_lock(folder, result):
-    result.send(call(common.lock, folder))
+    result.send(call(lambda args: common.lock(*args), folder))
 
 
 def holds_lock(folder):

@@ -255,7 +255,7 @@ def test_the_time_is_estimated_once(tmp_path, monkeypatch):
     monkeypatch.setattr(common.time, "monotonic", lambda: seconds.value)
     monkeypatch.setattr(common.tqdm, "write", lines.append)
     for start in (0, 100):
-        record = common.Record(argparse.Namespace(save_every=1000), tmp_path / "vae.pt", None,
+        record = common.Record(argparse.Namespace(save_every=1000), tmp_path / "vae.pt", dq.VAEConfig(),
                                dict(steps=220, eval_every=1000), torch.nn.Linear(1, 1), {}, {}, step=start)
         seconds.value = 50.0
         for step in record.steps("test", SimpleNamespace(asked=lambda: 0), lambda step: ({}, 0.0)):
