@@ -322,11 +322,11 @@ class Stop(contextlib.ExitStack):
         self.number, self.noted, self.patience, self.over = 0, math.inf, patience, threading.Event()
         # over the CPU, because to ask a GPU would wait for it
         self.group = dist.new_group(backend="gloo") if dq.rank_world()[1] > 1 else None
-        receiver, sender = socket.socketpair()                               # Python sends the numbers of signals
+        self.receiver, sender = socket.socketpair()                          # Python sends the numbers of signals
         self.enter_context(sender).setblocking(False)
         self.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False))
         self.callback(self.over.set)
-        threading.Thread(target=self.watch, args=[receiver], daemon=True).start()
+        threading.Thread(target=self.watch, daemon=True).start()
         for number in SIGNALS:
             if number.name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN:  # ignored under nohup
                 self.callback(signal.signal, number, signal.signal(number, self.note))
@@ -336,9 +336,8 @@ class Stop(contextlib.ExitStack):
             sys.exit(128 + number)
         self.number, self.noted = number, min(self.noted, time.monotonic())
 
-    def watch(self, receiver):
-        with receiver:
-            number = next((byte[0] for byte in iter(lambda: receiver.recv(1), b"") if byte[0] in SIGNALS), 0)
+    def watch(self):
+        number = next((byte[0] for byte in iter(lambda: self.receiver.recv(1), b"") if byte[0] in SIGNALS), 0)
         if number and not self.over.wait(self.patience):
             say(f"stopped by {signal.Signals(number).name} in a step that does not end: a loader, a file server or "
                 "another process does not answer; --resume continues from the last checkpoint")
