@@ -84,7 +84,7 @@ def pick_device(name, dtype):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"                # Apple's GPUs: with --device mps
     if name == "cuda":
-        name = f"cuda:{variable('LOCAL_RANK')}"
+        name = f"cuda:{variable('LOCAL_RANK')}"                              # 0 without torchrun
     try:
         device = torch.device(name)
         torch.ones(1, device=device).item()
@@ -126,7 +126,7 @@ HINTS = {
 
 def explain(error):
     """An exception -> one line if the user can fix it, else None."""
-    text = "".join(traceback.format_exception(error))
+    text = "" if isinstance(error, dq.UserError) else "".join(traceback.format_exception(error))
     hint = next((HINTS[pattern] for pattern in HINTS if re.search(pattern, text, re.MULTILINE)), None)
     if not hint and isinstance(error, (dq.UserError, OSError)):
         return f"error: {str(error).strip().splitlines()[-1]}"               # a loader process adds lines before ours
@@ -161,7 +161,7 @@ def run(main):
     LOCKS.clear()                                                            # closes the files
     if dq.rank_world()[1] > 1:                                               # a clean exit could deadlock
         print(line, file=sys.stderr, flush=True)
-        os._exit(1 if line else status)
+        os._exit(1 if line else status or 0)
     if line or status:
         sys.exit(line or status)
 

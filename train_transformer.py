@@ -16,9 +16,8 @@ import numpy as np
 import torch
 
 import dq
-from common import (Record, Schedule, Stop, distribute, draw_grains, machine, number, on_gpu, override,
-                    path, positive, prepare, run, save_grid, say, seed_all, shuffled_indices, to_picture,
-                    trainer_flags)
+from common import (Record, Schedule, Stop, distribute, draw_grains, machine, number, on_gpu, override, path, positive,
+                    prepare, run, save_grid, say, seed_all, shuffled_indices, to_picture, trainer_flags)
 
 
 @dataclass

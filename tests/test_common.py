@@ -163,7 +163,9 @@ def test_the_dtype_is_that_of_the_flag(monkeypatch):
 
 
 @pytest.mark.parametrize("raised, status", [
-    (None, None), (dq.UserError("two\nlines"), "error: lines"), (OSError(28, "No space left"), "error: [Errno 28] No "),
+    (None, None), (dq.UserError("two\nlines"), "error: lines"),
+    (dq.UserError("no such folder: NCCL"), "error: no such folder: NCCL"),
+    (OSError(28, "No space left"), "error: [Errno 28] No "),
     (KeyboardInterrupt(), 130), (SystemExit(143), 143), (RuntimeError("a bug of ours"), RuntimeError),
     (KeyError("x"), KeyError), (RuntimeError("CUDA out of memory. Tried"), "error: not enough memory; reduce --batch-"),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "error: not enough memory; "),

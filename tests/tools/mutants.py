@@ -495,6 +495,7 @@ PROGRAM = of(
      "test_the_dtype_is_that_of_the_flag"),
     ("auto is fp32", 'cpu.get("avx512_bf16") or cpu.get("amx_bf16")', "False", "test_the_dtype_is_that_of_the_flag"),
     ("errors of users as tracebacks", "(dq.UserError, OSError)", "OSError", "test_how_a_script_ends"),
+    ("hints about the words of users", "isinstance(error, dq.UserError)", "False", "test_how_a_script_ends", "explain"),
     ("full disks as tracebacks", "(dq.UserError, OSError)", "dq.UserError", "test_how_a_script_ends"),
     ("Ctrl-C is a success", 'getattr(end, "code", 130)', 'getattr(end, "code", 0)', "test_how_a_script_ends", "run"),
     ("faults of the program hidden", "not line", "False", "test_how_a_script_ends", "run"),
