@@ -84,7 +84,7 @@ def pick_device(name, dtype):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"                # Apple's GPUs: with --device mps
     if name == "cuda":
-        name = f"cuda:{variable('LOCAL_RANK')}"
+        name = f"cuda:{variable('LOCAL_RANK')}"                              # 0 without torchrun
     try:
         device = torch.device(name)
         torch.ones(1, device=device).item()
@@ -126,7 +126,7 @@ HINTS = {
 
 def explain(error):
     """An exception -> one line if the user can fix it, else None."""
-    text = "".join(traceback.format_exception(error))
+    text = "" if isinstance(error, dq.UserError) else "".join(traceback.format_exception(error))
     hint = next((HINTS[pattern] for pattern in HINTS if re.search(pattern, text, re.MULTILINE)), None)
     if not hint and isinstance(error, (dq.UserError, OSError)):
         return f"error: {str(error).strip().splitlines()[-1]}"               # a loader process adds lines before ours
@@ -134,7 +134,7 @@ def explain(error):
 
 
 class Suppress(contextlib.suppress, contextlib.ContextDecorator):
-    """contextlib.suppress that is also a decorator."""
+    """contextlib.suppress, also as a decorator."""
 
 
 def run(main):
@@ -161,7 +161,7 @@ def run(main):
     LOCKS.clear()                                                            # closes the files
     if dq.rank_world()[1] > 1:                                               # a clean exit could deadlock
         print(line, file=sys.stderr, flush=True)
-        os._exit(1 if line else status)
+        os._exit(1 if line else status or 0)
     if line or status:
         sys.exit(line or status)
 
@@ -325,10 +325,10 @@ SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SI
 
 
 class Stop(contextlib.ExitStack):
-    """with Stop(): the first termination signal is deferred to the end of the step, and a second one exits at once.
+    """with Stop() as stop: the first termination signal is deferred to the end of the step, a second one exits at once.
 
-    patience: seconds after which a thread ends the process if the step does not end; batch systems wait for 30. A
-    loader, a file server or another rank may block a step for ever, and then Python's signal handlers may not run.
+    A loader, a file server or another rank may block a step for ever, and then Python may not run its signal handlers.
+    So a thread ends the process if the step takes `patience` more seconds. Batch systems wait for 30.
     """
 
     def __init__(self, patience=20):
@@ -336,11 +336,11 @@ class Stop(contextlib.ExitStack):
         self.number, self.noted, self.patience, self.over = 0, math.inf, patience, threading.Event()
         # over the CPU, because to ask a GPU would wait for it
         self.group = dist.new_group(backend="gloo") if dq.rank_world()[1] > 1 else None
-        ear, mouth = socket.socketpair()                                     # the system writes signals into the mouth
-        self.enter_context(mouth).setblocking(False)
-        self.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(mouth.fileno(), warn_on_full_buffer=False))
+        self.receiver, sender = socket.socketpair()                          # Python sends the numbers of signals
+        self.enter_context(sender).setblocking(False)
+        self.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False))
         self.callback(self.over.set)
-        threading.Thread(target=self.watch, args=[ear], daemon=True).start()
+        threading.Thread(target=self.watch, daemon=True).start()
         for number in SIGNALS:
             if number.name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN:  # ignored under nohup
                 self.callback(signal.signal, number, signal.signal(number, self.note))
@@ -350,9 +350,8 @@ class Stop(contextlib.ExitStack):
             sys.exit(128 + number)
         self.number, self.noted = number, min(self.noted, time.monotonic())
 
-    def watch(self, ear):
-        with ear:
-            number = next((byte[0] for byte in iter(lambda: ear.recv(1), b"") if byte[0] in SIGNALS), 0)
+    def watch(self):
+        number = next((byte[0] for byte in iter(lambda: self.receiver.recv(1), b"") if byte[0] in SIGNALS), 0)
         if number and not self.over.wait(self.patience):
             say(f"stopped by {signal.Signals(number).name} in a step that does not end: a loader, a file server or "
                 "another process does not answer; --resume continues from the last checkpoint")
@@ -366,7 +365,7 @@ class Stop(contextlib.ExitStack):
         if self.group:
             dist.all_reduce(noted, dist.ReduceOp.MAX, group=self.group)
         if noted:
-            self.over.set()                                                  # the step has ended; to save may take long
+            self.over.set()                                                  # saving may take longer than a step
         return noted.item()
 
     def leave(self, number, when, then="; the same command with --resume continues"):
@@ -388,7 +387,7 @@ class Record:
     step: int = 0                        # of the latest checkpoint; 0: there is none
     best: float = math.inf               # lowest validation loss
     log_bytes: int = 0                   # length of the log when the checkpoint was written
-    news: dict = field(default_factory=dict)                                 # settings that are new in the log
+    news: dict = field(default_factory=dict)                                 # settings to write into the log
     losses: dict = field(default_factory=dict)                               # {step: {name: scalar}}, on the device
 
     def begin(self, *also):
@@ -400,26 +399,26 @@ class Record:
             say(f"note: there is no {self.path} to resume yet; starting from scratch")
         if not resumes or not self.path.exists():
             return set_aside(self.path, *also)
-        held = dq.load_checkpoint(self.path, f"dq-{self.path.stem}")
+        saved = dq.load_checkpoint(self.path, f"dq-{self.path.stem}")
         # older checkpoints lack some fields of the configuration, which had their defaults then, and some settings
-        then = asdict(type(self.config)()) | held.get("config", {}) | held.get("settings", {})
+        then = asdict(type(self.config)()) | saved.get("config", {}) | saved.get("settings", {})
         self.news = {name: now[name] for name in now if name in then and then[name] != now[name]}
         for name, value in self.news.items():
             title = f"--{name.replace('_', '-')}" if hasattr(self.args, name) else name
             dq.require(name in self.may_change, f"{self.path} was trained with {title} {then[name]}, not {value}; "
                        "use the same to resume, or leave --resume out to start from scratch")
-            say(f"note: {title} was {then[name]} and is {value} from step {held['step']} on")
+            say(f"note: {title} was {then[name]} and is {value} from step {saved['step']} on")
         try:
             for name, part in dict(weights=self.model, **self.parts).items():
-                part.load_state_dict(held[name])
-            self.step, self.best, self.log_bytes = held["step"], held["best"], held.get("log_bytes", math.inf)
+                part.load_state_dict(saved[name])
+            self.step, self.best, self.log_bytes = saved["step"], saved["best"], saved.get("log_bytes", math.inf)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise dq.UserError(f"{self.path} was written by another command or version, or is damaged; "
                                f"leave --resume out to start from scratch ({error!r:.200})") from None
 
     def steps(self, title, stop, validate):
-        """Yield the number of each step to come, under a progress bar. Between the steps this logs, saves, evaluates
-        and, after a signal, exits. validate: step -> metrics, loss"""
+        """Yield the number of each step to come, under a progress bar. Between two steps, this logs, saves and
+        evaluates, and exits if there was a signal. validate: step -> metrics, validation loss"""
         first, every = self.step, self.settings["eval_every"]
         steps = max(first, self.settings["steps"])
         due, began, self.log = {steps, *range(every, steps, every)}, None, self.path.with_suffix(".jsonl")
@@ -431,7 +430,7 @@ class Record:
         if self.news:
             self.write_log(first, self.news)
         for step in bar:
-            if step in due:          # after saving, because it can fail; a run that is resumed here evaluates again
+            if step in due:          # after saving, because it can fail; a run that resumes here evaluates again
                 self.metrics, loss = validate(step)
                 if loss < self.best:
                     self.best = loss
@@ -442,12 +441,12 @@ class Record:
             yield step
             done, number = step + 1, stop.asked()
             saves = number or done in due or done % self.args.save_every == 0
-            if done % 10 == 0 or saves:                                      # no checkpoint of a broken state
+            if done % 10 == 0 or saves:                                      # never save after a loss of NaN
                 newest = self.newest_losses()
                 bar.set_postfix(newest, refresh=False)
                 if done % 10 == 0:
                     self.write_log(done, newest)
-            began = began or time.monotonic()                                # the first step, which warms up, is over
+            began = began or time.monotonic()                                # leave out the first step, which warms up
             if done == first + 20 and done < steps:
                 minutes = (time.monotonic() - began) / 19 * (steps - done) / 60
                 say(f"step {done}: about {max(1, round(minutes))} min for the other {steps - done} steps")
@@ -489,8 +488,7 @@ class Record:
         except OSError as error:
             raise dq.UserError(f"could not write {self.log} ({error.strerror})") from None
         if stays:
-            say(f"step {done}: " + ", ".join(f"{name} {x:.3f}" if isinstance(x, float) else f"{name} {x}"
-                                             for name, x in values.items()))
+            say(f"step {done}: " + ", ".join(f"{name} {value}" for name, value in rounded.items()))
 
     def save(self, done):
         weights = {name: x.abs().max().item() for name, x in self.model.state_dict().items()}
@@ -513,12 +511,13 @@ def read_log(path):
 
 def set_aside(path, *also, hint=" (--resume would have continued it)"):
     """Move the files of a previous run, all with the stem of `path` and those named in `also`, into a new folder."""
-    if dq.rank_world()[0] > 0 or not any(path.with_name(name).exists() for name in (path.name, *also)):
+    left = [file for pattern in (f"{path.stem}.*", *also) for file in path.parent.glob(pattern)]
+    if dq.rank_world()[0] > 0 or not {path.name, *also} & {file.name for file in left}:
         return
     numbered = (path.with_name(f"former-{n}") for n in itertools.count(1))
     former = next(folder for folder in numbered if not folder.exists())
     former.mkdir()
-    for file in {*path.parent.glob(f"{path.stem}.*"), *map(path.with_name, also)}:
+    for file in left:
         os.replace(file, former / file.name)
     say(f"moved {path} and the other files of a previous run to {former}{hint}")
 

@@ -163,7 +163,9 @@ def test_the_dtype_is_that_of_the_flag(monkeypatch):
 
 
 @pytest.mark.parametrize("raised, status", [
-    (None, None), (dq.UserError("two\nlines"), "error: lines"), (OSError(28, "No space left"), "error: [Errno 28] No "),
+    (None, None), (dq.UserError("two\nlines"), "error: lines"),
+    (dq.UserError("no such folder: NCCL"), "error: no such folder: NCCL"),
+    (OSError(28, "No space left"), "error: [Errno 28] No "),
     (KeyboardInterrupt(), 130), (SystemExit(143), 143), (RuntimeError("a bug of ours"), RuntimeError),
     (KeyError("x"), KeyError), (RuntimeError("CUDA out of memory. Tried"), "error: not enough memory; reduce --batch-"),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "error: not enough memory; "),
@@ -230,13 +232,15 @@ def test_the_first_signal_is_noted_and_the_second_one_exits(capsys):
             for _ in range(2):                                               # `timeout` sends its signal twice
                 os.kill(os.getpid(), signal.SIGINT)
             assert stop.asked() == stop.asked() == signal.SIGINT
+            time.sleep(0.01)                                                 # the thread that hears signals is done
             stop.noted -= 2                                                  # seconds
             with pytest.raises(SystemExit) as end:
                 os.kill(os.getpid(), signal.SIGINT)
             assert end.value.code == 130
             with pytest.raises(SystemExit) as end:
                 stop.leave(signal.SIGINT, "after step 3")
-        assert end.value.code == 130 and "stopped by SIGINT after step 3" in capsys.readouterr().out
+        out, error = capsys.readouterr()
+        assert end.value.code == 130 and "stopped by SIGINT after step 3" in out and not error
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGINT, before)
@@ -484,7 +488,7 @@ def test_child_processes_do_not_inherit_a_lock(tmp_path):
 
 
 def try_lock(folder, result):
-    result.send(call(common.lock, folder))
+    result.send(call(lambda args: common.lock(*args), folder))
 
 
 def holds_lock(folder):

@@ -145,6 +145,7 @@ def test_the_best_checkpoint_can_be_sampled_from(run):
 
 def test_a_run_that_starts_anew_moves_the_former_one_aside(images, tmp_path, capsys):
     for steps in (1, 2, 3):
+        (tmp_path / "codes.pt").unlink(missing_ok=True)                      # as if killed before the end
         train_vae.main(["--data", str(images), "--out", str(tmp_path), "--steps", str(steps), *VAE])
     assert [load(tmp_path / name, "vae")["step"] for name in ("former-1", "former-2", ".")] == [1, 2, 3]
     for name in ("vae.pt", "vae.best.pt", "vae.jsonl", "vae.png"):
