@@ -786,7 +786,7 @@ STAGE_1_CODES = of(
      "test_presets.py::test_few_images_are_cropped", "write_codes"),
     ("codes without their PSNR", 'record.metrics.get("psnr")', "None",
      "test_the_last_line_has_the_psnr_and_the_next_command"),
-    ("the folders of a checkpoint are forgotten", "known |= folders", "pass",
+    ("--held-out of a checkpoint is forgotten", "known |= folders", 'known |= dict(data=folders["data"])',
      "test_encode_takes_what_the_checkpoint_knows"),
     ("the seed of a checkpoint is forgotten", '("seed", "no_flip", "dtype")', '("no_flip", "dtype")',
      "test_encode_takes_what_the_checkpoint_knows"),
