@@ -62,8 +62,8 @@ PRESETS = {                                                                  # t
 
 
 def fit(stored, gpu):
-    """codes.pt -> name, config and schedule of a preset for a GPU or a CPU: that of stage 1 or, if flags or a folder of
-    images have determined what the codes are like, the one for so many of them."""
+    """Choose a preset for codes.pt and a GPU or a CPU -> its name, config and schedule. The codes of a recipe, such as
+    earth64, get the preset of that name. Other codes get one by their number per image and the number of images."""
     name, vae, images = stored["preset"], stored["config"], len(stored["train"]["label"])
     if name in PRESETS and not name.startswith("folder"):
         return name, *PRESETS[name]
