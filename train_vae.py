@@ -307,8 +307,8 @@ def encode_dataset(vae, data, device, autocast, workers, mirrored, stop, batch_s
 
 
 def recipe(preset, config):
-    """The name of the preset, by which stage 2 trains; "custom" if flags have changed what the codes are like. config:
-    of the DQ-VAE, as a dict"""
+    """The name of the preset if it gives codes like these, else "custom": stage 2 chooses its own preset by it. config:
+    that of the DQ-VAE, as a dict"""
     made = asdict(PRESETS[preset][0]) if preset in PRESETS else {}
     same = all(config.get(name) == made.get(name, ...) for name in ("size", "factors", "ratios"))
     return preset if same else "custom"
@@ -351,8 +351,8 @@ def choose(gpu, images, side):
 
 
 def parse(argv=None):
-    """-> flags, config, schedule. The flags also have `plan`, a line about the preset, `found`, the images for which it
-    was chosen, if so, and `saved`, the checkpoint of --encode."""
+    """-> flags, config, schedule. The flags also have `plan`, a line about the preset; `found`, the images for which it
+    was chosen, or None; and with --encode, `saved`, the checkpoint."""
     parser, replacing = trainer_flags("Train a DQ-VAE, which encodes images as variable-length codes.", PRESETS,
                                       VAESchedule)
     add = parser.add_argument
@@ -424,7 +424,8 @@ def validation_images(data, config):
 
 
 def recall(args):
-    """--encode -> {flag: value with which the DQ-VAE was trained, if that is known}, and `saved`, its checkpoint."""
+    """For --encode: the flags with which the DQ-VAE was trained, as far as its checkpoint knows them, {name: value}, and
+    under the name `saved` the checkpoint itself."""
     saved = dq.load_checkpoint(args.encode, "dq-vae")
     settings, folders = saved.get("settings", {}), saved.get("folders", {})
     known = {name: settings[name] for name in ("seed", "no_flip", "dtype") if name in settings}
