@@ -424,8 +424,8 @@ def validation_images(data, config):
 
 
 def recall(args):
-    """For --encode: the flags with which the DQ-VAE was trained, as far as its checkpoint knows them, {name: value}, and
-    under the name `saved` the checkpoint itself."""
+    """For --encode: {flag: value} of the training of the DQ-VAE, as far as its checkpoint has them, and under the name
+    `saved` the checkpoint itself."""
     saved = dq.load_checkpoint(args.encode, "dq-vae")
     settings, folders = saved.get("settings", {}), saved.get("folders", {})
     known = {name: settings[name] for name in ("seed", "no_flip", "dtype") if name in settings}
