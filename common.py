@@ -474,7 +474,8 @@ class Record:
         except OSError as error:
             raise dq.UserError(f"could not write {self.log} ({error.strerror})") from None
         if stays:
-            say(f"step {done}: " + ", ".join(f"{name} {value}" for name, value in rounded.items()))
+            shown = {name: f"{x:.4g}" if isinstance(x, float) else x for name, x in values.items()}
+            say(f"step {done}: " + ", ".join(f"{name} {x}" for name, x in shown.items()))
 
     def save(self, done):
         weights = {name: x.abs().max().item() for name, x in self.model.state_dict().items()}
