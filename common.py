@@ -8,7 +8,6 @@ import io
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import random
 import re
@@ -90,7 +89,7 @@ def pick_device(name, dtype):
         torch.ones(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise dq.UserError(f"no such device: {name}, on a machine with {torch.cuda.device_count()} CUDA GPUs "
-                           f"({error!r:.200})") from None
+                           f"({first_line(error)})") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)                                        # streams and graphs are created there
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -119,9 +118,12 @@ HINTS = {
     r"^(?! ).*(out of memory|allocate memory|MemoryError|bad_alloc|ALLOC_FAILED)":
         "not enough memory; reduce --batch-size, or in training increase --accumulate",
     r"^(?! ).*(gloo|NCCL)": "another process of this job died or lost its connection; --resume continues",
-    r"^(?! ).*DataLoader worker .pid": "a process that loads images died; --resume continues, with fewer --workers",
     r"^torch\._(dynamo|inductor)\.|convert_frame\.py|compile_fx\.py":
         "--compile does not work here; leave it out, or install what it lacks"}
+
+
+def first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def explain(error):
@@ -129,8 +131,8 @@ def explain(error):
     text = "" if isinstance(error, dq.UserError) else "".join(traceback.format_exception(error))
     hint = next((HINTS[pattern] for pattern in HINTS if re.search(pattern, text, re.MULTILINE)), None)
     if not hint and isinstance(error, (dq.UserError, OSError)):
-        return f"error: {str(error).strip().splitlines()[-1]}"               # a loader process adds lines before ours
-    return hint and f"error: {hint} ({error!r:.200})"
+        return f"error: {first_line(error)}"
+    return hint and f"error: {hint} ({first_line(error)})"
 
 
 class Suppress(contextlib.suppress, contextlib.ContextDecorator):
@@ -280,8 +282,7 @@ LOCKS = []                               # open files; closing a file releases i
 
 
 def lock(folder, file_name=".lock"):
-    """UserError if another process writes into this folder. `run` releases the lock, or the system when this process
-    dies: a record lock belongs to one process, so loaders that outlive it do not hold it."""
+    """UserError if another process writes into this folder. `run` releases the lock, or the death of this process."""
     LOCKS.append(open(os.path.join(folder, file_name), "a"))
     try:
         import fcntl                                                         # not on Windows
@@ -301,8 +302,9 @@ def seed_all(*numbers):
 
 
 def say(line):
+    """Print a line on rank 0, above the progress bar."""
     if dq.rank_world()[0] == 0:
-        tqdm.write(printable(line))                                          # above the progress bar
+        tqdm.write(printable(line))
 
 
 def printable(text):
@@ -355,8 +357,6 @@ class Stop(contextlib.ExitStack):
         if number and not self.over.wait(self.patience):
             say(f"stopped by {signal.Signals(number).name} in a step that does not end: a loader, a file server or "
                 "another process does not answer; --resume continues from the last checkpoint")
-            for child in multiprocessing.active_children():
-                child.kill()
             os._exit(128 + number)
 
     def asked(self):
@@ -414,7 +414,7 @@ class Record:
             self.step, self.best, self.log_bytes = saved["step"], saved["best"], saved.get("log_bytes", math.inf)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise dq.UserError(f"{self.path} was written by another command or version, or is damaged; "
-                               f"leave --resume out to start from scratch ({error!r:.200})") from None
+                               f"leave --resume out to start from scratch ({first_line(error)})") from None
 
     def steps(self, title, stop, validate):
         """Yield the number of each step to come, under a progress bar. Between two steps, this logs, saves and
@@ -488,7 +488,8 @@ class Record:
         except OSError as error:
             raise dq.UserError(f"could not write {self.log} ({error.strerror})") from None
         if stays:
-            say(f"step {done}: " + ", ".join(f"{name} {value}" for name, value in rounded.items()))
+            shown = {name: f"{x:.4g}" if isinstance(x, float) else x for name, x in values.items()}
+            say(f"step {done}: " + ", ".join(f"{name} {x}" for name, x in shown.items()))
 
     def save(self, done):
         weights = {name: x.abs().max().item() for name, x in self.model.state_dict().items()}
@@ -542,7 +543,7 @@ def join(world, device):
     try:
         dist.init_process_group(backend, **how)                              # barriers then know their device
     except Exception as error:                                               # no MASTER_ADDR, a port in use, no network
-        raise dq.UserError(f"could not join the {world} processes of this job ({error!r:.200})") from None
+        raise dq.UserError(f"could not join the {world} processes of this job ({first_line(error)})") from None
 
 
 def distribute(model):

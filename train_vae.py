@@ -281,8 +281,8 @@ def encode_dataset(vae, data, device, autocast, workers, mirrored, stop, batch_s
     kinds = dict(codes=small, grains=torch.uint8, label=torch.int32)
     # the indices wrap around at the end, so that all ranks have the same number
     own = range(rank, -(-M // world) * world, world)
-    bar = tqdm(loader(data, workers, batch_size=batch_size, sampler=own), "encoding", leave=False,
-               disable=True if rank else None)
+    bar = tqdm(loader(data, workers, batch_size=batch_size, sampler=own), "encoding", -(-len(own) // batch_size),
+               leave=False, disable=True if rank else None)
     for x, label in bar:
         with autocast():
             encoded = [vae.encode(view) for view in views(x.to(device), cropped, mirrored)]
@@ -360,7 +360,7 @@ def parse(argv=None):
     add("--held-out", metavar="DIR", type=path,
         help="folder of validation images, which are not trained on; default: one in 20 of --data")
     add("--no-flip", action="store_true", help="disable horizontal flips, for images with text or arrows")
-    add("--workers", type=natural, default=0, help="processes that load images; default: %(default)s")
+    add("--workers", type=natural, default=0, help="threads that load images ahead; default: %(default)s")
     add("--perceptual-weights", metavar="FILE", type=path, nargs="+",
         help="files with the weights of VGG16 and LPIPS; default: torch's cache, or download")
     add("--encode", metavar="CHECKPOINT", type=path,

@@ -163,19 +163,17 @@ def test_the_dtype_is_that_of_the_flag(monkeypatch):
 
 
 @pytest.mark.parametrize("raised, status", [
-    (None, None), (dq.UserError("two\nlines"), "error: lines"),
+    (None, None), (dq.UserError("two\nlines"), "error: two"),
     (dq.UserError("no such folder: NCCL"), "error: no such folder: NCCL"),
     (OSError(28, "No space left"), "error: [Errno 28] No "),
     (KeyboardInterrupt(), 130), (SystemExit(143), 143), (RuntimeError("a bug of ours"), RuntimeError),
     (KeyError("x"), KeyError), (RuntimeError("CUDA out of memory. Tried"), "error: not enough memory; reduce --batch-"),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "error: not enough memory; "),
-    (RuntimeError("DataLoader worker (pid 7) is killed"), "error: a process that loads images died; --resume continue"),
     (RuntimeError("[gloo] Connection closed by peer"),
      "error: another process of this job died or lost its connection; --resume continues ("),
     (MemoryError(), "error: not enough memory; reduce --batch-size"),
     (RuntimeError("std::bad_alloc"), "error: not enough memory; "),
-    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when"), "error: not enough memory; "),
-    (KeyError("in DataLoader worker process 0"), KeyError)], ids=repr)
+    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when"), "error: not enough memory; ")], ids=repr)
 def test_how_a_script_ends(raised, status):
     def main():
         if raised:
@@ -376,7 +374,7 @@ def test_training_writes_logs_pictures_and_checkpoints(stage, fixture, metrics, 
     ("sample.py", ["MODEL", "--label", 4], "no class"),
     ("sample.py", ["MODEL", "--n", 0], "--n"),
     ("sample.py", ["MODEL", "--keep", 1], "--keep needs --input"),
-    ("sample.py", ["MODEL", "--out", "x.psd"], "can't write RGB images"),
+    ("sample.py", ["MODEL", "--out", "x.psd"], "the name must end in .png"),
     ("sample.py", ["MODEL", "--temperature", -1], "temperature"),
     ("sample.py", ["MODEL", "--top-p", 0], "top-p"),
     ("sample.py", ["MODEL", "--input", "file"], "file"),
