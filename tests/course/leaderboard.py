@@ -4,21 +4,14 @@ A folder may hold a dq.py of its own, with another model in it, whose class is s
 asked for its `logits`, and the nats are computed here: log-softmax over the legal positions, and over the contents.
 Changed sequences show whether a step sees its own answer or what comes later.
 """
-import json
 import math
-import os
 import random
 import secrets
-import shutil
-import signal
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-GRACE = 120                                                                  # seconds to save after the time is up
 
 
 def stored_codes(path):
@@ -49,16 +42,15 @@ def split(codes, public, private):
           f"{len(halves[1]['label'])} images. Keep it, {codes} and the images from them.")
 
 
-def show(folder, codes, private, minutes, variant):
+def show(folder, codes, private, variant):
     import assignment
     with tempfile.TemporaryDirectory() as root:
         assignment.write_project(Path(root), variant)                        # by the variant's dq.py
         sys.path[:0] = [root, str(Path(root) / "tests")]
-        rank(folder, codes, private, minutes, Path(root))
+        rank(folder, codes, private)
 
 
-def rank(folder, codes, private, minutes, root):
-    import dq
+def rank(folder, codes, private):
     stored = stored_codes(private or codes)
     if not private:
         print(f"these images are in {codes}, so a look-up table would win: `split` keeps some back", file=sys.stderr)
@@ -68,13 +60,9 @@ def rank(folder, codes, private, minutes, root):
     rows = []
     for each in students:
         try:
-            checkpoint = trained(each, codes, minutes, root) if minutes else each / "transformer.pt"
-            rows.append((evaluated(each, checkpoint, stored), each.name, ""))
+            rows.append((evaluated(each, stored), each.name, ""))
         except Exception as error:                                           # of a student's file or model
             rows.append((None, each.name, str(error).splitlines()[0] if str(error) else type(error).__name__))
-        finally:
-            if minutes:
-                shutil.rmtree(each / OUT, ignore_errors=True)
     rows.sort(key=lambda row: row[0]["nats_per_image"] if row[0] else math.inf)
     width = max(len(name) for _, name, _ in rows)
     print(f"   {'':{width}}     nats  position  content  bits/code  parameters  steps")
@@ -89,45 +77,14 @@ def rank(folder, codes, private, minutes, root):
         sys.exit(1)
 
 
-OUT = "leaderboard-run"
-
-
-def trained(student, codes, minutes, root):
-    """Train for N minutes with two threads, by the student's script or, where there is none, the project's."""
-    script = next(path for path in (student / "train_transformer.py", root / "train_transformer.py") if path.exists())
-    flags = student / "flags.txt"                                            # of train_transformer.py, if any
-    flags = flags.read_text(encoding="utf-8").split() if flags.exists() else []
-    out = student / OUT
-    shutil.rmtree(out, ignore_errors=True)
-    environment = dict(os.environ, OMP_NUM_THREADS="2")
-    process = subprocess.Popen([sys.executable, str(script), "--codes", str(codes.resolve()), "--device", "cpu",
-                                *flags, "--out", str(out.resolve())], env=environment, cwd=student,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    try:
-        _, said = process.communicate(timeout=60 * minutes)
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGTERM)                                  # the script saves, and ends
-        try:
-            _, said = process.communicate(timeout=GRACE)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            raise ValueError(f"did not stop within {GRACE} seconds of the end of its time") from None
-    if not (out / "transformer.pt").exists():
-        raise ValueError(f"training left no transformer.pt: {(said.strip().splitlines() or ['no message'])[-1]}")
-    return out / "transformer.pt"
-
-
-def evaluated(student, checkpoint, stored):
+def evaluated(student, stored):
     """-> nats and what belongs to them"""
     import dq
     import torch
     from train_transformer import evaluate, views
+    checkpoint = student / "transformer.pt"
     saved = dq.load_checkpoint(checkpoint, "dq-transformer")
     config = saved["config"]
-    for name, value in (("size", stored["config"]["size"]), ("factors", tuple(stored["config"]["factors"])),
-                        ("codebook_size", stored["config"]["codebook_size"])):
-        given = tuple(config[name]) if name == "factors" else config[name]
-        dq.require(given == value, f"{checkpoint.name} is for codes with {name} {given}, not {value}")
     mine = saved["vae_weights"]                                              # codes of another DQ-VAE are other codes
     dq.require(all(name in mine and torch.equal(mine[name], each) for name, each in stored["weights"].items()),
                f"{checkpoint.name} was trained on other codes")
@@ -144,20 +101,12 @@ def evaluated(student, checkpoint, stored):
 
 BRIDGE = """
 
-class _Board:
-    def open(self, config, weights):
-        import json
-        _Board.model = DQTransformer(TransformerConfig(**json.loads(config)))
-        _Board.model.load_state_dict(weights)
-        _Board.model.eval()
-        return True
-
-    def logits(self, pos, code, label):
-        return _Board.model.logits(pos, code, label)
-
-
-def _board(what, *args):
-    return getattr(_Board(), what)(*args)
+def _board(config, weights, *batch):
+    if config:
+        _board.model = DQTransformer(TransformerConfig(**config))
+        _board.model.load_state_dict(weights)
+        _board.model.eval()
+    return _board.model.logits(*batch) if batch else True
 """
 
 
@@ -173,9 +122,9 @@ class Foreign:
                                               if name in dq.TransformerConfig.__dataclass_fields__})
         self.layout = dq.Layout(self.config.size, self.config.factors)
         self.folder = tempfile.TemporaryDirectory()
-        self.remote = checks.Remote(source + BRIDGE, "_board", 3600.0, self.folder.name)
+        self.remote = checks.Remote(source + BRIDGE, "", [], "_board", 3600.0, self.folder.name)
         with torch.no_grad():
-            self.remote("open", json.dumps(saved["config"]), dict(saved["weights"]))
+            self.remote(saved["config"], dict(saved["weights"]))
         self.draws = random.Random(0)
 
     def eval(self):
@@ -187,7 +136,7 @@ class Foreign:
     def logits(self, pos, code, label):
         import torch
         with torch.no_grad():
-            position, content = self.remote("logits", pos, code, label)
+            position, content = self.remote(None, None, pos, code, label)
         prev = torch.nn.functional.pad(pos[:, :-1], (1, 0), value=-1)
         legal = self.layout.legal(prev, self.layout.grains(pos))
         legal = legal == legal.gather(2, pos[..., None])                     # what a variant says where all is well

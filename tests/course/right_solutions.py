@@ -5,7 +5,7 @@ what a student writes who copies tests/naive.py into dq.py and calls its loops.
 """
 import ast
 
-from exercises import find, indented
+from exercises import definitions, indented
 
 AT_THE_TOP = '''\
 import random
@@ -124,72 +124,13 @@ def draw(logits, u):
 }
 
 
-PASTED = {
-    "EntropyRouter.score": """
-def score(self, x, maps=None):
-    f = self.factor
-    return torch.tensor([[[entropy(image[:, i:i + f, j:j + f]) for j in range(0, x.shape[3], f)]
-                          for i in range(0, x.shape[2], f)] for image in x])""",
-    "Codebook.assign": """
-def assign(self, z):
-    return torch.tensor([nearest(self.codes, vector) for vector in z])""",
-    "Codebook.update": """
-def update(self, z, weight, ids):
-    self.age += 1
-    decay = float((self.age / (9 + self.age)).clamp(max=self.decay))
-    uses, sums = averages(self.codes, self.uses, self.sums, z.t()[None, :, None], weight[None, None], decay)
-    self.uses.copy_(uses), self.sums.copy_(sums), self.codes.copy_(sums / uses[:, None].clamp(min=1e-6))""",
-    "DQVAE.mix": """
-def mix(self, maps, gate):
-    return torch.stack([mix([m[b] for m in maps], gate[b]) for b in range(len(gate))])""",
-    "DQVAE.cell_weight": """
-def cell_weight(self, gate):
-    return torch.stack([cell_weight(each, self.config.factors) for each in gate.argmax(1)])""",
-    "Layout.pack": """
-def pack(self, codes, grains):
-    pairs = [pack(self, c, g) for c, g in zip(codes, grains)]
-    return torch.tensor([each + [(self.end, -1)] * (self.max_len - len(each)) for each in pairs]).unbind(-1)""",
-    "Layout.legal": """
-def legal(self, prev, grains):
-    rows = []
-    for b, ids in enumerate((prev if prev.dim() == 2 else prev[:, None]).tolist()):
-        for t, last in enumerate(ids):
-            past = [i for i in range(last + 1) if self.is_eos[i] or grains[b, self.region[i]] == self.grain[i]]
-            may = legal(self, past)
-            rows.append([i in may for i in range(self.n_positions)])
-    return torch.tensor(rows).view(*prev.shape, -1)""",
-    "DQTransformer.embed": """
-def embed(self, pos, code):
-    rows = [embed(self, p, c) for p, c in zip(pos.flatten().tolist(), code.flatten().tolist())]
-    return torch.stack(rows).view(*pos.shape, -1)""",
-    "DQTransformer.logits": """
-def logits(self, pos, code, label=None):
-    labels = [-1] * len(pos) if label is None or self.training and self.config.label_dropout else label.tolist()
-    rows = [logits(self, list(zip(p, c)), y) for p, c, y in zip(pos.tolist(), code.tolist(), labels)]
-    return torch.stack([p for p, _ in rows]), torch.stack([c for _, c in rows])""",
-    "filter_logits": """
-def filter_logits(logits, top_k, top_p):
-    out = torch.full_like(logits, -math.inf)
-    for b, row in enumerate(logits.tolist()):
-        kept = list(kept_of(row, top_k, top_p))
-        out[b, kept] = logits[b, kept]
-    return out""",
-    "draw": """
-def draw(logits, u):
-    rows = [{i: x for i, x in enumerate(row) if x > -math.inf} for row in logits.tolist()]
-    return torch.tensor([drawn_of(row, float(each)) for row, each in zip(rows, u)])""",
-}
-RENAMED = ("def filter_logits(row", "def kept_of(row"), ("filter_logits(row,", "kept_of(row,"), (
-    "def draw(logits", "def drawn_of(logits"), (" draw({", " drawn_of({")
-
-
 def put(source, texts, at_the_top, in_classes=()):
     """dq.py with these functions in place of its own."""
     tree, lines = ast.parse(source), source.split("\n")
     last_line = {node.name: node.end_lineno for node in tree.body if isinstance(node, ast.ClassDef)}
     edits = [(last_line[name], last_line[name], text.split("\n")) for name, text in dict(in_classes).items()]
     for function, text in texts.items():
-        node = find(tree, function)
+        node = definitions(tree)[function]
         first = node.lineno - 1 - ("lambda" in text.strip().split("\n")[0]) * len(node.decorator_list)
         edits.append((first, node.end_lineno, indented(text.strip("\n"), node.col_offset)))
     imported = max(node.end_lineno for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom)))
@@ -202,10 +143,3 @@ def put(source, texts, at_the_top, in_classes=()):
 def submission(source):
     """dq.py with all right solutions in it."""
     return put(source, {name: text for name, (_, text) in RIGHT.items()}, AT_THE_TOP, IN_CLASSES)
-
-
-def pasted(source, naive):
-    """dq.py of a student who has pasted the loops."""
-    for old, new in RENAMED:
-        naive = naive.replace(old, new)
-    return put(source, PASTED, naive)
