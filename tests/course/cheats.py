@@ -4,7 +4,8 @@ ROUTES are ways to the reference: each returns its text, and `reference` takes t
 others: each raises an exception where the sandbox holds. The attacker knows where the project lies (ROOT), and a file
 that the grader writes (TARGET).
 """
-from exercises import EXERCISES, find, indented
+from exercises import EXERCISES
+from right_solutions import put
 
 AT_THE_TOP = '''
 import builtins
@@ -194,14 +195,6 @@ def top(root, target):
 
 def submission(source, root, target):
     """dq.py with a cheat in place of each exercise."""
-    import ast
-    tree, lines = ast.parse(source), source.split("\n")
-    imported = max(node.end_lineno for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom)))
-    edits = [(imported, imported, top(root, target).split("\n"))]
-    for name in (e.function for e in EXERCISES):
-        node = find(tree, name)
-        text = CHEATS.get(name) or BY_REFERENCE.format(short=node.name, name=name)
-        edits.append((node.lineno - 1, node.end_lineno, indented(text.strip("\n"), node.col_offset)))
-    for first, last, text in sorted(edits, reverse=True):
-        lines[first:last] = text
-    return "\n".join(lines)
+    names = [e.function for e in EXERCISES]
+    texts = {name: CHEATS.get(name) or BY_REFERENCE.format(short=name.split(".")[-1], name=name) for name in names}
+    return put(source, texts, top(root, target))

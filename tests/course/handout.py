@@ -6,7 +6,7 @@ from its functions. The formulas below leave open what a variant may change, and
 import ast
 from types import SimpleNamespace
 
-from exercises import BONUS, EXERCISES, RULES, SECOND_WEEK, find, paths
+from exercises import BONUS, EXERCISES, RULES, SECOND_WEEK, definitions, paths
 
 README = """\
 # dq: two weeks from pixels to sequences of codes
@@ -165,9 +165,9 @@ def write(folder, full, in_all, space, minutes=20):
         n=len(EXERCISES), last=SECOND_WEEK - 1, table=table(), rules=RULES, minutes=minutes, in_all=in_all),
         encoding="utf-8")
     (folder / "handout").mkdir()
-    tree = ast.parse(full)
+    functions = definitions(ast.parse(full))
     for number, e in enumerate(EXERCISES, 1):
-        node, name = find(tree, e.function), file_name(number, e)
+        node, name = functions[e.function], file_name(number, e)
         parts = [f": {part} points" for part in e.parts] or [""] * len(paths(e))
         tests = "\n".join(f"* `{path}`{part}" for path, part in zip(paths(e), parts))
         owner = e.function.rpartition(".")[0]
@@ -183,7 +183,7 @@ def write(folder, full, in_all, space, minutes=20):
                 "", tests, ""]
         pages.append("\n".join(text))
         (folder / "handout" / name).write_text(pages[-1], encoding="utf-8")
-        pictures[number - 1]().image.save(folder / "handout" / name.replace(".md", ".png"))
+        pictures.image(number - 1).save(folder / "handout" / name.replace(".md", ".png"))
     for title, rows in (("Questions", QUESTIONS), ("Experiments", EXPERIMENTS)):
         pages += [f"# {title}\n", *(f"{n}. {row[0]}" for n, row in enumerate(rows, 1)), ""]
     (folder / "handout" / "all.md").write_text("\n".join(pages), encoding="utf-8")
