@@ -1,7 +1,6 @@
-"""Right solutions in other styles than ours, which must get all points, and loops of naive.py, which must not.
+"""Right solutions in other styles than ours, which must get all points.
 
-RIGHT: {function: (style, what stands in its place)}; AT_THE_TOP and IN_CLASSES: what they need beside it. PASTED:
-what a student writes who copies tests/naive.py into dq.py and calls its loops.
+RIGHT: {function: (style, what stands in its place)}; AT_THE_TOP and IN_CLASSES: what they need beside it.
 """
 import ast
 
@@ -9,7 +8,6 @@ from exercises import definitions, indented
 
 AT_THE_TOP = '''\
 import random
-from typing import Optional
 
 import torch.utils.checkpoint
 from numpy import pi as PI
@@ -34,11 +32,6 @@ IN_CLASSES = {
 
     def decay_now(self) -> float:
         return min(self.decay, float(self.age) / (self.HEAD_START + float(self.age)))
-''',
-    "DQTransformer": '''
-    def shifted(self, pos: Tensor, code: Tensor, label: Optional[Tensor]) -> Tensor:
-        first = self.condition(label).unsqueeze(1)
-        return torch.cat((first, self.embed(pos, code)[:, :-1]), 1) + self.order.weight[None, :pos.shape[1]]
 ''',
 }
 RIGHT = {
@@ -98,21 +91,6 @@ def embed(self, pos, code):
     rows = torch.where(code < 0, self.config.codebook_size, code)
     return (F.one_hot(rows, len(self.content.weight)).float() @ self.content.weight
             + F.embedding(pos, self.position.weight) + self.granularity.weight[self.layout.grain[pos]])'''),
-    "DQTransformer.logits": ("a method of its own for the shift", '''
-def logits(self, pos: Tensor, code: Tensor, label: Optional[Tensor] = None) -> tuple[Tensor, Tensor]:
-    label = torch.full((len(pos),), self.n_classes) if label is None else label.masked_fill(label < 0, self.n_classes)
-    if self.training and self.config.classes:
-        label = label.masked_fill(torch.rand(len(pos)) < self.config.label_dropout, self.n_classes)
-    prev = torch.cat((torch.full_like(pos[:, :1], -1), pos[:, :-1]), 1)
-    h = self.drop(self.shifted(pos, code, label))
-    for block in self.position_stack:
-        h = block(h, self.rope_of(prev, prev))
-    where = self.position_head(self.position_norm(h)).float()
-    where[~self.layout.legal(prev, self.layout.grains(pos))] = -math.inf
-    h = h + self.position(pos)
-    for block in self.content_stack:
-        h = block(h, self.rope_of(pos, prev))
-    return where, self.content_head(self.content_norm(h)).float()'''),
     "draw": ("float64 and a running sum of finite entries", '''
 def draw(logits, u):
     p = logits.double().softmax(-1)
