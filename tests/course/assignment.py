@@ -6,14 +6,9 @@
     python tests/course/assignment.py split CODES              codes to hand out, and a private part that ranks
     python tests/course/assignment.py leaderboard FOLDER       the open part: nats of students' checkpoints
 
-A student's copy keeps the signature, the docstring and the comments of each function that is to be written; most of
-the comments give the shape of a variable of our solution. Students take the exercises in order: the tests of an
-exercise need those before it and none after. The minutes are a student's; the tests take seconds, without a GPU.
-
-The grader takes each exercise by itself. It puts that one function into a copy of this project, together with what is
-new in the file (imports, helper functions, classes, methods and attributes). The tests of the exercise then ask the
-function for answers, in a sandbox with limits of time and memory. A replacement of something that the file came with
-does not count. The same rule holds in a student's copy, where the exercises before are the student's own.
+A student's copy keeps signature, docstring and comments of each function that is to be written. The grader takes each
+exercise by itself: a process in a sandbox has our dq.py, in which this one function and all that is new come from the
+submission. The tests of the exercise ask it for answers. In a student's copy, the other exercises are the student's.
 """
 import argparse
 import contextlib
@@ -35,8 +30,8 @@ from pathlib import Path
 
 import checks
 import fence
-from exercises import (BONUS, EXERCISES, RULES, SECOND_WEEK, SOURCES, SPEED, TESTS, graded_tests, paths, read, unused,
-                       with_holes)
+from exercises import (BONUS, EXERCISES, RULES, SECOND_WEEK, SOURCES, SPEED, TESTS, described, graded_tests, read,
+                       unused, with_holes)
 
 ROOT = Path(__file__).resolve().parents[2]
 COURSE = Path("tests") / "course"
@@ -52,11 +47,7 @@ def show():
     for number, e in enumerate(EXERCISES, 1):
         if number in (1, SECOND_WEEK):
             print(f"Week {1 + (number > 1)}")
-        parts = [f"        # {part} points" for part in e.parts] or [""] * len(paths(e))
-        tests = [path + part for path, part in zip(paths(e), parts)]
-        print(f"{number:2}  {e.name}: {e.function}, {e.points} points, {e.minutes} minutes, difficulty {e.level} of 3"
-              + (f", needs {', '.join(e.needs.split())}" if e.needs else ""), f"learned: {e.learned}",
-              "\n             ".join(["tests:   " + tests[0], *tests[1:]]), sep="\n    ")
+        print(f"{number:2}  {e.name}: {e.function}", *described(e), sep="\n    ")
     print(f"\n{in_all()}\n\n{RULES}")
 
 
@@ -196,24 +187,22 @@ class Submission:
         said = [*results.values()][:1] if same else [f"{test}: {fault}" for test, fault in wrong.items()]
         rows = [(got * rest / e.points, rest, "; ".join(said))]
         if of_hidden:
-            missed = [test.rpartition("::")[2] for test, fault in self.hidden[number].items() if fault]
-            rows.append((0 if missed else of_hidden, of_hidden, f"hidden cases of {', '.join(missed)}" * bool(missed)))
+            missed = {test.rpartition("::")[2]: fault for test, fault in self.hidden[number].items() if fault}
+            said = f"hidden cases of {', '.join(missed)}" if missed else ""
+            failed = [fault for fault in missed.values() if fault.startswith(NOT_GRADED)]
+            rows.append((0 if missed else of_hidden, of_hidden, failed[0] if failed else said))
         return rows
-
-    def not_graded(self):
-        """The exercises with which the grader failed."""
-        return sorted({number for results in (self.visible, self.hidden) for number, each in results.items()
-                       if any(fault.startswith(NOT_GRADED) for fault in each.values())})
 
     def row(self, numbers):
         """As --json has it. Every other table is made of these rows."""
-        exercises, failed = [], ", ".join(str(number + 1) for number in self.not_graded())
+        exercises = []
         for number in numbers if not self.fault else []:
             got, of, said = zip(*self.parts(number))
             exercises.append(dict(number=number + 1, function=EXERCISES[number].function, points=sum(got), of=sum(of),
                                   fault="; ".join(dict.fromkeys(filter(None, said))), parts=self.parts(number)))
+        failed = [str(each["number"]) for each in exercises if NOT_GRADED in each["fault"]]
         row = dict(student=self.student, file=self.name, exercises=exercises, unused=self.unused,
-                   fault=self.fault or (NOT_GRADED + failed if failed else ""))
+                   fault=self.fault or (NOT_GRADED + ", ".join(failed) if failed else ""))
         for name, bonus in (("all", False), ("bonus", True)):
             counted = [each for each in exercises if (each["function"] in BONUS) == bonus]
             row |= {name: sum(each["points"] for each in counted), f"of_{name}": sum(each["of"] for each in counted)}
@@ -338,7 +327,7 @@ def grade(args):
     for path, table in ((args.csv, in_csv), (args.json, in_json), (args.gradescope, for_gradescope)):
         if path:
             path.write_text(table(rows, numbers, seconds), encoding="utf-8", newline="")
-    failed = [each.name for each in good if each.not_graded()]
+    failed = [row["file"] for row in rows if row["fault"].startswith(NOT_GRADED)]
     if failed:
         sys.exit(f"the grader failed with exercises of {', '.join(failed)}; grade them again")
     if not good:
@@ -438,8 +427,10 @@ def main():
         parser.error("this is a student's copy; copies, variants and the leaderboard need the whole project")
     try:
         run(args, parser)
-    except OSError as error:                                                 # of a path that was given
-        sys.exit(f"error: {error}")
+    except Exception as error:
+        if not isinstance(error, OSError) and type(error).__name__ != "UserError":
+            raise
+        sys.exit(f"error: {error}")                                          # of a path that was given
 
 
 def run(args, parser):

@@ -75,6 +75,15 @@ def paths(e):
     return [f"tests/{test}" if "::" in test else f"tests/{e.file}::{test}" for test in e.tests.split()]
 
 
+def described(e):
+    """-> a line about points and minutes, and a line for each test"""
+    needs = f" Its tests need exercises {', '.join(e.needs.split())}." if e.needs else ""
+    parts = [f"      # {part} points" for part in e.parts] or [""] * len(paths(e))
+    bonus = " of the bonus" if e.function in BONUS else ""
+    return (f"{e.points} points{bonus}, about {e.minutes} minutes, difficulty {e.level} of 3.{needs} Learned: "
+            f"{e.learned}.", *(path + part for path, part in zip(paths(e), parts)))
+
+
 # ------------------------------------------------------------------------------------------------
 # Holes
 

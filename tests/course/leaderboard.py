@@ -11,33 +11,25 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
+
+import checks
+
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def stored_codes(path):
-    import dq
-    import train_transformer
-    try:
-        return train_transformer.read_codes(path)
-    except dq.UserError as error:
-        sys.exit(str(error))
 
 
 def split(codes, public, private):
     """Half of the held-out images, drawn at random, go to a private file, the others stay with the training images.
     Who has them could memorise them, and a look-up table costs hardly any nats."""
     sys.path.insert(0, str(ROOT))
-    stored = stored_codes(codes)
     import dq
-    import torch
+    import train_transformer
+    stored = train_transformer.read_codes(codes)
     order = torch.from_numpy(dq.numpy_rng(secrets.randbits(62)).permutation(len(stored["held_out"]["label"])))
     halves = [{name: x[part] for name, x in stored["held_out"].items()} for part in order.chunk(2)]
     parts = dict(train=stored["train"], held_out=halves[0]), dict(train=halves[1], held_out=halves[1])
     for path, part in zip((public, private), parts):
-        try:
-            dq.write_file(path, lambda file: torch.save(stored | part, file))
-        except dq.UserError as error:
-            sys.exit(str(error))
+        dq.write_file(path, lambda file: torch.save(stored | part, file))
     print(f"{public} is what students get: {len(halves[0]['label'])} held-out images. {private} ranks: "
           f"{len(halves[1]['label'])} images. Keep it, {codes} and the images from them.")
 
@@ -51,7 +43,8 @@ def show(folder, codes, private, variant):
 
 
 def rank(folder, codes, private):
-    stored = stored_codes(private or codes)
+    import train_transformer
+    stored = train_transformer.read_codes(private or codes)
     if not private:
         print(f"these images are in {codes}, so a look-up table would win: `split` keeps some back", file=sys.stderr)
     students = sorted(each for each in folder.iterdir() if each.is_dir()) if folder.is_dir() else []
@@ -80,7 +73,6 @@ def rank(folder, codes, private):
 def evaluated(student, stored):
     """-> nats and what belongs to them"""
     import dq
-    import torch
     from train_transformer import evaluate, views
     checkpoint = student / "transformer.pt"
     saved = dq.load_checkpoint(checkpoint, "dq-transformer")
@@ -114,12 +106,10 @@ class Foreign:
     """A model of a student's own dq.py, as `evaluate` of train_transformer.py takes it."""
 
     def __init__(self, source, saved):
-        import checks
         import dq
-        import torch
         checks.connect()
-        self.config = dq.TransformerConfig(**{name: value for name, value in saved["config"].items()
-                                              if name in dq.TransformerConfig.__dataclass_fields__})
+        known = dq.TransformerConfig.__dataclass_fields__
+        self.config = dq.TransformerConfig(**{name: x for name, x in saved["config"].items() if name in known})
         self.layout = dq.Layout(self.config.size, self.config.factors)
         self.folder = tempfile.TemporaryDirectory()
         self.remote = checks.Remote(source + BRIDGE, "", [], "_board", 3600.0, self.folder.name)
@@ -127,14 +117,12 @@ class Foreign:
             self.remote(saved["config"], dict(saved["weights"]))
         self.draws = random.Random(0)
 
-    def eval(self):
-        return self
-
     def train(self, mode=True):
         return self
 
+    eval = train
+
     def logits(self, pos, code, label):
-        import torch
         with torch.no_grad():
             position, content = self.remote(None, None, pos, code, label)
         prev = torch.nn.functional.pad(pos[:, :-1], (1, 0), value=-1)
@@ -146,19 +134,14 @@ class Foreign:
         return position.float().masked_fill(~legal, -math.inf), content.float()
 
     def __call__(self, pos, code, label):
-        """Nats of position and content, computed here from the model's logits."""
-        import torch
-        position, content = self.logits(pos, code, label)
-        self.sees_no_future(pos, code, label, position, content)
-        log_p, log_q = position.log_softmax(-1), content.log_softmax(-1)
-        nats = -log_p.gather(2, pos[..., None])[..., 0].sum(1)
-        picked = -log_q.gather(2, code.clamp(min=0)[..., None])[..., 0]
-        return dict(position=nats, content=torch.where(code < 0, 0, picked).sum(1))
+        """Nats of position and content, by our own dq.py from the model's logits."""
+        import dq
+        self.sees_no_future(pos, code, label)
+        return dq.DQTransformer.forward(self, pos, code, label)
 
-    def sees_no_future(self, pos, code, label, position, content):
+    def sees_no_future(self, pos, code, label):
         """ValueError if the logits of a step depend on its answer or on what comes later: a few steps of each batch."""
-        import torch
-        last = int((pos != self.layout.end).sum(1).max())
+        (position, content), last = self.logits(pos, code, label), int((pos != self.layout.end).sum(1).max())
         for t in {0, self.draws.randrange(last), self.draws.randrange(last)}:
             start, other = (pos[:, :t + 1], code[:, :t + 1]), code[:, :t + 1].clone()
             other[:, t] = torch.where(other[:, t] < 0, -1, (other[:, t] + 1) % self.config.codebook_size)

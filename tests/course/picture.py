@@ -32,21 +32,13 @@ class Page:
         return left
 
     def table(self, rows, title="", size=30, colours=None):
-        """Words in cells; colours: of the same shape"""
+        """Numbers or words in cells; colours: of the same shape"""
         left = self.next(title, max(map(len, rows)) * size)
         for i, row in enumerate(rows):
-            for j, word in enumerate(row):
-                x, y = left + j * size, self.y + i * size
+            for j, each in enumerate(row.tolist() if hasattr(row, "tolist") else row):
+                x, y, word = left + j * size, self.y + i * size, each if isinstance(each, str) else f"{float(each):.4g}"
                 self.draw.rectangle((x, y, x + size, y + size), colours[i][j] if colours else WHITE, "#555555")
-                self.draw.text((x + size / 2, y + size / 2), str(word), "black", anchor="mm")
-        return self
-
-    def lines(self, curves, title=""):
-        """Curves are lists of (x, y) in 0 to 1, drawn in one frame."""
-        left = self.next(title, 130)
-        self.draw.rectangle((left, self.y, left + 130, self.y + 130), WHITE, GREY)
-        for points, colour in zip(curves, ("#1f4e8c", "#c0392b")):
-            self.draw.line([(left + 130 * x, self.y + 130 - 130 * y) for x, y in points], colour, 2)
+                self.draw.text((x + size / 2, y + size / 2), word, "black", anchor="mm")
         return self
 
     def maps(self, x, title="", side=96):
@@ -117,16 +109,15 @@ class Pictures:
 
     def budget(self, page):
         gates = [self.dq.one_hot((self.torch.arange(8) < n).long().view(1, 2, 4), 2) for n in range(9)]
-        losses = [float(self.dq.budget_loss(gate, (0.5, 0.5))) for gate in gates]
-        curve = [(n / 8, loss / max(losses)) for n, loss in enumerate(losses)]
-        return page.lines([curve], f"loss, up to {max(losses):g}, with 0 to 8 of 8 regions fine; ratios 1/2")
+        losses = [self.dq.budget_loss(gate, (0.5, 0.5)) for gate in gates]
+        return page.table([range(9), losses], "fine regions of 8, and the loss; ratios 1/2", 50)
 
     def through(self, page):
-        z = self.torch.linspace(0, 1, 101, requires_grad=True)
-        out = self.dq.straight_through(z, ((4 * z).round() / 4).detach())
+        z = self.torch.linspace(0, 1, 11, requires_grad=True)
+        q = (4 * z).round() / 4
+        out = self.dq.straight_through(z, q.detach())
         slope, = self.torch.autograd.grad(out.sum(), z)
-        curves = [[*zip(z.tolist(), y.tolist())] for y in (out, slope / 2)]
-        return page.lines(curves, f"blue: the value; red: the gradient, {float(slope[0]):g}")
+        return page.table([z, q, out, slope], "z, q, the value and the gradient", 36)
 
     def assign(self, page):
         coarse = self.dq.upsample(self.maps[0], self.maps[1].shape[-1])
@@ -161,13 +152,12 @@ class Pictures:
         maps = [self.torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]]), self.torch.arange(10.0, 26.0).view(1, 1, 4, 4)]
         mixed = self.vae.mix(maps, self.dq.one_hot(self.grains, 2))
         for each, title in zip([*maps, mixed], ("coarse map", "fine map", "mixed: region 1 is fine")):
-            page.table([[f"{v:g}" for v in row] for row in each[0, 0].tolist()], title)
+            page.table(each[0, 0], title)
         return page
 
     def weight(self, page):
         vae = SimpleNamespace(config=SimpleNamespace(factors=(2, 1), size=4))
-        rows = self.dq.DQVAE.cell_weight(vae, self.dq.one_hot(self.grains, 2))[0].tolist()
-        return page.table([[f"{v:g}" for v in row] for row in rows], "region 1 is fine", 32)
+        return page.table(self.dq.DQVAE.cell_weight(vae, self.dq.one_hot(self.grains, 2))[0], "region 1 is fine", 32)
 
     def pack(self, page):
         page.table(self.cells(self.codes[0]), "codes").table(self.tables[0], "coarse ids", 60)
@@ -177,7 +167,7 @@ class Pictures:
         pos, code, rows = self.pairs()
         codes, grains = self.layout.unpack(pos, code)
         page.table(rows, "positions and contents", 34)
-        return page.table(self.cells(codes[0]), "codes").table(grains[0].tolist(), "grains", 40)
+        return page.table(self.cells(codes[0]), "codes").table(grains[0], "grains", 40)
 
     def legal(self, page):
         pos, _, _ = self.pairs()
@@ -194,7 +184,7 @@ class Pictures:
         model, (pos, code, rows) = self.model(), self.pairs()
         for table, value in ((model.content, 1.0), (model.position, 10.0), (model.granularity, 100.0)):
             table.weight.data.fill_(value)
-        rows.append([f"{v:g}" for v in model.embed(pos, code)[0, :, 0].tolist()])
+        rows.append(model.embed(pos, code)[0, :, 0])
         return page.table(rows, "vectors of pairs: contents are 1, positions 10, granularities 100", 34)
 
     def logits(self, page):
@@ -210,9 +200,9 @@ class Pictures:
         return page
 
     def staircase(self, page):
-        p, u = [0.2, 0.0, 0.5, 0.3], (self.torch.arange(200) + 1) / 200
-        drawn = self.dq.draw(self.torch.tensor([p]).log().expand(200, -1), u) / 4
-        return page.table([p], "probabilities", 36).lines([[*zip(u.tolist(), drawn.tolist())]], "u, and what is drawn")
+        p, u = [0.2, 0.0, 0.5, 0.3], (self.torch.arange(11) / 10).clamp(min=1e-3)
+        drawn = self.dq.draw(self.torch.tensor([p]).log().expand(11, -1), u)
+        return page.table([p], "probabilities", 40).table([u, drawn], "u, and what is drawn", 40)
 
     def samples(self, page):
         model = self.model()
