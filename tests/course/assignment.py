@@ -212,7 +212,7 @@ class Submission:
 def file_in(folder):
     """The submission in a student's folder, or None."""
     named = sorted(folder.rglob("dq.py"), key=lambda path: len(path.parts))
-    found = named or [path for path in sorted(folder.rglob("*")) if path.suffix in CODE]
+    found = named or [path for path in folder.rglob("*") if path.suffix in CODE]
     return found[0] if named or len(found) == 1 else None
 
 
@@ -224,8 +224,7 @@ def collect(path, one=False):
     if not path.is_dir():
         return [(str(path), path.parent.name if path.name == "dq.py" else path.stem, path)]
     if one or (path / "dq.py").exists():
-        file = file_in(path)
-        return [(str(file or path), path.name, file)]
+        return [(str(file_in(path) or path), path.name, file_in(path))]
     found = []
     for each in sorted(path.iterdir()):
         if not each.name.startswith((".", "__")):
@@ -255,11 +254,8 @@ def load(name, student, file):
 def checkers(*args, n_tasks):
     """Processes that run tests, as many as there are cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    size, how = min(cores, -(-n_tasks // 4)), "spawn"                        # each starts a process that imports torch
-    if checks.Nursery.forks:
-        checks.connect()                                                     # once for all of them
-        how = "fork"
-    return ProcessPoolExecutor(size, get_context(how), checks.prepare, args)
+    checks.connect()                                                         # imports torch once for all of them
+    return ProcessPoolExecutor(min(cores, -(-n_tasks // 4)), get_context("fork"), checks.prepare, args)
 
 
 def run_tests(submissions, numbers, folder, args, seed, kind):

@@ -57,13 +57,11 @@ def by_memory():
     return ctypes.string_at(libc.shmat(key, None, 0))
 
 
-ROUTES = dict(
-    opened=lambda: open(f"{ROOT}/dq.py").read(), descriptor=by_descriptor, history=by_history, mapping=by_mapping,
-    program=by_program, memory=by_memory, environment=lambda: os.environ["DQ_COURSE_HIDDEN"],
-    copy=lambda: open(glob.glob("/tmp/*/tests/course/worker.py")[0]).read(),
-    naive=lambda: importlib.import_module("naive"),
-    shell=lambda: subprocess.run(["cat", f"{ROOT}/dq.py"], capture_output=True, check=True).stdout,
-    grader=lambda: open(f"/proc/{os.getppid()}/environ").read())
+ROUTES = [
+    by_descriptor, by_history, by_mapping, by_program, by_memory, lambda: open(f"{ROOT}/dq.py").read(),
+    lambda: os.environ["DQ_COURSE_HIDDEN"], lambda: open(glob.glob("/tmp/*/tests/course/worker.py")[0]).read(),
+    lambda: importlib.import_module("naive"), lambda: open(f"/proc/{os.getppid()}/environ").read(),
+    lambda: subprocess.run(["cat", f"{ROOT}/dq.py"], capture_output=True, check=True).stdout]
 
 
 def daemon():
@@ -73,30 +71,30 @@ def daemon():
         os._exit(0)
 
 
-DEEDS = dict(
-    daemon=daemon, kill=lambda: os.kill(os.getppid(), 9), thread=lambda: os.kill(os.getpid(), 0),
-    pidfd=lambda: signal.pidfd_send_signal(os.pidfd_open(os.getppid()), 9), written=lambda: open(TARGET, "w"),
-    mapped=lambda: torch.from_file(TARGET, shared=True, size=9, dtype=torch.uint8).zero_(),
-    renamed=lambda: os.rename("dq.py", TARGET),
-    database=lambda: sqlite3.connect(TARGET).execute("create table a (b)"), mode=lambda: os.chmod(TARGET, 0),
-    time=lambda: os.utime(TARGET), udp=lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM),
-    server=lambda: torch.distributed.TCPStore("127.0.0.1", 0, is_master=True), removed=lambda: os.remove(TARGET))
+DEEDS = [
+    daemon, lambda: os.kill(os.getppid(), 9), lambda: os.kill(os.getpid(), 0), lambda: open(TARGET, "w"),
+    lambda: signal.pidfd_send_signal(os.pidfd_open(os.getppid()), 9),
+    lambda: torch.from_file(TARGET, shared=True, size=9, dtype=torch.uint8).zero_(),
+    lambda: os.rename("dq.py", TARGET), lambda: os.remove(TARGET), lambda: os.chmod(TARGET, 0),
+    lambda: os.utime(TARGET), lambda: sqlite3.connect(TARGET).execute("create table a (b)"),
+    lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM),
+    lambda: torch.distributed.TCPStore("127.0.0.1", 0, is_master=True)]
 
 
 def attempts():
-    """The names of those that work."""
+    """The numbers of those that work."""
     worked = []
-    for name, way in [*ROUTES.items(), *DEEDS.items()]:
+    for number, way in enumerate(ROUTES + DEEDS):
         try:
             way()
-            worked.append(name)
+            worked.append(number)
         except Exception:
             pass
-    return " ".join(worked)
+    return worked
 
 
 def reference(name, *args, **kwargs):
-    for route in ROUTES.values():
+    for route in ROUTES:
         try:
             space = dict(__name__="copy")
             exec(route(), space)

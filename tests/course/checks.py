@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from multiprocessing import Pipe, get_context
+from multiprocessing import Pipe
 from pathlib import Path
 
 from exercises import EXERCISES, SOURCES, definitions, is_stub, parsed, with_holes
@@ -85,13 +85,11 @@ class NotGraded(Exception):
     """A fault of the grader or its machine, which must not cost a student points."""
 
 
-KEPT = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "SYSTEMROOT")          # of the environment: no secrets
+KEPT = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH")                         # of the environment: no secrets
 
 
 class Nursery:
-    """Where workers come from: forks of a process that knows torch only; where there is no fork, new processes."""
-
-    forks = hasattr(os, "fork")
+    """Where workers come from: forks of a process that knows torch only."""
 
     def __init__(self):
         self.process = None
@@ -99,12 +97,11 @@ class Nursery:
 
     def start(self):
         self.close()
-        if self.forks:
-            self.control, theirs = socket.socketpair()
-            environment = {name: os.environ[name] for name in KEPT if name in os.environ} | {"OMP_NUM_THREADS": "1"}
-            self.process = subprocess.Popen([sys.executable, str(HERE / "worker.py")], stdin=theirs, cwd="/",
-                                            env=environment)
-            theirs.close()
+        self.control, theirs = socket.socketpair()
+        environment = {name: os.environ[name] for name in KEPT if name in os.environ} | {"OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen([sys.executable, str(HERE / "worker.py")], stdin=theirs, cwd="/",
+                                        env=environment)
+        theirs.close()
 
     def close(self):
         if self.process:
@@ -115,23 +112,15 @@ class Nursery:
     def worker(self):
         """-> a connection to a new worker, its process id. After a failure, the next worker has a new nursery."""
         try:
-            return self.born()
-        except (OSError, EOFError) as error:
-            self.start()
-            raise NotGraded(f"no worker could be started ({type(error).__name__}: {error})") from None
-
-    def born(self):
-        ours, theirs = Pipe()
-        if self.forks:
+            ours, theirs = Pipe()
             socket.send_fds(self.control, [b"."], [theirs.fileno()])
             theirs.close()
             if not ours.poll(60):
                 raise TimeoutError("not within a minute")
             return ours, worker.read_answer(ours.recv_bytes())[0]
-        process = get_context("spawn").Process(target=worker.run, args=(theirs,), daemon=True)
-        process.start()
-        theirs.close()
-        return ours, process.pid
+        except (OSError, EOFError) as error:
+            self.start()
+            raise NotGraded(f"no worker could be started ({type(error).__name__}: {error})") from None
 
 
 class Fault(Exception):
@@ -155,8 +144,7 @@ class Remote:
     def __init__(self, base, submission, functions, name, limit, folder, until=math.inf):
         self.connection, self.pid = nursery.worker()
         self.limit, self.count, self.waited, self.until = limit, 0, 0.0, until
-        self.wait = 10 * limit if nursery.forks else limit                   # by the clock: others use the cores too
-        self.deadline = min(time.monotonic() + self.wait, until)
+        self.deadline = min(time.monotonic() + 10 * limit, until)            # by the clock: others use the cores too
         self.changed = CHANGES.get(name)
         try:
             _, (self.faults,) = self.ask(base=base, submission=submission, functions=functions, name=name,
@@ -168,7 +156,7 @@ class Remote:
     def close(self):
         self.connection.close()
         with contextlib.suppress(OSError):
-            os.kill(self.pid, signal.SIGKILL if nursery.forks else signal.SIGTERM)
+            os.kill(self.pid, signal.SIGKILL)
 
     def clock(self):
         """Seconds that the worker has computed. Linux counts them, elsewhere it is the time for which we waited."""
@@ -195,7 +183,7 @@ class Remote:
         try:
             self.connection.send_bytes(data)
             if left <= 0 or not self.connection.poll(left):
-                raise Lost(NOT_RUN if self.deadline == self.until else f"not done after {self.wait:g} seconds")
+                raise Lost(NOT_RUN if self.deadline == self.until else f"not done after {10 * self.limit:g} seconds")
             kind, *reply = worker.read_answer(self.connection.recv_bytes(worker.MAX_BYTES))
         except (EOFError, OSError):
             raise Lost("its process died") from None

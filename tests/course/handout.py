@@ -32,7 +32,8 @@ python3 -m venv .venv && .venv/bin/pip install torch numpy pillow tqdm pytest
    its body. Most of these give the shape of a variable of our solution; yours may differ.
 4. Run its tests: `python -m pytest -q` and the paths that `list` names. `python tests/course/picture.py 2` draws what
    your exercise 2 computes; the page shows the same picture by our solution.
-5. `python tests/course/assignment.py grade dq.py` prints your points, `--only 3` those of exercise 3 alone.
+5. `python tests/course/assignment.py grade dq.py` prints your points, `--only 3` those of exercise 3 alone. It needs
+   Linux, macOS or WSL; the tests run everywhere.
 
 | | exercise | function | points | minutes | difficulty | needs |
 |---|---|---|---|---|---|---|
@@ -56,7 +57,8 @@ When all is written, you get a file `codes.pt`, the same for everyone. Put it in
 these codes that 20 minutes on two cores allow: `python train_transformer.py`. You may change its flags and the model.
 The rank is by nats per image on codes that nobody was given. They are exact: the model's probabilities sum to 1 over
 all images. Training prints nats of the held-out images that you were given. Hand in a folder with `transformer.pt`
-and, if you changed it, `dq.py`. The class must still be called `DQTransformer` and have `logits(pos, code, label)`. A step must
+and, if you changed it, `dq.py`. The class must still be called `DQTransformer` and have `logits(pos, code, label)`. A
+step must
 not see its own answer; this is tested.
 """
 

@@ -18,9 +18,11 @@ LETTERS = "abcdefg-"                                                         # c
 class Page:
     """A white page, on which things are drawn from left to right."""
 
+    y = 40
+
     def __init__(self):
-        self.image = Image.new("RGB", (1200, 190), "white")
-        self.draw, self.x, self.y = ImageDraw.Draw(self.image), 20, 40
+        self.image, self.x = Image.new("RGB", (1200, 190), "white"), 20
+        self.draw = ImageDraw.Draw(self.image)
 
     def cropped(self):
         return self.image.crop((0, 0, min(self.x + 20, self.image.width), self.image.height))
@@ -128,18 +130,15 @@ class Pictures:
     def learned(self, page, step):
         """Codes (white) among vectors (grey), in two dimensions, at the start and after 1, 5 and 25 batches."""
         self.torch.manual_seed(0)
-        book, z, shown = self.dq.Codebook(16, 2), self.torch.randn(600, 2) * 0.2, []
-        z = z + self.torch.tensor([[1.0, 1.0], [-1.0, 0.5], [0.5, -1.0]]).repeat(200, 1)
+        book, shown = self.dq.Codebook(16, 2), self.torch.zeros(26, 48, 48)
+        z = self.torch.tensor([[1.0, 1.0], [-1.0, 0.5], [0.5, -1.0]]).repeat(200, 1) + self.torch.randn(600, 2) * 0.2
         book.codes.normal_()
-        for n in range(26):
-            if n in (0, 1, 5, 25):
-                shown.append(self.torch.zeros(48, 48))
-                for points, value in ((z, 0.4), (book.codes, 1.0)):
-                    x, y = ((points.clamp(-2.5, 2.5) + 2.5) * 9).long().unbind(1)
-                    shown[-1][y, x] = value
-            batch = z[self.torch.randint(len(z), (128,))]
-            step(book, batch, self.torch.ones(128))
-        return page.maps(self.torch.stack(shown), "codes (white) after 0, 1, 5 and 25 batches", 130)
+        for image in shown:
+            for points, value in ((z, 0.4), (book.codes, 1.0)):
+                x, y = ((points.clamp(-2.5, 2.5) + 2.5) * 9).long().unbind(1)
+                image[y, x] = value
+            step(book, z[self.torch.randint(len(z), (128,))], self.torch.ones(128))
+        return page.maps(shown[[0, 1, 5, 25]], "codes (white) after 0, 1, 5 and 25 batches", 130)
 
     def update(self, page):
         return self.learned(page, lambda book, z, weight: book.update(

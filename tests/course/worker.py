@@ -5,8 +5,8 @@ loops. The tests run in the grader. There, the exercise's function sends its arg
 submission finds no assert to replace, no frame of a test and nothing to compare with. Messages to the worker are
 pickles. The grader unpickles nothing: messages from the worker are JSON and the bytes of tensors.
 
-Each worker is a fork of a process that has imported torch and nothing of this project; where there is no fork (Windows)
-it is a new process. `limits` and fence.py say what it may do.
+Each worker is a fork of a process that has imported torch and nothing of this project. `limits` and fence.py say what
+it may do.
 """
 import ast
 import contextlib
@@ -15,6 +15,7 @@ import io
 import json
 import os
 import pickle
+import resource
 import signal
 import socket
 import struct
@@ -225,7 +226,7 @@ class Server:
         try:
             fence.close(order["folder"])
         except Exception as error:
-            return self.send("unfenced", f"{type(error).__name__}: {error}")
+            return self.send("unfenced", said(error))
         try:
             module = load(order["base"], order["submission"], order["functions"])
             self.function = functools.reduce(getattr, order["name"].split("."), module)
@@ -273,19 +274,17 @@ def too_late(number, frame):
 
 
 def limits(memory, seconds):
-    """Of memory, time of computing, and the size of files; Windows has none of them."""
-    with contextlib.suppress(ImportError):
-        import resource
-        signal.signal(signal.SIGXCPU, too_late)
-        seconds = max(1, int(seconds))
-        wanted = [(resource.RLIMIT_CPU, seconds, seconds + 2), (resource.RLIMIT_FSIZE, 2 ** 20, 2 ** 20),
-                  (resource.RLIMIT_CORE, 0, 0)]
-        with contextlib.suppress(OSError), open("/proc/self/statm") as file:  # Linux: what torch has mapped is a lot
-            now = int(file.read().split()[0]) * resource.getpagesize()
-            wanted.append((resource.RLIMIT_AS, now + memory, now + memory))
-        for which, soft, hard in wanted:
-            with contextlib.suppress(ValueError, OSError):                   # a lower one is set already
-                resource.setrlimit(which, (soft, hard))
+    """Of memory, time of computing, and the size of files."""
+    signal.signal(signal.SIGXCPU, too_late)
+    seconds = max(1, int(seconds))
+    wanted = [(resource.RLIMIT_CPU, seconds, seconds + 2), (resource.RLIMIT_FSIZE, 2 ** 20, 2 ** 20),
+              (resource.RLIMIT_CORE, 0, 0)]
+    with contextlib.suppress(OSError), open("/proc/self/statm") as file:     # Linux: what torch has mapped is a lot
+        now = int(file.read().split()[0]) * resource.getpagesize()
+        wanted.append((resource.RLIMIT_AS, now + memory, now + memory))
+    for which, soft, hard in wanted:
+        with contextlib.suppress(ValueError, OSError):                       # a lower one is set already
+            resource.setrlimit(which, (soft, hard))
 
 
 def run(connection):
