@@ -6,6 +6,7 @@ import json
 import re
 import tokenize
 from collections import namedtuple
+from pathlib import Path
 
 ROUTERS, CODEBOOK, VAE = "test_routers.py", "test_codebook.py", "test_vae.py"
 LAYOUT, TRANSFORMER, SAMPLING = "test_layout.py", "test_transformer.py", "test_sampling.py"
@@ -222,46 +223,20 @@ def unused(base, submission):
 
 
 def graded_tests(texts):
-    """{"tests/test_x.py": text} -> the same with the tests of the exercises, what these need, and nothing else."""
-    names = {f"tests/{e.file}": set() for e in EXERCISES}
-    for e in EXERCISES:
-        for path in paths(e):
-            file, _, name = path.partition("::")
-            names.setdefault(file, set()).add(name)
-    if not names.keys() <= texts.keys():
-        return texts                                                         # no tests are asked for
-    texts = dict(texts)
-    for file in (f"tests/{name}" for name in (SPEED, SAMPLING, TRANSFORMER, LAYOUT, VAE, CODEBOOK,
-                                              ROUTERS)):                     # who imports comes before what is imported
-        texts[file] = pruned(texts[file], names[file])
-        for node in ast.parse(texts[file]).body:
-            if isinstance(node, ast.ImportFrom) and f"tests/{node.module}.py" in names:
-                names[f"tests/{node.module}.py"] |= {alias.name for alias in node.names}
-    return texts
+    """{"tests/test_x.py": text} -> the same without the tests that belong to no exercise."""
+    graded = {path for e in EXERCISES for path in paths(e)}
+    return {name: pruned(name, text, graded) if Path(name).name.startswith("test_") else text
+            for name, text in texts.items()}
 
 
-def pruned(text, needed):
-    """What a module needs for these of its names; of its docstring the first line."""
-    body, lines, needed = ast.parse(text).body, text.split("\n"), set(needed)
-    while True:                                                              # names that the kept statements mention
-        kept = [node for node in body[1:] if bound(node) & needed or not bound(node)]
-        used = {each.id for node in kept for each in ast.walk(node) if isinstance(each, ast.Name)}
-        if used <= needed:
-            break
-        needed |= used
+def pruned(name, text, graded):
+    """The test file without other tests, and of its docstring the first line."""
+    body, lines = ast.parse(text).body, text.split("\n")
     for node in reversed(body):
-        first = min([node.lineno, *(each.lineno for each in getattr(node, "decorator_list", []))]) - 1
-        if node is body[0]:
-            lines[first:node.end_lineno] = [f'"""{ast.get_docstring(ast.parse(text)).splitlines()[0].rstrip(".:")}."""']
-        elif node not in kept:
-            while lines[first - 1].startswith("#"):
+        if bound(node) and f"{name}::{min(bound(node))}" not in graded and min(bound(node)).startswith("test_"):
+            first = min([node.lineno, *(each.lineno for each in getattr(node, "decorator_list", []))]) - 1
+            while not lines[first - 1] or lines[first - 1].startswith("#"):
                 first -= 1
             lines[first:node.end_lineno] = []
-        elif isinstance(node, (ast.Import, ast.ImportFrom)) and not bound(node) <= needed:
-            node.names = [alias for alias in node.names if (alias.asname or alias.name.split(".")[0]) in needed]
-            lines[first:node.end_lineno] = [ast.unparse(node)]
-    text = "\n".join(lines)
-    text = text.replace('"""\n\nimport', '"""\nimport', 1)
-    while "\n\n\n\n" in text:
-        text = text.replace("\n\n\n\n", "\n\n\n")
-    return text.rstrip("\n") + "\n"
+    lines[:body[0].end_lineno] = [f'"""{ast.get_docstring(ast.parse(text)).splitlines()[0].rstrip(".:")}."""']
+    return "\n".join(lines)

@@ -57,9 +57,8 @@ When all is written, you get a file `codes.pt`, the same for everyone. Put it in
 these codes that 20 minutes on two cores allow: `python train_transformer.py`. You may change its flags and the model.
 The rank is by nats per image on codes that nobody was given. They are exact: the model's probabilities sum to 1 over
 all images. Training prints nats of the held-out images that you were given. Hand in a folder with `transformer.pt`
-and, if you changed it, `dq.py`. The class must still be called `DQTransformer` and have `logits(pos, code, label)`. A
-step must
-not see its own answer; this is tested.
+and, if you changed it, `dq.py`. The class must still be called `DQTransformer` and have `logits(pos, code, label)`. It
+gets the pairs one after the other, so it can't see what comes later.
 """
 
 MATHEMATICS = {

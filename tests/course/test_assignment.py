@@ -38,7 +38,7 @@ import test_speed
 import variants
 import worker
 from assignment import ROOT, executed, project
-from exercises import (EXERCISES, SOURCES, SPEED, TESTS, definitions, graded_tests, is_stub, paths, replaced, stub,
+from exercises import (EXERCISES, SOURCES, SPEED, TESTS, definitions, is_stub, paths, replaced, stub,
                        text_of, unused)
 from warm import Script, begin
 from wrong_solutions import WRONG
@@ -184,10 +184,14 @@ def test_a_loop_over_the_rows_loses_the_points_for_speed(e, checker, monkeypatch
 
 
 def test_every_assert_of_a_graded_test_has_a_message():
-    texts = {f"tests/{name}": (ROOT / "tests" / name).read_text(encoding="utf-8") for name in TESTS}
-    kept = graded_tests(texts)
-    for name in {path.partition("::")[0] for e in EXERCISES for path in paths(e)}:
-        for node in ast.walk(ast.parse(kept[name])):
+    """Those of the functions, too, that graded tests call by name."""
+    graded = {path for e in EXERCISES for path in paths(e)}
+    for name in {path.partition("::")[0] for path in graded}:
+        functions = [node for node in ast.parse((ROOT / name).read_text(encoding="utf-8")).body
+                     if isinstance(node, ast.FunctionDef)]
+        tests = [node for node in functions if f"{name}::{node.name}" in graded]
+        called = {each.id for test in tests for each in ast.walk(test) if isinstance(each, ast.Name)}
+        for node in (each for test in functions if test in tests or test.name in called for each in ast.walk(test)):
             if isinstance(node, ast.Assert):
                 assert node.msg, f"{name}: {ast.unparse(node)}"
             if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("assert_close"):
@@ -608,8 +612,8 @@ def test_a_variant_is_solved_by_its_reference_alone(tmp_path):
 # The open part
 
 
-def test_the_leaderboard_ranks_by_nats_and_finds_who_looks_ahead(run, checker, tmp_path, capsys):
-    """A checkpoint; two with a dq.py of their own; three whose logits know too much; none; and one that is damaged."""
+def test_the_leaderboard_ranks_by_nats_and_lets_nobody_look_ahead(run, checker, tmp_path, capsys):
+    """A checkpoint; two with a dq.py of their own; three whose logits want to know more; none; a damaged one."""
     answers = {
         "same": "return _1, _2", "other": "return _1, 3 * _2 - _2.mean(-1, keepdim=True)",
         "peeks": "return _1, _2 + 9 * F.one_hot(code.clamp(min=0), _2.shape[-1])",
@@ -633,12 +637,11 @@ def test_the_leaderboard_ranks_by_nats_and_finds_who_looks_ahead(run, checker, t
     printed, errors = capsys.readouterr()
     rows = {line.split()[1]: line for line in printed.splitlines()[1:]}
     assert rows.keys() == {"plain", "damaged", "none", *answers} and not errors
-    assert "depend on its content" in rows["peeks"] and "depend on its position" in rows["peeks-where"]
-    assert "later" in rows["far"] and "no such file" in rows["none"] and "not a checkpoint" in rows["damaged"]
-    nats = {name: float(rows[name].split()[2]) for name in ("plain", "same", "other")}
+    assert "no such file" in rows["none"] and "not a checkpoint" in rows["damaged"]
+    nats = {name: float(rows[name].split()[2]) for name in ("plain", *answers)}
     assert nats["plain"] == pytest.approx(nats["same"], abs=0.01) and nats["other"] != nats["plain"]
-    ranked = [nats[line.split()[1]] for line in printed.splitlines()[1:4]]
-    assert ranked == sorted(ranked)
+    assert min(nats.values()) > nats["plain"] - 2                            # who knew the contents would have 3
+    assert sorted(nats.values()) == [nats[line.split()[1]] for line in printed.splitlines()[1:7]]
 
 
 def test_the_leaderboard_of_a_variant(run, tmp_path):
