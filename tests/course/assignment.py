@@ -421,15 +421,6 @@ def main():
     args = parser.parse_args()
     if IS_COPY and (args.command not in ("list", "grade") or getattr(args, "variant", None) is not None):
         parser.error("this is a student's copy; copies, variants and the leaderboard need the whole project")
-    try:
-        run(args, parser)
-    except Exception as error:
-        if not isinstance(error, OSError) and type(error).__name__ != "UserError":
-            raise
-        sys.exit(f"error: {error}")                                          # of a path that was given
-
-
-def run(args, parser):
     if args.command == "list":
         show()
     elif args.command == "make":
@@ -455,4 +446,9 @@ def run(args, parser):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except Exception as error:
+        if not isinstance(error, OSError) and type(error).__name__ != "UserError":
+            raise
+        sys.exit(f"error: {error}")                                          # of a path that was given

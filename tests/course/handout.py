@@ -152,19 +152,15 @@ EXPERIMENTS = [                                                              # t
 ]
 
 
-def table():
-    return "\n".join(f"| {n} | [{e.name}](handout/{file_name(n, e)}) | `{e.function}` | {e.points} | {e.minutes} | "
-                     f"{e.level} | {', '.join(e.needs.split())} |" for n, e in enumerate(EXERCISES, 1))
-
-
 def write(folder, full, in_all, space):
     """README.md and handout/ in a copy. full: its dq.py with all solutions; space: what that defines"""
     import picture
     dq = SimpleNamespace(**space)
     pictures, pages = picture.Pictures(dq), []
     (folder / "README.md").write_text(README.format(
-        n=len(EXERCISES), last=SECOND_WEEK - 1, table=table(), rules=RULES, in_all=in_all),
-        encoding="utf-8")
+        n=len(EXERCISES), last=SECOND_WEEK - 1, rules=RULES, in_all=in_all, table="\n".join(
+            f"| {n} | [{e.name}](handout/{file_name(n, e)}) | `{e.function}` | {e.points} | {e.minutes} | {e.level} | "
+            f"{', '.join(e.needs.split())} |" for n, e in enumerate(EXERCISES, 1))), encoding="utf-8")
     (folder / "handout").mkdir()
     functions = definitions(ast.parse(full))
     for number, e in enumerate(EXERCISES, 1):
