@@ -6,8 +6,8 @@ solution, docstrings, naive loops, tests and pages change together. An edit is o
     (file, function, old code, new code)    compared as syntax trees: comments and line breaks don't matter. Names _1,
                                             _2, ... stand for any expression, and in the new code for what it was.
                                             Function "*": everywhere in the file
-    (file, function, "doc: words", words)   in a docstring, wherever its lines break. No text of the variant may contain
-                                            the old words
+    (file, function, "doc: words", words)   in a docstring, wherever its lines break; "..." is its rest. No text of the
+                                            variant may contain the old words
 
 HIDDEN are other sizes for the same tests; other seeds go with them. Whoever has this file can solve a variant, just as
 whoever has dq.py can solve the exercises. A course that fears this adds variations of its own to a private copy.
@@ -65,7 +65,8 @@ def located(text, function, old, new):
         return starts[node.lineno - 1] + node.col_offset, starts[node.end_lineno - 1] + node.end_col_offset
     if old.startswith(DOC):
         (first, last), words = span(inside.body[0]), map(re.escape, old[len(DOC):].encode().split())
-        found = [*re.finditer(rb"\s+".join(words), data[first:last])]
+        pattern = rb"\s+".join(words).replace(rb"\.\.\.", rb".*") + rb"(?!\w)"  # as far as the docstring goes
+        found = [*re.finditer(pattern, data[first:last - 3], re.S)]
         where = [(inside.body[0], {}, first + each.start(), first + each.end()) for each in found]
     else:
         pattern = parse(old).body[0]
@@ -131,12 +132,11 @@ VARIATIONS = [
         (D, "Codebook.assign", "centre = _1", ""),
         (D, "Codebook.assign", "codes = _1", ""),
         (D, "Codebook.assign", "return _1", "return (z[:, None] - self.codes).abs().sum(-1).argmin(dim=1)"),
-        (D, "Codebook.assign", "doc: by |z - e|^2 without |z|^2, the same for every code",
-         "by the city-block distance sum_d |z_d - e_d|"),
+        (D, "Codebook.assign", "doc: by |z - e|^2 ...", "by the city-block distance sum_d |z_d - e_d|."),
         (N, "nearest", "float((codes[v] - vector).square().sum())", "float((codes[v] - vector).abs().sum())")]),
     ("Codebook.update", ["3", "19"], [                                       # how averages start
         (D, "Codebook.update", "9 + self.age", "<0> + self.age"),
-        (D, "Codebook.update", "doc: decay n / (9 + n)", "decay n / (<0> + n)"),
+        (D, "Codebook.update", "doc: (9 + age)", "(<0> + age)"),
         (CODEBOOK, "test_ema_update_equals_a_loop_over_codes", "[_1, _2, _3]",
          "[(0, 1 / (<0> + 1)), (5, 6 / (<0> + 6)), (1000, 0.9)]")]),
     ("Codebook.restart", ["2", "0.5"], [                                     # usage of a restarted code
@@ -183,8 +183,10 @@ for k, cells in enumerate((1, 4, 16)):
         (D, "Layout", "doc: a f g -1 b c d e -1", "a  f  g  -1  b  d  c  e  -1"),
         (D, "Layout", "doc: region 0 1 2 3 4 0 0 1 1 0 0 1 1 2 2 3 3 2 2 3 3 4",
          "region     0  2  1  3   4    0  0  2  2   0  0  2  2   1  1  3  3   1  1  3  3   4"),
-        (D, "Layout.legal", "doc: 4 -> 7 (the first hole) 7 -> 8 8 -> 11 (pending) 12 -> 21",
-         "4 -> 13    (the first hole)          13 -> 14      14 -> 17 (pending)     18 -> 21"),
+        (D, "Layout.legal", "doc: prev 4 -> 7", "prev   4 -> 13"),
+        (D, "Layout.legal", "doc: 7 -> 8", "13 -> 14"),
+        (D, "Layout.legal", "doc: 8 -> 11", "14 -> 17"),
+        (D, "Layout.legal", "doc: 12 -> 21", "18 -> 21"),
         (N, "where", "return k, (p - first) // side, (p - first) % side",
          "return k, (p - first) % side, (p - first) // side"),
         (N, "pack", "for y in range(side):\n    for x in range(side):\n        if _1 == k:\n"
@@ -314,4 +316,4 @@ def applied(texts, edits):
 
 def gone(seed):
     """Words of the published rules, which no text of a variant may contain."""
-    return [old[len(DOC):] for _, _, old, _ in edits(seed) if old.startswith(DOC)]
+    return [old[len(DOC):].removesuffix(" ...") for _, _, old, _ in edits(seed) if old.startswith(DOC)]
