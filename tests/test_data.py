@@ -353,9 +353,7 @@ class Hangs(Indices):
 
 def program_with_a_hanging_loader(waits):
     batches = reading.loader(Hangs(4), 1, batch_size=1, sampler=range(4))
-    common.PATIENCE = 0.2
-    with common.Stop(torch.device("cpu"), common.PATIENCE) as stop:
-        stop.asked()
+    with common.Stop(patience=0.2):
         for _ in range(1 + waits):
             next(batches)
             os.kill(os.getpid(), common.signal.SIGTERM) if waits else None
