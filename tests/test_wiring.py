@@ -293,7 +293,7 @@ def test_clip_0_does_not_clip(images, tmp_path, monkeypatch):
     def never(*args):
         raise AssertionError
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", never)
-    stop_at(monkeypatch, common.Record, "after")                             # the first step has been made then
+    stop_at(monkeypatch, common.Record, "save")                              # after the first step
     flags = ["--size", 16, "--batch-size", 2, "--steps", 1, "--clip", 0, "--data", images, "--out", tmp_path, *CPU]
     with pytest.raises(Reached):
         train_vae.main([str(flag) for flag in flags])
