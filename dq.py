@@ -24,7 +24,7 @@ import math
 import os
 import zipfile
 import zlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -59,7 +59,7 @@ class VAEConfig:
     size: int = 32                       # side of the square images, in pixels
     factors: tuple = (8, 4)              # downsampling factor of each granularity, coarse to fine
     ratios: tuple = (0.5, 0.5)           # target fraction of regions per granularity
-    router: str = "learned"              # learned | entropy | random
+    router: str = "learned"              # learned | entropy | random | dial
     codebook_size: int = 256             # V
     code_dim: int = 8                    # D
     channels: int = 64                   # Z, channels of the encoder's maps and of the decoder's input
@@ -169,8 +169,53 @@ class ThresholdRouter(nn.Module):
         self.register_buffer("thresholds", thresholds)                       # K - 1
 
     def forward(self, x, maps, noise=1.0):
-        grains = torch.bucketize(self.score(x, maps), self.thresholds)       # B, h, w
+        grains = torch.bucketize(self.score(x, maps), self.thresholds)       # B, h, w; a tie is coarse
         return one_hot(grains, len(self.thresholds) + 1)                     # B, K, h, w
+
+    @torch.no_grad()
+    def calibrate(self, ratios, images, encoder=lambda x: None):
+        """Set the thresholds to quantiles of the scores over batches of training images (B, 3, S, S)."""
+        scores = torch.cat([self.score(x, encoder(x)).flatten() for x in images])
+        cuts = np.cumsum(ratios)[:-1].clip(0, 1)                             # K - 1
+        levels = np.quantile(scores.cpu().numpy().astype(float), cuts)
+        levels = np.where(cuts < 1e-6, -1e9, np.where(cuts > 1 - 1e-6, 1e9, levels))  # below, above any
+        self.thresholds.copy_(torch.from_numpy(levels.astype(np.float32)))
+
+
+class DialRouter(ThresholdRouter):
+    """One learned score for every budget; not in the paper. Cells of one granularity get the same codes whatever the
+    other regions get, so thresholds at other quantiles of the score give other lengths. gate: a GrainRouter"""
+    def __init__(self, ratios, gate):
+        super().__init__(torch.zeros(len(ratios) - 1))
+        self.ratios, self.gate = torch.tensor(ratios), gate
+
+    def score(self, x, maps):
+        """The log-odds of the expected granularity; for K = 2 the difference of the logits. -> (B, h, w)"""
+        logits = self.gate.logits(maps)                                      # B, K, h, w
+        k = torch.arange(logits.shape[1], device=logits.device)[:, None, None]  # K, 1, 1
+        return (logits + k.log()).logsumexp(1) - (logits + k.flip(0).log()).logsumexp(1)  # B, h, w
+
+    def forward(self, x, maps, noise=1.0):
+        """In training, every image gets its own random budget, around the target ratios. Its thresholds are quantiles
+        of the noisy scores of the batch, so the batch meets the budgets and needs no budget loss. The gate is
+        straight-through, as in GrainRouter: its soft value is the probability of each granularity under logistic noise.
+        The thresholds for evaluation are moving averages of the quantiles at the target ratios."""
+        if not self.training:
+            return super().forward(x, maps)
+        score, B, device = self.score(x, maps), len(x), x.device             # B, h, w
+        seen = all_gather(score)                                             # all images of the batch
+        self.thresholds.lerp_(seen.quantile(self.ratios.to(device).cumsum(0)[:-1]), 0.1)
+        uniform = sample_global(torch.Tensor.uniform_, score.shape, device)
+        # standardised, or else the score grows until the noise doesn't matter
+        score = 3 * (score - seen.mean()) / seen.std() + noise * uniform.logit(eps=1e-6)  # B, h, w
+        spread = torch.distributions.Dirichlet(7 * self.ratios.to(device).clamp(min=1e-3))
+        ratios = sample_global(lambda x: spread.sample(x.shape[:1]), (B, len(self.ratios)), device)  # B, K
+        cuts = ratios.cumsum(1)[:, :-1].clamp(max=1)                         # B, K - 1
+        levels = all_gather(score).quantile(cuts.flatten()).view(B, -1, 1, 1)  # B, K - 1, 1, 1
+        above = (score[:, None] - levels).sigmoid()                          # B, K - 1, h, w: P(granularity > k)
+        soft = F.pad(above, (0, 0, 0, 0, 1, 0), value=1.0) - F.pad(above, (0, 0, 0, 0, 0, 1))  # B, K, h, w
+        hard = one_hot((score[:, None] > levels).sum(1), soft.shape[1])
+        return hard + (soft - soft.detach())                                 # B, K, h, w: exactly one-hot
 
 
 class RandomRouter(ThresholdRouter):
@@ -206,19 +251,12 @@ class EntropyRouter(ThresholdRouter):
         entropy = -(p * (p + 1e-10).log()).sum(-1)                           # B, N
         return entropy.view(-1, x.shape[2] // self.factor, x.shape[3] // self.factor)  # B, h, w
 
-    def calibrate(self, ratios, images):
-        """Set the thresholds to quantiles over batches of training images (B, 3, S, S). Ties are coarse."""
-        scores = torch.cat([self.score(x).flatten() for x in images])
-        cuts = np.cumsum(ratios)[:-1].clip(0, 1)                             # K - 1
-        levels = np.quantile(scores.cpu().numpy().astype(float), cuts)
-        levels = np.where(cuts < 1e-6, -1, np.where(cuts > 1 - 1e-6, 1e3, levels))  # below, above any
-        self.thresholds.copy_(torch.from_numpy(levels.astype(np.float32)))
-
 
 ROUTERS = {
     "learned": lambda config: GrainRouter(config.channels, len(config.factors)),
     "entropy": lambda config: EntropyRouter(config.ratios, config.factors[0]),
     "random": lambda config: RandomRouter(config.ratios),
+    "dial": lambda config: DialRouter(config.ratios, GrainRouter(config.channels, len(config.factors))),
 }
 
 
@@ -453,6 +491,15 @@ class DQVAE(nn.Module):
         z = self.pre_quant(self.mix(maps, gate))                             # B, D, H, W
         q, codes, commitment = self.codebook(z, self.cell_weight(gate))
         return q, codes, gate, commitment, maps
+
+    def set_ratios(self, ratios, images):
+        """Route by other ratios from now on, without training. images: batches of training images (B, 3, S, S), whose
+        scores give the thresholds. A learned router becomes a DialRouter: the same score, cut elsewhere."""
+        if self.config.router == "learned":
+            self.router = DialRouter(ratios, self.router).to(self.codebook.codes.device)
+        router = "dial" if self.config.router == "learned" else self.config.router
+        self.config = replace(self.config, ratios=ratios, router=router)
+        self.router.train(self.training).calibrate(ratios, images, self.encoder)
 
     def forward(self, x, noise=1.0):
         q, codes, gate, commitment, maps = self.quantize(x, noise)
@@ -1028,6 +1075,14 @@ def all_reduce_sum(x):
     return x
 
 
+def all_gather(x):
+    """The tensors (B, ...) of all ranks, without gradient. -> (world B, ...)"""
+    rank, world = rank_world()
+    parts = torch.zeros(world, *x.shape, device=x.device)
+    parts[rank] = x.detach()
+    return all_reduce_sum(parts).flatten(0, 1)
+
+
 def sample_global(fill, shape, device):
     """Random numbers (B, ...) for the images of this rank. Every rank samples those of the global batch and keeps its
     slice, so results don't depend on the number of ranks. fill: torch.Tensor.uniform_, for example"""
@@ -1038,9 +1093,8 @@ def sample_global(fill, shape, device):
 def sample_vectors(z, weight, n):
     """Sample up to n vectors of z (m, D) over all ranks, by weight (m,), without replacement. -> (up to n, D)"""
     (rank, world), m = rank_world(), len(z)
-    weights = torch.zeros(world, m, device=z.device)
-    weights[rank] = weight.nan_to_num(1.0)                                   # a NaN is reported by the trainer
-    chosen = torch.multinomial(all_reduce_sum(weights).view(-1), min(n, world * m))  # n
+    weights = all_gather(weight.nan_to_num(1.0))                             # world m; the trainer reports a NaN
+    chosen = torch.multinomial(weights, min(n, world * m))                   # n
     mine = (chosen // m == rank)[:, None]                                    # n, 1
     return all_reduce_sum(torch.where(mine, z[chosen % m], 0))               # n, D: each came from one rank
 
