@@ -1054,8 +1054,8 @@ def load_vae(path, device):
 
 
 def load_transformer(path, device):
-    """-> DQTransformer and the DQVAE that is bundled in its checkpoint."""
-    saved = load_checkpoint(path, "dq-transformer")
+    """-> DQTransformer and the DQVAE of a checkpoint: of a file, or of what `load_checkpoint` returned."""
+    saved = path if isinstance(path, dict) else load_checkpoint(path, "dq-transformer")
     return (rebuild(DQTransformer, TransformerConfig, saved.get("config"), saved.get("weights"), device),
             rebuild(DQVAE, VAEConfig, saved.get("vae_config"), saved.get("vae_weights"), device))
 
