@@ -32,6 +32,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.distributed.nn.functional import all_reduce
 
 
 # ---- 1  Configuration --------------------------------------------------------------------------
@@ -183,8 +184,8 @@ class ThresholdRouter(nn.Module):
 
 
 class DialRouter(ThresholdRouter):
-    """One learned score for every budget; not in the paper. Cells of one granularity get the same codes whatever the
-    other regions get, so thresholds at other quantiles of the score give other lengths. gate: a GrainRouter"""
+    """One learned score for every budget; not in the paper. A cell's code depends on its own granularity alone, so
+    other thresholds give other lengths. gate: a GrainRouter"""
     def __init__(self, ratios, gate):
         super().__init__(torch.zeros(len(ratios) - 1))
         self.ratios, self.gate = torch.tensor(ratios), gate
@@ -196,25 +197,22 @@ class DialRouter(ThresholdRouter):
         return (logits + k.log()).logsumexp(1) - (logits + k.flip(0).log()).logsumexp(1)  # B, h, w
 
     def forward(self, x, maps, noise=1.0):
-        """In training, every image gets its own random budget, around the target ratios. Its thresholds are quantiles
-        of the noisy scores of the batch, so the batch meets the budgets and needs no budget loss. The gate is
-        straight-through, as in GrainRouter: its soft value is the probability of each granularity under logistic noise.
-        The thresholds for evaluation are moving averages of the quantiles at the target ratios."""
+        """In training, each image has a random budget, around the target ratios. Its thresholds are quantiles of the
+        noisy scores of the batch, so no budget loss is needed. The gate is straight-through, as in GrainRouter. For
+        evaluation, the thresholds are moving averages of the quantiles at the target ratios."""
         if not self.training:
             return super().forward(x, maps)
-        score, B, device = self.score(x, maps), len(x), x.device             # B, h, w
-        seen = all_gather(score)                                             # all images of the batch
-        self.thresholds.lerp_(seen.quantile(self.ratios.to(device).cumsum(0)[:-1]), 0.1)
-        uniform = sample_global(torch.Tensor.uniform_, score.shape, device)
-        # standardised, or else the score grows until the noise doesn't matter
-        score = 3 * (score - seen.mean()) / seen.std() + noise * uniform.logit(eps=1e-6)  # B, h, w
-        spread = torch.distributions.Dirichlet(7 * self.ratios.to(device).clamp(min=1e-3))
-        ratios = sample_global(lambda x: spread.sample(x.shape[:1]), (B, len(self.ratios)), device)  # B, K
-        cuts = ratios.cumsum(1)[:, :-1].clamp(max=1)                         # B, K - 1
-        levels = all_gather(score).quantile(cuts.flatten()).view(B, -1, 1, 1)  # B, K - 1, 1, 1
+        score, ratios = self.score(x, maps), self.ratios.to(x.device)        # B, h, w; K
+        self.thresholds.lerp_(all_gather(score).quantile(ratios.cumsum(0)[:-1]), 0.1)
+        uniform = sample_global(torch.Tensor.uniform_, score.shape, x.device)
+        score = 3 * standardise(score) + noise * uniform.logit(eps=1e-6)     # logistic noise: of two Gumbel samples
+        spread = torch.distributions.Dirichlet(7 * ratios.clamp(min=1e-3))
+        budgets = sample_global(lambda out: spread.sample(out.shape[:1]), (len(x), len(ratios)), x.device)  # B, K
+        cuts = budgets.cumsum(1)[:, :-1].clamp(max=1)                        # B, K - 1
+        levels = all_gather(score).quantile(cuts.flatten()).view(len(x), -1, 1, 1)  # B, K - 1, 1, 1
         above = (score[:, None] - levels).sigmoid()                          # B, K - 1, h, w: P(granularity > k)
         soft = F.pad(above, (0, 0, 0, 0, 1, 0), value=1.0) - F.pad(above, (0, 0, 0, 0, 0, 1))  # B, K, h, w
-        hard = one_hot((score[:, None] > levels).sum(1), soft.shape[1])
+        hard = one_hot((score[:, None] > levels).sum(1), len(ratios))
         return hard + (soft - soft.detach())                                 # B, K, h, w: exactly one-hot
 
 
@@ -569,14 +567,11 @@ class Layout(nn.Module):
             region[first:self.eos[k]] = row // c * self.side + column // c  # c x c cells per region
             first_id[first:self.eos[k]] = first + row // c * c * side + column // c * c  # its top left
             coordinates[first:self.eos[k]] = (torch.stack([row, column], dim=1) + 0.5) * (self.fine_side / side)
-        self.register_buffer("ids", torch.arange(P, dtype=torch.int32), persistent=False)
-        self.register_buffer("grain", grain, persistent=False)
-        self.register_buffer("region", region, persistent=False)
-        self.register_buffer("first_id", first_id, persistent=False)
-        self.register_buffer("opens", first_id == torch.arange(P), persistent=False)  # a region's first id, or an EOS
-        self.register_buffer("is_eos", region == N, persistent=False)
-        self.register_buffer("finest", grain == K - 1, persistent=False)
-        self.register_buffer("coordinates", coordinates, persistent=False)
+        tables = dict(ids=torch.arange(P, dtype=torch.int32), grain=grain, region=region, first_id=first_id,
+                      opens=first_id == torch.arange(P),                     # a region's first id, or an EOS
+                      is_eos=region == N, finest=grain == K - 1, coordinates=coordinates)
+        for name, table in tables.items():
+            self.register_buffer(name, table, persistent=False)
 
     def pack(self, codes, grains):
         """codes (B, H, W), grains (B, h, w) -> pos, code, each (B, max_len)."""
@@ -1081,6 +1076,13 @@ def all_gather(x):
     parts = torch.zeros(world, *x.shape, device=x.device)
     parts[rank] = x.detach()
     return all_reduce_sum(parts).flatten(0, 1)
+
+
+def standardise(x):
+    """Mean 0 and standard deviation 1 over the tensors of all ranks, with gradient."""
+    moments = torch.stack([x.mean(), x.square().mean()])
+    mean, square = all_reduce(moments) / rank_world()[1] if rank_world()[1] > 1 else moments
+    return (x - mean) * (square - mean ** 2 + 1e-12).rsqrt()
 
 
 def sample_global(fill, shape, device):

@@ -10,6 +10,8 @@
     sample_global           test_processes_draw_together_what_one_would
     budget_loss             test_budget_loss_equals_a_loop_and_pulls_on_all_regions_alike and two more
 """
+import itertools
+
 import pytest
 import torch
 
@@ -145,36 +147,30 @@ def test_the_dial_score_is_the_log_odds_of_the_expected_granularity(K):
 @pytest.mark.parametrize("K", [2, 3])
 def test_the_dial_gate_equals_a_loop_over_regions(K):
     """Training: the same random numbers, but thresholds by sorting, and the soft gate of one region at a time."""
-    B, side, scores = 6, 3, torch.randn(6, 3, 3)
-    router, cost = dial_router(K, None), torch.randn(6, K, 3, 3)
+    B, router, cost = 6, dial_router(K, None), torch.randn(6, K, 3, 3)
+    scores = (5 * torch.randn(B, 3, 3) + 2).requires_grad_()
+    router.score = lambda x, maps: scores
     torch.manual_seed(1)
-    leaf = (5 * scores + 2).requires_grad_()
-    router.score = lambda x, maps: leaf
     gate = router(torch.zeros(B, 3, 8, 8), None, noise=0.7)
-    (gate * cost).sum().backward()
+    gradient, = torch.autograd.grad((gate * cost).sum(), scores)
 
     torch.manual_seed(1)
-    uniform = torch.rand(B, side, side)
+    uniform = torch.rand(B, 3, 3)
     budgets = torch.distributions.Dirichlet(torch.full((K,), 7 / K)).sample((B,)).tolist()
-    flat = leaf.detach().flatten()
-    deviation = ((flat - flat.mean()).square().sum() / (len(flat) - 1)).sqrt()
-    noisy = 3 * (leaf.detach() - flat.mean()) / deviation + 0.7 * (uniform / (1 - uniform)).log()
-    in_order = noisy.flatten().sort().values
-
-    def quantile(q):
-        at = q * (len(in_order) - 1)
-        low = min(int(at), len(in_order) - 2)
-        return (in_order[low] + (at - low) * (in_order[low + 1] - in_order[low])).item()
-    for i in range(B):
-        levels = [quantile(sum(budgets[i][:k + 1])) for k in range(K - 1)]
-        for y in range(side):
-            for x in range(side):
-                score = noisy[i, y, x].clone().requires_grad_()
-                above = [torch.ones(()), *(torch.sigmoid(score - level) for level in levels), torch.zeros(())]
-                soft = sum((above[k] - above[k + 1]) * cost[i, k, y, x] for k in range(K))
-                wanted, = torch.autograd.grad(soft, score)
-                torch.testing.assert_close(leaf.grad[i, y, x], 3 / deviation * wanted, atol=1e-5, rtol=1e-3)
-                assert gate[i, :, y, x].argmax() == sum(score > level for level in levels)
+    deviation = (scores - scores.mean()).square().mean().sqrt()
+    noisy = 3 * (scores - scores.mean()) / deviation + 0.7 * (uniform / (1 - uniform)).log()
+    in_order, total = sorted(noisy.flatten().tolist()), 0.0
+    for i, y, x in itertools.product(range(B), range(3), range(3)):
+        levels = []
+        for k in range(K - 1):                                               # at a fraction of the way through the list
+            at = sum(budgets[i][:k + 1]) * (len(in_order) - 1)
+            low = min(int(at), len(in_order) - 2)
+            levels.append(in_order[low] + (at - low) * (in_order[low + 1] - in_order[low]))
+        assert gate[i, :, y, x].argmax() == sum(noisy[i, y, x] > level for level in levels)
+        above = [1.0, *(1 / (1 + torch.exp(level - noisy[i, y, x])) for level in levels), 0.0]
+        total = total + sum((above[k] - above[k + 1]) * cost[i, k, y, x] for k in range(K))
+    wanted, = torch.autograd.grad(total, scores)
+    torch.testing.assert_close(gradient, wanted, atol=1e-5, rtol=1e-4)
     assert torch.equal(gate.detach(), one_hot(gate.argmax(1), K))
 
 
