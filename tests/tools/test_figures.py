@@ -240,9 +240,10 @@ def test_user_errors_of_walk_are_one_line(tmp_path):
     path = tmp_path / "t.pt"
     assert call("walk", path) == f"error: no such file: {path} (train_transformer.py writes it)"
     untrained(path, 16, (8, 4))
-    assert call("walk", path, "--image", tmp_path / "no.png") == f"error: {tmp_path / 'no.png'}: No such file or directory"
+    missing = tmp_path / "no.png"
+    assert call("walk", path, "--image", missing) == f"error: {missing}: No such file or directory"
     assert call("walk", path, "--label", "cat") == "error: this model has no classes; leave --label out"
-    assert "use .png" in call("walk", path, "--out", tmp_path / "x.txt")
+    assert "must end in .png" in call("walk", path, "--out", tmp_path / "x.txt")
     assert "--seed must be at least 0" in call("walk", path, "--seed", -1)
     assert "--pairs must be at least 1" in call("walk", path, "--pairs", 0)
     assert call("walk", path, "--", "--steps", 3) == 2 and call() == 2 and call("run") == 2
