@@ -230,7 +230,8 @@ for k, cells in enumerate((1, 4, 16)):
         (D, "filter_logits", "doc: of the renormalised rest: the fewest entries that reach p are kept",
          "of the rest: if p < 1, entries\n<0> are kept"),
         (N, "filter_logits", "kept and mass >= top_p", "kept and top_p < 1 and weight < top_p * weights[0]"),
-        (N, "filter_logits", "doc: of these the fewest that reach p", "if p < 1, of these the ones\n<0>")]),
+        (N, "filter_logits", "doc: of these the fewest that reach p", "if p < 1, of these the ones\n<0>"),
+        (S, "*", "0.97", "0.03")]),                                          # so that the loop is as long
     ("draw", [""], [                                                         # order of a draw
         (D, "draw", "p.cumsum(-1)", "p.flip(-1).cumsum(-1).flip(-1)"),
         (D, "draw", "return _1.int().argmax(-1)",
