@@ -216,33 +216,47 @@ class Schedule:
         done = (step - self.warmup) / max(1, self.steps - self.warmup)
         return self.lr * (1 - done if self.decay == "linear" else 0.5 * (1 + math.cos(math.pi * done)))
 
+    def update(self, model, optimizers, step):
+        """Clip the gradients of the model, step each of the optimizers {name: optimizer}, and reset its gradients."""
+        if self.clip:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), self.clip)
+        for optimizer in optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = self.learning_rate(step)
+            optimizer.step()                                                 # does nothing without gradients
+            optimizer.zero_grad(set_to_none=True)
 
-def trainer_flags(description, presets, argv, preset="toy"):
-    """The flags of both trainers. presets: {name: (config, schedule)} -> parser, and config and schedule of --preset"""
-    parser = argparse.ArgumentParser(description=description, add_help=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+def trainer_flags(description, presets, schedule):
+    """The flags of both trainers. presets: {name: ...}; schedule: a subclass of Schedule -> the parser, and a function
+    like its add_argument for the flags that replace a value of the preset. Without the flag, `override` takes it."""
+    parser = argparse.ArgumentParser(description=description)
     add = parser.add_argument
-    add("--preset", choices=presets, default=preset, help="model and schedule, the defaults of the other flags")
-    config, schedule = presets[parser.parse_known_args(argv)[0].preset]      # --help must wait for the other flags
-    add("-h", "--help", action="help", help="show this help message and exit")
-    add("--out", metavar="DIR", type=path, default=Path("out"), help="output folder")
-    for each in fields(schedule):
-        if each.metadata:
-            add(f"--{each.name.replace('_', '-')}", default=getattr(schedule, each.name), **each.metadata)
-    add("--seed", type=number(int, 0, below=2 ** 63), default=0, help="random seed")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ...")
-    add("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 where the hardware supports it")
+    add("--preset", choices=presets, help="model and schedule; default: the preset that suits the data")
+    add("--out", metavar="DIR", type=path, default=Path("out"), help="output folder; default: %(default)s")
+    add("--seed", type=number(int, 0, below=2 ** 63), default=0, help="random seed; default: %(default)s")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ...; default: %(default)s")
+    add("--dtype", choices=["auto", "bf16", "fp32"], default="auto",
+        help="auto, which is the default: bf16 where the hardware supports it")
     add("--compile", action="store_true", help="use torch.compile")
     add("--resume", action="store_true", help="continue from the checkpoint in --out, if there is one")
-    add("--save-every", type=positive, default=schedule.eval_every,
-        help="steps between checkpoints; one is also saved before each evaluation")
-    return parser, config, schedule
+    replacing = parser.add_argument_group("model and schedule", "Defaults: the preset's; see PRESETS in the script")
+    for each in fields(schedule):
+        if each.metadata:
+            replacing.add_argument(f"--{each.name.replace('_', '-')}", **each.metadata)
+    replacing.add_argument("--save-every", type=positive, help="steps between checkpoints; one is also saved before "
+                           "each evaluation; default: --eval-every of the preset")
+    return parser, replacing.add_argument
 
 
 def override(preset, args, **more):
-    """A preset's config or schedule, with the values of the flags named like its fields, and of `more`."""
-    flags = {field.name: getattr(args, field.name) for field in fields(preset) if hasattr(args, field.name)}
-    return replace(preset, **flags | more)
+    """A preset's config or schedule, with the flags that are named like its fields and with the values `more`. Flags
+    that are not given are None; they take the preset's value, in `args` as well."""
+    names = [each.name for each in fields(preset) if hasattr(args, each.name)]
+    for name in names:
+        if getattr(args, name) is None:
+            setattr(args, name, getattr(preset, name))
+    return replace(preset, **{name: getattr(args, name) for name in names} | more)
 
 
 # ---- A training run. Only rank 0 prints and writes files ---------------------------------------
