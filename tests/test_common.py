@@ -493,15 +493,17 @@ def holds_lock(folder):
     """-> the error message that another process gets for this folder, or None"""
     ours, theirs = multiprocessing.Pipe()
     multiprocessing.get_context("fork").Process(target=try_lock, args=(folder, theirs)).start()
+    theirs.close()                                                           # so that a dead child is an EOFError
     return ours.recv()
 
 
-def test_only_one_run_at_a_time_writes_into_a_folder(tmp_path):
+def test_only_one_run_at_a_time_writes_into_a_folder(tmp_path, monkeypatch):
     pytest.importorskip("fcntl")
     told, done = multiprocessing.Pipe()
-    other = multiprocessing.get_context("fork").Process(target=hold_lock, args=(tmp_path, done))
+    other = multiprocessing.get_context("fork").Process(target=hold_lock, args=(tmp_path, done), daemon=True)
     other.start()
     told.recv()
+    monkeypatch.setattr(train_vae, "open_data", lambda *args, **kwargs: dq.require(False, "the lock did not work"))
     line = f"error: another run is writing into {tmp_path}; wait until it ends, or use another --out"
     assert call(train_vae.main, "--out", tmp_path, *VAE, "--steps", 1) == line
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
@@ -532,6 +534,7 @@ def test_every_variable_of_torchrun_is_checked(name, value, tmp_path, monkeypatc
     valid = dict(WORLD_SIZE="2", RANK="0", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="29999")
     if name == "TORCHELASTIC_RESTART_COUNT":
         valid["WORLD_SIZE"] = "1"
+    monkeypatch.setattr(common.dist, "init_process_group", lambda *args, **how: dq.require(False, "joined"))
     for each, text in (valid | {name: value}).items():
         monkeypatch.setenv(each, text)
     flags = [*VAE, "--device", "cuda"] if name == "LOCAL_RANK" else VAE      # CPUs have no number
