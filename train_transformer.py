@@ -225,9 +225,8 @@ class Muon(torch.optim.Muon):
                 x = p.grad.lerp(momentum, group["momentum"])                 # Nesterov; m, n
                 x = x.T if x.shape[0] > x.shape[1] else x                    # the smaller Gram matrix
                 x = x / x.norm().clamp(min=group["eps"])
-                # Newton-Schulz: each step multiplies x by a + b gram + c gram^2, and its singular values approach 1.
-                # All these factors are polynomials in the first Gram matrix. They commute, so no step needs x.
-                for i in range(group["ns_steps"]):
+                for i in range(group["ns_steps"]):                           # Newton-Schulz: singular values become 1
+                    # x becomes (a + b gram + c gram^2) x; such factors commute, so gram can be updated without x
                     gram = factor @ gram @ factor if i else x @ x.T          # m, m
                     factor = torch.addmm(gram, gram, gram, beta=b, alpha=c)
                     factor.diagonal().add_(a)
