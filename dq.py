@@ -632,7 +632,7 @@ def attention(q, k, v, mask=None, dropout=0.0):
     if mask is None:
         mask = torch.full((q.shape[2], k.shape[2]), -math.inf, dtype=q.dtype, device=q.device).triu(1)  # L, M
     weights = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5 + mask).softmax(-1)  # B, heads, L, M
-    return F.dropout(weights, dropout) @ v                                   # B, heads, L, d
+    return (F.dropout(weights, dropout) if dropout else weights) @ v         # B, heads, L, d
 
 
 def rope_table(coordinates, d):
@@ -662,13 +662,12 @@ class Block(nn.Module):
         self.drop = nn.Dropout(config.dropout)
 
     def queries_keys_values(self, x, rope):
-        """x: (B, L, C); rope: (B, L, 3, 1, 2, d) or None -> (B, L, 3, heads, d)"""
-        B, L, C = x.shape
-        qkv = self.qkv(self.norm1(x)).view(B, L, 3, self.heads, C // self.heads)
+        """x: (..., C); rope: (..., 3, 1, 2, d) or None -> (..., 3, heads, d)"""
+        qkv = self.qkv(self.norm1(x)).view(*x.shape[:-1], 3, self.heads, -1)  # ..., 3, heads, d
         if self.qk_norm:
-            qk, v = qkv.split([2, 1], dim=2)                                 # B, L, 2, heads, d; B, L, 1, heads, d
-            qkv = torch.cat([F.layer_norm(qk, qk.shape[-1:]).type_as(v), v], dim=2)  # B, L, 3, heads, d
-        return qkv if rope is None else apply_rope(qkv, rope)                # B, L, 3, heads, d
+            qk, v = qkv.split([2, 1], dim=-3)                                # ..., 2, heads, d; ..., 1, heads, d
+            qkv = torch.cat([F.layer_norm(qk, qk.shape[-1:]).type_as(v), v], dim=-3)  # ..., 3, heads, d
+        return qkv if rope is None else apply_rope(qkv, rope)                # ..., 3, heads, d
 
     def forward(self, x, rope=None):
         """Causal attention over the sequence: (B, L, C) -> (B, L, C). rope: see DQTransformer.rope_of"""
@@ -678,13 +677,13 @@ class Block(nn.Module):
         return x + self.drop(self.down(F.gelu(self.up(self.norm2(x)))))
 
     def step(self, x, rope, cache, at, mask):
-        """One token per row: (B, 1, C) -> (B, 1, C). cache (2, B, heads, M, d) holds keys and values; those of x
-        are stored at the rows at[0] (B,) and the steps at[1] (B,). mask (B, heads, 1, M): -inf at masked entries"""
-        qkv = self.queries_keys_values(x, rope)                              # B, 1, 3, heads, d
-        cache[:, at[0], :, at[1]] = qkv[:, 0, 1:]                            # B, 2, heads, d: indexing puts B first
-        y = attention(qkv[:, :, 0].transpose(1, 2), *cache, mask)            # B, heads, 1, d
-        x = torch.addmm(x[:, 0], y.flatten(1), self.proj.weight.t())         # B, C: x + proj(y) in one kernel
-        return torch.addmm(x, F.gelu(self.up(self.norm2(x))), self.down.weight.t())[:, None]  # B, 1, C
+        """One token per row: (B, C) -> (B, C). cache (2, B, heads, M, d) holds keys and values; those of x are stored
+        at the rows at[0] (B,) and the steps at[1] (B,). mask (B, heads, 1, M): -inf at masked entries"""
+        qkv = self.queries_keys_values(x, rope)                              # B, 3, heads, d
+        cache[:, at[0], :, at[1]] = qkv[:, 1:]                               # B, 2, heads, d: indexing puts B first
+        y = attention(qkv[:, 0, :, None], *cache, mask)                      # B, heads, 1, d
+        x = torch.addmm(x, y.flatten(1), self.proj.weight.t())               # B, C: x + proj(y) in one kernel
+        return torch.addmm(x, F.gelu(self.up(self.norm2(x))), self.down.weight.t())  # B, C
 
 
 class DQTransformer(nn.Module):
@@ -719,10 +718,10 @@ class DQTransformer(nn.Module):
         return content + self.position(pos) + self.granularity(self.layout.grain[pos])
 
     def rope_of(self, queries, keys):
-        """RoPE tables for queries and keys at these position ids (B, L), -1 for the start -> (B, L, 3, 1, 2, d)."""
+        """RoPE tables for queries and keys at these position ids (...), -1 for the start -> (..., 3, 1, 2, d)."""
         if self.config.rotary:                                               # v: id -1, which is not rotated
-            ids = torch.stack([queries, keys, torch.full_like(keys, -1)], dim=-1)  # B, L, 3
-            return self.rope[ids][:, :, :, None]                             # B, L, 3, 1, 2, d
+            ids = torch.stack([queries, keys, torch.full_like(keys, -1)], dim=-1)  # ..., 3
+            return self.rope[ids].unsqueeze(-3)                              # ..., 3, 1, 2, d
 
     def logits(self, pos, code, label=None):
         """pos, code (B, L), label (B,), -1 or None: no label -> position logits (B, L, P), -inf where not valid, and
@@ -861,27 +860,27 @@ def decode_one(model, job, state, end):
         return sampled if given is None else torch.where(given < 0, sampled, given)  # B
     # embed the previous pair, or the condition at the start
     condition = model.condition(job.condition[image].t().flatten())          # R, C
-    at, last = (torch.arange(R, device=t.device), twice(t)), twice(state.last)
-    h = torch.where((twice(t) == 0)[:, None], condition, twice(model.embed(state.last.clamp(min=0), state.last_code)))
-    h = (h + model.order(twice(t)))[:, None]                                 # R, 1, C
+    at, last = (torch.arange(R, device=t.device), twice(t)), twice(state.last)  # rows and steps, each R; R
+    h = torch.where((at[1] == 0)[:, None], condition, twice(model.embed(state.last.clamp(min=0), state.last_code)))
+    h = h + model.order(at[1])                                               # R, C
     future = torch.arange(end, device=t.device) > at[1][:, None, None, None]  # R, 1, 1, M
-    mask = torch.zeros(R, model.config.heads, 1, end, dtype=h.dtype, device=t.device).masked_fill(future, -math.inf)
+    mask = h.new_zeros(R, model.config.heads, 1, end).masked_fill(future, -math.inf)
     caches = [cache[..., :end, :] for cache in state.cache]
 
     # where: the position stack, then a sample of the valid ids
-    rope = model.rope_of(last[:, None], last[:, None])
+    rope = model.rope_of(last, last)                                         # R, 3, 1, 2, d
     for block, cache in zip(model.position_stack, caches):
-        h = block.step(h, rope, cache, at, mask)                             # R, 1, C
-    logits = apply_guidance(model.position_head(model.position_norm(h))[:, 0], options, B)  # B, P
+        h = block.step(h, rope, cache, at, mask)                             # R, C
+    logits = apply_guidance(model.position_head(model.position_norm(h)), options, B)  # B, P
     logits = logits.masked_fill(~model.layout.legal(state.last, state.grains[:, :-1]), -math.inf)
     pos = unless_given(draw(logits, u[0]), given[0])                         # B
 
     # what: the content stack, then a sample of the codebook
-    h = h + model.position(twice(pos))[:, None]                              # R, 1, C
-    rope = model.rope_of(twice(pos)[:, None], last[:, None])
+    h = h + model.position(twice(pos))                                       # R, C
+    rope = model.rope_of(twice(pos), last)
     for block, cache in zip(model.content_stack, caches[len(model.position_stack):]):
         h = block.step(h, rope, cache, at, mask)
-    logits = apply_guidance(model.content_head(model.content_norm(h))[:, 0], options, B)  # B, V
+    logits = apply_guidance(model.content_head(model.content_norm(h)), options, B)  # B, V
     code = draw(filter_logits(logits, options.top_k, options.top_p), u[1])   # B
     code = unless_given(code, given[1]).masked_fill(model.layout.is_eos[pos], -1)
     write(model.layout, state, pos, code)
@@ -905,7 +904,7 @@ def start(model, label, options, seed, given, first, slots, end):
     """-> the Job and the initial State of B = `slots` slots, with a KV cache of length `end`. See `generate`."""
     n, layout, config, device = len(label), model.layout, model.config, label.device
     copies = 2 if options.cfg != 1 and model.n_classes else 1                # rows per image
-    labels = torch.stack([label, torch.full_like(label, -1)], dim=1)[:, :copies]
+    labels = none_last(torch.stack([label, torch.full_like(label, -1)], dim=1), model.n_classes)[:, :copies]
     # one generator per image: its random numbers, in (0, 1], depend on the seed and its index alone
     uniform = [1 - numpy_rng(seed, first + i).random((layout.max_len, 2), np.float32) for i in range(n + 1)]
     given = given and F.pad(torch.stack(given, dim=-1), (0, 0, 0, 0, 0, 1), value=-1)  # n + 1, L, 2
@@ -917,8 +916,7 @@ def start(model, label, options, seed, given, first, slots, end):
                       grains=torch.full((slots, layout.n_regions + 1), -1),
                       pos=torch.full((n + 1, layout.max_len), layout.end),
                       code=torch.full((n + 1, layout.max_len), -1))
-    condition = F.pad(none_last(labels, model.n_classes), (0, 0, 0, 1))      # n + 1, copies
-    return Job(condition, torch.from_numpy(np.stack(uniform)).to(device), given, options), state
+    return Job(F.pad(labels, (0, 0, 0, 1)), torch.from_numpy(np.stack(uniform)).to(device), given, options), state
 
 
 def check_given(model, pos, code):
@@ -968,10 +966,9 @@ def generate(model, label, options=SampleOptions(), seed=0, given=None, slots=No
 def plain_steps(step, model, job, state):
     """-> take(end): a step with a contiguous cache of at least `end` pairs; on CPUs it is faster than a slice."""
     def take(end):
-        nonlocal state
         size = state.cache[0].shape[3]
         if end > size or end <= size // 2:                                   # negative padding crops
-            state = state._replace(cache=[F.pad(old, (0, 0, 0, end - size)) for old in state.cache])
+            state.cache[:] = [F.pad(old, (0, 0, 0, end - size)) for old in state.cache]
         step(model, job, state, state.cache[0].shape[3])
     return take
 

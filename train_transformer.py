@@ -202,9 +202,13 @@ class Muon(torch.optim.Muon):
                 x = p.grad.lerp(momentum, group["momentum"])                 # Nesterov; m, n
                 x = x.T if x.shape[0] > x.shape[1] else x                    # the smaller Gram matrix
                 x = x / x.norm().clamp(min=group["eps"])
-                for _ in range(group["ns_steps"]):                           # Newton-Schulz: singular values become 1
-                    gram = x @ x.T
-                    x = a * x + (b * gram + c * gram @ gram) @ x
+                for i in range(group["ns_steps"]):                           # Newton-Schulz: singular values become 1
+                    # x becomes (a + b gram + c gram^2) x; such factors commute, so gram can be updated without x
+                    gram = factor @ gram @ factor if i else x @ x.T          # m, m
+                    factor = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+                    factor.diagonal().add_(a)
+                    product = factor @ product if i else factor              # m, m: of the factors so far
+                x = product @ x                                              # m, n
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(x if x.shape == p.shape else x.T, alpha=-0.2 * group["lr"] * max(p.shape) ** 0.5)
 

@@ -109,7 +109,7 @@ WRONG = {
     "decode_one": [
         ("guidance towards the label, away from the label",
          "job.condition[image].t()", "job.condition[image, :1].expand(-1, R // B).t()"),
-        ("the content does not know its place", "h = h + model.position(twice(pos))[:, None]", "pass"),
+        ("the content does not know its place", "h = h + model.position(twice(pos))", "pass"),
         ("what is given is drawn all the same", "code = unless_given(code, given[1])", "code = code"),
     ],
 }
