@@ -560,9 +560,9 @@ TRAINING_RUN = of(
     ("a blocked run is waited for", "min(20, 2 * self.seconds)", "1e9",
      "survival/test_kill.py::test_the_first_signal_ends_a_run_that_is_blocked_in_a_step", "watch"),
     ("a loader hears for its parent", "signal.set_wakeup_fd(-1)", "None",
-     "survival/test_kill.py::test_a_signal_for_a_loader_is_not_one_for_the_run"),
+     "survival/test_kill.py::test_a_signal_to_a_loader_does_not_stop_the_run"),
     ("a loader draws from the generator of its run", "torch.Generator()", "None",
-     "survival/test_resume.py::test_a_run_that_goes_on_draws_the_same_from_every_generator", "loader"),
+     "survival/test_resume.py::test_a_resumed_run_draws_the_same_from_every_generator", "loader"),
     ("each process stops by itself", "dist.all_reduce(...)", "None",
      "survival/test_processes.py::test_all_processes_stop_after_the_same_step", "asked"),
     ("a lock that children inherit", "fcntl.lockf", "fcntl.flock", "test_a_lock_is_not_handed_to_children"),
@@ -577,13 +577,13 @@ TRAINING_RUN = of(
     ("a rank of another job", "number(int, 0, below=world)", "natural",
      "test_every_variable_of_torchrun_is_checked"),
     ("what computes is not in the log", "dict(step=self.step) | self.news", "dict(step=self.step)",
-     "survival/test_resume.py::test_what_computes_is_in_the_log_and_a_change_of_it_is_said"),
+     "survival/test_resume.py::test_device_and_dtype_are_logged_and_a_change_is_reported"),
     ("what older checkpoints lack goes on with anything", 'asdict(type(self.config)()) | held.get("config", {})',
-     'held.get("config", {})', "survival/test_resume.py::test_a_run_of_before_the_normalised_queries_is_refused"),
+     'held.get("config", {})', "survival/test_resume.py::test_a_run_without_qk_norm_is_refused"),
     ("any settings go on", "name in self.may_change", "True",
      "survival/test_resume.py::test_resuming_with_other_settings"),
     ("the best loss forgotten", 'self.step, self.best = held["step"], held["best"]', 'self.step = held["step"]',
-     "survival/test_resume.py::test_a_checkpoint_of_before_the_settings_goes_on"),
+     "survival/test_resume.py::test_a_checkpoint_without_settings_can_be_resumed"),
     ("optimisers without their saved state", "dict(..., **self.parts)", "dict(...)",
      "survival/test_resume.py::test_ten_steps_killed_and_ten_more_are_twenty_steps"),
     ("logged twice", 'line["step"] <= self.step', "True",
@@ -599,7 +599,7 @@ TRAINING_RUN = of(
     ("broken weights are saved", "dq.require(finite, ...)", "dq.require(True, ...)",
      "survival/test_broken.py::test_broken_weights_are_not_saved"),
     ("a former run overwritten", "os.replace(file, former / file.name)", "pass",
-     "survival/test_resume.py::test_a_run_that_starts_anew_moves_the_former_one_aside"),
+     "survival/test_resume.py::test_a_new_run_moves_the_previous_one_aside"),
 )
 
 # ------------------------------------------------------------------------------------------------
@@ -1032,7 +1032,7 @@ STAGE_2_MAIN = of(
      "test_each_step_draws_anew"),
     ("the best by position alone", 'record.evaluated(..., metrics["nats_per_image"])',
      'record.evaluated(..., metrics["position_nats"])',
-     "survival/test_resume.py::test_the_best_checkpoint_is_that_of_the_lowest_held_out_loss"),
+     "survival/test_resume.py::test_the_best_checkpoint_has_the_lowest_validation_loss"),
 )
 
 # ------------------------------------------------------------------------------------------------
