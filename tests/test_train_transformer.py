@@ -264,7 +264,7 @@ def test_each_trainer_says_first_what_it_understood(images, tmp_path, capsys):
     train, held_out = reading.open_data(images, 16)
     device, first = capsys.readouterr().out.splitlines()[:2]
     assert device == "{device}, {dtype}, torch {torch}".format(**load_settings(tmp_path / "vae.pt", "dq-vae"))
-    assert first == reading.describe(train, held_out) and len(train) + len(held_out) == 48
+    assert first == reading.describe(train, held_out) and len(train) + len(held_out) == 16
     train_transformer.main([*flags, *TRANSFORMER])
     device, first = capsys.readouterr().out.splitlines()[:2]
     settings = load_settings(tmp_path / "transformer.pt", "dq-transformer")

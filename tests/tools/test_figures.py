@@ -434,7 +434,7 @@ def test_samples_are_shown_beside_their_neighbours(images, tmp_path, capsys):
     shutil.copytree(images, tmp_path / "others")
     flags = ["--data", images, "--held-out", tmp_path / "others", "--n", 6, "--columns", 3]
     assert call("neighbours", path, *flags) is None
-    assert "48 training images" in (told := capsys.readouterr().out) and "48 held-out images" in told
+    assert "16 training images" in (told := capsys.readouterr().out) and "16 held-out images" in told
 
 
 def test_the_teaser_shows_images_tokens_reconstructions_and_samples(images, tmp_path):
