@@ -39,6 +39,9 @@ def load(folder, stem):
     return dq.load_checkpoint(folder / f"{stem}.pt", f"dq-{stem.split('.')[0]}")
 
 
+HANGS = 240                              # seconds after which a script counts as hung, even on a busy machine
+
+
 class Killed(Exception):
     pass
 
@@ -49,8 +52,8 @@ def start(stage, data, out, steps, *more, **kwargs):
     return Script(ROOT / f"train_{stage}.py", "--out", out, "--steps", steps, *flags, *more, **kwargs)
 
 
-def wait_for(condition, process, seconds=120):
-    end = time.time() + seconds
+def wait_for(condition, process):
+    end = time.time() + HANGS
     while not condition():
         assert process.poll() is None and time.time() < end, process.communicate()
         time.sleep(0.02)

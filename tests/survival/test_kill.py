@@ -18,7 +18,7 @@ import data as reading
 import dq
 import train_vae
 from conftest import ROOT, VAE, call
-from helpers import load, same, start, wait_for
+from helpers import HANGS, load, same, start, wait_for
 from warm import Script
 
 
@@ -30,7 +30,7 @@ def test_a_signal_ends_the_run_after_a_whole_step(stage, number, vae_run, images
     log = tmp_path / f"{stage}.jsonl"
     wait_for(lambda: log.exists() and log.read_text().count("\n") > 1, process)
     os.killpg(process.pid, number)
-    out, error = process.communicate(timeout=60)
+    out, error = process.communicate(timeout=HANGS)
     assert process.returncode == 128 + number, error
     step = load(tmp_path, stage)["step"]
     assert step >= 10 and f"stopped by {number.name} after step {step}" in out and "--resume continues" in out
@@ -64,7 +64,7 @@ def test_a_run_that_is_stopped_while_it_encodes_can_be_resumed(tmp_path):
     process = Script(ROOT / "train_vae.py", *flags)
     wait_for((out / "vae.pt").exists, process)
     process.send_signal(signal.SIGINT)
-    said, error = process.communicate(timeout=60)
+    said, error = process.communicate(timeout=HANGS)
     assert process.returncode == 128 + signal.SIGINT and "Traceback" not in error
     assert said.splitlines()[-1] == ("stopped by SIGINT while the images were encoded; "
                                     "the same command with --resume continues")

@@ -13,7 +13,7 @@ import dq
 import train_vae
 from common import read_log
 from conftest import DEVICE, ROOT, TRANSFORMER, VAE, call
-from helpers import DISCRIMINATOR, STAGES, load, same, wait_for
+from helpers import DISCRIMINATOR, HANGS, STAGES, load, same, wait_for
 from data import ToyShapes
 from warm import FORKS, Script
 
@@ -39,7 +39,7 @@ def two_of(name, *args):
     need_gpus(2)
     both = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     processes = [Script(ROOT / name, *args, threads=1, RANK=rank, LOCAL_RANK=rank, **both) for rank in "01"]
-    said = [process.communicate(timeout=150) for process in processes]
+    said = [process.communicate(timeout=HANGS) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], said
     return said[0][0] + said[1][0]
 
@@ -180,7 +180,7 @@ def test_a_dead_process_ends_the_job(images, tmp_path):
     log = tmp_path / "vae.jsonl"
     wait_for(lambda: log.exists() and log.stat().st_size, process)
     os.kill(children(process.pid)[-1], signal.SIGKILL)
-    _, error = process.communicate(timeout=90)
+    _, error = process.communicate(timeout=HANGS)
     assert process.returncode != 0 and ("died or lost" in error or "SIGKILL" in error or "Signal 9" in error)
 
 

@@ -481,7 +481,7 @@ def test_a_shrunk_checkpoint_samples_the_same_images(run, tmp_path):
 def test_a_symptom_is_provoked_and_told(tmp_path, monkeypatch, capsys):
     """Provoke the symptom that stops by itself after a few steps, and report another from a log."""
     def run(command, stderr, text):
-        process = Script(*command[1:])
+        process = Script(*command[1:], *conftest.VAE)                        # a small model, to save time
         _, error = process.communicate()
         return SimpleNamespace(returncode=process.returncode, stderr=error)
     monkeypatch.setattr(symptoms.subprocess, "run", run)
