@@ -1,4 +1,4 @@
-"""Dynamic vector quantization: images as variable-length codes, and a transformer that generates them.
+"""Dynamic vector quantization: images as variable-length sequences of codes (tokens), and a transformer for them.
 
 An implementation of Huang, Mao, Chen, Zhang, "Towards Accurate Image Coding: Improved Autoregressive Image Generation
 with Dynamic Vector Quantization", CVPR 2023 (arXiv 2305.11718). The file follows the data flow:
@@ -10,7 +10,7 @@ with Dynamic Vector Quantization", CVPR 2023 (arXiv 2305.11718). The file follow
     6  DQ-Transformer                 a position stack and, on top of it, a content stack
     7  sampling                       the simple loop first, then one decoding step with a KV cache, for many images
     8  checkpoints                    atomic writes, safe loading
-    9  several processes              helpers for distributed training; skip them on a first reading
+    9  distributed training           helpers for several processes; skip them on a first reading
 
 Notation used throughout:
     B batch size   K granularities, k = 0 the coarsest   N regions = cells of the coarsest grid, h x w
@@ -79,7 +79,7 @@ class VAEConfig:
         require(self.router in ROUTERS, f"router must be {' or '.join(ROUTERS)}, not {self.router!r}")
         require(min(self.codebook_size, self.code_dim) >= 1, "codebook_size and code_dim must be at least 1")
         require(self.channels % 32 == self.width % 32 == 0, "channels and width must be multiples of 32, for GroupNorm")
-        # in a map of 1 x 1, a group with a single channel has no variance
+        # on a 1 x 1 map, GroupNorm needs two channels per group; [-2:]: input and output width of the last level
         fewest = min(self.channels, *map(self.level_width, range(self.factors[0].bit_length())[-2:]))
         require(self.size > self.factors[0] or fewest > 32, "an image of one region needs more than 32 channels")
 
@@ -110,7 +110,7 @@ class TransformerConfig:
         require(unit > 0 and self.width % unit == 0, f"width {self.width} must be a multiple of {unit}, for its heads")
 
 
-# ---- 2  Dynamic grained coding (the paper's "Dynamic Grained Coding" and "budget loss") --------
+# ---- 2  Dynamic grained coding and the budget loss ----------------------------------------------
 # Every router has score(x, maps) -> (B, h, w), which is higher where finer codes should go, and
 # forward(x, maps, noise) -> gate (B, K, h, w), which is one-hot over K.
 
@@ -158,7 +158,7 @@ class GrainRouter(nn.Module):
 
 
 def gumbel_scale(step, steps):
-    """1 in the first half of training, then a linear decay to 0 at 90 %: the gate explores, then trains its argmax."""
+    """1 in the first half of training, then a linear decay to 0 at 90 %: the gate explores, then uses its argmax."""
     return min(1.0, max(0.0, (0.9 - step / steps) / 0.4))
 
 
@@ -199,7 +199,7 @@ class EntropyRouter(ThresholdRouter):
         0.1140 blue. The histogram has 32 soft bins, Gaussians around linspace(-1, 1, 32), standard deviation 0.01."""
         red, green, blue = x.float().split(1, dim=1)                         # each B, 1, S, S
         grey = 0.2989 * red + 0.5870 * green + 0.1140 * blue
-        pixels = F.unfold(grey, self.factor, stride=self.factor)             # B, F F, N for regions of F x F pixels
+        pixels = F.unfold(grey, self.factor, stride=self.factor)             # B, f f, N for regions of f x f pixels
         bins = torch.linspace(-1, 1, 32, device=x.device)
         hist = torch.stack([torch.exp(-0.5 * ((pixels - c) / 0.01) ** 2).mean(1) for c in bins], dim=-1)  # B, N, 32
         p = hist / (hist.sum(-1, keepdim=True) + 1e-10)
@@ -207,11 +207,11 @@ class EntropyRouter(ThresholdRouter):
         return entropy.view(-1, x.shape[2] // self.factor, x.shape[3] // self.factor)  # B, h, w
 
     def calibrate(self, ratios, images):
-        """Set the thresholds to quantiles over batches of training images (B, 3, S, S). Ties get the coarser one."""
+        """Set the thresholds to quantiles over batches of training images (B, 3, S, S). Ties are coarse."""
         scores = torch.cat([self.score(x).flatten() for x in images])
         cuts = np.cumsum(ratios)[:-1].clip(0, 1)                             # K - 1
         levels = np.quantile(scores.cpu().numpy().astype(float), cuts)
-        levels = np.where(cuts < 1e-6, -1, np.where(cuts > 1 - 1e-6, 1e3, levels))  # extreme ratios
+        levels = np.where(cuts < 1e-6, -1, np.where(cuts > 1 - 1e-6, 1e3, levels))  # below, above any
         self.thresholds.copy_(torch.from_numpy(levels.astype(np.float32)))
 
 
@@ -226,7 +226,7 @@ def budget_loss(gate, ratios):
     """Sum over k of (fraction of granularity k in the batch - ratio k)^2: single images may deviate from the budget,
     the batch may not. gate: (B, K, h, w), one-hot; ratios: K target fractions -> scalar"""
     fraction = gate.mean(dim=(0, 2, 3))                                      # K
-    # forward: the fraction in the global batch; backward: DDP averages the gradients of all ranks
+    # value: the fraction in the global batch; gradient: the local one, which DDP averages over the ranks
     fraction = fraction + (all_reduce_sum(fraction) / rank_world()[1] - fraction).detach()
     return sum((fraction[k] - ratio) ** 2 for k, ratio in enumerate(ratios))
 
@@ -247,13 +247,13 @@ class Codebook(nn.Module):
     def __init__(self, size, dim, decay=0.99, commitment=0.25, dead_below=0.1):
         super().__init__()
         self.decay, self.commitment, self.dead_below = decay, commitment, dead_below
-        self.register_buffer("codes", torch.zeros(size, dim))                # the codebook entries
+        self.register_buffer("codes", torch.zeros(size, dim))                # the entries: vectors, not ids
         self.register_buffer("uses", torch.zeros(size))                      # EMA of the assignments per batch
         self.register_buffer("sums", torch.zeros(size, dim))                 # EMA of the sum of assigned vectors
         self.register_buffer("age", torch.tensor(0.0))                       # batches seen
 
     def assign(self, z):
-        """z: (n, D) -> ids of the nearest codes (n,), by |z - e|^2 without |z|^2, the same for every code."""
+        """z: (n, D) -> ids of the nearest entries e (n,), by |z - e|^2 without |z|^2, which is the same for every e."""
         centre = self.codes.mean(0)                                          # subtracted to reduce rounding error
         codes = self.codes - centre                                          # V, D
         return (codes.square().sum(1) - 2 * (z - centre) @ codes.t()).argmin(dim=1)
@@ -269,15 +269,15 @@ class Codebook(nn.Module):
                 self.update(flat.detach(), weight.flatten(), ids)
             q = self.codes[ids]                                              # B H W, D
             distance = (q - flat).square().mean(1).view(B, H, W)
-            loss = self.commitment * (weight * distance).mean()              # pulls z to its code
+            loss = self.commitment * (weight * distance).mean()              # pulls z to its entry
             q = straight_through(flat, q).view(B, H, W, D).permute(0, 3, 1, 2)  # B, D, H, W
             return q.contiguous(), ids.view(B, H, W), loss
 
     @torch.no_grad()
     def update(self, z, weight, ids):
         """EMA update (online k-means): every entry becomes sums / uses, the moving average of its assigned vectors.
-        The encoder changes quickly at first, so the averaging window starts short: decay n / (9 + n) in batch n, up
-        to self.decay. First, `age` increases by 1. z: (n, D); weight, ids: (n,)"""
+        The encoder changes quickly at first, so the averaging window starts short: in the batch of this `age`, 1 for
+        the first, the decay is age / (9 + age), up to self.decay. z: (n, D); weight, ids: (n,)"""
         self.age += 1
         decay = (self.age / (9 + self.age)).clamp(max=self.decay)
         uses = torch.zeros_like(self.uses).index_add_(0, ids, weight)        # V
@@ -301,7 +301,7 @@ class Codebook(nn.Module):
         self.sums.copy_(torch.where(dead[:, None], fresh * mean_uses, self.sums))
 
 
-# ---- 4  Encoder, decoder, DQVAE (the VQGAN trunk, with one head per granularity) ---------------
+# ---- 4  Encoder, decoder, DQVAE (the VQGAN backbone, with one head per granularity) ------------
 
 class ResBlock(nn.Module):
     def __init__(self, c_in, c_out):
@@ -353,7 +353,7 @@ class Encoder(nn.Module):
         self.downs = nn.ModuleList(nn.Conv2d(c, c, 3, stride=2) for c in widths[:-1])
         self.heads = nn.ModuleList(nn.Sequential(ResBlock(c, c), AttnBlock(c), ResBlock(c, c), norm(c), nn.SiLU(),
                                                  nn.Conv2d(c, config.channels, 3, padding=1))
-                                   for c in [widths[i] for i in self.levels_of])  # from the trunk to Z channels
+                                   for c in [widths[i] for i in self.levels_of])  # from the backbone to Z channels
 
     def forward(self, x):
         h = self.stem(x)                                                     # B, width, S, S
@@ -519,8 +519,8 @@ class Layout(nn.Module):
             c, cells, first = side // self.side, torch.arange(side ** 2), self.offsets[k]
             row, column = cells // side, cells % side
             grain[first:self.eos[k] + 1] = k
-            region[first:self.eos[k]] = row // c * self.side + column // c
-            first_id[first:self.eos[k]] = first + row // c * c * side + column // c * c
+            region[first:self.eos[k]] = row // c * self.side + column // c  # c x c cells per region
+            first_id[first:self.eos[k]] = first + row // c * c * side + column // c * c  # its top left
             coordinates[first:self.eos[k]] = (torch.stack([row, column], dim=1) + 0.5) * (self.fine_side / side)
         self.register_buffer("ids", torch.arange(P, dtype=torch.int32), persistent=False)
         self.register_buffer("grain", grain, persistent=False)
@@ -547,7 +547,7 @@ class Layout(nn.Module):
         grains = self.grains(pos).view(-1, self.side, self.side)             # B, h, w
         blocks = [canvas[:, o:o + side ** 2].view(-1, side, side) for o, side in zip(self.offsets, self.sides)]
         codes = torch.stack([upsample(block, self.fine_side) for block in blocks], dim=1)  # B, K, H, W
-        pick = upsample(grains, self.fine_side).clamp(min=0)[:, None]        # B, 1, H, W; unwritten regions read -1
+        pick = upsample(grains, self.fine_side).clamp(min=0)[:, None]        # B, 1, H, W; unwritten: any, all are -1
         return codes.gather(1, pick)[:, 0], grains
 
     def grains(self, pos):
@@ -562,15 +562,15 @@ class Layout(nn.Module):
         """The mask of valid next position ids. (tests/naive.py has the same rules as a loop.) prev: (B,) or (B, L) ids,
         -1 at the start; grains: (B, N) granularities known so far, -1 elsewhere -> (B, P) or (B, L, P), bool.
         Candidates are the ids after prev in the granularity that is being written. Writing a region's first cell opens
-        it; its other cells are then pending, and must follow in order. The valid ids are the next pending cell and,
-        before it, the first cell of every uncovered region. If no cell is pending, the EOS is valid too. The finest
-        granularity may leave no hole: there the first pending or opening id is the only one. In the class's example:
+        it; its other cells are then pending, and must follow in order. The valid ids are the next pending cell and the
+        first cell of every uncovered region with a lower id. If no cell is pending, the EOS is valid too. The finest
+        granularity can't skip a region: there only the lowest of these ids is valid. In the class's example:
             prev  -1 -> 0 1 2 3 4      0 -> 1 2 3 4      3 -> 4        coarse codes may skip regions
-            prev   4 -> 7     (the first hole)           7 -> 8        8 -> 11 (pending)      12 -> 21
+            prev   4 -> 7     (the first uncovered)      7 -> 8        8 -> 11 (pending)      12 -> 21
         Training calls this with the *final* grains and gets the same mask, for all steps at once: a region that is not
         open yet counts as uncovered, whether its final granularity is this one or a finer one."""
         following = (prev + 1).clamp(max=self.end)[..., None]                # B, (L,) 1: the id after prev
-        covered_by = F.pad(none_last(grains, self.n_grains), (0, 1), value=self.n_grains)  # B, N + 1; K: by nothing
+        covered_by = F.pad(none_last(grains, self.n_grains), (0, 1), value=self.n_grains)  # B, N + 1; K: uncovered
         covered_by = covered_by.gather(1, self.region.expand(len(grains), -1))  # B, P
         covered_by = covered_by if prev.dim() == 1 else covered_by[:, None]  # B, (1,) P
         candidate = (self.ids >= following) & (self.grain == self.grain[following])  # B, (L,) P
@@ -585,7 +585,7 @@ class Layout(nn.Module):
 
 def attention(q, k, v, mask=None, dropout=0.0):
     """softmax(q k^T / sqrt(d) + mask) v; causal when there is no mask. q: (B, heads, L, d); k, v: (B, heads, M, d)"""
-    if q.is_cuda:                                                            # on CPUs it halves the training speed
+    if q.is_cuda:                                                            # on CPUs SDPA halves the training speed
         return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None)  # B, heads, L, d
     if mask is None:
         mask = torch.full((q.shape[2], k.shape[2]), -math.inf, dtype=q.dtype, device=q.device).triu(1)  # L, M
@@ -594,16 +594,16 @@ def attention(q, k, v, mask=None, dropout=0.0):
 
 
 def rope_table(coordinates, d):
-    """2-D rotary position embedding (RoPE; Su et al., "RoFormer", 2021): (n, 2) -> cosines and signed sines (n, 2, d).
-    Half of the channel pairs rotate with the row, half with the column, at frequencies from 1 to 1/10, because grids of
-    codes are small. Then q . k depends on positions only through their difference. (0, 0) is not rotated."""
+    """2-D rotary position embedding (RoPE; Su et al., "RoFormer", 2021): (n, 2) -> cosines and sines (n, 2, d), the
+    first half of the sines negated. Half of the channel pairs rotate with the row, half with the column, at frequencies
+    from 1 to 1/10, as grids of codes are small. Then only differences of positions matter. (0, 0) is not rotated."""
     frequency = 10.0 ** -(torch.arange(d // 4) / (d // 4))                   # d/4
     angle = (coordinates[:, :, None] * frequency).flatten(1)                 # n, d/2: by the row, by the column
     return torch.stack([angle.cos().repeat(1, 2), torch.cat([-angle.sin(), angle.sin()], dim=1)], dim=1)
 
 
 def apply_rope(x, rope):
-    """Rotate the channel pairs (i, i + d/2) of x (..., d) by cosines and signed sines (..., 2, d)."""
+    """Rotate the channel pairs (i, i + d/2) of x (..., d). rope: cosines and sines (..., 2, d)"""
     cos, sin = rope.type_as(x).unbind(-2)                                    # each ..., d
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)    # ..., d
 
@@ -637,18 +637,18 @@ class Block(nn.Module):
 
     def step(self, x, rope, cache, at, mask):
         """One token per row: (B, 1, C) -> (B, 1, C). cache (2, B, heads, M, d) holds keys and values; those of x
-        go to `at` = (rows (B,), steps (B,)). mask (B, heads, 1, M): -inf at masked entries"""
+        are stored at the rows at[0] (B,) and the steps at[1] (B,). mask (B, heads, 1, M): -inf at masked entries"""
         qkv = self.queries_keys_values(x, rope)                              # B, 1, 3, heads, d
-        cache[:, at[0], :, at[1]] = qkv[:, 0, 1:]                            # B, 2, heads, d: indexed ones come first
+        cache[:, at[0], :, at[1]] = qkv[:, 0, 1:]                            # B, 2, heads, d: indexing puts B first
         y = attention(qkv[:, :, 0].transpose(1, 2), *cache, mask)            # B, heads, 1, d
-        x = torch.addmm(x[:, 0], y.flatten(1), self.proj.weight.t())         # B, C: x + proj(y) by one kernel
+        x = torch.addmm(x[:, 0], y.flatten(1), self.proj.weight.t())         # B, C: x + proj(y) in one kernel
         return torch.addmm(x, F.gelu(self.up(self.norm2(x))), self.down.weight.t())[:, None]  # B, 1, C
 
 
 class DQTransformer(nn.Module):
     """p(image) = prod_t p(pos_t | pairs before) p(code_t | pairs before, pos_t): one stack predicts the position.
-    A second one on top of it predicts the content, which depends on location and size. Every conditional is normalised
-    over the valid choices, and every valid sequence ends in a complete tiling, so the product is normalised too."""
+    A second one on top of it predicts the content, which depends on that position. Every conditional is normalised over
+    the valid choices, and every valid sequence covers all regions once, so the product is normalised too."""
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -659,7 +659,7 @@ class DQTransformer(nn.Module):
         self.content = nn.Embedding(V + 1, C)                                # last row: the content of an EOS
         self.position = nn.Embedding(P, C)
         self.granularity = nn.Embedding(self.layout.n_grains, C)
-        self.order = nn.Embedding(self.layout.max_len, C)
+        self.order = nn.Embedding(self.layout.max_len, C)                    # a row per step t
         self.condition = nn.Embedding(self.n_classes + 1, C)                 # last row: no label
         self.drop = nn.Dropout(config.dropout)
         self.position_stack = nn.ModuleList(Block(config) for _ in range(config.position_layers))
@@ -678,7 +678,7 @@ class DQTransformer(nn.Module):
 
     def rope_of(self, queries, keys):
         """RoPE tables for queries and keys at these position ids (B, L), -1 for the start -> (B, L, 3, 1, 2, d)."""
-        if self.config.rotary:                                               # v: id -1, rotated by the identity
+        if self.config.rotary:                                               # v: id -1, which is not rotated
             ids = torch.stack([queries, keys, torch.full_like(keys, -1)], dim=-1)  # B, L, 3
             return self.rope[ids][:, :, :, None]                             # B, L, 3, 1, 2, d
 
@@ -700,7 +700,7 @@ class DQTransformer(nn.Module):
         legal = self.layout.legal(prev, self.layout.grains(pos))             # B, L, P
         position_logits = self.position_head(self.position_norm(h)).float()  # B, L, P
         h = h + self.position(pos)                                           # h now includes the chosen position;
-        rope = self.rope_of(pos, prev)                                       # queries rotate by it, keys by their pair
+        rope = self.rope_of(pos, prev)                                       # queries rotate by it, keys by prev
         for block in self.content_stack:
             h = block(h, rope)
         content_logits = self.content_head(self.content_norm(h)).float()     # B, L, V
@@ -1007,13 +1007,13 @@ def load_vae(path, device):
 
 
 def load_transformer(path, device):
-    """-> DQTransformer and the DQVAE that is bundled in its checkpoint."""
-    saved = load_checkpoint(path, "dq-transformer")
+    """-> DQTransformer and the DQVAE of a checkpoint: of a file, or of what `load_checkpoint` returned."""
+    saved = path if isinstance(path, dict) else load_checkpoint(path, "dq-transformer")
     return (rebuild(DQTransformer, TransformerConfig, saved.get("config"), saved.get("weights"), device),
             rebuild(DQVAE, VAEConfig, saved.get("vae_config"), saved.get("vae_weights"), device))
 
 
-# ---- 9  Several processes, and random numbers that do not depend on them -----------------------
+# ---- 9  Distributed training, and random numbers that do not depend on it ----------------------
 
 def rank_world():
     """-> rank and world size under torchrun, (0, 1) without it."""
@@ -1046,5 +1046,5 @@ def sample_vectors(z, weight, n):
 
 
 def numpy_rng(*seeds):
-    """NumPy's generator for integers below 2**64, two 32-bit words each, so distinct seeds give distinct streams."""
+    """A NumPy generator that is seeded by integers below 2**64, as 32-bit words: distinct seeds, distinct streams."""
     return np.random.default_rng([seed % 2 ** 32 for seed in seeds] + [seed >> 32 for seed in seeds])

@@ -4,8 +4,6 @@ Writes a grid of samples; with --save-dir also each image as a PNG file (the lay
 animation of the first image, code by code. --grain-map sets where the codes are fine, --input keeps codes of a photo.
 """
 import argparse
-import contextlib
-import io
 import json
 import unicodedata
 from pathlib import Path
@@ -16,23 +14,22 @@ from PIL import Image
 from tqdm import tqdm
 
 import dq
-from common import (Stop, draw_grains, lock, machine, number, path, pick_device, positive, run, save_grid, save_picture,
-                    to_picture)
+from common import (Stop, draw_grains, lock, machine, natural, number, path, pick_device, positive, run, save_grid,
+                    save_picture, to_picture)
 from data import load_image, open_image
 
-ROUND = 16                               # batches per call of dq.generate: slots are idle at the end of a call only
-OLD_OPTIONS = dq.SampleOptions(temperature=0.7, cfg=2.0)                     # for checkpoints without options
+OLD_OPTIONS = dict(temperature=0.7, cfg=2.0)                                 # for checkpoints without options
 
 
 def parse(argv=None):
-    """-> the flags, the checkpoint as a file. Sampling options that are not given are absent."""
+    """-> the flags; the checkpoint and --out are files. Sampling options that are not given are absent."""
     parser = argparse.ArgumentParser(description="Sample images from a DQ-Transformer.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     option = parser.add_argument_group("sampling options (default: the checkpoint's)",
                                        argument_default=argparse.SUPPRESS).add_argument
     add("checkpoint", nargs="?", type=path, default=Path("out"),
-        help="checkpoint, or a folder: the better of its transformer.pt and transformer.best.pt by validation loss")
+        help="checkpoint, or a folder: its transformer.best.pt, of the lowest validation loss, else transformer.pt")
     add("--n", type=positive, default=32, help="number of images")
     add("--batch-size", type=positive, default=64, help="number of images that are sampled at the same time")
     add("--label", metavar="CLASS", help="name or number of a class; without it the images cycle through all classes")
@@ -48,83 +45,52 @@ def parse(argv=None):
         help="folder for samples.png, a grid of up to 32 images, or a file name for it; None: the checkpoint's folder")
     add("--save-dir", metavar="DIR", type=path, help="also save each image as a PNG file in this folder")
     add("--gif", metavar="FILE", type=path, help="also save an animation of how the first image is sampled")
-    add("--grain-map", metavar="IMAGE", type=path,
-        help="greyscale image, brighter where codes should be finer; fixes all positions, so only contents are sampled")
-    add("--input", metavar="IMAGE", type=path, help="photo whose coarse codes are kept (see --keep)")
-    add("--keep", metavar="N", type=int, help="with --input: keep the codes of the N coarsest granularities; None: 1")
+    given = parser.add_mutually_exclusive_group().add_argument
+    given("--grain-map", metavar="IMAGE", type=path, help="greyscale image, brighter where codes should be finer")
+    given("--input", metavar="IMAGE", type=path, help="photo whose coarse codes are kept (see --keep)")
+    add("--keep", metavar="N", type=natural, help="with --input: keep codes of the N coarsest granularities; None: 1")
     args = parser.parse_args(argv)
     if args.checkpoint.is_dir() or args.checkpoint == Path("out"):
-        args.checkpoint = better_checkpoint(args.checkpoint)
+        best = args.checkpoint / "transformer.best.pt"
+        args.checkpoint = best if best.exists() else args.checkpoint / "transformer.pt"
+    args.out = args.out or args.checkpoint.parent
+    if args.out.is_dir() or args.out.suffix.lower() not in Image.registered_extensions():
+        args.out = args.out / "samples.png"
+    check_ending("--out", args.out)
+    check_ending("--gif", args.gif, (".gif", ".webp"))
+    dq.require(args.input or args.keep is None, "--keep needs --input")
+    more = args.save_dir and args.save_dir / f"{args.n:06d}.png"
+    dq.require(not (more and more.exists()), f"{more} is of a larger job; empty the folder, or use another --save-dir")
     return args
 
 
-def peek(path):
-    """-> the entries of a checkpoint, its tensors still on disk; {} if it can't be read, which `main` reports."""
-    with contextlib.suppress(Exception):
-        return dict(torch.load(path, mmap=True, weights_only=True))
-    return {}
+def check_ending(flag, path, endings=(".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")):
+    """UserError unless the name of an image to write, if there is one, has one of these endings."""
+    dq.require(not path or path.suffix.lower() in endings, f"{flag} {path}: the name must end in {', '.join(endings)}")
 
 
-def better_checkpoint(folder):
-    """-> transformer.pt, or transformer.best.pt if that is of another step, where the validation loss was lower."""
-    last, best = folder / "transformer.pt", folder / "transformer.best.pt"
-    return last if peek(best).get("step") in (None, peek(last).get("step")) else best
-
-
-def has_guidance(config):
-    """Was the vector for "no label" trained? Guidance extrapolates from it."""
-    return bool(config.classes) and config.label_dropout > 0
-
-
-def default_options(path):
-    """-> the SampleOptions of a checkpoint"""
-    saved = peek(path)
-    try:
-        options = dq.SampleOptions(**saved.get("sample_options", OLD_OPTIONS._asdict()))
-        options.check()
-        return options if has_guidance(dq.TransformerConfig(**saved["config"])) else options._replace(cfg=1.0)
-    except Exception:                                                        # damaged: `main` reports it
-        return OLD_OPTIONS
-
-
-def check(args):
-    """Validate the output paths before any work. -> path of the grid"""
-    dq.require(not (args.input and args.grain_map), "--input and --grain-map exclude each other")
-    dq.require(args.input or args.keep is None, "--keep needs --input")
-    out = args.out or args.checkpoint.parent
-    if out.is_dir() or out.suffix.lower() not in Image.registered_extensions():
-        out = out / "samples.png"
-    check_ending("--out", out)
-    if args.gif:
-        dq.require(args.gif.suffix.lower() in (".gif", ".webp", ".png"),
-                   f"--gif {args.gif}: the name of an animation must end in .gif, .webp or .png")
-        dq.require(args.gif != out, f"--out and --gif are the same file, {out}")
-    if args.save_dir:
-        last = max((int(path.stem) for path in args.save_dir.glob("[0-9]*.png") if path.stem.isdecimal()), default=0)
-        dq.require(last < args.n, f"--save-dir {args.save_dir} holds {last:06d}.png of a larger job, which would stay "
-                                  f"among the {args.n} new images; empty the folder, or name another one")
-    return out
-
-
-def check_ending(flag, path):
-    """UserError unless Pillow can write an RGB image under this name: it reads more formats than it writes."""
-    try:
-        Image.new("RGB", (16, 16)).save(io.BytesIO(), Image.registered_extensions()[path.suffix.lower()])
-    except (KeyError, OSError, ValueError):
-        raise dq.UserError(f"{flag} {path}: can't write RGB images as {path.suffix}; use .png") from None
+def load(path, device, **given):
+    """-> DQTransformer, its DQVAE, and SampleOptions: the `given` ones, and the checkpoint's for the others."""
+    dq.SampleOptions(**given).check()
+    saved = dq.load_checkpoint(path, "dq-transformer")
+    model, vae = dq.load_transformer(saved, device)
+    if path.name == "transformer.best.pt":
+        print(f"sampling from {path}: step {saved['step']}, lowest validation loss, {saved['best']:.1f} nats per image")
+    guided = bool(model.config.classes) and model.config.label_dropout > 0   # was the vector "no label" trained?
+    options = saved.get("sample_options", OLD_OPTIONS) | ({} if guided else dict(cfg=1.0)) | given
+    dq.require(guided or options["cfg"] == 1, f"--cfg {options['cfg']:g}: {path} was trained without "
+               f"{'label dropout' if model.config.classes else 'classes'}, so it has no guidance; leave --cfg out")
+    return model, vae, dq.SampleOptions(**options)
 
 
 def label_number(label, classes):
     """--label, a name or a number -> the number of the class. Names match in any Unicode normal form."""
     dq.require(classes, "this model has no classes; leave --label out")
-    for form in (str, lambda name: unicodedata.normalize("NFC", name)):
-        if form(label) in (names := list(map(form, classes))):
-            return names.index(form(label))
-    names = ", ".join(classes[:20]) + (", ..." if len(classes) > 20 else "")
-    dq.require(label.isdecimal() and int(label) < len(classes),
-               f"no class {label!r}; the classes are 0 to {len(classes) - 1}: {names}")
-    if any(name.isdecimal() for name in classes):
-        print(f"note: no class is named {label}; sampling class number {label}, which is named {classes[int(label)]}")
+    label, *names = (unicodedata.normalize("NFC", name) for name in (label, *classes))
+    if label in names:
+        return names.index(label)
+    is_number = label.isdecimal() and int(label) < len(names) and not any(name.isdecimal() for name in names)
+    dq.require(is_number, f"no class {label!r} among the {len(names)}: {', '.join(names[:20])}")
     return int(label)
 
 
@@ -137,15 +103,12 @@ def caption(number, classes):
 def read_grain_map(path, layout, columns=None):
     """An image -> grains (1, h, columns or w): its brightness, averaged over each region, cut into K equal steps."""
     grey = open_image(path).convert("L").resize((columns or layout.side, layout.side), Image.Resampling.BOX)
-    grains = np.asarray(grey).astype(np.int64) * layout.n_grains // 256
-    return torch.from_numpy(grains)[None]
+    return torch.from_numpy(np.asarray(grey).astype(np.int64))[None] * layout.n_grains // 256
 
 
 def given_tiling(layout, grains):
     """Fix these grains (B, h, w) in dq.generate, but no content. -> pos, code, each (B, L), -1 where sampled"""
-    H = layout.fine_side
-    pos, _ = layout.pack(torch.zeros(len(grains), H, H, dtype=torch.long, device=grains.device), grains)
-    return pos, torch.full_like(pos, -1)
+    return layout.pack(grains.new_full((len(grains), layout.fine_side, layout.fine_side), -1), grains)
 
 
 def given_coarse(layout, codes, grains, keep):
@@ -155,29 +118,14 @@ def given_coarse(layout, codes, grains, keep):
     return torch.where(kept, pos, -1), torch.where(kept, code, -1)
 
 
-def given_pairs(args, layout, vae, device, autocast):
-    """-> the positions and contents that --grain-map or --input fix for every image, each (1, max_len), or None"""
-    if args.grain_map:
-        return given_tiling(layout, read_grain_map(args.grain_map, layout).to(device))
-    if args.input:
-        keep = 1 if args.keep is None else args.keep
-        dq.require(0 <= keep <= layout.n_grains, f"--keep must be 0 to {layout.n_grains}, the number of granularities")
-        x = load_image(args.input, vae.config.size)[None].to(device)         # 1, 3, S, S
-        with autocast(), torch.inference_mode():
-            return given_coarse(layout, *vae.encode(x), keep)
-    return None
-
-
-def save_gif(path, layout, vae, pos, code, autocast, batch_size, frames=80):
+def save_gif(path, layout, decode, pos, code, frames=80):
     """Animate how one image (1, L) is sampled: each frame shows the codes so far, and grey elsewhere."""
     length = int(layout.lengths(pos)) - 1
     steps = sorted({round(t) for t in np.linspace(1, length, min(length, frames))})
-    order = torch.arange(pos.shape[1], device=pos.device)                    # L
-    so_far = torch.cat([torch.where(order < t, pos, layout.end) for t in steps])  # frames, L
-    codes, _ = layout.unpack(so_far, code.expand(len(steps), -1))            # frames, H, W; -1 where nothing is yet
-    with autocast(), torch.inference_mode():
-        images = [vae.decode(part) for part in codes.clamp(min=0).split(batch_size)]
-        images = torch.cat(images).float()                                   # frames, 3, S, S
+    so_far = torch.arange(pos.shape[1]) < torch.tensor(steps)[:, None]       # frames, L
+    pos = torch.where(so_far.to(pos.device), pos, layout.end)                # frames, L
+    codes, _ = layout.unpack(pos, code.expand(len(steps), -1))               # frames, H, W; -1 where nothing is yet
+    images = decode(codes.clamp(min=0))                                      # frames, 3, S, S
     there = dq.upsample((codes >= 0).float()[:, None], images.shape[-1])     # frames, 1, S, S
     pictures = [to_picture(x, 256) for x in images * there]
     duration = [60] * (len(steps) - 1) + [2000]                              # milliseconds
@@ -186,74 +134,66 @@ def save_gif(path, layout, vae, pos, code, autocast, batch_size, frames=80):
 
 def main(argv=None):
     args = parse(argv)
-    given_options = {name: getattr(args, name) for name in dq.SampleOptions._fields if name in args}
-    options = default_options(args.checkpoint)._replace(**given_options)
-    options.check()
-    out = check(args)
     device, autocast = pick_device(args.device, args.dtype)
-    model, vae = dq.load_transformer(args.checkpoint, device)
-    layout, classes = model.layout, model.config.classes
-    dq.require(options.cfg == 1 or has_guidance(model.config), f"--cfg {options.cfg:g}: {args.checkpoint} was trained "
-               f"without {'label dropout' if classes else 'classes'}, so it has no guidance; leave --cfg out")
-    label = torch.arange(args.n) % max(1, len(classes))
+    chosen = {name: getattr(args, name) for name in dq.SampleOptions._fields if name in args}
+    model, vae, options = load(args.checkpoint, device, **chosen)
+    layout, classes, given = model.layout, model.config.classes, None
+    label = torch.arange(args.n, device=device) % max(1, len(classes))
     if args.label is not None:
         label.fill_(label_number(args.label, classes))
-    given = given_pairs(args, layout, vae, device, autocast)
-    for folder in filter(None, (out.parent, args.save_dir, args.gif and args.gif.parent)):
+    if args.grain_map:
+        given = given_tiling(layout, read_grain_map(args.grain_map, layout).to(device))
+    elif args.input:
+        x = load_image(args.input, vae.config.size)[None].to(device)         # 1, 3, S, S
+        with autocast(), torch.inference_mode():
+            given = given_coarse(layout, *vae.encode(x), 1 if args.keep is None else args.keep)
+    for folder in filter(None, (args.out.parent, args.save_dir, args.gif and args.gif.parent)):
         folder.mkdir(parents=True, exist_ok=True)
-        if folder == args.save_dir or out == folder / "samples.png":
+        if folder == args.save_dir or args.out == folder / "samples.png":
             lock(folder, ".sample.lock")                                     # not .lock: a run may be training there
     if args.dtype == "bf16" or (device.type == "cuda" and machine(device, autocast)["dtype"] == "bf16"):
         model.to(torch.bfloat16)                                             # on CPUs it is no faster for few rows
-    if args.checkpoint.name == "transformer.best.pt" and (saved := peek(args.checkpoint)).get("best"):
-        print(f"sampling from {args.checkpoint}: validation loss {saved['best']:.1f} nats per image at step "
-              f"{saved['step']}, the lowest of its run; for the last step name transformer.pt")
-
     if args.save_dir:                                                        # marks its images as output, not data
         labels = {f"{i:06d}.png": classes[k] for i, k in enumerate(label.tolist())} if classes else {}
         told = json.dumps(vars(args) | options._asdict() | dict(labels=labels, written_by="dq"), indent=1, default=str)
         dq.write_file(args.save_dir / "samples.json", lambda file: file.write(told.encode()))
-    n_saved, tiles, captions = 0, [], []
+    n_done = 0                                                               # images
+
+    def decode(codes):
+        """codes (n, H, W) -> images (n, 3, S, S), a batch at a time"""
+        with autocast(), torch.inference_mode():
+            return torch.cat([vae.decode(part) for part in codes.split(args.batch_size)]).float()
 
     def save_complete(n_complete, pos, code):
-        """For dq.generate: decode and save the images that are complete, a batch at a time. -> stop?"""
-        nonlocal n_saved
-        bar.update(first + n_complete - bar.n)
+        """For dq.generate: save complete images, in whole batches before the last call. -> stop?"""
+        nonlocal n_done
+        bar.update(n_complete - bar.n)
         if stop.number:
             tqdm.write("stopping: the images that are complete are saved; a second signal stops at once")
-        if n_complete < len(y) and not stop.number:
-            n_complete -= n_complete % args.batch_size                       # whole batches
-        for start in range(n_saved - first, n_complete, args.batch_size):
-            part = slice(start, min(start + args.batch_size, n_complete))
-            codes, grains = layout.unpack(pos[part], code[part])             # n, H, W and n, h, w
-            with autocast(), torch.inference_mode():
-                images = vae.decode(codes).float()                           # n, 3, S, S
-            if args.gif and n_saved == 0:
-                save_gif(args.gif, layout, vae, pos[:1], code[:1], autocast, args.batch_size)
-            for x, g, n_codes in zip(images, grains, (code[part] >= 0).sum(dim=1).tolist()):
-                if args.save_dir:
-                    save_picture(args.save_dir / f"{n_saved:06d}.png", to_picture(x, 0))
-                if n_saved < 32:
-                    tiles.extend([to_picture(x), draw_grains(x, g, model.config.factors)])
-                    name = caption(int(label[n_saved]), classes) if classes else f"{n_saved}"
-                    captions.extend([name, f"{n_codes} codes"])
-                n_saved += 1
+        elif n_complete < args.n:
+            n_complete -= n_complete % args.batch_size
+        if args.save_dir and n_done < n_complete:
+            codes, _ = layout.unpack(pos[n_done:n_complete], code[n_done:n_complete])  # n, H, W
+            for i, x in enumerate(decode(codes), n_done):
+                save_picture(args.save_dir / f"{i:06d}.png", to_picture(x, 0))
+        n_done = n_complete
         return stop.number
 
     with Stop(device) as stop, tqdm(total=args.n, desc="sampling", unit="image", disable=None) as bar:
-        for first in range(0, args.n, ROUND * args.batch_size):
-            y = label[first:first + ROUND * args.batch_size].to(device)
-            open_pairs = None if given is None else tuple(each.expand(len(y), -1) for each in given)
-            dq.generate(model, y, options, args.seed, open_pairs, slots=args.batch_size, first=first,
-                        compile=args.compile, progress=save_complete)
-            if stop.number:
-                break
-    if tiles:
-        save_grid(out, tiles, columns=8, captions=captions)
-        print("wrote " + ", ".join(str(path) for path in (out, args.save_dir, args.gif) if path) + " with "
+        pos, code = dq.generate(model, label, options, args.seed, given and [x.expand(args.n, -1) for x in given],
+                                slots=args.batch_size, compile=args.compile, progress=save_complete)
+    if n := min(n_done, 32):
+        codes, grains = layout.unpack(pos[:n], code[:n])                     # n, H, W and n, h, w
+        tiles = [(to_picture(x), draw_grains(x, g, vae.config.factors)) for x, g in zip(decode(codes), grains)]
+        names = [caption(k, classes) if classes else str(i) for i, k in enumerate(label[:n].tolist())]
+        counts = [f"{count} codes" for count in (code[:n] >= 0).sum(dim=1).tolist()]
+        save_grid(args.out, sum(tiles, ()), columns=8, captions=sum(zip(names, counts), ()))
+        if args.gif:
+            save_gif(args.gif, layout, decode, pos[:1], code[:1])
+        print("wrote " + ", ".join(str(path) for path in (args.out, args.save_dir, args.gif) if path) + " with "
               + ", ".join(f"{name.replace('_', '-')} {value:g}" for name, value in options._asdict().items()))
     if stop.number:
-        stop.leave(stop.number, f"when {n_saved} of {args.n} images were sampled", "")
+        stop.leave(stop.number, f"when {n_done} of {args.n} images were sampled", "")
 
 
 if __name__ == "__main__":

@@ -295,8 +295,8 @@ def encode_dataset(vae, data, device, autocast, workers, mirrored, stop, batch_s
     rows = {name: torch.empty(0 if rank else M, *shape, dtype=dtype) for name, (shape, dtype) in kinds.items()}
     # the indices wrap around at the end, so that all ranks have the same number
     own = range(rank, -(-M // world) * world, world)
-    bar = tqdm(loader(data, workers, batch_size=batch_size, sampler=own), "encoding", leave=False,
-               disable=True if rank else None)
+    bar = tqdm(loader(data, workers, batch_size=batch_size, sampler=own), "encoding", -(-len(own) // batch_size),
+               leave=False, disable=True if rank else None)
     for x, label in bar:
         x = x.to(device)                                                     # n, 3, S, S
         with autocast():
@@ -414,7 +414,7 @@ def parse(argv=None):
     add("--held-out", metavar="DIR", type=path,
         help="folder of validation images, which are not trained on; None: one in 20 of --data")
     add("--no-flip", action="store_true", help="disable horizontal flips, for images with text or arrows")
-    add("--workers", type=natural, default=0, help="processes that load images")
+    add("--workers", type=natural, default=0, help="threads that load images ahead")
     add("--size", type=positive, default=config.size, help="side of the images in pixels")
     add("--factors", type=positive, nargs="+", default=config.factors,
         help="downsampling factors, coarse to fine; a single one gives fixed-length codes")

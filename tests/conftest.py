@@ -51,7 +51,7 @@ def script(name, *args):
 def images(tmp_path_factory):
     """A folder with a sub-folder of toy images per class: 13 for training, and 13, 31 and 47 for validation.
 
-    The names decide which images are for validation. The folder is small because every run encodes all of it at its end.
+    The names decide which images are for validation. The folder is small because every run encodes it at its end.
     """
     root, toy = tmp_path_factory.mktemp("images"), ToyShapes(24, n=48)
     for i in (*range(14), 31, 47):

@@ -130,7 +130,7 @@ def test_images_without_a_header_are_small(tmp_path, monkeypatch):
 def test_the_side_is_the_median_of_the_short_sides(tmp_path):
     for i, size in enumerate([(10, 90), (80, 20), (30, 30), (44, 40), (50, 51)]):
         Image.new("L", size).save(tmp_path / f"{i}.png")
-    assert reading.image_side(tmp_path) == 30
+    assert reading.image_side(reading.find_images(tmp_path)) == 30
 
 
 def test_a_resumed_run_keeps_its_preset(tmp_path, monkeypatch):

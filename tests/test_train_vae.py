@@ -28,7 +28,7 @@ import train_transformer
 import train_vae
 from conftest import DEVICE, VAE, call, plain
 from data import ImageFolder, ToyShapes
-from test_data import put, spoilt_folder
+from test_data import put, folder_with_broken_files
 from train_vae import Discriminator, Perceptual, adaptive_weight, backward, hinge_loss
 
 
@@ -318,7 +318,7 @@ def test_the_picture_shows_originals_first(tmp_path):
 def test_all_classes_are_evaluated(tmp_path):
     """A fixed sample of 512, not the first in the order of names."""
     val = ImageFolder(tmp_path, [(f"{i}.png", i // 16) for i in range(1600)], [str(i) for i in range(100)], 8)
-    val.read = lambda i: (np.full((8, 8, 3), [i // 256, i % 256, 0], np.uint8), 0)
+    val.strips = reading.Kept(lambda path: np.full((8, 8, 3), [*divmod(int(path.split("/")[-1][:-4]), 256), 0], np.uint8))
     shown = []
     for _ in range(2):
         x = train_vae.validation_images(val, dq.VAEConfig(size=8, factors=(4,), ratios=(1.0,)))[0][..., 0, 0]
@@ -371,8 +371,8 @@ def test_encoding_keeps_every_image_and_its_mirror_image():
 
 
 def test_broken_images_have_no_codes(tmp_path, monkeypatch, capfd):
-    data = spoilt_folder(tmp_path / "images", monkeypatch)
-    sound, data.augment = [i for i, (name, _) in enumerate(data.files) if not 5 <= int(name[:2]) < 15], False
+    data = folder_with_broken_files(tmp_path / "images", monkeypatch)
+    sound, data.augment = [i for i, name in enumerate(data.names) if not 5 <= int(name[:2]) < 15], False
     model = dq.DQVAE(dq.VAEConfig(size=8, factors=(4, 2), codebook_size=8)).eval()
     model.codebook.codes.normal_()
     with common.Stop(torch.device("cpu")) as stop:

@@ -145,7 +145,7 @@ def test_images_that_are_odd_or_broken(tmp_path, capfd):
         for i in range(2 * len(data)):
             image, _ = data[i]
             assert image.shape == (3, 8, 8) and image.isfinite().all()
-    warnings = capfd.readouterr().err
+    warnings = capfd.readouterr().out
     for name in ("bomb.png", "small bomb.png", "empty.png", "text.jpg", "cut.png", "dangling.png", "pipe.png"):
         assert any(f"/{name}: " in line for line in warnings.splitlines()), name
     for name in ("one.png", "wide.png", "high.png", "folder.png"):

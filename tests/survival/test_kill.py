@@ -14,7 +14,6 @@ import torch
 from PIL import Image
 
 import common
-import data as reading
 import dq
 import train_vae
 from conftest import ROOT, VAE, call
@@ -35,22 +34,6 @@ def test_a_signal_ends_the_run_after_a_whole_step(stage, number, vae_run, images
     step = load(tmp_path, stage)["step"]
     assert step >= 10 and f"stopped by {number.name} after step {step}" in out and "--resume continues" in out
     assert "Traceback" not in error
-
-
-def loader_that_is_hit(number, times):
-    signal.signal(number, signal.SIG_DFL)                                    # shells ignore it in background jobs
-    reading.leave_signals_to_the_parent(0)
-    for _ in range(times):
-        os.kill(os.getpid(), number)
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("times", [1, 2])
-def test_the_second_signal_ends_a_loader(number, times):
-    process = multiprocessing.get_context("fork").Process(target=loader_that_is_hit, args=(number, times))
-    process.start()
-    process.join(60)
-    assert process.exitcode == (0 if times == 1 else -number)
 
 
 def test_a_run_that_is_stopped_while_it_encodes_can_be_resumed(tmp_path):
@@ -121,17 +104,6 @@ def test_a_signal_waits_for_the_end_of_the_step(monkeypatch):
         assert stop.asked() == signal.SIGTERM and not ended
 
 
-def test_a_signal_to_a_loader_does_not_stop_the_run(monkeypatch):
-    ended = []
-    with common.Stop(torch.device("cpu"), patience=0.1) as stop:
-        child = multiprocessing.get_context("fork").Process(target=loader_that_is_hit, args=(signal.SIGTERM, 1))
-        child.start()
-        monkeypatch.setattr(common.os, "_exit", ended.append)                # not in the child, which needs it to end
-        child.join(60)
-        time.sleep(0.4)
-        assert stop.number == 0 and not ended
-
-
 @pytest.fixture(params=["SIGHUP", "SIGUSR1", "SIGTERM"])
 def number(request):
     """A signal without a handler in this process, also if the process was started with one that ignores it."""
@@ -182,18 +154,6 @@ def test_kill_9_at_random_moments(images, tmp_path):
                 break
             assert process.returncode == -signal.SIGKILL
         same(load(tmp_path / "whole", "vae"), load(out, "vae"))
-
-
-@pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reason="the trap below is inherited by a fork")
-def test_a_loader_process_that_dies_is_reported(images, tmp_path, monkeypatch):
-    def trap(self, i):
-        if os.getpid() != parent:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return real(self, i)
-    parent, real = os.getpid(), reading.ImageFolder.read
-    monkeypatch.setattr(reading.ImageFolder, "read", trap)
-    line = call(train_vae.main, "--data", images, "--out", tmp_path, "--steps", 4, *VAE, "--workers", 1)
-    assert line.startswith("error: a process that loads images died") and "\n" not in line
 
 
 @pytest.mark.skipif(not os.path.exists("/proc"), reason="needs /proc")

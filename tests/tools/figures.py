@@ -613,7 +613,8 @@ def neighbours(args):
     sample.check_ending("--out", out)
     columns = min(args.n, args.columns)
     dq.require(args.n % columns == 0, f"--n {args.n} is not a multiple of --columns {columns}")
-    model, vae = dq.load_transformer(args.checkpoint, "cpu")
+    given = {name: getattr(args, name) for name in ("temperature", "cfg") if getattr(args, name) is not None}
+    model, vae, options = sample.load(args.checkpoint, "cpu", **given)
     classes, size = model.config.classes, vae.config.size
     parts = []
     for data in reading.open_data(args.data, size, skip=args.checkpoint.parent, held_out=args.held_out):
@@ -621,8 +622,6 @@ def neighbours(args):
         parts.append(torch.stack([x for x, label in pairs if label != reading.BROKEN]))
     train, held_out = parts                                                  # M, 3, S, S each
     label = torch.arange(args.n) % len(classes) if classes else torch.full((args.n,), -1)
-    given = {name: getattr(args, name) for name in ("temperature", "cfg") if getattr(args, name) is not None}
-    options = sample.default_options(args.checkpoint)._replace(**given)
     codes, _ = model.layout.unpack(*dq.generate(model, label, options, args.seed))
     x = vae.decode(codes).clamp(-1, 1)                                       # n, 3, S, S
     y = vae.decode(torch.cat([vae.encode(part)[0] for part in held_out.split(64)])).clamp(-1, 1)
@@ -696,7 +695,7 @@ def teaser(args):
 def shrink(path, out):
     """Drop what only training needs. Round all weights to bfloat16 but the codebook, so that codes stay the same."""
     held = dq.load_checkpoint(path, "dq-transformer")
-    dq.load_transformer(path, "cpu")                                         # so it is intact
+    dq.load_transformer(held, "cpu")                                         # so it is intact
 
     def rounded(weights):
         return {name: x.bfloat16() if x.is_floating_point() and not name.startswith("codebook") else x

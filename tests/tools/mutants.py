@@ -1,22 +1,24 @@
-"""Wrong versions of the sources, each with the test that sees it.    python tests/tools/mutants.py [--only NAME ...]
+"""Mutation testing: faults in the sources, each with the test that finds it.    python tests/tools/mutants.py
 
-A test that passes says little of what it would have noticed. So here are slips that somebody could make, a line each:
-a term of the loss that is dropped, a flag that is ignored, a sign that is turned. Each is made in a copy of the
-project, and the test that stands beside it must fail there; without the slip it must pass. Who adds a term, a flag or a
-branch adds a slip.
+A test that passes does not show which faults it would find. Each row of the tables here is a fault that somebody could
+make: a term of the loss that is missing, a flag that is ignored, a wrong sign. The tool makes each fault in a copy of
+the project and runs the test of that row. The test must pass without the fault and fail with it. If you add a term, a
+flag or a branch, add a mutant.
 
-A slip replaces one fragment of code, `old`, by another, `new`; both are expressions or statements. Matching compares
-syntax trees. So comments, line breaks, quotes, redundant parentheses and the order of keyword arguments do not matter,
-nor does the file. `old` must match exactly one place in all sources, or in the class or function that `where` names.
-In `old`, `...` matches any expression, and in a list (arguments, statements, elements of a tuple) any number of them.
-In `new`, it stands for what it matched.
+A mutant replaces one fragment of code, `old`, by another, `new`. Both are expressions or statements. The tool compares
+syntax trees, so comments, line breaks, quotes, redundant parentheses, the order of keyword arguments and the file do
+not matter. `old` must match exactly one place in all sources, or in the class or function that `where` names.
+In `old`, `...` matches any expression. In a list (arguments, statements, elements of a tuple) it matches any number of
+them. In `new`, it stands for what it matched.
 
-    --fit    lists the mutants that match no place or several, since a line was reworded (takes a second)
+    --only NAME ...    runs some of the mutants
+    --fit              lists the mutants that match no place or several, because a line has changed; takes a second
 
-The ordinary tests only count these and skip. This tool, and the tests where the environment variable CI is true, report
-them as errors.
+The ordinary tests only count these and skip. They are an error for this tool, and for the tests if the environment
+variable CI is true.
 
-By hand, not with the tests: some minutes on two cores. Exit status 1 if a mutant survives or can't be made.
+The whole table takes some minutes on two cores, so run it by hand. The exit status is 1 if a mutant survives or cannot
+be made.
 """
 import argparse
 import ast
@@ -33,19 +35,19 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-LIMIT = 300                              # seconds that a test may take; a slip can make it run for ever
+LIMIT = 300                              # seconds that a test may take; a fault can make it run for ever
 
 
 class Mutant(NamedTuple):
     name: str
-    old: str                             # what stands in the sources, at exactly one place
-    new: str                             # what the slip makes of it; nothing: statements are left out
+    old: str                             # code that occurs in the sources exactly once
+    new: str                             # its replacement; empty: the statements are removed
     test: str                            # file, file::test or file::test[case] below tests/, which must fail
-    where: str = ""                      # "Class", "function", "Class.method" or "file.function" around the place
+    where: str = ""                      # "Class", "function", "Class.method" or "file.function" that contains `old`
 
 
 def of(tests, *rows):
-    """Rows of one topic. tests: where each row's test is, unless it says so itself"""
+    """Rows of one topic. tests: the file of their tests, except where a row names another file"""
     return [Mutant(name, old, new, test if ".py" in test else f"{tests}::{test}", *where)
             for name, old, new, test, *where in rows]
 
@@ -56,45 +58,46 @@ def of(tests, *rows):
 
 CONFIGURATION = of(
     "test_vae.py",
-    ("factors of any kind", "f & (f - 1) == 0", "True", "test_bad_configurations_are_refused"),
-    ("factors in any order", "a > b", "True", "test_bad_configurations_are_refused"),
-    ("a size that does not fit", "size % factors[0] == 0", "True", "test_bad_configurations_are_refused"),
-    ("ratios of any sum", "abs(sum(self.ratios) - 1) < 1e-6", "True", "test_bad_configurations_are_refused"),
+    ("factors that are not powers of two", "f & (f - 1) == 0", "True", "test_bad_configurations_are_refused"),
+    ("factors that do not decrease", "a > b", "True", "test_bad_configurations_are_refused"),
+    ("a size that the factors do not divide", "size % factors[0] == 0", "True", "test_bad_configurations_are_refused"),
+    ("ratios that do not sum to 1", "abs(sum(self.ratios) - 1) < 1e-6", "True", "test_bad_configurations_are_refused"),
     ("negative ratios", "min(self.ratios) >= 0", "True", "test_bad_configurations_are_refused"),
-    ("a router of any name", "self.router in ROUTERS", "True", "test_bad_configurations_are_refused"),
+    ("an unknown router", "self.router in ROUTERS", "True", "test_bad_configurations_are_refused"),
     ("an empty codebook", "min(...) >= 1", "min(...) >= 0", "test_bad_configurations_are_refused", "VAEConfig"),
-    ("one value in a group", "self.size > self.factors[0] or ... > 32", "True",
+    ("a group norm over one value", "self.size > self.factors[0] or ... > 32", "True",
      "test_bad_configurations_are_refused"),
-    ("one value in a group of the level above", "map(self.level_width, ...[-2:])", "map(self.level_width, ...[-1:])",
+    ("a group norm over one value in the level above", "map(self.level_width, ...[-2:])",
+     "map(self.level_width, ...[-1:])",
      "test_bad_configurations_are_refused"),
-    ("channels that norms can't take", "self.channels % 32 == self.width % 32 == 0", "self.width % 32 == 0",
+    ("channels that group norms do not divide", "self.channels % 32 == self.width % 32 == 0", "self.width % 32 == 0",
      "test_bad_configurations_are_refused"),
-    ("widths start again", "min(level, len(self.multipliers) - 1)", "level % len(self.multipliers)",
+    ("multipliers repeat from the first", "min(level, len(self.multipliers) - 1)", "level % len(self.multipliers)",
      "test_the_last_multiplier_repeats"),
-    ("heads that do not divide the width", "unit > 0 and self.width % unit == 0", "unit > 0",
+    ("a width that the heads do not divide", "unit > 0 and self.width % unit == 0", "unit > 0",
      "test_transformer.py::test_bad_configurations_are_refused"),
-    ("rotary with any heads", "4 if self.rotary else 1", "1",
+    ("RoPE with any head size", "4 if self.rotary else 1", "1",
      "test_transformer.py::test_bad_configurations_are_refused"),
-    ("each process draws the first part", "(...).chunk(world)[rank]", "(...).chunk(world)[0]",
+    ("each rank samples the first slice", "(...).chunk(world)[rank]", "(...).chunk(world)[0]",
      "test_routers.py::test_processes_draw_together_what_one_would"),
 )
 
 ROUTING = of(
     "test_routers.py",
-    ("another eps in norms", "nn.GroupNorm(..., eps=1e-6)", "nn.GroupNorm(...)",
+    ("group norms with another eps", "nn.GroupNorm(..., eps=1e-6)", "nn.GroupNorm(...)",
      "test_vae.py::test_group_norm_equals_a_loop"),
-    ("other groups in norms", "nn.GroupNorm(32, ...)", "nn.GroupNorm(16, ...)",
+    ("group norms with other groups", "nn.GroupNorm(32, ...)", "nn.GroupNorm(16, ...)",
      "test_vae.py::test_group_norm_equals_a_loop"),
-    ("maxima instead of means of regions", "F.adaptive_avg_pool2d", "F.adaptive_max_pool2d",
+    ("regions by their maximum", "F.adaptive_avg_pool2d", "F.adaptive_max_pool2d",
      "tools/test_import_authors.py::test_the_parts_land_where_they_belong"),
-    ("the router without its activation", "nn.Sequential(nn.Linear(width, width), nn.SiLU(), ...)",
+    ("a router without its activation", "nn.Sequential(nn.Linear(width, width), nn.SiLU(), ...)",
      "nn.Sequential(nn.Linear(width, width), ...)", "tools/test_import_authors.py"),
-    ("the score counts nothing", "k * p[:, k]", "p[:, k]", "test_the_score_is_the_mean_granularity", "score"),
+    ("a score without granularities", "k * p[:, k]", "p[:, k]", "test_the_score_is_the_mean_granularity", "score"),
     ("the gate does not sample", "logits - noise * exponential.log()", "logits",
      "test_gumbel_noise_draws_with_the_softmax_probabilities"),
-    ("the scale of the noise ignored", "noise * exponential.log()", "exponential.log()",
+    ("the scale of the gate noise is ignored", "noise * exponential.log()", "exponential.log()",
      "test_straight_through_gradient_of_the_gate"),
-    ("the sign of the noise", "logits - noise * exponential.log()", "logits + noise * exponential.log()",
+    ("the sign of the gate noise", "logits - noise * exponential.log()", "logits + noise * exponential.log()",
      "test_gumbel_noise_draws_with_the_softmax_probabilities"),
     ("a gate without a gradient", "hard + (soft - soft.detach())", "hard",
      "test_straight_through_gradient_of_the_gate"),
@@ -102,40 +105,40 @@ ROUTING = of(
      "test_straight_through_gradient_of_the_gate"),
     ("evaluation samples the gate", "not self.training", "False",
      "test_gumbel_noise_draws_with_the_softmax_probabilities", "GrainRouter"),
-    ("evaluation takes the least likely", "logits.argmax(dim=1)", "logits.argmin(dim=1)",
+    ("evaluation takes the least likely granularity", "logits.argmax(dim=1)", "logits.argmin(dim=1)",
      "test_gumbel_noise_draws_with_the_softmax_probabilities"),
-    ("ties go to the finer side", "torch.bucketize(...)", "torch.bucketize(..., right=True)",
+    ("ties are fine", "torch.bucketize(...)", "torch.bucketize(..., right=True)",
      "test_blank_regions_are_coarse"),
-    ("random thresholds not summed up", "torch.tensor(ratios).cumsum(0)", "torch.tensor(ratios)",
+    ("random routing without cumulative ratios", "torch.tensor(ratios).cumsum(0)", "torch.tensor(ratios)",
      "test_entropy_thresholds_and_random_routing_give_the_asked_ratios"),
-    ("random routes by the batch", "numpy_rng(..., key)", "numpy_rng(..., 0)",
+    ("random routing depends on the batch", "numpy_rng(..., key)", "numpy_rng(..., 0)",
      "test_random_routes_depend_on_seed_and_image_alone"),
-    ("random routes without the seed", "torch.initial_seed()", "0",
+    ("random routing without the seed", "torch.initial_seed()", "0",
      "test_random_routes_depend_on_seed_and_image_alone"),
-    ("words of seeds exchanged", "[seed >> 32 for seed in seeds]", "[]",
+    ("seeds without their upper half", "[seed >> 32 for seed in seeds]", "[]",
      "test_sampling.py::test_no_other_seed_has_the_same_draws"),
-    ("red and blue exchanged", "red, green, blue", "blue, green, red", "test_entropy_equals_a_loop_over_pixels"),
+    ("red and blue are exchanged", "red, green, blue", "blue, green, red", "test_entropy_equals_a_loop_over_pixels"),
     ("wider bins of grey", "(pixels - c) / 0.01", "(pixels - c) / 0.02",
      "test_entropy_equals_a_loop_over_pixels"),
     ("fewer bins of grey", "torch.linspace(-1, 1, 32, ...)", "torch.linspace(-1, 1, 31, ...)",
      "test_entropy_equals_a_loop_over_pixels"),
     ("the sign of the entropy", "-(p * (p + 1e-10).log()).sum(-1)", "(p * (p + 1e-10).log()).sum(-1)",
      "test_entropy_equals_a_loop_over_pixels"),
-    ("a budget for each image", "gate.mean(dim=(0, 2, 3))", "gate.mean(dim=(2, 3)).square().mean(0).sqrt()",
+    ("a budget per image", "gate.mean(dim=(0, 2, 3))", "gate.mean(dim=(2, 3)).square().mean(0).sqrt()",
      "test_budget_loss_lets_images_differ"),
     ("an absolute budget", "(... - ratio) ** 2", "(... - ratio).abs()",
      "test_budget_loss_equals_a_loop_and_pulls_on_all_regions_alike", "budget_loss"),
-    ("the budget of the coarsest alone", "enumerate(ratios)", "[(0, ratios[0])]",
+    ("a budget for the coarsest granularity only", "enumerate(ratios)", "[(0, ratios[0])]",
      "test_budget_loss_equals_a_loop_and_pulls_on_all_regions_alike"),
     ("logits of the router in bf16", "self.mlp(x).permute(0, 3, 1, 2).float()", "self.mlp(x).permute(0, 3, 1, 2)",
      "test_the_gate_is_computed_in_float32"),
-    ("none coarser, but for the least", "np.where(cuts < 1e-6, -1, ...)", "(...)",
+    ("no threshold for a ratio of 0", "np.where(cuts < 1e-6, -1, ...)", "(...)",
      "test_none_and_all_are_none_and_all"),
-    ("all coarser, but for the most", "np.where(cuts > 1 - 1e-6, 1e3, levels)", "levels",
+    ("no threshold for a ratio of 1", "np.where(cuts > 1 - 1e-6, 1e3, levels)", "levels",
      "test_none_and_all_are_none_and_all"),
-    ("a budget of one process", "all_reduce_sum(...) / rank_world()[1]", "(...)",
+    ("a budget per rank", "all_reduce_sum(...) / rank_world()[1]", "(...)",
      "survival/test_processes.py::test_codebook_router_and_budget_are_those_of_the_global_batch", "budget_loss"),
-    ("a budget summed over processes", "all_reduce_sum(...) / rank_world()[1]", "all_reduce_sum(...)",
+    ("a budget summed over ranks", "all_reduce_sum(...) / rank_world()[1]", "all_reduce_sum(...)",
      "survival/test_processes.py::test_codebook_router_and_budget_are_those_of_the_global_batch", "budget_loss"),
 )
 
@@ -143,13 +146,14 @@ CODEBOOK = of(
     "test_codebook.py",
     ("no straight-through gradient", "z + (q - z).detach()", "q",
      "test_straight_through_has_the_value_of_q_and_the_gradient_of_z"),
-    ("the value of z", "z + (q - z).detach()", "z", "test_straight_through_has_the_value_of_q_and_the_gradient_of_z"),
-    ("broken weights raise", "weight.nan_to_num(1.0)", "weight",
+    ("straight-through with the value of z", "z + (q - z).detach()", "z",
+     "test_straight_through_has_the_value_of_q_and_the_gradient_of_z"),
+    ("weights that are NaN raise", "weight.nan_to_num(1.0)", "weight",
      "test_vae.py::test_an_image_that_is_not_finite_raises_nothing"),
-    ("the cross term halved", "2 * (z - centre)", "z - centre", "test_nearest_code_equals_a_loop"),
-    ("the likest direction", "codes.square().sum(1) - 2 * (z - centre) @ codes.t()", "-2 * (z - centre) @ codes.t()",
+    ("distances with half the cross term", "2 * (z - centre)", "z - centre", "test_nearest_code_equals_a_loop"),
+    ("the nearest direction", "codes.square().sum(1) - 2 * (z - centre) @ codes.t()", "-2 * (z - centre) @ codes.t()",
      "test_nearest_code_equals_a_loop"),
-    ("distances from the origin", "self.codes.mean(0)", "0 * self.codes.mean(0)",
+    ("distances are not centred", "self.codes.mean(0)", "0 * self.codes.mean(0)",
      "test_the_nearest_code_is_found_far_from_the_origin"),
     ("the same vector for several dead codes", "dead.cumsum(0) - 1", "torch.arange(len(dead))",
      "test_no_vector_restarts_two_codes_while_there_are_enough"),
@@ -157,7 +161,7 @@ CODEBOOK = of(
      "torch.autocast(z.device.type, torch.bfloat16)", "test_distances_are_in_float32"),
     ("no restart", "self.restart(flat.detach(), weight.flatten())", "pass",
      "test_the_codebook_learns_in_training_only"),
-    ("the codebook is never moved", "self.update(flat.detach(), weight.flatten(), ids)", "pass",
+    ("the codebook is not updated", "self.update(flat.detach(), weight.flatten(), ids)", "pass",
      "test_ema_update_equals_a_loop_over_codes"),
     ("the codebook learns in evaluation", "if self.training: self.update(...)", "self.update(...)",
      "test_the_codebook_learns_in_training_only"),
@@ -167,34 +171,34 @@ CODEBOOK = of(
      "test_commitment_counts_every_code_once_and_pulls_only_the_encoder"),
     ("commitment summed over channels", "(q - flat).square().mean", "(q - flat).square().sum",
      "test_commitment_counts_every_code_once_and_pulls_only_the_encoder"),
-    ("commitment pulls nothing", "(q - flat).square", "(q - flat.detach()).square",
+    ("commitment without a gradient", "(q - flat).square", "(q - flat.detach()).square",
      "test_commitment_pulls_vectors_to_their_codes"),
-    ("averages over many batches from the start", "self.age / (9 + self.age)", "self.age * 0 + 1",
+    ("EMA without warm-up", "self.age / (9 + self.age)", "self.age * 0 + 1",
      "test_ema_update_equals_a_loop_over_codes"),
-    ("averages over ever more batches", "(self.age / (9 + self.age)).clamp(max=self.decay)",
+    ("EMA without its decay", "(self.age / (9 + self.age)).clamp(max=self.decay)",
      "self.age / (9 + self.age)", "test_ema_update_equals_a_loop_over_codes"),
     ("uses count cells", "torch.zeros_like(self.uses).index_add_(0, ids, weight)",
      "torch.zeros_like(self.uses).index_add_(0, ids, torch.ones_like(weight))",
      "test_ema_update_equals_a_loop_over_codes"),
     ("sums count cells", "weight[:, None] * z", "z", "test_ema_update_equals_a_loop_over_codes"),
-    ("old and new uses exchanged", "self.uses.lerp_(..., 1 - decay)", "self.uses.lerp_(..., decay)",
+    ("old and new uses are exchanged", "self.uses.lerp_(..., 1 - decay)", "self.uses.lerp_(..., decay)",
      "test_ema_update_equals_a_loop_over_codes"),
     ("codes are sums", "self.sums / self.uses[:, None].clamp(min=1e-6)",
      "self.sums + 0 * self.uses[:, None].clamp(min=1e-6)", "test_ema_update_equals_a_loop_over_codes"),
     ("all codes restart", "self.dead_below * mean_uses", "mean_uses",
      "test_restart_revives_dead_codes_and_leaves_the_others"),
-    ("nearly no code restarts", "0.1", "0.01", "test_restart_revives_dead_codes_and_leaves_the_others", "Codebook"),
+    ("hardly any code restarts", "0.1", "0.01", "test_restart_revives_dead_codes_and_leaves_the_others", "Codebook"),
     ("restarts without noise", "0.01 * fresh.std(0, correction=0)", "0.0 * fresh.std(0, correction=0)",
      "test_a_batch_of_few_different_vectors_gives_codes_that_differ"),
     ("restarts far from any vector", "0.01 * fresh.std(0, correction=0)", "1.0 * fresh.std(0, correction=0)",
      "test_restart_draws_by_weight"),
-    ("restarts drawn blindly", "sample_vectors(z, weight, ...)", "sample_vectors(z, torch.ones_like(weight), ...)",
+    ("restarts ignore the weights", "sample_vectors(z, weight, ...)", "sample_vectors(z, torch.ones_like(weight), ...)",
      "test_restart_draws_by_weight"),
     ("restarted codes stay unused", "torch.where(dead, mean_uses, self.uses)", "self.uses",
      "test_restart_revives_dead_codes_and_leaves_the_others"),
     ("restarted codes keep their sums", "torch.where(dead[:, None], fresh * mean_uses, self.sums)", "self.sums",
      "test_restart_revives_dead_codes_and_leaves_the_others"),
-    ("the codebook restarts behind its update",
+    ("the codebook restarts after its update",
      "if self.training: self.restart(...)\nids = self.assign(...)\nif self.training: self.update(...)",
      "ids = self.assign(...)\nif self.training: self.update(flat.detach(), weight.flatten(), ids)\n"
      "if self.training: self.restart(flat.detach(), weight.flatten())",
@@ -211,52 +215,56 @@ NETWORKS = of(
     ("attention's scale 1/d in stage 1", "F.scaled_dot_product_attention(q, k, v)",
      "F.scaled_dot_product_attention(q, k, v, scale=1 / c)", "test_attention_over_a_map_is_its_formula"),
     ("keys and values exchanged", "q, k, v", "q, v, k", "test_attention_over_a_map_is_its_formula", "AttnBlock"),
-    ("attention one level too late", "2 ** level >= config.attention_from", "2 ** level > config.attention_from",
+    ("attention at one level fewer", "2 ** level >= config.attention_from", "2 ** level > config.attention_from",
      "tools/test_import_authors.py::test_the_authors_weights_give_the_authors_numbers"),
     ("padding on the other side", "F.pad(h, (0, 1, 0, 1))", "F.pad(h, (1, 0, 1, 0))",
      "tools/test_import_authors.py::test_the_authors_weights_give_the_authors_numbers"),
     ("bilinear upsampling", "F.interpolate(...)", 'F.interpolate(..., mode="bilinear")',
      "tools/test_import_authors.py::test_the_authors_weights_give_the_authors_numbers", "Decoder.forward"),
-    ("no activation before the picture", "nn.SiLU()", "nn.Identity()",
+    ("no activation before the image", "nn.SiLU()", "nn.Identity()",
      "tools/test_import_authors.py::test_the_authors_weights_give_the_authors_numbers", "Decoder"),
-    ("the middle skipped", "self.mid(self.stem(self.position(z)))", "self.stem(self.position(z))",
+    ("the middle blocks are skipped", "self.mid(self.stem(self.position(z)))", "self.stem(self.position(z))",
      "tools/test_import_authors.py::test_the_authors_weights_give_the_authors_numbers"),
-    ("cosines of places", "torch.sin", "torch.cos", "test_the_decoder_adds_the_position_of_each_cell",
+    ("cosines instead of sines of coordinates", "torch.sin", "torch.cos",
+     "test_the_decoder_adds_the_position_of_each_cell",
      "PositionEmbedding"),
-    ("x and y exchanged", "torch.stack([x, y])", "torch.stack([y, x])",
+    ("x and y are exchanged", "torch.stack([x, y])", "torch.stack([y, x])",
      "test_the_decoder_adds_the_position_of_each_cell"),
-    ("rows and columns exchanged", "self.rows[:, None] + self.columns[None]", "self.rows[None] + self.columns[:, None]",
+    ("rows and columns are exchanged", "self.rows[:, None] + self.columns[None]",
+     "self.rows[None] + self.columns[:, None]",
      "test_the_decoder_adds_the_position_of_each_cell"),
-    ("the decoder knows no places", "self.position(z)", "z", "test_the_decoder_adds_the_position_of_each_cell"),
-    ("maps mixed without the gate", "upsample(gate[:, k:k + 1], side) * upsample(m, side)", "upsample(m, side)",
+    ("a decoder without position embedding", "self.position(z)", "z",
+     "test_the_decoder_adds_the_position_of_each_cell"),
+    ("maps are mixed without the gate", "upsample(gate[:, k:k + 1], side) * upsample(m, side)", "upsample(m, side)",
      "test_mix_equals_a_loop"),
-    ("weights by side, not by area", "(self.config.factors[-1] / f) ** 2", "self.config.factors[-1] / f",
+    ("cell weights by side, not by area", "(self.config.factors[-1] / f) ** 2", "self.config.factors[-1] / f",
      "test_cell_weight_equals_a_loop"),
-    ("weights with a gradient", "gate.detach()", "gate", "test_cell_weight_equals_a_loop"),
+    ("cell weights with a gradient", "gate.detach()", "gate", "test_cell_weight_equals_a_loop"),
     ("the codebook counts cells", "self.codebook(z, self.cell_weight(gate))",
      "self.codebook(z, torch.ones_like(self.cell_weight(gate)))",
      "tools/test_import_authors.py::test_the_authors_weights_give_the_authors_numbers"),
     ("the router gets no noise", "self.router(x, maps, noise)", "self.router(x, maps)",
-     "test_wiring.py::test_the_noise_of_the_gate_fades"),
+     "test_wiring.py::test_the_gate_noise_is_annealed"),
     ("the model gets no noise", "self.quantize(x, noise)", "self.quantize(x)",
-     "test_wiring.py::test_the_noise_of_the_gate_fades"),
-    ("grains of the second", "gate.argmax", "gate.argmin", "test_encode_and_decode_agree_with_forward", "encode"),
-    ("decoded without the last projection", "self.codebook.codes[codes].permute(0, 3, 1, 2)",
+     "test_wiring.py::test_the_gate_noise_is_annealed"),
+    ("the least likely granularity is encoded", "gate.argmax", "gate.argmin",
+     "test_encode_and_decode_agree_with_forward", "encode"),
+    ("decoded with exchanged axes", "self.codebook.codes[codes].permute(0, 3, 1, 2)",
      "self.codebook.codes[codes].permute(0, 3, 2, 1)", "test_encode_and_decode_agree_with_forward"),
 )
 
 SEQUENCES = of(
     "test_layout.py",
-    ("no room for the EOS ids", "N * self.cells[-1] + K", "N * self.cells[-1]", "test_pack_equals_a_loop"),
-    ("places at corners", "torch.stack([row, column], dim=1) + 0.5", "torch.stack([row, column], dim=1) + 0.0",
+    ("no space for the EOS ids", "N * self.cells[-1] + K", "N * self.cells[-1]", "test_pack_equals_a_loop"),
+    ("coordinates at corners", "torch.stack([row, column], dim=1) + 0.5", "torch.stack([row, column], dim=1) + 0.0",
      "test_places_are_the_centres_of_codes_on_the_finest_grid"),
-    ("regions numbered by columns", "row // c * self.side + column // c", "column // c * self.side + row // c",
+    ("regions in column order", "row // c * self.side + column // c", "column // c * self.side + row // c",
      "test_pack_equals_a_loop"),
-    ("another opener", "column // c * c", "column", "test_packed_sequences_are_legal_at_each_step"),
-    ("EOS ids left out", "self.is_eos | ...", "(...)", "test_pack_equals_a_loop"),
+    ("a region opens at another cell", "column // c * c", "column", "test_packed_sequences_are_legal_at_each_step"),
+    ("no EOS ids", "self.is_eos | ...", "(...)", "test_pack_equals_a_loop"),
     ("codes in another order than ids", "code.masked_fill(...).gather(1, order)", "code.masked_fill(...)",
      "test_pack_equals_a_loop"),
-    ("contents of what is not there", "code.masked_fill(..., -1).gather", "code.gather", "test_pack_equals_a_loop"),
+    ("contents of absent ids", "code.masked_fill(..., -1).gather", "code.gather", "test_pack_equals_a_loop"),
     ("EOS writes into a region", "return ...[:, :-1]", "return ...[:, 1:]", "test_unpack_is_the_inverse_of_pack"),
     ("a hole becomes code 0", "upsample(grains, self.fine_side).clamp(min=0)[:, None]",
      "upsample(grains, self.fine_side).clamp(min=0)[:, None] * 0", "test_unpack_is_the_inverse_of_pack"),
@@ -286,27 +294,27 @@ TRANSFORMER = of(
      "test_logits_equal_a_loop_over_prefixes"),
     ("attention sees one step ahead", "torch.full(...).triu(1)", "torch.full(...).triu(2)",
      "test_logits_equal_a_loop_over_prefixes"),
-    ("attention sees not itself", "torch.full(...).triu(1)", "torch.full(...).triu(0)",
+    ("attention does not see its own step", "torch.full(...).triu(1)", "torch.full(...).triu(0)",
      "test_logits_equal_a_loop_over_prefixes"),
     ("no dropout in attention", "F.dropout(weights, dropout)", "weights",
      "test_dropout_acts_at_four_places_in_training"),
     ("dropout in attention in evaluation", "self.dropout if self.training else 0.0", "self.dropout",
      "test_dropout_acts_at_four_places_in_training"),
-    ("no dropout behind attention", "self.drop(self.proj(...))", "self.proj(...)",
+    ("no dropout after attention", "self.drop(self.proj(...))", "self.proj(...)",
      "test_dropout_acts_at_four_places_in_training"),
-    ("no dropout behind the MLP", "self.drop(self.down(...))", "self.down(...)",
+    ("no dropout after the MLP", "self.drop(self.down(...))", "self.down(...)",
      "test_dropout_acts_at_four_places_in_training"),
     ("no dropout of embeddings", "self.drop(x + self.order.weight[:L])", "x + self.order.weight[:L]",
      "test_dropout_acts_at_four_places_in_training"),
-    ("slower rotations", "frequency = 10.0 ** ...", "frequency = 100.0 ** ...",
+    ("RoPE with other frequencies", "frequency = 10.0 ** ...", "frequency = 100.0 ** ...",
      "test_rotation_is_a_product_of_complex_numbers"),
-    ("rotations backwards", "[-angle.sin(), angle.sin()]", "[angle.sin(), -angle.sin()]",
+    ("RoPE in the other direction", "[-angle.sin(), angle.sin()]", "[angle.sin(), -angle.sin()]",
      "test_rotation_is_a_product_of_complex_numbers"),
-    ("values turned", "torch.full_like(keys, -1)", "keys", "test_logits_equal_a_loop_over_prefixes"),
-    ("queries and keys not normalised", "torch.cat([F.layer_norm(qk, qk.shape[-1:]).type_as(v), v], dim=2)", "qkv",
+    ("RoPE on values", "torch.full_like(keys, -1)", "keys", "test_logits_equal_a_loop_over_prefixes"),
+    ("no QK-norm", "torch.cat([F.layer_norm(qk, qk.shape[-1:]).type_as(v), v], dim=2)", "qkv",
      "test_logits_equal_a_loop_over_prefixes"),
-    ("all that looks is normalised", "if self.qk_norm: ...", "if True: ...", "test_logits_equal_a_loop_over_prefixes"),
-    ("values normalised", "qkv.split([2, 1], dim=2)", "qkv, qkv[:, :, :0]", "test_logits_equal_a_loop_over_prefixes"),
+    ("QK-norm although it is off", "if self.qk_norm: ...", "if True: ...", "test_logits_equal_a_loop_over_prefixes"),
+    ("QK-norm on values", "qkv.split([2, 1], dim=2)", "qkv, qkv[:, :, :0]", "test_logits_equal_a_loop_over_prefixes"),
     ("another activation in training", "self.down(F.gelu(...))", "self.down(F.silu(...))",
      "test_logits_equal_a_loop_over_prefixes"),
     ("another activation in sampling", "F.gelu(...)", "F.silu(...)",
@@ -315,26 +323,27 @@ TRANSFORMER = of(
      "test_logits_equal_a_loop_over_prefixes", "Block"),
     ("pairs without granularity", "content + self.position(pos) + self.granularity(self.layout.grain[pos])",
      "content + self.position(pos)", "test_a_pair_is_the_sum_of_three_rows"),
-    ("contents do not know where", "h + self.position(pos)", "h", "test_logits_equal_a_loop_over_prefixes"),
-    ("contents look from the pair before", "self.rope_of(pos, prev)", "self.rope_of(prev, prev)",
+    ("contents without the target position", "h + self.position(pos)", "h", "test_logits_equal_a_loop_over_prefixes"),
+    ("content queries at the previous position", "self.rope_of(pos, prev)", "self.rope_of(prev, prev)",
      "test_logits_equal_a_loop_over_prefixes"),
     ("no order embedding", "x + self.order.weight[:L]", "x", "test_logits_equal_a_loop_over_prefixes"),
-    ("large weights at first", "0.0 if zero else 0.02", "0.0 if zero else 0.2", "test_a_fresh_model_is_uniform"),
-    ("branches begin as something", '("proj.weight", "down.weight", "head.weight")', '("head.weight",)',
+    ("larger initial weights", "0.0 if zero else 0.02", "0.0 if zero else 0.2", "test_a_fresh_model_is_uniform"),
+    ("residual branches are not zero-initialised", '("proj.weight", "down.weight", "head.weight")', '("head.weight",)',
      "test_a_fresh_model_is_uniform"),
-    ("opinions at first", '("proj.weight", "down.weight", "head.weight")', '("proj.weight", "down.weight")',
-     "test_a_fresh_model_is_uniform"),
-    ("labels ignored in training", "self.condition(none_last(label, ...))", "self.condition(0 * label)",
+    ("heads are not zero-initialised", '("proj.weight", "down.weight", "head.weight")',
+     '("proj.weight", "down.weight")', "test_a_fresh_model_is_uniform"),
+    ("labels are ignored in training", "self.condition(none_last(label, ...))", "self.condition(0 * label)",
      "test_logits_equal_a_loop_over_prefixes"),
-    ("labels hidden in evaluation", "self.training", "True", "test_logits_equal_a_loop_over_prefixes", "logits"),
-    ("labels shown by label dropout", "torch.rand(B, device=pos.device) < self.config.label_dropout",
+    ("label dropout in evaluation", "self.training", "True", "test_logits_equal_a_loop_over_prefixes", "logits"),
+    ("label dropout keeps what it should drop", "torch.rand(B, device=pos.device) < self.config.label_dropout",
      "torch.rand(B, device=pos.device) > self.config.label_dropout", "test_logits_equal_a_loop_over_prefixes"),
-    ("what is not legal costs", "(...).masked_fill(~legal, ...)", "(...)", "test_logits_equal_a_loop_over_prefixes"),
-    ("likelihoods of position in place of content", "content.flatten(0, 1)", "0 * content.flatten(0, 1)",
+    ("invalid positions are not masked", "(...).masked_fill(~legal, ...)", "(...)",
+     "test_logits_equal_a_loop_over_prefixes"),
+    ("the content loss is missing", "content.flatten(0, 1)", "0 * content.flatten(0, 1)",
      "test_train_transformer.py::test_evaluation_of_a_transformer"),
-    ("the mean over pairs", "each.view(pos.shape).sum", "each.view(pos.shape).mean",
+    ("a mean over pairs, not a sum", "each.view(pos.shape).sum", "each.view(pos.shape).mean",
      "test_train_transformer.py::test_evaluation_of_a_transformer"),
-    ("rotary without its cast", "rope.type_as(x)", "rope", "test_attention_is_computed_in_the_dtype_of_autocast"),
+    ("RoPE without its cast", "rope.type_as(x)", "rope", "test_attention_is_computed_in_the_dtype_of_autocast"),
     ("normalised queries without their cast", "F.layer_norm(...).type_as(v)", "F.layer_norm(...)",
      "test_attention_is_computed_in_the_dtype_of_autocast"),
     ("logits of positions in bf16", "self.position_head(...).float()", "self.position_head(...)",
@@ -351,36 +360,36 @@ SAMPLING = of(
     ("top-p above 1", "0 < self.top_p <= 1", "0 < self.top_p", "test_options_out_of_range_are_refused"),
     ("top-k below 0", "self.top_k >= 0", "True", "test_options_out_of_range_are_refused"),
     ("cfg below 0", "0 <= self.cfg <= 1e6", "-math.inf < self.cfg <= 1e6", "test_options_out_of_range_are_refused"),
-    ("one more than top-k", "logits.topk(top_k)", "logits.topk(top_k + 1)", "test_top_k_and_top_p_equal_a_loop"),
-    ("top-k of all", "0 < top_k < logits.shape[-1]", "1 < top_k < logits.shape[-1]",
+    ("top-k keeps one more", "logits.topk(top_k)", "logits.topk(top_k + 1)", "test_top_k_and_top_p_equal_a_loop"),
+    ("top-k 1 keeps all", "0 < top_k < logits.shape[-1]", "1 < top_k < logits.shape[-1]",
      "test_top_k_and_top_p_equal_a_loop"),
-    ("fewer than top-p", "probs.cumsum(-1) - probs", "probs.cumsum(-1)", "test_top_k_and_top_p_equal_a_loop"),
-    ("draws that round past the end", "cdf.amax(-1, keepdim=True)", "1.001", "test_draws_follow_the_distribution"),
-    ("guidance turned round", "labelled - unlabelled", "unlabelled - labelled",
+    ("top-p keeps fewer", "probs.cumsum(-1) - probs", "probs.cumsum(-1)", "test_top_k_and_top_p_equal_a_loop"),
+    ("inverse CDF past the end", "cdf.amax(-1, keepdim=True)", "1.001", "test_draws_follow_the_distribution"),
+    ("guidance with the wrong sign", "labelled - unlabelled", "unlabelled - labelled",
      "test_the_step_draws_what_the_naive_loop_draws"),
-    ("guidance without the unlabelled", "logits = unlabelled + ...", "logits = labelled + ...",
+    ("guidance from the labelled logits", "logits = unlabelled + ...", "logits = labelled + ...",
      "test_the_step_draws_what_the_naive_loop_draws"),
     ("temperature ignored in the step", "logits / options.temperature", "logits",
      "test_the_step_draws_what_the_naive_loop_draws"),
     ("filters ignored in the step", "filter_logits(logits, options.top_k, options.top_p)", "logits",
      "test_the_step_draws_what_the_naive_loop_draws"),
-    ("one number for two draws", "u[1]", "u[0]", "test_the_step_draws_what_the_naive_loop_draws"),
-    ("every image has the draws of the first", "numpy_rng(seed, first + i)", "numpy_rng(seed, first)",
+    ("one random number for position and content", "u[1]", "u[0]", "test_the_step_draws_what_the_naive_loop_draws"),
+    ("all images share random numbers", "numpy_rng(seed, first + i)", "numpy_rng(seed, first)",
      "test_an_image_depends_on_its_number_alone"),
-    ("the seed ignored in the draws", "numpy_rng(seed, first + i)", "numpy_rng(0, first + i)",
+    ("random numbers ignore the seed", "numpy_rng(seed, first + i)", "numpy_rng(0, first + i)",
      "test_a_seed_fixes_the_images_and_another_changes_them"),
-    ("`first` ignored in the draws", "numpy_rng(seed, first + i)", "numpy_rng(seed, i)",
+    ("random numbers ignore `first`", "numpy_rng(seed, first + i)", "numpy_rng(seed, i)",
      "test_an_image_depends_on_its_number_alone"),
     ("given pairs ignored", "torch.where(given < 0, ..., given)", "(...)",
      "test_given_tilings_and_given_codes_are_kept"),
     ("the cache forgets the newest pair", "torch.arange(end, device=t.device) > at[1][:, None, None, None]",
      "torch.arange(end, device=t.device) >= at[1][:, None, None, None]",
      "test_the_step_draws_what_the_naive_loop_draws"),
-    ("the step draws what is not legal", "logits.masked_fill(~model.layout.legal(...), ...)", "logits",
+    ("the step samples invalid positions", "logits.masked_fill(~model.layout.legal(...), ...)", "logits",
      "test_the_step_draws_what_the_naive_loop_draws"),
-    ("a slot keeps what the former image knew", "state.grains.masked_fill_(done[:, None], -1)", "pass",
+    ("a slot keeps the granularities of its previous image", "state.grains.masked_fill_(done[:, None], -1)", "pass",
      "test_the_step_draws_what_the_naive_loop_draws"),
-    ("a slot goes on where the former image was", "state.t.add_(1).masked_fill_(done, 0)", "state.t.add_(1)",
+    ("a slot keeps the step of its previous image", "state.t.add_(1).masked_fill_(done, 0)", "state.t.add_(1)",
      "test_an_image_depends_on_its_number_alone"),
     ("slots take the same image", "state.newest + among_done", "state.newest + 1",
      "test_an_image_depends_on_its_number_alone"),
@@ -391,16 +400,16 @@ SAMPLING = of(
     ("no guidance", "copies = 2 if ... else 1", "copies = 1 if ... else 1",
      "test_the_step_draws_what_the_naive_loop_draws"),
     ("no guidance below 1", "options.cfg != 1", "options.cfg > 1", "test_guidance_0_is_no_label"),
-    ("draws in bf16", "logits = logits.float()", "pass", "test_draws_are_computed_in_float32", "apply_guidance"),
+    ("sampling in bf16", "logits = logits.float()", "pass", "test_draws_are_computed_in_float32", "apply_guidance"),
     ("the step is not compiled", "torch.compile(decode_one) if compile else decode_one", "decode_one",
      "test_the_step_is_one_graph_for_the_compiler"),
     ("labels beyond the classes", "label <= last", "label <= 99", "test_what_can_not_be_drawn_is_refused"),
-    ("labels in front of the classes", "label >= -1", "label >= -2", "test_what_can_not_be_drawn_is_refused"),
-    ("given positions anywhere", "(known.int().diff(dim=1) <= 0).all()", "True",
+    ("labels below -1", "label >= -1", "label >= -2", "test_what_can_not_be_drawn_is_refused"),
+    ("given positions that are no prefix", "(known.int().diff(dim=1) <= 0).all()", "True",
      "test_given_positions_that_are_no_valid_prefix_are_refused"),
     ("given positions that leave holes", "(legal.gather(...)[..., 0] | ~known).all()", "True",
      "test_given_positions_that_are_no_valid_prefix_are_refused"),
-    ("given contents of any number",
+    ("given contents out of range",
      "-1 <= pos.min() and pos.max() <= layout.end and -1 <= code.min() and code.max() < V",
      "-1 <= pos.min() and pos.max() <= layout.end",
      "test_given_contents_outside_the_codebook_are_refused"),
@@ -412,14 +421,15 @@ SAMPLING = of(
 
 FILES = of(
     "test_checkpoints.py",
-    ("what was written half takes the name", "os.replace(temporary, path)", "pass",
+    ("an unfinished file replaces the old one", "os.replace(temporary, path)", "pass",
      "test_a_file_is_whole_or_as_it_was"),
-    ("files written in place", 'path.with_name(path.name + ".tmp")', "path", "test_a_file_is_whole_or_as_it_was"),
-    ("temporary files left", "temporary.unlink(missing_ok=True)", "pass", "test_a_file_is_whole_or_as_it_was"),
+    ("files are written in place", 'path.with_name(path.name + ".tmp")', "path", "test_a_file_is_whole_or_as_it_was"),
+    ("temporary files stay", "temporary.unlink(missing_ok=True)", "pass", "test_a_file_is_whole_or_as_it_was"),
     ("checkpoints run code", "True", "False", "test_a_checkpoint_runs_no_code", "load_checkpoint"),
-    ("checksums not looked at", "archive.testzip() is None", "True", "test_a_flipped_bit_is_seen"),
+    ("checksums are not verified", "archive.testzip() is None", "True", "test_a_flipped_bit_is_seen"),
     ("any kind of checkpoint", "found == kind", "True", "test_checkpoints"),
-    ("sequences of any order", "layout == Layout.name", "True", "test_checkpoints_of_other_orders_are_refused"),
+    ("checkpoints with another token order", "layout == Layout.name", "True",
+     "test_checkpoints_of_other_orders_are_refused"),
     ("loaded models train", "model.to(device).eval()", "model.to(device)", "test_checkpoints"),
     ("loaded models have gradients", "model.to(device).eval().requires_grad_(False)", "model.to(device).eval()",
      "test_checkpoints"),
@@ -431,14 +441,14 @@ FILES = of(
 
 PICTURES = of(
     "test_common.py",
-    ("pictures cut, not rounded", "((x.detach().float().cpu() + 1) * 127.5).round()",
+    ("pixels are truncated, not rounded", "((x.detach().float().cpu() + 1) * 127.5).round()",
      "(x.detach().float().cpu() + 1) * 127.5", "test_a_picture_is_its_pixels"),
-    ("pictures overflow", "((x.detach().float().cpu() + 1) * 127.5).round().clamp(0, 255)",
+    ("pixels overflow", "((x.detach().float().cpu() + 1) * 127.5).round().clamp(0, 255)",
      "((x.detach().float().cpu() + 1) * 127.5).round()", "test_a_picture_is_its_pixels"),
-    ("pictures smoothed", "Image.Resampling.NEAREST", "Image.Resampling.BICUBIC", "test_a_picture_is_its_pixels"),
+    ("images are smoothed", "Image.Resampling.NEAREST", "Image.Resampling.BICUBIC", "test_a_picture_is_its_pixels"),
     ("boxes of fine codes everywhere", "grains == k", "grains <= k", "test_a_box_per_code", "draw_grains"),
     ("boxes of the wrong size", "factor * picture.width", "factors[0] * picture.width", "test_a_box_per_code"),
-    ("one colour for all", "GRAIN_COLOURS[k % 3]", "GRAIN_COLOURS[0]", "test_a_box_per_code"),
+    ("one colour for all granularities", "GRAIN_COLOURS[k % 3]", "GRAIN_COLOURS[0]", "test_a_box_per_code"),
     ("a grid column by column", "i % columns * (w + gap), i // columns * (h + gap + top)",
      "i // columns * (w + gap), i % columns * (h + gap + top)", "test_a_grid_row_by_row"),
     ("captions of the neighbour", "captions[i]", "captions[i - 1]", "test_a_grid_row_by_row", "save_grid"),
@@ -448,39 +458,51 @@ PICTURES = of(
 
 IMAGE_FILES = of(
     "test_data.py",
-    ("crops at the corner", "(0.5, 0.5)", "(0.0, 0.0)", "test_resize_crop_and_flip", "crop"),
+    ("centre crops at the corner", "(0.5, 0.5)", "(0.0, 0.0)", "test_resize_crop_and_flip", "crop"),
     ("no random crops", "rng.random(2)", "(0.5, 0.5)", "test_resize_crop_and_flip"),
     ("every image mirrored", "rng.random() < 0.5", "rng.random() < 1.5", "test_resize_crop_and_flip"),
-    ("no antialiasing", "Image.Resampling.BICUBIC", "Image.Resampling.NEAREST", "test_resize_crop_and_flip"),
-    ("images in [0, 2]", "pixels.movedim(-1, -3).contiguous().float() / 127.5 - 1",
-     "pixels.movedim(-1, -3).contiguous().float() / 127.5", "test_images_of_every_mode"),
+    ("no antialiasing", "ImageOps.fit(image, sides)", "ImageOps.fit(image, sides, Image.Resampling.NEAREST)",
+     "test_resize_crop_and_flip"),
+    ("images in [0, 2]", "square.astype(...) / 127.5 - 1", "square.astype(...) / 127.5", "test_images_of_every_mode"),
     ("orientation ignored", "ImageOps.exif_transpose(image, in_place=True)", "pass",
-     "test_the_pixels_of_broken_metadata"),
-    ("bombs are opened", "image.width * image.height <= most", "True",
+     "test_images_with_corrupt_metadata"),
+    ("bombs are opened", "np.prod(image.size) <= ...", "True",
      "survival/test_broken.py::test_images_that_are_odd_or_broken"),
-    ("files of any size are read", "info.st_size <= BYTES", "True", "test_a_huge_file_is_not_read"),
-    ("a file too large for the memory is the system's fault", "MemoryError", "KeyError",
+    ("files of any size are read", "stat.S_ISREG(...) and info.st_size <= BYTES", "stat.S_ISREG(info.st_mode)",
+     "test_a_huge_file_is_not_read"),
+    ("a file too large for the memory is the system's fault", "(OSError, MemoryError)", "OSError",
      "test_a_huge_file_is_not_read"),
     ("transparency over black", '"white"', '"black"', "test_images_of_every_mode", "to_rgb"),
     ("keys of 2 bits unscaled", 'key * {"L;2": 85, "L;4": 17}[packing]', "key", "test_images_of_every_mode"),
     ("keys of 16 bits unscaled", "value >> 8", "value & 255", "test_images_of_every_mode", "to_rgb"),
     ("overshoot makes all else black", "bright <= 2 * scale", "bright <= scale", "test_images_of_every_mode"),
-    ("deep greys cut, not rounded", "(x * 255).round()", "x * 255", "test_deep_greys_are_rounded"),
+    ("deep greys cut, not rounded", "levels.round()", "levels", "test_16_bit_greys_are_rounded"),
     ("crops short of the last column", "rng.random(2)", "0.9 * rng.random(2)", "test_crops_reach_every_side"),
-    ("crops without the last place", "side - size + 1", "side - size", "test_crops_reach_both_ends"),
-    ("crops on the diagonal", "strip.shape[1::-1]", "strip.shape[:2]", "test_crops_reach_both_ends"),
+    ("crops without the last place", "side - size + 1", "side - size", "test_crops_are_uniform"),
+    ("crops on the diagonal", "strip.shape[1::-1]", "strip.shape[:2]", "test_crops_are_uniform"),
     ("white is zero ignored", "tags.get(262) == 0", "False", "test_images_of_every_mode"),
     ("deep greys without their profile", 'image.info.get("icc_profile")',
-     'None if image.mode[0] in "IF" else image.info.get("icc_profile")', "test_one_order_of_treatments[grey16]"),
-    ("greys with a profile of colours", "profile and grey and to_srgb(profile, 'RGB')", "None",
-     "test_one_order_of_treatments[grey8]"),
-    ("profiles known by their name", "np.max(change) > 2", 'b"sRGB" not in profile',
-     "test_colours_are_those_that_the_profile_means"),
-    ("photos decoded whole", "if size: ...", "if False: ...", "test_a_photo_is_decoded_no_larger_than_needed"),
-    ("photos decoded too small", "(2 * size, 2 * size)", "(size, size)",
-     "test_a_photo_is_decoded_no_larger_than_needed"),
-    ("panoramas squeezed", "side * short / size", "side * 0 + min(image.size)",
-     "test_a_long_panorama_keeps_its_proportions"),
+     'None if image.mode[0] in "IF" else image.info.get("icc_profile")',
+     "test_depth_then_transparency_then_colours[grey16]"),
+    ("greys with a profile of colours", '("L", "RGB") if grey else ...', '("L",) if grey else ...',
+     "test_depth_then_transparency_then_colours[grey8]"),
+    ("colours before transparency", 'Image.new("RGBA", image.size, "white")', "image",
+     "test_depth_then_transparency_then_colours[rgb8]"),
+    ("premultiplied colours", "image.convert(image.mode.upper())", "image", "test_premultiplied_grey"),
+    ("profiles known by their name", "np.max(change) > 2", 'b"sRGB" not in profile', "test_colour_profiles"),
+    ("profiles of sRGB converted", "np.max(change) > 2", "True", "test_srgb_profiles_change_nothing"),
+    ("photos decoded whole", "image.draft(...)", "None", "test_jpegs_are_decoded_at_a_reduced_size"),
+    ("photos decoded too small", "(2 * size, 2 * size)", "(size, size)", "test_jpegs_are_decoded_at_a_reduced_size"),
+    ("panoramas squeezed", "ImageOps.fit(image, sides)", "image.resize(sides)",
+     "test_panoramas_keep_their_proportions"),
+    ("panoramas of any length", "min(side * size // ..., LONGEST * size)", "side * size // min(image.size)",
+     "test_panoramas_keep_their_proportions"),
+    ("warnings of Pillow", 'warnings.filterwarnings("ignore", module="PIL")', "pass",
+     "test_images_with_corrupt_metadata"),
+    ("a pipe is read", "stat.S_ISREG(...) and info.st_size <= BYTES", "info.st_size <= BYTES",
+     "test_a_pipe_is_not_read"),
+    ("no retries", "for seconds in (1, 5, 0): ...", "for seconds in (0,): ...", "test_io_errors_are_retried"),
+    ("I/O errors are the file's", "getattr(...) not in OF_A_FILE", "False", "test_io_errors_are_retried"),
 )
 
 PROGRAM = of(
@@ -493,11 +515,11 @@ PROGRAM = of(
     ("--dtype bf16 ignored", 'dtype == "bf16" or (dtype == "auto" and bool(fast))', 'dtype == "auto" and bool(fast)',
      "test_dtype_is_what_is_asked_for"),
     ("auto is fp32", 'cpu.get("avx512_bf16") or cpu.get("amx_bf16")', "False", "test_dtype_is_what_is_asked_for"),
-    ("errors of users as tracebacks", "(dq.UserError, OSError)", "OSError", "test_how_a_script_ends"),
+    ("user errors as tracebacks", "(dq.UserError, OSError)", "OSError", "test_how_a_script_ends"),
     ("full disks as tracebacks", "(dq.UserError, OSError)", "dq.UserError", "test_how_a_script_ends"),
     ("Ctrl-C is a success", "status = 130", "status = 0", "test_how_a_script_ends", "run"),
-    ("faults of the program hidden", "status is None", "False", "test_how_a_script_ends", "run"),
-    ("no hint on memory", '"out of memory|allocate memory|MemoryError|bad_alloc|ALLOC_FAILED"', '"out of air"',
+    ("bugs without a traceback", "status is None", "False", "test_how_a_script_ends", "run"),
+    ("no hint about memory", '"out of memory|allocate memory|MemoryError|bad_alloc|ALLOC_FAILED"', '"out of air"',
      "test_how_a_script_ends"),
     ("a failure is a success", "sys.exit(line or status)", "sys.exit(0)", "test_how_a_script_ends"),
     ("numbers too low", "low <= kind(text) < below", "kind(text) < below", "test_numbers_of_flags"),
@@ -509,60 +531,59 @@ TRAINING_RUN = of(
     "test_common.py",
     ("no warm-up", "self.lr * (step + 1) / self.warmup", "self.lr", "test_schedules"),
     ("warm-up from 0", "self.lr * (step + 1)", "self.lr * step", "test_schedules"),
-    ("a learning rate that stays", "0.5 * (1 + math.cos(math.pi * done))", "1", "test_schedules"),
-    ("a linear decay ignored", 'self.decay == "linear"', "False", "test_schedules"),
+    ("a constant learning rate", "0.5 * (1 + math.cos(math.pi * done))", "1", "test_schedules"),
+    ("linear decay is ignored", 'self.decay == "linear"', "False", "test_schedules"),
     ("a learning rate that rises again", "math.pi * done", "2 * math.pi * done", "test_schedules"),
     ("the preset's defaults ignored", "getattr(schedule, each.name)", "each.default",
-     "test_wiring.py::test_every_flag_arrives"),
-    ("flags ignored", "flags | more", "more", "test_wiring.py::test_every_flag_arrives", "override"),
+     "test_wiring.py::test_every_flag_reaches_the_run"),
+    ("flags ignored", "flags | more", "more", "test_wiring.py::test_every_flag_reaches_the_run", "override"),
     ("--save-every ignored", "self.args.save_every", 'self.settings["eval_every"]',
      "survival/test_resume.py::test_ten_steps_killed_and_ten_more_are_twenty_steps"),
-    ("batches that have no equal parts", "args.batch_size % parts == 0", "True", "test_wrong_input_ends_in_one_line"),
+    ("batches that cannot be split equally", "args.batch_size % parts == 0", "True",
+     "test_wrong_input_ends_in_one_line"),
     ("each epoch in the same order", "dq.numpy_rng(seed, e)", "dq.numpy_rng(seed, 0)",
      "test_train_transformer.py::test_batches_of_stage_2"),
     ("--seed ignored in the order", "dq.numpy_rng(seed, e)", "dq.numpy_rng(0, e)",
      "test_data.py::test_stream_is_a_function_of_seed_and_batch_number"),
-    ("a resumed run restarts the epoch", "start * batch_size % n", "0",
+    ("a resumed run restarts its epoch", "start * batch_size % n", "0",
      "test_data.py::test_stream_is_a_function_of_seed_and_batch_number"),
     ("numbers of images without their epoch", "e * n + int(i)", "int(i)",
-     "test_data.py::test_each_epoch_has_other_numbers"),
+     "test_data.py::test_indices_count_through_the_epochs"),
     ("logged losses of the last part", "sums.get(name, 0.0) + scale * term.detach().float()",
-     "scale * term.detach().float()", "test_wiring.py::test_what_is_logged_is_what_was_trained"),
+     "scale * term.detach().float()", "test_wiring.py::test_the_logged_losses_of_stage_1"),
     ("logged losses summed over parts", "scale * term.detach().float()", "term.detach().float()",
-     "test_wiring.py::test_what_is_logged_is_what_was_trained"),
+     "test_wiring.py::test_the_logged_losses_of_stage_1"),
     ("losses that are no numbers", "not math.isfinite(value)", "False",
      "survival/test_broken.py::test_a_loss_that_is_not_a_number_stops_the_run"),
-    ("the newest losses alone looked at", "self.losses.items()", "list(self.losses.items())[-1:]",
+    ("only the newest losses are checked", "self.losses.items()", "list(self.losses.items())[-1:]",
      "survival/test_broken.py::test_a_loss_that_is_not_a_number_stops_the_run"),
-    ("losses not looked at before an evaluation", "asked or self.evaluates(done) or ...",
+    ("losses are not checked before an evaluation", "asked or self.evaluates(done) or ...",
      "asked or ...", "test_losses_are_looked_at_before_anything_is_made_of_them"),
-    ("losses not looked at before they are saved", "done % 10 == 0 or saves", "done % 10 == 0",
+    ("losses are not checked before a checkpoint", "done % 10 == 0 or saves", "done % 10 == 0",
      "test_losses_are_looked_at_before_anything_is_made_of_them"),
-    ("logged losses summed over processes", "dq.all_reduce_sum(...) / dq.rank_world()[1]", "dq.all_reduce_sum(...)",
+    ("logged losses summed over ranks", "dq.all_reduce_sum(...) / dq.rank_world()[1]", "dq.all_reduce_sum(...)",
      "test_logged_losses_are_means_over_the_processes", "newest_losses"),
-    ("logged losses of one process", "dq.all_reduce_sum(...) / dq.rank_world()[1]", "(...)",
+    ("logged losses of one rank", "dq.all_reduce_sum(...) / dq.rank_world()[1]", "(...)",
      "test_logged_losses_are_means_over_the_processes", "newest_losses"),
     ("a lock that is shared", "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB",
      "test_a_folder_is_one_runs_at_a_time"),
     ("a lock that is not held", "LOCKS[name] = file", "file.close()", "test_a_folder_is_one_runs_at_a_time"),
-    ("a lock that stays", "LOCKS.clear()", "pass", "test_a_folder_is_one_runs_at_a_time"),
+    ("a lock that is not released", "LOCKS.clear()", "pass", "test_a_folder_is_one_runs_at_a_time"),
     ("Python's generator without the seed", "random.seed(str(numbers))", "pass", "test_seeds_have_nothing_in_common"),
     ("numpy's generator without the seed", "np.random.seed(...)", "(...)", "test_seeds_have_nothing_in_common"),
     ("torch's generator without the seed", "torch.manual_seed(...)", "(...)", "test_seeds_have_nothing_in_common",
      "seed_all"),
-    ("the same seed for neighbours", "str(numbers)", "sum(numbers)", "test_seeds_have_nothing_in_common", "seed_all"),
-    ("one signal ends nothing", "self.number = number", "self.number = 0",
+    ("the same seed for nearby numbers", "str(numbers)", "sum(numbers)", "test_seeds_have_nothing_in_common",
+     "seed_all"),
+    ("a signal is not noted", "self.number = number", "self.number = 0",
      "test_a_signal_is_noted_and_a_second_one_acts"),
-    ("previous handlers lost", "self.handlers.close()", "pass", "test_a_signal_is_noted_and_a_second_one_acts", "note"),
-    ("an end by a signal is a success", "128 + number", "0", "test_a_signal_is_noted_and_a_second_one_acts", "leave"),
-    ("a blocked run ends as a success", "128 + number", "0",
+    ("previous signal handlers are lost", "self.handlers.close()", "pass",
+     "test_a_signal_is_noted_and_a_second_one_acts", "note"),
+    ("a signal gives exit status 0", "128 + number", "0", "test_a_signal_is_noted_and_a_second_one_acts", "leave"),
+    ("a blocked run gives exit status 0", "128 + number", "0",
      "survival/test_kill.py::test_the_first_signal_ends_a_run_that_is_blocked_in_a_step", "watch"),
     ("a blocked run is waited for", "min(20, 2 * self.seconds)", "1e9",
      "survival/test_kill.py::test_the_first_signal_ends_a_run_that_is_blocked_in_a_step", "watch"),
-    ("a loader hears for its parent", "signal.set_wakeup_fd(-1)", "None",
-     "survival/test_kill.py::test_a_signal_to_a_loader_does_not_stop_the_run"),
-    ("a loader draws from the generator of its run", "torch.Generator()", "None",
-     "survival/test_resume.py::test_a_resumed_run_draws_the_same_from_every_generator", "loader"),
     ("each process stops by itself", "dist.all_reduce(...)", "None",
      "survival/test_processes.py::test_all_processes_stop_after_the_same_step", "asked"),
     ("a lock that children inherit", "fcntl.lockf", "fcntl.flock", "test_a_lock_is_not_handed_to_children"),
@@ -571,34 +592,34 @@ TRAINING_RUN = of(
     ("a restarted job starts from scratch", 'variable("TORCHELASTIC_RESTART_COUNT") > 0', "False",
      "survival/test_resume.py::test_the_same_command_starts_and_resumes"),
     ("blank paths", "not text.strip()", "False", "test_paths_of_flags", "path"),
-    ("~ is a folder", "os.path.expanduser(text)", "text", "test_paths_of_flags", "path"),
-    ("a reader that has gone ends the run", "contextlib.suppress(OSError)", "contextlib.nullcontext()",
+    ("~ is not expanded", "os.path.expanduser(text)", "text", "test_paths_of_flags", "path"),
+    ("a closed pipe ends the run", "contextlib.suppress(OSError)", "contextlib.nullcontext()",
      "test_a_reader_that_has_gone_is_no_error", "quiet"),
-    ("a rank of another job", "number(int, 0, below=world)", "natural",
+    ("a rank beyond the world size", "number(int, 0, below=world)", "natural",
      "test_every_variable_of_torchrun_is_checked"),
-    ("what computes is not in the log", "dict(step=self.step) | self.news", "dict(step=self.step)",
+    ("the device is not in the log", "dict(step=self.step) | self.news", "dict(step=self.step)",
      "survival/test_resume.py::test_device_and_dtype_are_logged_and_a_change_is_reported"),
-    ("what older checkpoints lack goes on with anything", 'asdict(type(self.config)()) | held.get("config", {})',
+    ("fields that older checkpoints lack may change", 'asdict(type(self.config)()) | held.get("config", {})',
      'held.get("config", {})', "survival/test_resume.py::test_a_run_without_qk_norm_is_refused"),
-    ("any settings go on", "name in self.may_change", "True",
+    ("all settings may change", "name in self.may_change", "True",
      "survival/test_resume.py::test_resuming_with_other_settings"),
-    ("the best loss forgotten", 'self.step, self.best = held["step"], held["best"]', 'self.step = held["step"]',
+    ("the best loss is forgotten", 'self.step, self.best = held["step"], held["best"]', 'self.step = held["step"]',
      "survival/test_resume.py::test_a_checkpoint_without_settings_can_be_resumed"),
     ("optimisers without their saved state", "dict(..., **self.parts)", "dict(...)",
      "survival/test_resume.py::test_ten_steps_killed_and_ten_more_are_twenty_steps"),
-    ("logged twice", 'line["step"] <= self.step', "True",
+    ("steps are logged twice", 'line["step"] <= self.step', "True",
      "survival/test_resume.py::test_ten_steps_killed_and_ten_more_are_twenty_steps"),
     ("no evaluation at the end", "validate(record.step)", "None",
-     "test_wiring.py::test_what_is_logged_is_what_was_trained", "train_vae.main"),
-    ("every process saves", "dq.rank_world()[0] == 0", "True", "test_wiring.py::test_no_process_but_the_first_writes",
+     "test_wiring.py::test_the_logged_losses_of_stage_1", "train_vae.main"),
+    ("every rank saves", "dq.rank_world()[0] == 0", "True", "test_wiring.py::test_only_rank_0_writes_files",
      "write"),
     ("no checkpoint at the end", "asked or self.evaluates(done) or ...",
-     "asked or ...", "test_wiring.py::test_the_end_is_saved"),
+     "asked or ...", "test_wiring.py::test_the_final_state_is_saved"),
     ("the worst checkpoint is the best", "loss < self.best", "loss > self.best or self.best == math.inf",
      "test_the_best_checkpoint_is_that_of_the_lowest_loss"),
     ("broken weights are saved", "dq.require(finite, ...)", "dq.require(True, ...)",
      "survival/test_broken.py::test_broken_weights_are_not_saved"),
-    ("a former run overwritten", "os.replace(file, former / file.name)", "pass",
+    ("a previous run is overwritten", "os.replace(file, former / file.name)", "pass",
      "survival/test_resume.py::test_a_new_run_moves_the_previous_one_aside"),
 )
 
@@ -608,86 +629,91 @@ TRAINING_RUN = of(
 
 STAGE_1_DATA = of(
     "test_data.py",
-    ("a signal to all ends the loaders", "lambda number, frame: signal.signal(number, signal.SIG_DFL)",
-     "signal.SIG_DFL", "survival/test_kill.py::test_the_second_signal_ends_a_loader"),
-    ("toy images held out are those trained on", "seed + 1_000_003", "seed", "test_held_out_toy_images_are_new"),
+    ("toy images held out are those trained on", "seed + 1_000_003", "seed", "test_toy_validation_images_are_new"),
     ("--seed ignored by the toy data", "ToyShapes(size, seed=seed)", "ToyShapes(size)",
-     "test_held_out_toy_images_are_new"),
+     "test_toy_validation_images_are_new"),
     ("folders are no classes", "len(classes) > 1", "len(classes) > 99", "test_classes_splits_and_epochs"),
-    ("one folder is a class", "len(classes) > 1", "len(classes) > 0", "test_what_is_understood_is_said_in_one_line"),
+    ("one folder is a class", "len(classes) > 1", "len(classes) > 0", "test_description_of_a_data_set"),
     ("no augmentation of the data", "augment", "False", "test_classes_splits_and_epochs", "open_data"),
-    ("--no-flip ignored by the data", "crop(..., self.flip)", "crop(...)",
-     "test_arrows_need_not_be_mirrored"),
-    ("files of two names count twice", "files = {file.key: file for _, file in sorted(rows, reverse=True)}",
-     "files = {file.name: file for _, file in sorted(rows, reverse=True)}", "test_a_file_of_two_names_is_one_image"),
-    ("--held-out ignored by the data", "held_out and find_images(held_out, [skip])", "None",
-     "test_a_folder_can_be_held_out"),
-    ("--held-out ignored without --data", "held_out is None", "True", "test_a_folder_can_be_held_out"),
+    ("--no-flip ignored by the data", "crop(strip, self.size, rng, self.flip)", "crop(strip, self.size, rng)",
+     "test_flips_can_be_disabled"),
+    ("files of two names count twice", "{file.key: file for _, file in sorted(rows, reverse=True)}",
+     "{file.name: file for _, file in rows}", "test_a_file_with_two_names_is_one_image"),
+    ("--held-out ignored by the data", "if other.files: ...", "pass",
+     "test_a_folder_of_validation_images"),
+    ("--held-out ignored without --data", "dq.require(held_out is None, ...)", "pass",
+     "test_a_folder_of_validation_images"),
     ("what is held out below --data is trained on", "[skip, held_out]", "[skip]",
-     "test_what_is_held_out_is_not_trained_on"),
-    ("images of both folders are trained on", "[file for file in files if file.key not in taken]", "files",
-     "test_images_of_both_folders_are_not_trained_on"),
-    ("an empty name is the toy data", '"" not in (folder, held_out)', "True",
-     "test_an_empty_name_is_no_folder_and_not_the_toy_data"),
-    ("every folder is warned of as splits", "{name.lower() for name in train.classes} <= SPLITS", "True",
-     "test_what_is_understood_is_said_in_one_line"),
+     "test_validation_images_below_data_are_not_trained_on"),
+    ("images of both folders are trained on", "file.key not in taken", "True",
+     "test_images_below_both_folders_are_not_trained_on"),
+    ("an empty name is the toy data", "folder is None", "not folder", "test_empty_folder_names_are_errors"),
+    ("an empty --held-out is ignored", "Found(found.root, [], {}) if held_out is None else ...",
+     "Found(found.root, [], {}) if not held_out else ...", "test_empty_folder_names_are_errors"),
+    ("every folder is warned of as splits", "{name.lower() for name in train.classes} <= ...", "True",
+     "test_description_of_a_data_set"),
     ("another held-out folder may go on", "identity(val)", "0",
      "survival/test_resume.py::test_resuming_with_other_settings"),
-    ("thresholds of none and all that can't be saved", "np.where(cuts < 1e-6, -1, ...)",
+    ("thresholds that cannot be saved", "np.where(cuts < 1e-6, -1, ...)",
      "np.where(cuts < 1e-6, -np.inf, ...)", "test_routers.py::test_none_and_all_are_none_and_all"),
-    ("held-out images of the first classes", "dq.numpy_rng(0).permutation(len(data))[:512].tolist()",
+    ("validation images of the first classes", "dq.numpy_rng(0).permutation(len(data))[:512].tolist()",
      "range(len(data))[:512]", "test_train_vae.py::test_all_classes_are_evaluated"),
-    ("held-out images augmented", "ImageFolder(..., left_out=left_out, kept=kept_val)",
-     "ImageFolder(..., augment, left_out=left_out, kept=kept_val)",
+    ("held-out images augmented", "ImageFolder(other.root, val, label, size, strips=strips)",
+     "ImageFolder(other.root, val, label, size, augment, strips=strips)",
      "test_classes_splits_and_epochs"),
     ("--out is data", "{... for folder in skip if folder}", "{... for folder in skip[1:] if folder}",
-     "test_what_a_folder_holds"),
-    ("hidden files are data", 'entry.name.startswith(".") or entry.name in NO_DATA', "entry.name in NO_DATA",
-     "test_what_a_folder_holds"),
-    ("own pictures are data", 'entry.name.startswith(".") or entry.name in NO_DATA',
-     'entry.name.startswith(".")',
-     "test_what_a_folder_holds"),
-    ("former runs are data", "entry.name in WRITTEN and is_ours(entry.path)", "False", "test_what_a_folder_holds"),
-    ("what others wrote under our names is ours", "entry.name in WRITTEN and is_ours(entry.path)",
-     "entry.name in WRITTEN", "test_what_a_folder_holds[own_output]"),
-    ("links to folders are not followed", "(links if link else todo).append(...)", "link or todo.append(...)",
-     "test_what_a_folder_holds[links_and_loops]"),
+     "test_which_files_are_images"),
+    ("hidden files are data", 'each.name.startswith(".")', "False", "test_which_files_are_images"),
+    ("own pictures are data", "each.name in NO_DATA", "False", "test_which_files_are_images"),
+    ("own samples are data", "holds_samples(each)", "False", "test_which_files_are_images[output_of_this_project]"),
+    ("samples.json of other programs", "holds_samples(each)", "True",
+     "test_which_files_are_images[output_of_this_project]"),
+    ("links are not followed", "(links if ... else todo).append(...)", "each.is_symlink() or todo.append(...)",
+     "test_which_files_are_images[links_and_loops]"),
+    ("links below links come first", "linked or each.is_symlink()", "each.is_symlink()",
+     "test_files_take_precedence_over_links"),
+    ("a link to nothing ends the search", "left_out[\"that can't be opened\"] += 1", "raise",
+     "test_which_files_are_images[unreadable_files]"),
     ("links are visited first", "(todo or links).pop()", "(links or todo).pop()",
-     "test_what_a_folder_holds[links_and_loops]"),
-    ("a number alone tells files apart", "info and info.st_nlink > 1", "info",
-     "test_numbers_of_files_need_not_mean_anything[1]"),
+     "test_which_files_are_images[links_and_loops]"),
+    ("a number alone tells files apart", "info.st_nlink > 1", "True",
+     "test_inode_numbers_may_be_meaningless[1]"),
     ("the outer folder of an archive stays", "inner and inner not in parents", "False",
      "test_the_outer_folder_of_an_archive_is_the_root"),
-    ("too many images are kept", "(...) * len(files) > MEMORY", "(...) * len(files) > 2 * MEMORY",
+    ("too many images are read", "... * len(files) > MEMORY", "... * len(files) > 2 * MEMORY",
      "test_a_large_folder_is_not_read_at_the_start"),
-    ("toy shapes are computed again", "(self.paint(i), True)", "(self.paint(i), False)",
+    ("images are computed again", "self[key] = image", "pass", "test_toy_shapes_are_computed_once"),
+    ("more images are kept than fit", "size <= self.room", "True", "test_cached_images_equal_decoded_ones"),
+    ("memory without a count", "self.room -= size", "pass", "test_cached_images_equal_decoded_ones"),
+    ("the caller changes what is kept", "self.images[...].clone()", "self.images[i % self.n]",
      "test_toy_shapes_are_computed_once"),
-    ("loaders send tensors", "[x.numpy() for x in batch] if isinstance(batch, list) else batch.numpy()", "batch",
-     "test_loaders_need_no_sockets"),
-    ("endings in capitals ignored", "os.path.splitext(entry.name)[1].lower()", "os.path.splitext(entry.name)[1]",
-     "test_what_a_folder_holds"),
+    ("nothing is loaded ahead", "len(results) > workers", "True", "test_batches_of_the_loader[4]"),
+    ("the last batches are lost", "itertools.chain(batches, ...)", "batches", "test_batches_of_the_loader[1]"),
+    ("endings in capitals ignored", "os.path.splitext(name)[1].lower()", "os.path.splitext(name)[1]",
+     "test_which_files_are_images"),
     ("a tenth held out", "zlib.crc32(...) % 20", "zlib.crc32(...) % 10", "test_classes_splits_and_epochs"),
-    ("a class is held out whole", "[file for file in files if file[0] != first[file[1]]]", "files",
-     "test_what_a_folder_holds"),
+    ("a class is held out whole", "[file for file in files if file not in first]", "files",
+     "test_which_files_are_images"),
     ("held-out images are trained on", "[file for file in files if file not in held]", "files",
      "test_classes_splits_and_epochs"),
-    ("one crop for ever", "dq.numpy_rng(self.seed, i)", "dq.numpy_rng(self.seed, k)",
+    ("one crop for ever", "dq.numpy_rng(self.seed, i)", "dq.numpy_rng(self.seed, i % n)",
      "test_classes_splits_and_epochs"),
     ("the neighbour in place of a broken file", "dq.numpy_rng(self.seed, i, 1).permutation(n).tolist()",
-     "range(n)", "test_a_broken_file_weighs_nothing"),
-    ("a broken file is read again", "if self.broken[k]: ...", "if False: ...", "test_a_broken_file_weighs_nothing"),
+     "range(n)", "test_broken_files_do_not_change_the_distribution"),
+    ("a broken file is read again", 'getattr(image, "nbytes", 0)', 'getattr(image, "nbytes", 1)',
+     "test_each_broken_file_is_reported_once"),
     ("crops without the seed", "dq.numpy_rng(self.seed, i)", "dq.numpy_rng(0, i)",
-     "test_what_is_drawn_of_a_folder_depends_on_the_seed"),
+     "test_augmentation_depends_on_the_seed"),
     ("what replaces a broken file without the seed", "dq.numpy_rng(self.seed, i, 1)", "dq.numpy_rng(0, i, 1)",
-     "test_what_is_drawn_of_a_folder_depends_on_the_seed"),
+     "test_augmentation_depends_on_the_seed"),
     ("no toy seed", "self.seed", "0", "test_toy_shapes", "_draw"),
     ("another texture is named", "self._draw(i)[6]", "self._draw(i)[5] % 3",
-     "test_the_texture_that_is_named_is_the_one_that_is_drawn"),
+     "test_texture_index"),
     ("the mask of another image", "self._draw(i)[0]", "self._draw(i + 1)[0]", "test_toy_shapes"),
-    ("broken images encoded as others", "pair is None and self.augment", "pair is None",
-     "test_a_broken_file_weighs_nothing"),
+    ("broken images encoded as others", "strip is None and self.augment", "strip is None",
+     "test_broken_files_do_not_change_the_distribution"),
     ("processes see the same images", "(...).reshape(accumulate, world, -1)[:, rank]",
-     "(...).reshape(accumulate, world, -1)[:, 0]", "test_processes_share_every_part_of_a_batch"),
+     "(...).reshape(accumulate, world, -1)[:, 0]", "test_ranks_share_each_accumulation_step"),
 )
 
 STAGE_1_LOSSES = of(
@@ -699,63 +725,70 @@ STAGE_1_LOSSES = of(
      "test_lpips_is_the_published_formula"),
     ("LPIPS in bf16", "F.normalize(maps.float(), ...)", "F.normalize(maps, ...)",
      "test_what_compares_images_is_in_float32"),
-    ("the critic in bf16", "self.blocks(x).float()", "self.blocks(x)", "test_what_compares_images_is_in_float32"),
-    ("figures in bf16", "out.reconstruction.float().clamp(-1, 1)", "out.reconstruction.clamp(-1, 1)",
+    ("the discriminator in bf16", "self.blocks(x).float()", "self.blocks(x)",
      "test_what_compares_images_is_in_float32"),
-    ("batch norm's variance uncorrected", "var * n / (n - 1)", "var",
+    ("metrics in bf16", "out.reconstruction.float().clamp(-1, 1)", "out.reconstruction.clamp(-1, 1)",
+     "test_what_compares_images_is_in_float32"),
+    ("batch norm without Bessel's correction", "var * n / (n - 1)", "var",
      "test_batch_norm_of_two_processes_is_that_of_one"),
-    ("batch norm of the own images", "all_reduce(sums) / world", "sums",
+    ("batch norm per rank", "all_reduce(sums) / world", "sums",
      "test_batch_norm_of_two_processes_is_that_of_one"),
-    ("a critic of other patches", "(8 * width, 1)", "(8 * width, 2)", "test_discriminator_is_the_usual_patchgan"),
-    ("a critic with another slope", "[..., BatchNorm(c_out), nn.LeakyReLU(0.2)]",
+    ("a discriminator with other patches", "(8 * width, 1)", "(8 * width, 2)",
+     "test_discriminator_is_the_usual_patchgan"),
+    ("a discriminator with another slope", "[..., BatchNorm(c_out), nn.LeakyReLU(0.2)]",
      "[..., BatchNorm(c_out), nn.LeakyReLU(0.02)]", "test_discriminator_equals_its_layers"),
-    ("a critic with large weights", "nn.init.normal_(module.weight, 0, 0.02)", "nn.init.normal_(module.weight, 0, 0.2)",
+    ("a discriminator with larger initial weights", "nn.init.normal_(module.weight, 0, 0.02)",
+     "nn.init.normal_(module.weight, 0, 0.2)",
      "test_discriminator_equals_its_layers"),
-    ("norms of the critic at 0", "nn.init.normal_(module.weight, 1, 0.02)", "nn.init.normal_(module.weight, 0, 0.02)",
+    ("batch-norm weights of the discriminator start at 0", "nn.init.normal_(module.weight, 1, 0.02)",
+     "nn.init.normal_(module.weight, 0, 0.02)",
      "test_discriminator_equals_its_layers"),
     ("the hinge loss without its half", "0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())",
      "F.relu(1 - real).mean() + F.relu(1 + fake).mean()", "test_hinge_loss"),
-    ("the hinge loss turned round", "F.relu(1 - real).mean() + F.relu(1 + fake).mean()",
+    ("the hinge loss with the wrong sign", "F.relu(1 - real).mean() + F.relu(1 + fake).mean()",
      "F.relu(1 + real).mean() + F.relu(1 - fake).mean()", "test_hinge_loss"),
     ("a hinge without a margin", "F.relu(1 - real)", "F.relu(-real)", "test_hinge_loss"),
-    ("the adaptive weight upside down", "recon / (gan + 1e-4)", "gan / (recon + 1e-4)",
+    ("the adaptive weight is inverted", "recon / (gan + 1e-4)", "gan / (recon + 1e-4)",
      "test_adaptive_weight_is_the_ratio_of_gradients_at_the_last_layer"),
     ("the adaptive weight without a cap", "(recon / (gan + 1e-4)).clamp(max=cap)", "recon / (gan + 1e-4)",
      "test_adaptive_weight_is_the_ratio_of_gradients_at_the_last_layer"),
-    ("another cap", "0.75", "1.0", "test_gradients_added_at_the_image_are_those_of_the_whole_loss", "adaptive_weight"),
+    ("another cap of the adaptive weight", "0.75", "1.0",
+     "test_gradients_added_at_the_image_are_those_of_the_whole_loss", "adaptive_weight"),
     ("the adaptive weight alone", "gan_weight * adaptive_weight(...)",
      "adaptive_weight(...)", "test_gradients_added_at_the_image_are_those_of_the_whole_loss"),
-    ("adversarial gradients dropped", "at_y = at_y + weight * gan_grad", "pass",
+    ("adversarial gradients are dropped", "at_y = at_y + weight * gan_grad", "pass",
      "test_gradients_added_at_the_image_are_those_of_the_whole_loss"),
-    ("codes' losses dropped", "torch.full_like(code_loss, scale)", "torch.full_like(code_loss, 0.0)",
+    ("commitment and budget losses are dropped", "torch.full_like(code_loss, scale)", "torch.full_like(code_loss, 0.0)",
      "test_gradients_added_at_the_image_are_those_of_the_whole_loss"),
-    ("codes' losses not divided by the parts", "torch.full_like(code_loss, scale)", "torch.full_like(code_loss, 1.0)",
+    ("commitment and budget losses are not scaled for accumulation", "torch.full_like(code_loss, scale)",
+     "torch.full_like(code_loss, 1.0)",
      "test_gradients_added_at_the_image_are_those_of_the_whole_loss"),
-    ("the image's losses not divided by the parts", "scale * at_y", "at_y",
+    ("reconstruction losses are not scaled for accumulation", "scale * at_y", "at_y",
      "test_gradients_added_at_the_image_are_those_of_the_whole_loss", "backward"),
     ("the last layer compiled", "last.forward = torch.compiler.disable(last.forward)", "pass",
      "test_a_compiled_model_gets_the_same_gradients"),
-    ("noise that never fades", "max(0.0, (0.9 - step / steps) / 0.4)", "1.0", "test_common.py::test_schedules"),
-    ("noise to the end", "0.9 - step / steps", "1.0 - step / steps", "test_common.py::test_schedules"),
+    ("the gate noise is not annealed", "max(0.0, (0.9 - step / steps) / 0.4)", "1.0", "test_common.py::test_schedules"),
+    ("the gate noise is annealed too late", "0.9 - step / steps", "1.0 - step / steps",
+     "test_common.py::test_schedules"),
 )
 
 STAGE_1_FIGURES = of(
     "test_train_vae.py",
-    ("ties are lost", "torch.searchsorted(..., right=ties)", "torch.searchsorted(..., right=False)",
+    ("AUC without ties", "torch.searchsorted(..., right=ties)", "torch.searchsorted(..., right=False)",
      "test_auc_equals_counting_pairs"),
     ("stage 1 evaluated in training mode", "model.eval()", "", "test_evaluation_of_a_dq_vae", "train_vae.evaluate"),
     ("stage 1 trained in evaluation mode", "model.train()", "", "test_evaluation_of_a_dq_vae", "train_vae.evaluate"),
     ("PSNR of another range", "torch.log10(4 / ...)", "torch.log10(1 / ...)", "test_evaluation_of_a_dq_vae"),
     ("PSNR of the mean error", "l2.clamp(min=rounding)", "l2.mean()",
      "test_evaluation_of_a_dq_vae"),
-    ("PSNR of what no screen shows", "out.reconstruction.float().clamp(-1, 1)", "out.reconstruction.float()",
+    ("PSNR of values outside [-1, 1]", "out.reconstruction.float().clamp(-1, 1)", "out.reconstruction.float()",
      "test_evaluation_of_a_dq_vae"),
-    ("grains cost nothing", "n_codes * math.log2(config.codebook_size) + grains[0].numel() * math.log2(K)",
+    ("granularities cost no bits", "n_codes * math.log2(config.codebook_size) + grains[0].numel() * math.log2(K)",
      "n_codes * math.log2(config.codebook_size)", "test_evaluation_of_a_dq_vae"),
     ("bits of three channels", "bits / config.size ** 2", "bits / config.size ** 2 / 3", "test_evaluation_of_a_dq_vae"),
     ("perplexity of cells", "weight.flatten()", "None", "test_evaluation_of_a_dq_vae", "evaluate"),
     ("LPIPS is not evaluated", 'metrics["lpips"] = lpips[0].mean().item()', "pass",
-     "test_wiring.py::test_what_is_logged_is_what_was_trained"),
+     "test_wiring.py::test_the_logged_losses_of_stage_1"),
     ("AUC of another score", "auc(score, detailed)", "auc(-score, detailed)", "test_evaluation_of_a_dq_vae"),
     ("original and reconstruction exchanged", "(to_picture(x), to_picture(y), draw_grains(x, g, factors))",
      "(to_picture(y), to_picture(x), draw_grains(x, g, factors))", "test_the_picture_shows_originals_first"),
@@ -763,16 +796,17 @@ STAGE_1_FIGURES = of(
 
 STAGE_1_CODES = of(
     "test_train_vae.py",
-    ("no mirror images", "crop.flip(3)", "crop", "test_encoding_keeps_every_image_and_its_mirror_image",
+    ("codes.pt without mirror images", "crop.flip(3)", "crop", "test_encoding_keeps_every_image_and_its_mirror_image",
      "encode_dataset"),
     ("mirrored upside down", "crop.flip(3)", "crop.flip(2)", "test_encoding_keeps_every_image_and_its_mirror_image",
      "encode_dataset"),
-    ("broken images encoded", "label != BROKEN", "label != -99", "test_broken_images_have_no_codes",
+    ("broken images are encoded", "label != BROKEN", "label != -99", "test_broken_images_have_no_codes",
      "encode_dataset"),
     ("integers one too small", "torch.iinfo(kind).max", "torch.iinfo(kind).max + 1", "test_the_smallest_integers"),
     ("codes in training mode", "vae.eval()", "", "test_codes_hold_all_that_stage_2_needs", "write_codes"),
-    ("held-out codes mirrored", "(val, False, False)", "(val, True, False)", "test_codes_hold_all_that_stage_2_needs"),
-    ("any codes do", "all(torch.equal(...) for name, x in ours.items())", "True",
+    ("codes of validation images are mirrored", "(val, False, False)", "(val, True, False)",
+     "test_codes_hold_all_that_stage_2_needs"),
+    ("codes.pt of another DQ-VAE is kept", "all(torch.equal(...) for name, x in ours.items())", "True",
      "test_codes_of_other_weights_are_told_apart"),
     ("the preset is not noted in codes.pt", "args.preset", '"toy64"', "test_codes_hold_all_that_stage_2_needs",
      "write_codes"),
@@ -783,33 +817,33 @@ STAGE_1_CODES = of(
 STAGE_1_MAIN = of(
     "test_wiring.py",
     ("ratios of the preset for any factors", "K == len(config.factors)", "True",
-     "test_factors_without_ratios_have_equal_shares"),
-    ("the detail of whole regions", "F.avg_pool2d(...) > 0.1", "F.avg_pool2d(...) > 0.9",
+     "test_factors_without_ratios_get_equal_ratios"),
+    ("detail masks of whole regions", "F.avg_pool2d(...) > 0.1", "F.avg_pool2d(...) > 0.9",
      "test_train_vae.py::test_regions_with_a_tenth_of_detail_are_detailed"),
     ("thresholds of other quantiles", "np.cumsum(ratios)", "np.cumsum(ratios[::-1])",
      "test_routers.py::test_entropy_thresholds_and_random_routing_give_the_asked_ratios"),
     ("no augmentation in training", "open_data(..., augment=True)", "open_data(..., augment=False)",
-     "test_images_are_dealt_by_the_seed"),
+     "test_batches_of_images_follow_the_seed"),
     ("--seed ignored by the data of stage 1", "open_data(..., augment=True, seed=args.seed)",
-     "open_data(..., augment=True, seed=0)", "test_images_are_dealt_by_the_seed"),
+     "open_data(..., augment=True, seed=0)", "test_batches_of_images_follow_the_seed"),
     ("--seed ignored by the weights of stage 1", "seed_all(args.seed)", "seed_all(0)",
-     "test_the_seed_fixes_the_weights", "train_vae.main"),
-    ("thresholds never measured", 'config.router == "entropy"', "False",
+     "test_the_seed_determines_the_initial_weights", "train_vae.main"),
+    ("thresholds are not calibrated", 'config.router == "entropy"', "False",
      "test_train_vae.py::test_the_toy_data_needs_no_folder"),
     ("thresholds of 64 images", "shuffled_indices(len(train), 2048, ...)", "shuffled_indices(len(train), 64, ...)",
-     "test_the_entropy_router_sees_2048_images_first"),
+     "test_the_entropy_router_is_calibrated_on_2048_images"),
     ("thresholds of the first batch", "(x.to(device) for x, _ in sample)", "(x.to(device) for x, _ in sample[:1])",
-     "test_the_entropy_router_sees_2048_images_first"),
-    ("thresholds of images that are held out", "loader(train, ...)",
-     "loader(val, ...)", "test_the_entropy_router_sees_2048_images_first"),
+     "test_the_entropy_router_is_calibrated_on_2048_images"),
+    ("thresholds of validation images", "loader(train, ...)",
+     "loader(val, ...)", "test_the_entropy_router_is_calibrated_on_2048_images"),
     ("thresholds without the seed", "shuffled_indices(len(train), 2048, args.seed)",
-     "shuffled_indices(len(train), 2048, 0)", "test_the_entropy_router_sees_2048_images_first"),
+     "shuffled_indices(len(train), 2048, 0)", "test_the_entropy_router_is_calibrated_on_2048_images"),
     ("losses of stage 1 in bf16", "out.reconstruction.float()", "out.reconstruction",
      "test_losses_of_stage_1_are_in_float32", "train_vae.main"),
-    ("stage 1 without the other processes", "distribute(compiled(model) if args.compile else model)",
+    ("stage 1 without gradient averaging", "distribute(compiled(model) if args.compile else model)",
      "compiled(model) if args.compile else model",
      "survival/test_processes.py::test_two_processes_compute_what_one_computes[vae with the entropy router]"),
-    ("a critic without the other processes", "distribute(discriminator)", "discriminator",
+    ("a discriminator without gradient averaging", "distribute(discriminator)", "discriminator",
      "survival/test_processes.py::test_two_processes_compute_what_one_computes[vae with a discriminator]"),
     ("the paper's budget weight", "VAESchedule(..., budget_weight=10.0)", "VAESchedule(..., budget_weight=1.0)",
      "test_vae.py::test_the_papers_presets_have_the_papers_settings"),
@@ -823,67 +857,76 @@ STAGE_1_MAIN = of(
      "test_the_optimisers_of_stage_1"),
     ("the router is not trained", "adam(model.parameters())",
      "adam([*model.encoder.parameters(), *model.decoder.parameters()])", "test_the_optimisers_of_stage_1"),
-    ("one optimiser for the critic's last layer", "discriminator.parameters", "discriminator.blocks[-1].parameters",
+    ("the discriminator's optimiser has the last layer only", "discriminator.parameters",
+     "discriminator.blocks[-1].parameters",
      "test_the_optimisers_of_stage_1"),
-    ("the critic is trained from the start", "schedule.gan_start", "0", "test_the_adversarial_loss"),
-    ("the critic one step late", "step >= schedule.gan_start", "step > schedule.gan_start",
+    ("the discriminator is trained from the start", "schedule.gan_start", "0", "test_the_adversarial_loss"),
+    ("the discriminator starts one step late", "step >= schedule.gan_start", "step > schedule.gan_start",
      "test_the_adversarial_loss"),
-    ("gradients of former steps", "optimizer.zero_grad(set_to_none=True)", "pass",
-     "test_each_step_has_gradients_of_its_own", "train_vae.main"),
-    ("the learning rate of stage 1 stays", 'group["lr"] = schedule.learning_rate(step)', "pass",
+    ("gradients of previous steps", "optimizer.zero_grad(set_to_none=True)", "pass",
+     "test_each_step_starts_without_gradients", "train_vae.main"),
+    ("a constant learning rate in stage 1", 'group["lr"] = schedule.learning_rate(step)', "pass",
      "test_the_optimisers_of_stage_1", "train_vae.main"),
-    ("Gumbel noise that never fades", "forward(x, dq.gumbel_scale(...))", "forward(x)",
-     "test_the_noise_of_the_gate_fades"),
-    ("LPIPS turned round", "perceptual(x, y).mean", "perceptual(y, x).mean", "test_the_loss_of_the_image"),
+    ("the gate noise is constant in training", "forward(x, dq.gumbel_scale(...))", "forward(x)",
+     "test_the_gate_noise_is_annealed"),
+    ("LPIPS with exchanged arguments", "perceptual(x, y).mean", "perceptual(y, x).mean",
+     "test_the_reconstruction_loss"),
     ("the adversarial sign flipped", "-discriminator(y).mean()", "discriminator(y).mean()",
      "test_the_adversarial_loss"),
     ("the absolute error dropped", "l1 + schedule.l2_weight * l2", "schedule.l2_weight * l2",
-     "test_the_loss_of_the_image"),
-    ("the L2 term dropped", "l1 + schedule.l2_weight * l2", "l1", "test_the_loss_of_the_image"),
-    ("the L2 weight ignored", "schedule.l2_weight * l2", "l2", "test_the_loss_of_the_image"),
+     "test_the_reconstruction_loss"),
+    ("the L2 term dropped", "l1 + schedule.l2_weight * l2", "l1", "test_the_reconstruction_loss"),
+    ("the L2 weight ignored", "schedule.l2_weight * l2", "l2", "test_the_reconstruction_loss"),
     ("the commitment loss dropped", "out.commitment + schedule.budget_weight * budget",
-     "schedule.budget_weight * budget", "test_the_loss_of_the_codes"),
+     "schedule.budget_weight * budget", "test_the_commitment_and_budget_losses"),
     ("the budget dropped", "out.commitment + schedule.budget_weight * budget", "out.commitment",
-     "test_the_loss_of_the_codes"),
-    ("the budget weight ignored", "schedule.budget_weight * budget", "budget", "test_the_loss_of_the_codes"),
+     "test_the_commitment_and_budget_losses"),
+    ("the budget weight ignored", "schedule.budget_weight * budget", "budget", "test_the_commitment_and_budget_losses"),
     ("the ratios ignored", "dq.budget_loss(out.gate, config.ratios)", "dq.budget_loss(out.gate, (0.5, 0.5))",
-     "test_the_loss_of_the_codes"),
+     "test_the_commitment_and_budget_losses"),
     ("LPIPS dropped", "recon_loss = recon_loss + schedule.perceptual_weight * lpips", "pass",
-     "test_the_loss_of_the_image"),
-    ("the weight of LPIPS ignored", "schedule.perceptual_weight * lpips", "lpips", "test_the_loss_of_the_image"),
+     "test_the_reconstruction_loss"),
+    ("the weight of LPIPS ignored", "schedule.perceptual_weight * lpips", "lpips", "test_the_reconstruction_loss"),
     ("the adversarial weight ignored", "backward(..., schedule.gan_weight, scale)",
      "backward(..., 1.0, scale)", "test_the_adversarial_loss"),
     ("the adversarial loss dropped", "backward(y, last_weight, recon_loss, gan_loss, ...)",
      "backward(y, last_weight, recon_loss, None, ...)", "test_the_adversarial_loss"),
-    ("parts summed up", "backward(..., scale)", "backward(...)", "test_parts_are_averaged"),
-    ("parts of the critic summed up", "scale * critic_loss", "critic_loss", "test_parts_are_averaged"),
-    ("real and fake exchanged", "hinge_loss(discriminator_ddp(x), discriminator_ddp(y.detach()))",
-     "hinge_loss(discriminator_ddp(y.detach()), discriminator_ddp(x))", "test_the_lesson_of_the_critic"),
-    ("the critic teaches the decoder", "discriminator_ddp(y.detach())", "discriminator_ddp(y)",
-     "test_the_lesson_of_the_critic"),
-    ("the critic is not trained", "optimizer.step", 'optimizers["optimizer"].step', "test_the_optimisers_of_stage_1",
+    ("accumulated gradients are summed", "backward(..., scale)", "backward(...)",
+     "test_accumulated_gradients_are_averaged"),
+    ("accumulated gradients of the discriminator are summed", "scale * critic_loss", "critic_loss",
+     "test_accumulated_gradients_are_averaged"),
+    ("real and fake are exchanged", "hinge_loss(discriminator_ddp(x), discriminator_ddp(y.detach()))",
+     "hinge_loss(discriminator_ddp(y.detach()), discriminator_ddp(x))", "test_the_discriminator_loss"),
+    ("the discriminator's loss reaches the decoder", "discriminator_ddp(y.detach())", "discriminator_ddp(y)",
+     "test_the_discriminator_loss"),
+    ("the discriminator is not trained", "optimizer.step", 'optimizers["optimizer"].step',
+     "test_the_optimisers_of_stage_1",
      "train_vae.main"),
-    ("the same noise in every step", "seed_all(args.seed, step)", "seed_all(args.seed)", "test_each_step_draws_anew"),
-    ("the clip of stage 1 ignored", "if schedule.clip: ...", "if False: ...", "test_the_clip_of_stage_1",
+    ("the same noise in every step", "seed_all(args.seed, step)", "seed_all(args.seed)",
+     "test_each_step_has_its_own_seed"),
+    ("the clip of stage 1 ignored", "if schedule.clip: ...", "if False: ...", "test_gradient_clipping_of_stage_1",
      "train_vae.main"),
-    ("clipped though 0 is no limit", "if schedule.clip: ...", "if True: ...", "test_no_clip", "train_vae.main"),
+    ("--clip 0 clips", "if schedule.clip: ...", "if True: ...", "test_clip_0_does_not_clip",
+     "train_vae.main"),
     ("--no-flip ignored in training", "open_data(..., flip=not args.no_flip)", "open_data(...)",
-     "test_every_flag_arrives"),
+     "test_every_flag_reaches_the_run"),
     ("--no-flip ignored by the codes", "(train, not args.no_flip, cropped)", "(train, True, cropped)", "test_no_flip"),
     ("--held-out ignored in training", "open_data(..., held_out=args.held_out)", "open_data(...)",
-     "test_every_flag_arrives", "train_vae.main"),
-    ("parts of other images", "stream(..., schedule.accumulate)", "stream(...)", "test_every_flag_arrives"),
-    ("every process draws", "dq.rank_world()[0] > 0", "False", "test_no_process_but_the_first_writes",
+     "test_every_flag_reaches_the_run", "train_vae.main"),
+    ("accumulation steps with other images", "stream(..., schedule.accumulate)", "stream(...)",
+     "test_every_flag_reaches_the_run"),
+    ("every rank draws an image", "dq.rank_world()[0] > 0", "False", "test_only_rank_0_writes_files",
      "train_vae.main"),
     ("half of the batch", "batch.chunk(schedule.accumulate)", "batch.chunk(schedule.accumulate)[:1]",
-     "test_images_are_dealt_by_the_seed"),
-    ("noise that depends on what was done before", "seed_all(args.seed, step)", "pass", "test_each_step_draws_anew"),
+     "test_batches_of_images_follow_the_seed"),
+    ("random numbers depend on earlier steps", "seed_all(args.seed, step)", "pass",
+     "test_each_step_has_its_own_seed"),
     ("codes of random crops", "train.augment = False", "pass",
      "test_train_vae.py::test_codes_hold_all_that_stage_2_needs"),
     ("the best by the absolute error alone", 'metrics["l1"] + schedule.l2_weight * metrics["l2"]', 'metrics["l1"]',
-     "test_what_is_logged_is_what_was_trained"),
+     "test_the_logged_losses_of_stage_1"),
     ("the best without LPIPS", 'schedule.perceptual_weight * metrics.get("lpips", 0.0)', "0.0",
-     "test_what_is_logged_is_what_was_trained"),
+     "test_the_logged_losses_of_stage_1"),
     ("the model stays in evaluation mode", "model.train", "model.eval", "test_stage_1_trains_in_training_mode",
      "train_vae.main"),
 )
@@ -901,7 +944,8 @@ STAGE_2_DATA = of(
     ("--uncond ignored by the labels", "... if uncond else label", "... if False else label",
      "test_uncond_hides_the_labels"),
     ("batches unsorted", 'index[np.argsort(length[index], kind="stable")]', "index", "test_batches_of_stage_2"),
-    ("sequences cut", "-(-int(images.length[index].max()) // multiple)", "int(images.length[index].max()) // multiple",
+    ("sequences are truncated", "-(-int(images.length[index].max()) // multiple)",
+     "int(images.length[index].max()) // multiple",
      "test_train_vae.py::test_encoding_keeps_every_image_and_its_mirror_image"),
     ("sequences of full length", "pos[:, :columns], code[:, :columns], label", "pos, code, label",
      "test_evaluation_is_no_wider_than_needed"),
@@ -910,13 +954,13 @@ STAGE_2_DATA = of(
     ("stage 2 trained in evaluation mode", "model.train()", "", "test_evaluation_of_a_transformer",
      "train_transformer.evaluate"),
     ("evaluated without labels", "model(pos, code, label)", "model(pos, code)", "test_evaluation_of_a_transformer"),
-    ("the means of batches summed up", '[nll["position"].sum(), nll["content"].sum()]',
+    ("means of batches are summed", '[nll["position"].sum(), nll["content"].sum()]',
      '[nll["position"].mean(), nll["content"].mean()]', "test_evaluation_of_a_transformer"),
     ("bits are nats", "(position + content) / math.log(2)", "position + content", "test_evaluation_of_a_transformer"),
-    ("EOS ids are codes", "held_out.length - len(model.config.factors)", "held_out.length",
+    ("EOS ids count as codes", "held_out.length - len(model.config.factors)", "held_out.length",
      "test_evaluation_of_a_transformer"),
     ("samples in training mode", "model.eval()", "", "test_samples_of_a_run", "save_samples"),
-    ("training in evaluation mode behind samples", "model.train()", "", "test_samples_of_a_run", "save_samples"),
+    ("evaluation mode after sampling", "model.train()", "", "test_samples_of_a_run", "save_samples"),
     ("samples of one class", "max(1, len(model.config.classes))", "1", "test_samples_of_a_run"),
     ("samples without the seed", "dq.generate(model, label, options, seed, ...)",
      "dq.generate(model, label, options, ...)",
@@ -925,7 +969,7 @@ STAGE_2_DATA = of(
      "dq.generate(model, label, dq.SampleOptions(), seed, ...)", "test_samples_of_a_run"),
     ("samples of a run all at once", "dq.generate(model, label, options, seed, slots=batch_size)",
      "dq.generate(model, label, options, seed, slots=64)", "test_samples_of_a_run"),
-    ("options of sampling that forbid to resume", 'settings.pop("sampling")', 'settings["sampling"]',
+    ("sampling options that prevent resuming", 'settings.pop("sampling")', 'settings["sampling"]',
      "test_checkpoints_carry_the_sampling_options_of_the_preset"),
     ("guidance without label dropout in a checkpoint", "config.classes and config.label_dropout", "config.classes",
      "test_checkpoints_carry_the_sampling_options_of_the_preset"),
@@ -937,10 +981,10 @@ STAGE_2_DATA = of(
      "test_the_papers_model_at_toy_size"),
     ("toy-paper with Muon", 'replace(PRESETS["toy"][1], ..., optimizer="adamw")', 'replace(PRESETS["toy"][1], ...)',
      "test_the_papers_model_at_toy_size"),
-    ("nothing said of few images", "n < FEW", "False", "test_what_a_run_says_at_its_ends"),
+    ("no note about few images", "n < FEW", "False", "test_what_a_run_says_at_its_ends"),
     ("mirror images counted as images", "n < FEW", "len(train.label) < FEW",
      "test_what_a_run_says_at_its_ends"),
-    ("processes evaluate all", "held_out.length.argsort().split(batch_size)[rank::world]",
+    ("every rank evaluates all images", "held_out.length.argsort().split(batch_size)[rank::world]",
      "held_out.length.argsort().split(batch_size)", "test_processes_share_an_evaluation"),
 )
 
@@ -950,7 +994,7 @@ STAGE_2_MAIN = of(
      "test_train_transformer.py::test_the_preset_comes_with_the_codes"),
     ("codes of any version", 'stored.get("version") == 1', "True",
      "test_train_transformer.py::test_codes_that_are_none_end_in_a_line_that_helps"),
-    ("Muon for nothing", 'schedule.optimizer == "muon"', "False",
+    ("Muon without matrices", 'schedule.optimizer == "muon"', "False",
      "test_train_transformer.py::test_which_weights_decay"),
     ("--optimizer ignored", 'schedule.optimizer == "muon"', "True",
      "test_train_transformer.py::test_which_weights_decay"),
@@ -962,7 +1006,7 @@ STAGE_2_MAIN = of(
      "test_train_transformer.py::test_which_weights_decay"),
     ("Muon with another momentum", "muon(...)", "muon(..., momentum=0.9)",
      "test_train_transformer.py::test_which_weights_decay"),
-    ("stage 2 by a cosine", 'decay: str = "linear"', 'decay: str = "cosine"',
+    ("stage 2 with a cosine schedule", 'decay: str = "linear"', 'decay: str = "cosine"',
      "test_train_transformer.py::test_how_the_presets_of_stage_2_learn"),
     ("the paper's stage 2 without its cosine", 'TransformerSchedule(..., decay="cosine")', "TransformerSchedule(...)",
      "test_train_transformer.py::test_how_the_presets_of_stage_2_learn"),
@@ -975,10 +1019,10 @@ STAGE_2_MAIN = of(
     ("the paper's stage 2 with rotary", "dq.TransformerConfig(..., dropout=0.1, rotary=False)",
      "dq.TransformerConfig(..., dropout=0.1)",
      "test_vae.py::test_the_papers_presets_have_the_papers_settings"),
-    ("stage 2 without the other processes", "distribute(torch.compile(model) if args.compile else model)",
+    ("stage 2 without gradient averaging", "distribute(torch.compile(model) if args.compile else model)",
      "torch.compile(model) if args.compile else model",
      "survival/test_processes.py::test_two_processes_compute_what_one_computes[transformer]"),
-    ("gradients of stage 2 that shrink with the processes", "nll[name].sum() * world", "nll[name].sum()",
+    ("gradients of stage 2 shrink with the world size", "nll[name].sum() * world", "nll[name].sum()",
      "survival/test_processes.py::test_two_processes_compute_what_one_computes[transformer]"),
     ("no weight decay", "dict(..., weight_decay=schedule.weight_decay)", "dict(..., weight_decay=0.0)",
      "test_train_transformer.py::test_which_weights_decay"),
@@ -991,45 +1035,49 @@ STAGE_2_MAIN = of(
     ("Muon's steps unscaled", '"match_rms_adamw"', '"original"', "test_train_transformer.py::test_which_weights_decay"),
     ("flags of the model ignored", "override(config, args, ..., size=vae.config.size)",
      "replace(config, ..., size=vae.config.size)",
-     "test_every_flag_arrives"),
-    ("--uncond ignored by the model", "() if args.uncond else classes", "classes", "test_every_flag_arrives"),
+     "test_every_flag_reaches_the_run"),
+    ("--uncond ignored by the model", "() if args.uncond else classes", "classes", "test_every_flag_reaches_the_run"),
     ("--seed ignored by the weights of stage 2", "seed_all(args.seed)", "seed_all(0)",
-     "test_the_seed_fixes_the_weights", "train_transformer.main"),
+     "test_the_seed_determines_the_initial_weights", "train_transformer.main"),
     ("--seed ignored by the order of stage 2", "batches(train.length.numpy(), schedule.batch_size, args.seed, ...)",
-     "batches(train.length.numpy(), schedule.batch_size, 0, ...)", "test_codes_are_dealt_by_the_seed"),
-    ("trained on what is held out", '("train", "held_out")', '("held_out", "held_out")',
-     "test_codes_are_dealt_by_the_seed"),
-    ("held out is what was trained on", '("train", "held_out")', '("train", "train")', "test_what_stage_2_evaluates"),
-    ("trained without labels", "forward(pos, code, label)", "forward(pos, code)", "test_codes_are_dealt_by_the_seed"),
+     "batches(train.length.numpy(), schedule.batch_size, 0, ...)", "test_batches_of_codes_follow_the_seed"),
+    ("stage 2 is trained on validation images", '("train", "held_out")', '("held_out", "held_out")',
+     "test_batches_of_codes_follow_the_seed"),
+    ("stage 2 is evaluated on training images", '("train", "held_out")', '("train", "train")',
+     "test_stage_2_evaluates_all_validation_images"),
+    ("trained without labels", "forward(pos, code, label)", "forward(pos, code)",
+     "test_batches_of_codes_follow_the_seed"),
     ("the position loss not trained", "(position + content) / codes_per_image", "content / codes_per_image",
      "test_the_gradient_of_stage_2"),
     ("the content loss not trained", "(position + content) / codes_per_image", "position / codes_per_image",
      "test_the_gradient_of_stage_2"),
-    ("nats per image", "(position + content) / codes_per_image", "position + content", "test_what_stage_2_logs"),
-    ("nats per pair", "train.length - len(factors)", "train.length", "test_what_stage_2_logs"),
+    ("nats per image", "(position + content) / codes_per_image", "position + content",
+     "test_the_logged_losses_of_stage_2"),
+    ("nats per pair", "train.length - len(factors)", "train.length", "test_the_logged_losses_of_stage_2"),
     ("the sum over the batch", "nll[name].sum() * world / schedule.batch_size", "nll[name].sum() * world",
-     "test_what_stage_2_logs"),
+     "test_the_logged_losses_of_stage_2"),
     ("the mean over each part", "nll[name].sum() * world / schedule.batch_size", "nll[name].mean()",
-     "test_what_stage_2_logs"),
+     "test_the_logged_losses_of_stage_2"),
     ("gradients of former steps in stage 2", "optimizer.zero_grad(set_to_none=True)", "pass",
      "test_the_gradient_of_stage_2", "train_transformer.main"),
-    ("every process draws samples", "rank == 0", "True", "test_no_process_but_the_first_writes",
+    ("every rank draws samples", "rank == 0", "True", "test_only_rank_0_writes_files",
      "train_transformer.main"),
     ("half of the batch in stage 2", "next(order)[rank::world].chunk(schedule.accumulate)",
      "next(order)[rank::world].chunk(schedule.accumulate)[:1]", "test_the_gradient_of_stage_2"),
     ("the learning rate of stage 2 stays", 'group["lr"] = schedule.learning_rate(step)', "pass",
-     "test_the_steps_of_stage_2", "train_transformer.main"),
+     "test_the_optimisers_of_stage_2", "train_transformer.main"),
     ("the clip of stage 2 ignored", "if schedule.clip: ...", "if False: ...", "test_the_gradient_of_stage_2",
      "train_transformer.main"),
-    ("one of two optimisers steps", "optimizer.step", 'optimizers["optimizer"].step', "test_the_steps_of_stage_2",
+    ("only one of two optimisers steps", "optimizer.step", 'optimizers["optimizer"].step',
+     "test_the_optimisers_of_stage_2",
      "train_transformer.main"),
-    ("logged nats as bits", "loss / math.log(2)", "loss", "test_what_stage_2_logs"),
-    ("stage 2 stays in evaluation mode", "model.train", "model.eval", "test_the_steps_of_stage_2",
+    ("logged nats as bits", "loss / math.log(2)", "loss", "test_the_logged_losses_of_stage_2"),
+    ("stage 2 stays in evaluation mode", "model.train", "model.eval", "test_the_optimisers_of_stage_2",
      "train_transformer.main"),
-    ("dropout that depends on what was done before", "seed_all(args.seed, step, rank)", "pass",
-     "test_each_step_draws_anew"),
-    ("all processes drop the same units", "seed_all(args.seed, step, rank)", "seed_all(args.seed, step)",
-     "test_each_step_draws_anew"),
+    ("dropout depends on earlier steps", "seed_all(args.seed, step, rank)", "pass",
+     "test_each_step_has_its_own_seed"),
+    ("the same dropout mask on all ranks", "seed_all(args.seed, step, rank)", "seed_all(args.seed, step)",
+     "test_each_step_has_its_own_seed"),
     ("the best by position alone", 'record.evaluated(..., metrics["nats_per_image"])',
      'record.evaluated(..., metrics["position_nats"])',
      "survival/test_resume.py::test_the_best_checkpoint_has_the_lowest_validation_loss"),
@@ -1043,96 +1091,104 @@ SAMPLE = of(
     "test_wiring.py",
     ("--keep without --input", "args.input or args.keep is None", "True",
      "test_common.py::test_wrong_input_ends_in_one_line"),
-    ("--input with --grain-map", "not (args.input and args.grain_map)", "True",
-     "test_sample.py::test_what_could_not_be_written_is_refused_in_one_line"),
+    ("--input with --grain-map", "parser.add_mutually_exclusive_group().add_argument", "parser.add_argument",
+     "test_sample.py::test_a_photo_and_a_granularity_map_exclude_each_other"),
     ("--out ignored", "args.out or args.checkpoint.parent", "args.checkpoint.parent", "test_a_grid_of_samples"),
-    ("--gif and --out the same", "args.gif != out", "True",
-     "test_sample.py::test_what_could_not_be_written_is_refused_in_one_line"),
-    ("larger jobs mixed", "last < args.n", "last <= args.n", "test_images_of_a_larger_job"),
-    ("classes by another number", "names.index(form(label))", "names.index(form(label)) - 1",
-     "test_what_sampling_asks_for"),
-    ("numbers of classes out of range", "int(label) < len(classes)", "int(label) <= len(classes)",
+    ("an animation of any format", '(".gif", ".webp")', '(".gif", ".webp", ".jpg")',
+     "test_sample.py::test_wrong_flags_are_refused_before_any_work"),
+    ("an animation in a folder that does not exist", "filter(None, (args.out.parent, args.save_dir, ...))",
+     "filter(None, (args.out.parent, args.save_dir))", "test_sample.py::test_animations"),
+    ("images of a larger job stay", 'args.save_dir / f"{args.n:06d}.png"', 'args.save_dir / f"{args.n + 1:06d}.png"',
+     "test_images_of_a_larger_job"),
+    ("a label means another class", "names.index(label)", "names.index(label) - 1", "test_flags_reach_the_sampler",
+     "label_number"),
+    ("class numbers out of range", "int(label) < len(names)", "int(label) <= len(names)",
      "test_common.py::test_wrong_input_ends_in_one_line"),
-    ("dark for fine", "... * layout.n_grains // 256", "layout.n_grains - 1 - ... * layout.n_grains // 256",
-     "test_sample.py::test_a_grain_map_is_read_bright_for_fine"),
-    ("the grain map transposed", "np.asarray(grey)", "np.asarray(grey).T",
-     "test_sample.py::test_a_grain_map_is_read_bright_for_fine"),
-    ("--grain-map fixes contents", "torch.full_like(pos, -1)", "torch.full_like(pos, 0)",
-     "test_what_a_grain_map_fixes"),
+    ("numbers mean classes although classes are named by numbers", "not any(name.isdecimal() for name in names)",
+     "True",
+     "test_sample.py::test_a_label_is_a_name_before_it_is_a_number"),
+    ("dark regions are fine", "... * layout.n_grains // 256", "layout.n_grains - 1 - ... * layout.n_grains // 256",
+     "test_sample.py::test_a_bright_region_is_fine"),
+    ("the granularity map is transposed", "np.asarray(grey)", "np.asarray(grey).T",
+     "test_sample.py::test_a_bright_region_is_fine"),
+    ("--grain-map fixes contents", "grains.new_full(..., -1)", "grains.new_full(..., 0)",
+     "test_a_granularity_map_fixes_all_positions"),
     ("--keep one granularity too many", "layout.grain[pos] < keep", "layout.grain[pos] <= keep",
-     "test_what_a_photo_fixes"),
-    ("--keep ignored", "1 if args.keep is None else args.keep", "1", "test_what_a_photo_fixes"),
-    ("--keep is 2 by itself", "1 if ... else args.keep", "2 if ... else args.keep", "test_what_a_photo_fixes"),
-    ("--keep of more than there are", "0 <= keep <= layout.n_grains", "0 <= keep", "test_what_a_photo_fixes"),
-    ("the gif shows all from the start", "order < t", "order < length", "test_a_gif_grows", "save_gif"),
-    ("the gif paints what is not there", "images * there", "images", "test_a_gif_grows"),
-    ("the gif without its last code", "int(layout.lengths(pos)) - 1", "int(layout.lengths(pos)) - 2",
-     "test_a_gif_grows"),
+     "test_a_photo_fixes_its_coarse_codes"),
+    ("--keep ignored", "1 if args.keep is None else args.keep", "1", "test_a_photo_fixes_its_coarse_codes"),
+    ("--keep is 2 by default", "1 if ... else args.keep", "2 if ... else args.keep",
+     "test_a_photo_fixes_its_coarse_codes"),
+    ("the animation shows all codes from the start", "torch.tensor(steps)[:, None]",
+     "torch.full((len(steps), 1), length)",
+     "test_an_animation_adds_the_codes_one_by_one"),
+    ("the animation shows locations without codes", "images * there", "images",
+     "test_an_animation_adds_the_codes_one_by_one"),
+    ("the animation lacks the last code", "int(layout.lengths(pos)) - 1", "int(layout.lengths(pos)) - 2",
+     "test_an_animation_adds_the_codes_one_by_one"),
     ("--temperature ignored", "dq.SampleOptions._fields", "dq.SampleOptions._fields[1:]",
-     "test_what_sampling_asks_for"),
-    ("--top-k ignored", "dq.SampleOptions._fields", '("temperature", "top_p", "cfg")', "test_what_sampling_asks_for"),
-    ("--top-p ignored", "dq.SampleOptions._fields", '("temperature", "top_k", "cfg")', "test_what_sampling_asks_for"),
-    ("--cfg ignored", "dq.SampleOptions._fields", "dq.SampleOptions._fields[:3]", "test_what_sampling_asks_for"),
-    ("options looked at too late", "options.check()", "",
-     "test_sample.py::test_what_could_not_be_written_is_refused_in_one_line", "sample.main"),
-    ("--label ignored", "label.fill_(label_number(args.label, classes))", "pass", "test_what_sampling_asks_for"),
-    ("labels of one class alone", "max(1, len(classes))", "1", "test_what_sampling_asks_for"),
-    ("--seed ignored", "args.seed", "0", "test_what_sampling_asks_for", "sample.main"),
-    ("sampling starts at image 0 in every call", "dq.generate(..., first=first)", "dq.generate(...)",
-     "test_calls_draw_together_what_one_would"),
-    ("labels of the first call", "label[first:first + ROUND * args.batch_size]", "label[0:0 + ROUND * args.batch_size]",
-     "test_calls_draw_together_what_one_would"),
+     "test_flags_reach_the_sampler"),
+    ("--top-k ignored", "dq.SampleOptions._fields", '("temperature", "top_p", "cfg")', "test_flags_reach_the_sampler"),
+    ("--top-p ignored", "dq.SampleOptions._fields", '("temperature", "top_k", "cfg")', "test_flags_reach_the_sampler"),
+    ("--cfg ignored", "dq.SampleOptions._fields", "dq.SampleOptions._fields[:3]", "test_flags_reach_the_sampler"),
+    ("options are checked too late", "dq.SampleOptions(**given).check()", "",
+     "test_sample.py::test_wrong_flags_are_refused_before_any_work", "sample.load"),
+    ("--label ignored", "label.fill_(label_number(args.label, classes))", "pass", "test_flags_reach_the_sampler"),
+    ("samples of one class only", "max(1, len(classes))", "1", "test_flags_reach_the_sampler"),
+    ("--seed ignored", "args.seed", "0", "test_flags_reach_the_sampler", "sample.main"),
     ("--batch-size ignored", "dq.generate(..., slots=args.batch_size)", "dq.generate(..., slots=64)",
-     "test_what_sampling_asks_for"),
-    ("--dtype ignored by the step", "torch.bfloat16", "torch.float32", "test_what_sampling_asks_for", "sample.main"),
-    ("--compile ignored", "args.compile", "False", "test_what_sampling_asks_for", "sample.main"),
-    ("what is given ignored", "dq.generate(model, y, options, args.seed, open_pairs, ...)",
-     "dq.generate(model, y, options, args.seed, None, ...)", "test_what_a_photo_fixes"),
-    ("images numbered from 0 in every call", 'args.save_dir / f"{n_saved:06d}.png"',
-     'args.save_dir / f"{n_saved - first:06d}.png"', "test_calls_draw_together_what_one_would"),
-    ("images enlarged", "to_picture(x, 0)", "to_picture(x)", "test_calls_draw_together_what_one_would"),
-    ("captions of other classes", "int(label[n_saved])", "int(label[n_saved - 1])", "test_a_grid_of_samples"),
-    ("captions count pairs", "code[part] >= 0", "code[part] >= -1", "test_a_grid_of_samples"),
-    ("a grid without end", "n_saved < 32", "True", "test_a_grid_of_samples"),
-    ("a gif of every call", "args.gif and n_saved == 0", "args.gif", "test_a_gif_grows"),
-    ("options of the checkpoint ignored", 'saved.get("sample_options", OLD_OPTIONS._asdict())', "OLD_OPTIONS._asdict()",
+     "test_flags_reach_the_sampler"),
+    ("--dtype ignored by the step", "torch.bfloat16", "torch.float32", "test_flags_reach_the_sampler", "sample.main"),
+    ("--compile ignored", "args.compile", "False", "test_flags_reach_the_sampler", "sample.main"),
+    ("given pairs are ignored", "given and [x.expand(args.n, -1) for x in given]", "None",
+     "test_a_photo_fixes_its_coarse_codes"),
+    ("each batch replaces the first", "enumerate(decode(codes), n_done)", "enumerate(decode(codes))",
+     "test_a_large_job_saves_what_one_batch_would"),
+    ("images are saved again with each batch", "n_done = n_complete", "pass",
+     "test_a_large_job_saves_what_one_batch_would"),
+    ("images are enlarged", "to_picture(x, 0)", "to_picture(x)", "test_a_large_job_saves_what_one_batch_would"),
+    ("captions of other classes", "enumerate(label[:n].tolist())", "enumerate(label[1:n + 1].tolist())",
+     "test_a_grid_of_samples"),
+    ("captions count pairs", "(code[:n] >= 0)", "(code[:n] >= -1)", "test_a_grid_of_samples"),
+    ("a grid of all images", "min(n_done, 32)", "n_done", "test_a_grid_of_samples"),
+    ("a stopped job draws incomplete images", "min(n_done, 32)", "min(args.n, 32)",
+     "test_sample.py::test_a_stopped_job_keeps_its_complete_images"),
+    ("the checkpoint's options are ignored", 'saved.get("sample_options", OLD_OPTIONS)', "OLD_OPTIONS",
      "test_sample.py::test_options_that_are_not_given_are_those_of_the_checkpoint"),
-    ("guidance without label dropout", "bool(config.classes) and config.label_dropout > 0", "bool(config.classes)",
-     "test_sample.py::test_no_guidance_by_a_vector_that_was_not_trained"),
-    ("guidance without classes", "bool(config.classes) and config.label_dropout > 0", "config.label_dropout > 0",
-     "test_sample.py::test_no_guidance_by_a_vector_that_was_not_trained"),
-    ("--cfg of a model without guidance", "options.cfg == 1 or has_guidance(model.config)", "True",
-     "test_sample.py::test_no_guidance_by_a_vector_that_was_not_trained"),
-    ("guidance below 1 of a model without", "options.cfg == 1 or has_guidance(model.config)",
-     "options.cfg <= 1 or has_guidance(model.config)",
-     "test_sample.py::test_no_guidance_by_a_vector_that_was_not_trained"),
-    ("always the last checkpoint", 'peek(best).get("step") in (None, peek(last).get("step"))', "True",
-     "test_sample.py::test_the_better_checkpoint_of_a_folder"),
-    ("the best checkpoint whatever its step", 'peek(best).get("step") in (None, peek(last).get("step"))',
-     'peek(best).get("step") is None', "test_sample.py::test_the_better_checkpoint_of_a_folder"),
-    ("names of classes by their bytes", 'unicodedata.normalize("NFC", name)', "name",
+    ("the checkpoint is read twice", "dq.load_transformer(saved, device)", "dq.load_transformer(path, device)",
+     "test_sample.py::test_the_checkpoint_is_read_once"),
+    ("guidance without label dropout", "bool(model.config.classes) and model.config.label_dropout > 0",
+     "bool(model.config.classes)", "test_sample.py::test_no_guidance_without_a_trained_vector"),
+    ("guidance without classes", "bool(model.config.classes) and model.config.label_dropout > 0",
+     "model.config.label_dropout > 0", "test_sample.py::test_no_guidance_without_a_trained_vector"),
+    ("--cfg of a model without guidance", 'guided or options["cfg"] == 1', "True",
+     "test_sample.py::test_no_guidance_without_a_trained_vector"),
+    ("--cfg below 1 of a model without guidance", 'guided or options["cfg"] == 1', 'guided or options["cfg"] <= 1',
+     "test_sample.py::test_no_guidance_without_a_trained_vector"),
+    ("always the last checkpoint", "best.exists()", "False", "test_sample.py::test_a_folder_means_its_best_checkpoint"),
+    ("class names are compared without normalisation", 'unicodedata.normalize("NFC", name)', "name",
      "test_sample.py::test_a_label_matches_in_any_unicode_normal_form"),
-    ("a signal not heard before the end of a call", "return stop.number", "return 0",
-     "test_sample.py::test_a_stopped_job_keeps_what_is_complete"),
-    ("complete images lost by a signal", "n_complete < len(y) and not stop.number", "n_complete < len(y)",
-     "test_sample.py::test_a_stopped_job_keeps_what_is_complete"),
-    ("images kept until the end of a call", "n_complete -= n_complete % args.batch_size", "n_complete = 0",
+    ("a signal does not stop sampling", "return stop.number", "return 0",
+     "test_sample.py::test_a_stopped_job_keeps_its_complete_images"),
+    ("a signal loses complete images", "tqdm.write(...)", "n_complete -= n_complete % args.batch_size",
+     "test_sample.py::test_a_stopped_job_keeps_its_complete_images", "save_complete"),
+    ("the last images are lost", "n_complete < args.n", "True", "test_a_large_job_saves_what_one_batch_would"),
+    ("images are saved at the end", "n_complete -= n_complete % args.batch_size", "n_complete = 0",
      "test_sample.py::test_images_are_saved_while_others_are_sampled"),
     ("two jobs in one folder", 'lock(folder, ".sample.lock")', "pass",
      "test_sample.py::test_two_jobs_do_not_mix_their_images"),
     ("no sampling while training", 'lock(folder, ".sample.lock")', "lock(folder)",
      "test_sample.py::test_two_jobs_do_not_mix_their_images"),
     ("every image waits for the disk", "dq.write_file(..., sync=False)", "dq.write_file(...)",
-     "test_sample.py::test_no_image_waits_for_the_disk"),
-    ("samples.json that could be another tool's", 'dict(..., written_by="dq")', "dict(...)",
-     "test_sample.py::test_samples_json_says_how_and_what"),
-    ("generation that can't be stopped", "progress and progress(oldest, state.pos, state.code) or oldest == n",
+     "test_sample.py::test_no_image_is_flushed_to_disk"),
+    ("samples.json without our mark", 'dict(..., written_by="dq")', "dict(...)",
+     "test_sample.py::test_samples_json_describes_the_job"),
+    ("sampling that cannot be stopped", "progress and progress(oldest, state.pos, state.code) or oldest == n",
      "progress and progress(oldest, state.pos, state.code) and False or oldest == n",
      "test_sample.py::test_progress_of_a_generation"),
-    ("images said to be complete too early", "state.image.min()", "state.image.max()",
+    ("images are reported as complete too early", "state.image.min()", "state.image.max()",
      "test_sample.py::test_progress_of_a_generation"),
-    ("no mark beside the images", 'dq.write_file(args.save_dir / "samples.json", ...)', "pass",
-     "test_calls_draw_together_what_one_would"),
+    ("no samples.json beside the images", 'dq.write_file(args.save_dir / "samples.json", ...)', "pass",
+     "test_a_large_job_saves_what_one_batch_would"),
 )
 
 MUTANTS = [*CONFIGURATION, *ROUTING, *CODEBOOK, *NETWORKS, *SEQUENCES, *TRANSFORMER, *SAMPLING, *FILES, *PICTURES,
@@ -1142,16 +1198,16 @@ MUTANTS = [*CONFIGURATION, *ROUTING, *CODEBOOK, *NETWORKS, *SEQUENCES, *TRANSFOR
 
 
 # ------------------------------------------------------------------------------------------------
-# Where a fragment of code fits, and what the slip makes of it
+# Matching and replacing fragments of code
 
 
 class Place(NamedTuple):
     """An expression or a statement in the syntax tree of a source."""
     node: ast.AST
     parent: ast.AST
-    field: str                           # parent.field is the node, or a list that has it ...
-    index: int                           # ... here; else None
-    scope: tuple                         # names of the file, the classes and the functions around it
+    field: str                           # parent.field is the node or a list of nodes
+    index: int                           # its index in this list, or None
+    scope: tuple                         # names of the file, the classes and the functions that contain it
     words: set                           # names and constants in it
 
 
@@ -1161,17 +1217,17 @@ class Sources:
         self.trees, self.places = {}, {}
         for path in sorted(root.glob("*.py")):
             self.trees[path] = ast.parse(path.read_text(encoding="utf-8"))
-            self.look(self.trees[path], (path.stem,))
+            self.add(self.trees[path], (path.stem,))
 
-    def look(self, node, scope):
-        """Note all places below a node. -> the words in it"""
+    def add(self, node, scope):
+        """Add all places below a node. -> the words in it"""
         if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
             scope = (*scope, node.name)
         found = words([node])
         for field, value in ast.iter_fields(node):
             for i, child in enumerate(value) if isinstance(value, list) else [(None, value)]:
                 if isinstance(child, ast.AST):
-                    inside = self.look(child, scope)
+                    inside = self.add(child, scope)
                     found |= inside
                     if isinstance(child, (ast.expr, ast.stmt)):
                         place = Place(child, node, field, i, scope, inside)
@@ -1179,7 +1235,7 @@ class Sources:
         return found
 
     def find(self, mutant):
-        """-> the places that `old` fits, the nodes there, what each `...` stands for, and `new`"""
+        """-> the places that `old` matches, the nodes there, the code that each `...` matches, and `new`"""
         old, new = fragments(mutant)
         known = words(ast.walk(old[0]))
         for place in self.places.get(type(old[0]), []):
@@ -1193,13 +1249,13 @@ class Sources:
 
 
 def words(nodes):
-    """Names and constants of these nodes, by which `find` passes over most places without a closer look."""
+    """Names and constants of these nodes. By them, `find` skips most places quickly."""
     values = [value for node in nodes for name, value in ast.iter_fields(node) if name != "kind"]
     return {value for value in values if isinstance(value, (str, int, float))}
 
 
 def fragments(mutant):
-    """-> `old` and `new` as lists of nodes: one expression each, or else statements. Each `...` gets a number."""
+    """-> `old` and `new` as lists of nodes: one expression each, or statements. Each `...` gets an index."""
     try:
         both = [[ast.parse(text, mode="eval").body] for text in (mutant.old, mutant.new)]
     except SyntaxError:
@@ -1212,12 +1268,12 @@ def fragments(mutant):
 
 
 def hole(node):
-    """The number of a `...` in a fragment; None for anything else."""
+    """The index of a `...` in a fragment, None for any other node."""
     return getattr(node.value if isinstance(node, ast.Expr) else node, "number", None)
 
 
 def fits(old, found, holes):
-    """Is this fragment the same code? holes: takes what each `...` stands for, {number: nodes}"""
+    """True if the fragment matches this code. Fills holes, {index of a `...`: the nodes that it matches}."""
     if hole(old) is not None:
         holes[hole(old)] = [found]
         return isinstance(found, ast.AST)
@@ -1240,14 +1296,14 @@ def fits(old, found, holes):
 
 
 def arguments(call, names):
-    """Arguments of a call; at the end, in this order, those of these names: the order of keywords does not matter."""
+    """The arguments of a call. Keyword arguments with these names come last, in the order of `names`."""
     named = {each.arg: each for each in call.keywords}
     others = [each for each in call.keywords if each.arg not in names]
     return [*call.args, *others, *(named[name] for name in names if name in named)]
 
 
 def fill(new, holes):
-    """The fragment `new`, in which each `...` is what that of this number in `old` stands for."""
+    """The fragment `new`, with the nodes that each `...` of `old` matches."""
     if isinstance(new, list):
         return [x for node in new for x in (holes[hole(node)] if hole(node) is not None else [fill(node, holes)])]
     if hole(new) is not None:
@@ -1256,7 +1312,7 @@ def fill(new, holes):
     if isinstance(new, ast.AST):
         for name, value in ast.iter_fields(new):
             setattr(new, name, fill(value, holes))
-        if isinstance(new, ast.Call):                                        # its `...` may stand for keywords too
+        if isinstance(new, ast.Call):                                        # its `...` may match keywords too
             named = [each for each in new.args if isinstance(each, ast.keyword)]
             new.args = [each for each in new.args if each not in named]
             new.keywords = named + new.keywords
@@ -1268,7 +1324,7 @@ def fill(new, holes):
 
 
 class Watch:
-    """A plugin for pytest: was it a test that failed, or could something not be read at all?"""
+    """A plugin for pytest that tells a failing test from a file of tests that cannot be imported."""
     unreadable = False
 
     def pytest_collectreport(self, report):
@@ -1276,7 +1332,7 @@ class Watch:
 
 
 def copy_project(root, folder):
-    """Sources and tests, and what is already compiled of them."""
+    """Copy sources, tests and compiled files."""
     folder.mkdir()
     for path in root.iterdir():
         if path.suffix in (".py", ".toml", ".md"):
@@ -1286,18 +1342,18 @@ def copy_project(root, folder):
 
 
 def fault(mutant, sources):
-    """Why this slip can't be made, in one line, or None."""
+    """The reason why this mutant cannot be made, in one line, or None."""
     try:
         found = [".".join(place.scope) for place, *_ in sources.find(mutant)]
     except SyntaxError as error:
-        return f"{error.text.strip()!r} is no Python"
+        return f"{error.text.strip()!r} is not valid Python"
     if len(found) != 1:
         where = f" in {mutant.where}" if mutant.where else ""
         return f"{mutant.old!r} fits {len(found)} places{where}" + (f": {', '.join(found)}" if found else "")
 
 
 def misfits(mutants, root):
-    """-> {name: why, in one line} of those that can't be made, or whose test is not there"""
+    """-> {name: reason, in one line} of the mutants that cannot be made or whose test does not exist"""
     sources, found = Sources(root), {}
     tests = {path: path.read_text(encoding="utf-8") for path in (root / "tests").rglob("*.py")}
     for mutant in mutants:
@@ -1324,7 +1380,7 @@ def make(mutant, folder):
 
 
 def run_tests(folder, tests):
-    """-> exit status of pytest, but 3 where a file of tests can't be read: that is no test that fails"""
+    """-> the exit status of pytest, or 3 if a file of tests cannot be imported, which is not a failing test"""
     os.chdir(folder)
     sys.path[:] = [path for path in sys.path if not path.startswith(str(ROOT))]
     watch, scratch = Watch(), folder.parent / f"{os.getpid()}.tmp"
@@ -1334,19 +1390,19 @@ def run_tests(folder, tests):
     return 3 if watch.unreadable else int(status)
 
 
-def start(work, said):
-    """work() -> exit status, in a process of its own that has everything imported that this one has, which takes longer
-    than most tests. said: file for what it prints -> number of the process"""
+def start(work, output):
+    """Run work(), which returns an exit status, in a forked process. It inherits all imports, which take longer than
+    most tests. output: file for its output -> process id"""
     child = os.fork()
     if child:
         return child
     status = 3
     try:
         signal.alarm(LIMIT)
-        os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), 1)
+        os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT), 1)
         os.dup2(1, 2)
         sys.stdout = sys.stderr = open(1, "w", closefd=False)
-        gc.freeze()                                                          # pytest looks there for garbage, twice
+        gc.freeze()                                                          # else pytest collects garbage, slowly
         status = work()
         sys.stdout.flush()
     finally:
@@ -1354,21 +1410,21 @@ def start(work, said):
 
 
 def in_parallel(place, works, jobs):
-    """works: {name: work} -> name, exit status, seconds and the end of what it said, of each when it is done"""
+    """works: {name: work} -> name, exit status, seconds and the end of the output of each, as soon as it is done"""
     waiting, running = list(works.items()), {}
     while waiting or running:
         while waiting and len(running) < jobs:
             name, work = waiting.pop(0)
-            said = place / f"{len(waiting)}.txt"
-            running[start(work, said)] = name, said, time.time()
+            output = place / f"{len(waiting)}.txt"
+            running[start(work, output)] = name, output, time.time()
         child, status = os.wait()
-        name, said, since = running.pop(child)
-        yield name, os.waitstatus_to_exitcode(status), time.time() - since, said.read_text(errors="replace")[-3000:]
-        said.unlink()
+        name, output, since = running.pop(child)
+        yield name, os.waitstatus_to_exitcode(status), time.time() - since, output.read_text(errors="replace")[-3000:]
+        output.unlink()
 
 
 def try_all(mutants, root, jobs):
-    """-> how many of the mutants are not killed"""
+    """-> the number of mutants that are not killed"""
     not_made = misfits(mutants, root)
     for name, reason in not_made.items():
         print(f"NOT MADE           {name}: {reason}", flush=True)
@@ -1377,46 +1433,46 @@ def try_all(mutants, root, jobs):
     files = sorted({mutant.test.split("::")[0] for mutant in mutants.values()})
     with tempfile.TemporaryDirectory() as place:
         place = Path(place)
-        whole = place / "whole"
-        copy_project(root, whole)
-        for path in whole.glob("*.py"):                                      # as mutants are written, without comments
+        original = place / "original"
+        copy_project(root, original)
+        for path in original.glob("*.py"):                                   # without comments, like the mutants
             path.write_text(ast.unparse(ast.parse(path.read_text(encoding="utf-8"))), encoding="utf-8")
 
-        def without_a_slip(file):
+        def run_unchanged(file):
             tests = {mutant.test for mutant in mutants.values() if mutant.test.split("::")[0] == file}
-            return lambda: run_tests(whole, sorted(tests - {file}) if file not in tests else [file])
+            return lambda: run_tests(original, sorted(tests - {file}) if file not in tests else [file])
 
-        def with_a_slip(mutant):
+        def run_mutant(mutant):
             def work():
                 folder = place / str(os.getpid())
-                copy_project(whole, folder)
+                copy_project(original, folder)
                 make(mutant, folder)
                 status = run_tests(folder, [mutant.test])
                 shutil.rmtree(folder)
                 return status
             return work
 
-        for file, status, seconds, said in in_parallel(place, {file: without_a_slip(file) for file in files}, jobs):
-            print(f"{'passes' if status == 0 else 'FAILS':9} {seconds:5.1f} s  {file}, without a slip", flush=True)
+        for file, status, seconds, output in in_parallel(place, {file: run_unchanged(file) for file in files}, jobs):
+            print(f"{'passes' if status == 0 else 'FAILS':9} {seconds:5.1f} s  {file}, unchanged", flush=True)
             if status:
-                print(said)
+                print(output)
                 return len(mutants) + left
-        works = {name: with_a_slip(mutant) for name, mutant in mutants.items()}
-        for name, status, seconds, said in in_parallel(place, works, jobs):
-            verdict = {0: "SURVIVED", 1: "killed"}.get(status, "NO TEST")    # one that hangs or can't be read
+        works = {name: run_mutant(mutant) for name, mutant in mutants.items()}
+        for name, status, seconds, output in in_parallel(place, works, jobs):
+            verdict = {0: "SURVIVED", 1: "killed"}.get(status, "NO TEST")    # the test hangs or cannot be imported
             print(f"{verdict:9} {seconds:5.1f} s  {name}", flush=True)
             left += status != 1
             if status not in (0, 1):
-                print(said)
+                print(output)
     return left
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", metavar="NAME", nargs="+", help="some of them, by name")
-    parser.add_argument("--jobs", metavar="N", type=int, default=os.cpu_count(), help="how many at a time")
-    parser.add_argument("--list", action="store_true", help="print the table and leave")
-    parser.add_argument("--fit", action="store_true", help="print the mutants that do not fit the sources, and leave")
+    parser.add_argument("--only", metavar="NAME", nargs="+", help="run these mutants only")
+    parser.add_argument("--jobs", metavar="N", type=int, default=os.cpu_count(), help="number of parallel processes")
+    parser.add_argument("--list", action="store_true", help="print the table and exit")
+    parser.add_argument("--fit", action="store_true", help="print the mutants that do not fit and exit")
     args = parser.parse_args(argv)
     unknown = set(args.only or ()) - {mutant.name for mutant in MUTANTS}
     if unknown:
@@ -1433,8 +1489,8 @@ def main(argv=None):
             print(f"{name}: {reason}")
         print(f"{len(mutants) - len(found)} of {len(mutants)} fit")
         return 1 if found else 0
-    import PIL.Image  # noqa: F401  (what every test imports; here once, for all of them)
-    import torch._dynamo  # noqa: F401  (optimisers do, and it takes longest)
+    import PIL.Image  # noqa: F401  (imported here once, for all forked processes)
+    import torch._dynamo  # noqa: F401  (optimisers import it, which takes longest)
     import torch.distributed.nn  # noqa: F401
     left = try_all(mutants, ROOT, args.jobs)
     print(f"{len(mutants) - left} of {len(mutants)} killed")

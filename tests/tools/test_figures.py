@@ -240,7 +240,7 @@ def test_user_errors_of_walk_are_one_line(tmp_path):
     path = tmp_path / "t.pt"
     assert call("walk", path) == f"error: no such file: {path} (train_transformer.py writes it)"
     untrained(path, 16, (8, 4))
-    assert call("walk", path, "--image", tmp_path / "no.png") == f"error: {tmp_path / 'no.png'}: no such file"
+    assert call("walk", path, "--image", tmp_path / "no.png") == f"error: {tmp_path / 'no.png'}: No such file or directory"
     assert call("walk", path, "--label", "cat") == "error: this model has no classes; leave --label out"
     assert "use .png" in call("walk", path, "--out", tmp_path / "x.txt")
     assert "--seed must be at least 0" in call("walk", path, "--seed", -1)

@@ -1,4 +1,4 @@
-"""tools/mutants.py: its table fits the sources, and it tells what is killed from what survives, in a tiny project."""
+"""tools/mutants.py: its table fits the sources, and in a tiny project it finds which mutants are killed."""
 import ast
 import os
 
@@ -20,7 +20,7 @@ def test_zero():
 
 
 def test_the_table_fits():
-    """Every slip can be made, and its test is there. Who rewords a line need not care, but CI does."""
+    """Every mutant can be made, and its test exists. A changed line is an error in CI only."""
     assert len({mutant.name for mutant in mutants.MUTANTS}) == len(mutants.MUTANTS) >= 120
     found = mutants.misfits(mutants.MUTANTS, ROOT)
     assert not found or os.environ.get("CI", "").lower() not in ("1", "true"), found
@@ -51,14 +51,14 @@ def project(tmp_path):
 
 
 def verdicts(project, capsys, *rows):
-    """-> how many are left, {name: verdict}"""
+    """-> the number of mutants that are not killed, {name: verdict}"""
     left = mutants.try_all([Mutant(*row) for row in rows], project, jobs=2)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.endswith(tuple(row[0] for row in rows))]
     assert (project / "thing.py").read_text() == GOOD
     return left, {line.split(" s  ")[1]: line[:9].strip() for line in lines if " s  " in line}
 
 
-def test_what_is_killed_and_what_survives(project, capsys):
+def test_killed_and_surviving_mutants(project, capsys):
     found = verdicts(project, capsys,
                      ("thrice", "2 * x", "3 * x", "test_thing.py::test_twice"),
                      ("thrice, with a weak test", "2 * x", "3 * x", "test_thing.py::test_zero"),
@@ -66,12 +66,12 @@ def test_what_is_killed_and_what_survives(project, capsys):
     assert found == (1, {"thrice": "killed", "thrice, with a weak test": "SURVIVED", "an unknown name": "killed"})
 
 
-def test_what_can_not_be_read_kills_nothing(project, capsys):
+def test_an_import_error_kills_no_mutant(project, capsys):
     found = verdicts(project, capsys, ("at import", "def twice(x): ...", "raise ValueError", "test_thing.py"))
     assert found == (1, {"at import": "NO TEST"})
 
 
-def test_what_can_not_be_made_is_said_in_one_line(project, capsys):
+def test_mutants_that_cannot_be_made_are_reported(project, capsys):
     test = "test_thing.py::test_twice"
     rows = [Mutant("nowhere", "3 * x", "x", test), Mutant("often", "x", "2 * x", test),
             Mutant("no Python", "2 * x", "2 *", test), Mutant("no test", "2 * x", "x", "test_thing.py::test_thrice")]
@@ -80,7 +80,8 @@ def test_what_can_not_be_made_is_said_in_one_line(project, capsys):
     nowhere, often, no_python, no_test = capsys.readouterr().out.splitlines()
     assert nowhere.endswith("nowhere: '3 * x' fits 0 places")
     assert "'x' fits 3 places: thing.twice, thing.twice, thing.twice" in often
-    assert no_python.endswith("'2 *' is no Python") and no_test.endswith("there is no test test_thing.py::test_thrice")
+    assert no_python.endswith("'2 *' is not valid Python")
+    assert no_test.endswith("there is no test test_thing.py::test_thrice")
 
 
 SOURCE = """
@@ -122,7 +123,7 @@ class Net:
     ("g(1)", "h(1)", "", None, None),
 ])
 def test_where_a_fragment_fits(tmp_path, old, new, where, line, changed):
-    """What is compared is code, not text, in whatever file it is; `...` stands for what is not written."""
+    """Syntax trees are compared, not text, in all files. `...` matches any code."""
     (tmp_path / "other.py").write_text(SOURCE)
     (tmp_path / "thing.py").write_text(GOOD)
     mutant, whole = Mutant("", old, new, "", where), ast.unparse(ast.parse(SOURCE))
@@ -134,17 +135,17 @@ def test_where_a_fragment_fits(tmp_path, old, new, where, line, changed):
         assert (tmp_path / "thing.py").read_text() == GOOD
 
 
-def test_tests_that_fail_without_a_slip_say_nothing(project, capsys):
+def test_tests_must_pass_without_a_mutant(project, capsys):
     (project / "tests/test_thing.py").write_text(TEST.replace("== 6", "== 7"))
     mutant = Mutant("thrice", "2 * x", "3 * x", "test_thing.py::test_twice")
     assert mutants.try_all([mutant], project, jobs=1) == 1
-    said = capsys.readouterr().out
-    assert said.startswith("FAILS") and "thrice" not in said
+    output = capsys.readouterr().out
+    assert output.startswith("FAILS") and "thrice" not in output
 
 
-def test_only_some_by_name(capsys):
+def test_mutants_can_be_selected_by_name(capsys):
     assert mutants.main(["--list", "--only", "no second SiLU"]) == 0
     assert capsys.readouterr().out.splitlines()[0] == "no second SiLU"
     with pytest.raises(SystemExit):
-        mutants.main(["--only", "no such slip"])
-    assert "no mutant is called no such slip" in capsys.readouterr().err
+        mutants.main(["--only", "no such mutant"])
+    assert "no mutant is called no such mutant" in capsys.readouterr().err

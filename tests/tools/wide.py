@@ -62,15 +62,12 @@ def main(argv=None):
     add("out", metavar="OUT", type=Path, help="the image to write")
     add("--label", help="class, by name or number; default: no class")
     add("--seed", type=common.natural, default=0)
-    for name, value in sample.OLD_OPTIONS._asdict().items():
+    for name, value in dq.SampleOptions()._asdict().items():
         add(f"--{name.replace('_', '-')}", type=type(value), help="default: that of the checkpoint")
     args = parser.parse_args(argv)
-    options = sample.default_options(args.checkpoint)
-    given = {name: getattr(args, name) for name in options._fields if getattr(args, name) is not None}
-    options = options._replace(**given)
-    options.check()
+    given = {name: value for name in dq.SampleOptions._fields if (value := getattr(args, name)) is not None}
     sample.check_ending("OUT", args.out)
-    model, vae = dq.load_transformer(args.checkpoint, torch.device("cpu"))
+    model, vae, options = sample.load(args.checkpoint, torch.device("cpu"), **given)
     side, half = model.layout.side, model.layout.side // 2
     dq.require(side % 2 == 0, f"an image of this model has {side} regions per row, an odd number that can't be halved")
     label = -1 if args.label is None else sample.label_number(args.label, model.config.classes)
