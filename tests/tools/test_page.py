@@ -37,7 +37,7 @@ FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--dis
 TOY = ("circle", "square", "triangle", "cross")
 #         size, factors, classes, rotary, qk_norm, router, matrices
 MODELS = {"toy": (24, (8, 4), TOY, True, True, "learned", "int8"),
-          "triple": (16, (8, 4, 2), (), False, False, "entropy", "float16"),
+          "triple": (16, (8, 4, 2), ("a", "b"), False, False, "entropy", "float16"),
           "plain": (16, (8, 4), ("a", "<b>"), True, False, "random", "int8"),
           "fixed": (16, (4,), (), False, True, "learned", "float16")}
 CHECKS = {"checksum of the weights", "position logits", "content logits", "sum of probabilities", "sequences drawn",
@@ -439,7 +439,7 @@ def test_sliders_stretch_the_bar_under_the_pin(made, browser):
 
 def test_the_address_holds_the_view(made, browser):
     path = made("triple")[-1]
-    browser.open(path, "pic=3&cut=0.4&t=2&seed=5&temperature=0.8&top_p=0.9&over=attention", whole=False)
+    browser.open(path, "pic=3&cut=0.4_1.2&t=2&seed=5&temperature=0.8&top_p=0.9&label=1&over=attention", whole=False)
     browser.js("change({given: trace.pairs.slice(0, 3)})")
     browser.settle("BE")
     look = """JSON.stringify([view, trace.pairs, document.getElementById('step').textContent,
