@@ -8,9 +8,7 @@ import io
 import itertools
 import json
 import math
-import multiprocessing
 import os
-import platform
 import random
 import re
 import signal
@@ -19,7 +17,6 @@ import sys
 import threading
 import time
 import traceback
-import warnings
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -27,15 +24,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageOps
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import dq
 
 
-# ------------------------------------------------------------------------------------------------
-# Drawing
-
+# ---- Drawing -----------------------------------------------------------------------------------
 
 def save_picture(path, picture, **options):
     """Save a Pillow image atomically; the extension selects the format. options: as for Pillow's `save`."""
@@ -70,21 +64,17 @@ def draw_grains(x, grains, factors):
 
 def save_grid(path, pictures, columns, captions=None):
     """Save Pillow images of one size as one picture, row by row, each with a caption above it."""
-    w, h = pictures[0].size
-    top, gap = 14 if captions else 0, 2
+    (w, h), top, gap = pictures[0].size, 14 if captions else 0, 2
     rows = math.ceil(len(pictures) / columns)
     sheet = Image.new("RGB", (columns * (w + gap) - gap, rows * (h + gap + top) - gap), "white")
     for i, picture in enumerate(pictures):
         x, y = i % columns * (w + gap), i // columns * (h + gap + top)
         sheet.paste(picture, (x, y + top))
-        if captions:
-            ImageDraw.Draw(sheet).text((x + 2, y + 1), captions[i], fill="black")
+        ImageDraw.Draw(sheet).text((x + 2, y + 1), captions[i] if captions else "", fill="black")
     save_picture(path, sheet)
 
 
-# ------------------------------------------------------------------------------------------------
-# The device, and the entry point of a script
-
+# ---- The device, and the entry point of a script -----------------------------------------------
 
 def pick_device(name, dtype):
     """--device and --dtype -> the torch.device, which becomes the current one, and a function that opens an autocast
@@ -92,6 +82,8 @@ def pick_device(name, dtype):
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"                # Apple's GPUs: with --device mps
+    if name == "cuda":
+        name = f"cuda:{variable('LOCAL_RANK')}"                              # 0 without torchrun
     try:
         device = torch.device(name)
         torch.ones(1, device=device).item()
@@ -99,7 +91,6 @@ def pick_device(name, dtype):
         raise dq.UserError(f"no such device: {name}, on a machine with {torch.cuda.device_count()} CUDA GPUs "
                            f"({first_line(error)})") from None
     if device.type == "cuda":
-        device = torch.device("cuda", device.index or 0)
         torch.cuda.set_device(device)                                        # streams and graphs are created there
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -118,15 +109,17 @@ def machine(device, autocast):
     """What computes, as strings -> {"device", "dtype", "torch"}"""
     with autocast():
         dtype = "bf16" if torch.is_autocast_enabled(device.type) else "fp32"
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
     return dict(device=f"{device.type} ({name})", dtype=dtype, torch=str(torch.__version__))
 
 
-HINTS = {                                # what the type or the text of an error contains -> what to do
-    "out of memory|allocate memory|MemoryError|bad_alloc|ALLOC_FAILED":
+# What to do about an error, by a pattern in its traceback, where only types and messages begin a line
+HINTS = {
+    r"^(?! ).*(out of memory|allocate memory|MemoryError|bad_alloc|ALLOC_FAILED)":
         "not enough memory; reduce --batch-size, or in training increase --accumulate",
-    "gloo|NCCL": "another process of this job died or lost its connection; --resume continues from the last checkpoint",
-    "DataLoader worker .pid": "a process that loads images died; --resume continues, fewer --workers need less memory"}
+    r"^(?! ).*(gloo|NCCL)": "another process of this job died or lost its connection; --resume continues",
+    r"^torch\._(dynamo|inductor)\.|convert_frame\.py|compile_fx\.py":
+        "--compile does not work here; leave it out, or install what it lacks"}
 
 
 def first_line(error):
@@ -135,58 +128,47 @@ def first_line(error):
 
 def explain(error):
     """An exception -> one line if the user can fix it, else None."""
-    hint = next((HINTS[signs] for signs in HINTS if re.search(signs, f"{type(error).__name__}: {error}")), None)
-    where = "".join(traceback.format_exception(error))                       # the compiler's types, or its files
-    if not hint and re.search(r"(?m)^torch\._(dynamo|inductor)\.|convert_frame\.py|compile_fx\.py", where):
-        hint = "--compile does not work here; leave it out, or install what it lacks"
-    elif isinstance(error, (dq.UserError, OSError)):
-        return f"error: {str(error).strip().splitlines()[-1]}"               # a loader process adds lines before ours
+    text = "" if isinstance(error, dq.UserError) else "".join(traceback.format_exception(error))
+    hint = next((HINTS[pattern] for pattern in HINTS if re.search(pattern, text, re.MULTILINE)), None)
+    if not hint and isinstance(error, (dq.UserError, OSError)):
+        return f"error: {first_line(error)}"
     return hint and f"error: {hint} ({first_line(error)})"
 
 
-def quiet(write):
-    """Drop output that can't be written: the reader of a pipe (`| head`) or a terminal may be gone."""
-    def attempt(*args):
-        with contextlib.suppress(OSError):
-            return write(*args)
-    return attempt
+class Suppress(contextlib.suppress, contextlib.ContextDecorator):
+    """contextlib.suppress, also as a decorator."""
 
 
 def run(main):
     """Call a script's main and exit. User errors print one line, without a traceback, and exit with status 1."""
-    status = 0
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name) or open(os.devnull, "w")                 # None if closed, as some services do
         setattr(sys, name, stream)
         with contextlib.suppress(AttributeError):                            # each line at once, also into a file
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
-            if "write" not in vars(stream):
-                stream.write, stream.flush = quiet(stream.write), quiet(stream.flush)
+            if "write" not in vars(stream):                                  # a reader may be gone: `| head -1`
+                stream.write, stream.flush = map(Suppress(OSError), (stream.write, stream.flush))
+    status, line = 0, ""
     try:
         main()
         if dq.rank_world()[1] > 1:                                           # wait for the other ranks
             dist.barrier()
             dist.destroy_process_group()
-    except SystemExit as end:                                                # of argparse, or after a signal
-        status = end.code
-    except KeyboardInterrupt:
-        status = 130
+    except (SystemExit, KeyboardInterrupt) as end:                           # of argparse, or by a signal
+        status = getattr(end, "code", 130)
     except Exception as error:
-        status = explain(error)
-        if status is None:
+        line = printable(explain(error) or "")
+        if not line:
             raise
     LOCKS.clear()                                                            # closes the files
-    line = printable(status) if isinstance(status, str) else ""
     if dq.rank_world()[1] > 1:                                               # a clean exit could deadlock
         print(line, file=sys.stderr, flush=True)
         os._exit(1 if line else status or 0)
-    if status:
+    if line or status:
         sys.exit(line or status)
 
 
-# ------------------------------------------------------------------------------------------------
-# Command-line flags
-
+# ---- Command-line flags ------------------------------------------------------------------------
 
 def number(kind, low, below=math.inf):
     """-> an argparse type: an int or a float (`kind`), at least `low` and below `below`."""
@@ -203,11 +185,10 @@ positive, natural, weight = number(int, 1), number(int, 0), number(float, 0)
 
 
 def path(text):
-    """An argparse type: a Path with `~` expanded. A blank one, as of an unset variable, is an error."""
-    expanded = os.path.expanduser(text)
-    if not text.strip() or expanded.startswith("~"):
-        raise argparse.ArgumentTypeError(f"no home folder for {text!r}" if text.strip() else "the path is empty")
-    return Path(expanded)
+    """An argparse type: a Path with `~` expanded. An empty one, as of a shell variable that is not set, is an error."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the path is empty")
+    return Path(os.path.expanduser(text))
 
 
 def flag(default=MISSING, **how):
@@ -235,49 +216,58 @@ class Schedule:
         done = (step - self.warmup) / max(1, self.steps - self.warmup)
         return self.lr * (1 - done if self.decay == "linear" else 0.5 * (1 + math.cos(math.pi * done)))
 
+    def update(self, model, optimizers, step):
+        """Clip the gradients of the model, step each of the optimizers {name: optimizer}, and reset its gradients."""
+        if self.clip:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), self.clip)
+        for optimizer in optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = self.learning_rate(step)
+            optimizer.step()                                                 # does nothing without gradients
+            optimizer.zero_grad(set_to_none=True)
 
-def trainer_flags(description, presets, argv, preset="toy"):
-    """The flags of both trainers. presets: {name: (config, schedule)} -> parser, and config and schedule of --preset"""
-    chooser = argparse.ArgumentParser(add_help=False)
-    chooser.add_argument("--preset", choices=presets, default=preset,
-                         help="model and schedule, the defaults of the other flags")
-    config, schedule = presets[chooser.parse_known_args(argv)[0].preset]
-    parser = argparse.ArgumentParser(description=description, parents=[chooser],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+def trainer_flags(description, presets, schedule):
+    """The flags of both trainers. presets: {name: ...}; schedule: a subclass of Schedule -> the parser, and a function
+    like its add_argument for the flags that replace a value of the preset. Without the flag, `override` takes it."""
+    parser = argparse.ArgumentParser(description=description)
     add = parser.add_argument
-    add("--out", metavar="DIR", type=path, default=Path("out"), help="output folder")
-    for each in fields(schedule):
-        if each.metadata:
-            add(f"--{each.name.replace('_', '-')}", default=getattr(schedule, each.name), **each.metadata)
-    add("--seed", type=number(int, 0, below=2 ** 63), default=0, help="random seed")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ...")
-    add("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 where the hardware supports it")
+    add("--preset", choices=presets, help="model and schedule; default: the preset that suits the data")
+    add("--out", metavar="DIR", type=path, default=Path("out"), help="output folder; default: %(default)s")
+    add("--seed", type=number(int, 0, below=2 ** 63), default=0, help="random seed; default: %(default)s")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ...; default: %(default)s")
+    add("--dtype", choices=["auto", "bf16", "fp32"], default="auto",
+        help="auto, which is the default: bf16 where the hardware supports it")
     add("--compile", action="store_true", help="use torch.compile")
     add("--resume", action="store_true", help="continue from the checkpoint in --out, if there is one")
-    add("--save-every", type=positive, default=schedule.eval_every,
-        help="steps between checkpoints; one is also saved before each evaluation")
-    return parser, config, schedule
+    replacing = parser.add_argument_group("model and schedule", "Defaults: the preset's; see PRESETS in the script")
+    for each in fields(schedule):
+        if each.metadata:
+            replacing.add_argument(f"--{each.name.replace('_', '-')}", **each.metadata)
+    replacing.add_argument("--save-every", type=positive, help="steps between checkpoints; one is also saved before "
+                           "each evaluation; default: --eval-every of the preset")
+    return parser, replacing.add_argument
 
 
 def override(preset, args, **more):
-    """A preset's config or schedule, with the values of the flags named like its fields, and of `more`."""
-    flags = {field.name: getattr(args, field.name) for field in fields(preset) if hasattr(args, field.name)}
-    return replace(preset, **flags | more)
+    """A preset's config or schedule, with the flags that are named like its fields and with the values `more`. Flags
+    that are not given are None; they take the preset's value, in `args` as well."""
+    names = [each.name for each in fields(preset) if hasattr(args, each.name)]
+    for name in names:
+        if getattr(args, name) is None:
+            setattr(args, name, getattr(preset, name))
+    return replace(preset, **{name: getattr(args, name) for name in names} | more)
 
 
-# ------------------------------------------------------------------------------------------------
-# A training run. Only rank 0 prints and writes files
-
+# ---- A training run. Only rank 0 prints and writes files ---------------------------------------
 
 def prepare(args, trains=True):
     """Join the other processes of a torchrun job, make and lock the output folder. -> device, autocast"""
-    world, local = variable("WORLD_SIZE", positive, "1"), variable("LOCAL_RANK")
+    world = max(1, variable("WORLD_SIZE"))
     parts = args.accumulate * world
     dq.require(args.batch_size % parts == 0 or not trains, f"--batch-size {args.batch_size} is not a multiple of "
                f"{parts}, which is --accumulate times the number of processes")
     args.part = max(1, args.batch_size // parts)                             # images that a process holds at a time
-    if world > 1 and args.device in ("auto", "cuda") and torch.cuda.is_available():
-        args.device = f"cuda:{local}"
     device, autocast = pick_device(args.device, args.dtype)
     if world > 1:
         join(world, device)
@@ -288,23 +278,19 @@ def prepare(args, trains=True):
     return device, autocast
 
 
-LOCKS = {}                               # {folder: open file}
+LOCKS = []                               # open files; closing a file releases its lock
 
 
 def lock(folder, file_name=".lock"):
-    """UserError if another process writes into this folder. `run` releases the lock, or the system when this process
-    dies: a record lock belongs to one process, so loaders that outlive it do not hold it."""
-    if (name := os.path.realpath(folder)) in LOCKS:
-        return
-    file = open(os.path.join(folder, file_name), "a")
+    """UserError if another process writes into this folder. `run` releases the lock, or the death of this process."""
+    LOCKS.append(open(os.path.join(folder, file_name), "a"))
     try:
         import fcntl                                                         # not on Windows
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         raise dq.UserError(f"another run is writing into {folder}; wait until it ends, or use another --out") from None
     except (ImportError, OSError) as error:
         say(f"note: can't tell whether another run writes into {folder} ({error})")
-    LOCKS[name] = file
 
 
 def seed_all(*numbers):
@@ -316,8 +302,9 @@ def seed_all(*numbers):
 
 
 def say(line):
+    """Print a line on rank 0, above the progress bar."""
     if dq.rank_world()[0] == 0:
-        tqdm.write(printable(line))                                          # above the progress bar
+        tqdm.write(printable(line))
 
 
 def printable(text):
@@ -337,58 +324,49 @@ def shuffled_indices(n, batch_size, seed, start=0):
 
 # Ctrl-C and the signals of batch systems; not every system has all of them
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
-PATIENCE = 5                             # seconds
 
 
-class Stop:
-    """with Stop(device): the first termination signal is deferred to the end of the step; a second one acts at once.
-    patience: seconds after which a thread ends the process if the step does not end. A loader, a file server or another
-    process may block it for ever, and then Python's signal handlers may not run."""
+class Stop(contextlib.ExitStack):
+    """with Stop() as stop: the first termination signal is deferred to the end of the step, a second one exits at once.
 
-    def __init__(self, device, patience=math.inf):
-        self.patience, self.number, self.seconds, self.alive = patience, 0, 0.0, time.monotonic()
-        self.over, self.handlers = threading.Event(), contextlib.ExitStack()
+    A loader, a file server or another rank may block a step for ever, and then Python may not run its signal handlers.
+    So a thread ends the process if the step takes `patience` more seconds. Batch systems wait for 30.
+    """
+
+    def __init__(self, patience=20):
+        super().__init__()
+        self.number, self.noted, self.patience, self.over = 0, math.inf, patience, threading.Event()
         # over the CPU, because to ask a GPU would wait for it
         self.group = dist.new_group(backend="gloo") if dq.rank_world()[1] > 1 else None
-        ear, mouth = socket.socketpair()                                     # the system writes signals into the mouth
-        self.handlers.enter_context(mouth).setblocking(False)
-        self.handlers.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(mouth.fileno(), warn_on_full_buffer=False))
-        threading.Thread(target=self.watch, args=[ear], daemon=True).start()
+        self.receiver, sender = socket.socketpair()                          # Python sends the numbers of signals
+        self.enter_context(sender).setblocking(False)
+        self.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False))
+        self.callback(self.over.set)
+        threading.Thread(target=self.watch, daemon=True).start()
         for number in SIGNALS:
             if number.name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN:  # ignored under nohup
-                self.handlers.callback(signal.signal, number, signal.signal(number, self.note))
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self.over.set()
-        self.handlers.close()
+                self.callback(signal.signal, number, signal.signal(number, self.note))
 
     def note(self, number, frame):
-        self.number = number
-        self.handlers.close()                                                # restores the previous handlers
+        if time.monotonic() > self.noted + 1:                                # `timeout` sends its signal twice
+            sys.exit(128 + number)
+        self.number, self.noted = number, min(self.noted, time.monotonic())
 
-    def watch(self, ear):
-        with ear:
-            number = next((byte[0] for byte in iter(lambda: ear.recv(1), b"") if byte[0] in SIGNALS), 0)
-        came = time.monotonic()
-        while number and not self.over.wait(0.1):
-            if time.monotonic() > max(came, self.alive) + self.patience + min(20, 2 * self.seconds):
-                say(f"stopped by {signal.Signals(number).name} in a step that does not end: a loader, a file server or "
-                    "another process does not answer; --resume continues from the last checkpoint")
-                for child in multiprocessing.active_children():
-                    child.kill()
-                os._exit(128 + number)
+    def watch(self):
+        number = next((byte[0] for byte in iter(lambda: self.receiver.recv(1), b"") if byte[0] in SIGNALS), 0)
+        if number and not self.over.wait(self.patience):
+            say(f"stopped by {signal.Signals(number).name} in a step that does not end: a loader, a file server or "
+                "another process does not answer; --resume continues from the last checkpoint")
+            os._exit(128 + number)
 
     def asked(self):
         """After each step -> the number of the signal that came, or 0; the same on all ranks, which stop together."""
-        self.seconds, self.alive = max(0.0, time.monotonic() - self.alive), time.monotonic()
+        noted = torch.tensor(self.number)
         if self.group:
-            noted = torch.tensor(self.number)
             dist.all_reduce(noted, dist.ReduceOp.MAX, group=self.group)
-            return noted.item()
-        return self.number
+        if noted:
+            self.over.set()                                                  # saving may take longer than a step
+        return noted.item()
 
     def leave(self, number, when, then="; the same command with --resume continues"):
         say(f"stopped by {signal.Signals(number).name} {when}{then}")
@@ -397,7 +375,7 @@ class Stop:
 
 @dataclass
 class Record:
-    """Logging and checkpointing of a run. A resumed run continues as if it had never stopped."""
+    """Logging, checkpointing and evaluation of a run. A resumed run continues as if it had never stopped."""
     args: argparse.Namespace
     path: Path                           # vae.pt or transformer.pt
     config: object                       # of the model
@@ -408,55 +386,74 @@ class Record:
     may_change: tuple = ("steps", "eval_every", "device", "dtype", "torch", "accumulate")  # settings, when resuming
     step: int = 0                        # of the latest checkpoint; 0: there is none
     best: float = math.inf               # lowest validation loss
-    news: dict = field(default_factory=dict)                                 # settings that are new in the log
+    log_bytes: int = 0                   # length of the log when the checkpoint was written
+    news: dict = field(default_factory=dict)                                 # settings to write into the log
     losses: dict = field(default_factory=dict)                               # {step: {name: scalar}}, on the device
 
     def begin(self, *also):
         """Load the checkpoint to resume, after checking that it belongs to this run. A new run moves the files of a
         previous one aside, and with them those named in `also`."""
-        now = asdict(self.config) | self.settings
-        self.news = {name: now[name] for name in ("device", "dtype", "torch") if name in now}  # for the log
+        self.news = now = asdict(self.config) | self.settings
         resumes = self.args.resume or variable("TORCHELASTIC_RESTART_COUNT") > 0  # torchrun has restarted this job
         if resumes and not self.path.exists():
             say(f"note: there is no {self.path} to resume yet; starting from scratch")
         if not resumes or not self.path.exists():
             return set_aside(self.path, *also)
-        held = dq.load_checkpoint(self.path, f"dq-{self.path.stem}")
+        saved = dq.load_checkpoint(self.path, f"dq-{self.path.stem}")
         # older checkpoints lack some fields of the configuration, which had their defaults then, and some settings
-        then = asdict(type(self.config)()) | held.get("config", {}) | held.get("settings", {})
+        then = asdict(type(self.config)()) | saved.get("config", {}) | saved.get("settings", {})
         self.news = {name: now[name] for name in now if name in then and then[name] != now[name]}
         for name, value in self.news.items():
             title = f"--{name.replace('_', '-')}" if hasattr(self.args, name) else name
             dq.require(name in self.may_change, f"{self.path} was trained with {title} {then[name]}, not {value}; "
                        "use the same to resume, or leave --resume out to start from scratch")
-            if held["step"] < now["steps"]:
-                say(f"note: {title} was {then[name]} and is {value} from step {held['step']} on")
+            say(f"note: {title} was {then[name]} and is {value} from step {saved['step']} on")
         try:
             for name, part in dict(weights=self.model, **self.parts).items():
-                part.load_state_dict(held[name])
-            self.step, self.best = held["step"], held["best"]
+                part.load_state_dict(saved[name])
+            self.step, self.best, self.log_bytes = saved["step"], saved["best"], saved.get("log_bytes", math.inf)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise dq.UserError(f"{self.path} was written by another command or version, or is damaged; "
                                f"leave --resume out to start from scratch ({first_line(error)})") from None
 
-    def start(self, title):
-        """-> the steps to come, under a progress bar."""
-        rank, steps, self.log = dq.rank_world()[0], self.settings["steps"], self.path.with_suffix(".jsonl")
-        self.bar = tqdm(range(self.step, steps), title, initial=self.step, total=steps,
-                        disable=True if rank or self.step >= steps else None)
-        self.began = None
-        if rank == 0:                                                        # drop what is about to be repeated
-            lines = [line for line in read_log(self.log) if line["step"] <= self.step and not (
-                line["step"] == self.step and self.evaluates(self.step) and "codes_per_image" in line)]
-            lines += [dict(step=self.step) | self.news] if self.news else []
-            text = "".join(json.dumps(line) + "\n" for line in lines)
-            dq.write_file(self.log, lambda file: file.write(text.encode()))
-        return self.bar
-
-    def evaluates(self, step):
-        """Is it due to evaluate the model of this step? At the beginning of the next one, after the checkpoint is
-        saved, because an evaluation can fail; a run that is resumed there evaluates again."""
-        return step > 0 and (step % self.settings["eval_every"] == 0 or step >= self.settings["steps"])
+    def steps(self, title, stop, validate):
+        """Yield the number of each step to come, under a progress bar. Between two steps, this logs, saves and
+        evaluates, and exits if there was a signal. validate: step -> metrics, validation loss"""
+        first, every = self.step, self.settings["eval_every"]
+        steps = max(first, self.settings["steps"])
+        due, began, self.log = {steps, *range(every, steps, every)}, None, self.path.with_suffix(".jsonl")
+        bar = tqdm(range(first, steps + 1), title, initial=first, total=steps,
+                   disable=True if dq.rank_world()[0] or first >= steps else None)
+        if dq.rank_world()[0] == 0:
+            with open(self.log, "ab") as file:                               # drop what is about to be repeated
+                file.truncate(min(file.tell(), self.log_bytes))
+        if self.news:
+            self.write_log(first, self.news)
+        for step in bar:
+            if step in due:          # after saving, because it can fail; a run that resumes here evaluates again
+                self.metrics, loss = validate(step)
+                if loss < self.best:
+                    self.best = loss
+                    self.write(self.path.with_suffix(".best.pt"), step)
+                self.write_log(step, self.metrics, stays=True)
+            if step == steps:
+                return
+            yield step
+            done, number = step + 1, stop.asked()
+            saves = number or done in due or done % self.args.save_every == 0
+            if done % 10 == 0 or saves:                                      # never save after a loss of NaN
+                newest = self.newest_losses()
+                bar.set_postfix(newest, refresh=False)
+                if done % 10 == 0:
+                    self.write_log(done, newest)
+            began = began or time.monotonic()                                # leave out the first step, which warms up
+            if done == first + 20 and done < steps:
+                minutes = (time.monotonic() - began) / 19 * (steps - done) / 60
+                say(f"step {done}: about {max(1, round(minutes))} min for the other {steps - done} steps")
+            if saves:
+                self.save(done)
+            if number and done < steps:
+                stop.leave(number, f"after step {done}, saved in {self.path}")
 
     def add(self, done, terms, scale=1.0):
         """Add `scale` times the losses {name: scalar} of a part of a batch to those of step `done`. They stay on the
@@ -470,77 +467,47 @@ class Record:
         for done, sums in self.losses.items():
             means = dq.all_reduce_sum(torch.stack(list(sums.values()))) / dq.rank_world()[1]
             newest = dict(zip(sums, means.tolist()))
-            bad = ", ".join(name for name, value in newest.items() if not math.isfinite(value))
-            dq.require(not bad, f"step {done}: not finite in the loss: {bad}; {self.last_good()}; "
-                                f"a new run may need a lower --lr")
+            self.require_finite(done, "loss", newest)
         self.losses.clear()
         return newest
 
-    def after(self, done, stop):
-        """Log the losses of every tenth step. -> is a checkpoint due, and the signal to stop by, or 0"""
-        asked = stop.asked()
-        saves = asked or self.evaluates(done) or done % self.args.save_every == 0
-        if done % 10 == 0 or saves:                                          # no checkpoint of a broken state
-            newest = self.newest_losses()
-            if done % 10 == 0:
-                self.write_log(done, newest)
-        self.began = self.began or (done, time.monotonic())                  # not timed: the first step, which warms up
-        left = self.settings["steps"] - done
-        if done == self.began[0] + 19 and left > 0:
-            minutes = (time.monotonic() - self.began[1]) / 19 * left / 60
-            say(f"step {done}: about {max(1, round(minutes))} min for the other {left} steps")
-        if saves:
-            stop.alive += 15                                                 # to write it takes longer than a step
-        return saves, asked if left > 0 else 0
+    def require_finite(self, done, what, values):
+        bad = ", ".join(name for name, value in values.items() if not math.isfinite(value))
+        there = f"the last good checkpoint is that of step {self.step}, {self.path}"
+        dq.require(not bad, f"step {done}: not finite in the {what}: {bad}; "
+                            f"{there if self.step else 'there is no checkpoint yet'}; a new run may need a lower --lr")
 
     def write_log(self, done, values, stays=False):
         """Append one JSON object. stays: print it as a line as well"""
         if dq.rank_world()[0] > 0:
             return
-        line = dict(step=done) | {name: round(x, 5) if isinstance(x, float) else x for name, x in values.items()}
+        rounded = {name: float(f"{x:.6g}") if isinstance(x, float) else x for name, x in values.items()}
         try:
             with open(self.log, "a") as file:
-                file.write(json.dumps(line) + "\n")
+                file.write(json.dumps(dict(step=done) | rounded) + "\n")
         except OSError as error:
             raise dq.UserError(f"could not write {self.log} ({error.strerror})") from None
-        shown = {name: f"{value:.3f}" if isinstance(value, float) else value for name, value in values.items()}
-        self.bar.set_postfix(shown, refresh=False)
         if stays:
-            say(f"step {done}: " + ", ".join(f"{name} {value}" for name, value in shown.items()))
-
-    def evaluated(self, done, metrics, loss):
-        """Log the metrics, and keep the weights with the lowest validation loss in a separate checkpoint."""
-        if loss < self.best:
-            self.best = loss
-            self.write(self.path.with_suffix(".best.pt"), done)
-        self.write_log(done, metrics, stays=True)
+            shown = {name: f"{x:.4g}" if isinstance(x, float) else x for name, x in values.items()}
+            say(f"step {done}: " + ", ".join(f"{name} {x}" for name, x in shown.items()))
 
     def save(self, done):
-        finite = all(x.isfinite().all() for x in self.model.state_dict().values())
-        dq.require(finite, f"step {done}: a weight is not finite; {self.last_good()}")
-        states = {name: part.state_dict() for name, part in self.parts.items()}
-        self.write(self.path, done, settings=self.settings, **states)
+        weights = {name: x.abs().max().item() for name, x in self.model.state_dict().items()}
+        self.require_finite(done, "weights", weights)
+        self.write(self.path, done, settings=self.settings,
+                   **{name: part.state_dict() for name, part in self.parts.items()})
         self.step = done
 
     def write(self, path, done, **more):
         if dq.rank_world()[0] == 0:
-            dq.save_checkpoint(path, f"dq-{self.path.stem}", self.config, self.model,
-                               step=done, best=self.best, **self.extra, **more)
-
-    def last_good(self):
-        there = f"the last good checkpoint is that of step {self.step}, {self.path}"
-        return there if self.step else "there is no checkpoint yet"
+            dq.save_checkpoint(path, f"dq-{self.path.stem}", self.config, self.model, step=done, best=self.best,
+                               log_bytes=self.log.stat().st_size, **self.extra, **more)
 
 
 def read_log(path):
     """The lines of a log as dicts, without those that a crash or an editor damaged."""
-    lines = []
-    for line in path.read_bytes().splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError):                                # cut short, or not UTF-8
-            line = json.loads(line)
-            if isinstance(line, dict) and isinstance(line.get("step"), int):
-                lines.append(line)
-    return lines
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if re.fullmatch(r'\{"step": \d.*\}', line)]
 
 
 def set_aside(path, *also, hint=" (--resume would have continued it)"):
@@ -548,32 +515,30 @@ def set_aside(path, *also, hint=" (--resume would have continued it)"):
     left = [file for pattern in (f"{path.stem}.*", *also) for file in path.parent.glob(pattern)]
     if dq.rank_world()[0] > 0 or not {path.name, *also} & {file.name for file in left}:
         return
-    folders = (path.with_name(f"former-{n}") for n in itertools.count(1))
-    former = next(folder for folder in folders if not any((folder / file.name).exists() for file in left))
-    former.mkdir(exist_ok=True)
+    numbered = (path.with_name(f"former-{n}") for n in itertools.count(1))
+    former = next(folder for folder in numbered if not folder.exists())
+    former.mkdir()
     for file in left:
         os.replace(file, former / file.name)
     say(f"moved {path} and the other files of a previous run to {former}{hint}")
 
 
-# ------------------------------------------------------------------------------------------------
-# Several processes
+# ---- Several processes -------------------------------------------------------------------------
 
-
-def variable(name, kind=natural, default="0"):
-    """A number that torchrun has put into the environment. UserError if it is none, or out of range."""
-    text = os.environ.get(name) or default
-    try:
-        return kind(text)
-    except (ValueError, argparse.ArgumentTypeError) as error:
-        raise dq.UserError(f"the environment variable {name} is {text!r} ({error}); torchrun sets it; for a single "
-                           "process unset WORLD_SIZE and all that torchrun sets") from None
+def variable(name):
+    """A number that torchrun has put into the environment; 0 without it."""
+    text = os.environ.get(name) or "0"
+    dq.require(text.isdecimal(), f"the environment variable {name} is {text!r}, which is no number or below 0; "
+                                 "torchrun sets it; for a single process unset WORLD_SIZE")
+    return int(text)
 
 
 def join(world, device):
     """Join the other processes of a torchrun job. UserError if its variables make no sense, or a process is missing."""
-    variable("RANK", number(int, 0, below=world), "")
-    variable("MASTER_PORT", number(int, 1, below=65536), "")
+    rank, port = variable("RANK"), variable("MASTER_PORT")
+    dq.require(rank < world and 0 < port < 65536,
+               f"RANK is {rank}, WORLD_SIZE {world} and MASTER_PORT {port}; torchrun sets these environment variables; "
+               "for a single process unset WORLD_SIZE")
     backend, how = ("nccl", dict(device_id=device)) if device.type == "cuda" else ("gloo", {})
     try:
         dist.init_process_group(backend, **how)                              # barriers then know their device
@@ -583,8 +548,4 @@ def join(world, device):
 
 def distribute(model):
     """Wrap the forward pass in DistributedDataParallel: backward then averages the gradients over the ranks."""
-    if dq.rank_world()[1] == 1:
-        return model
-    warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)  # not all versions know its new name
-    # the buffers (codebook, batch norm) are equal on all ranks without help
-    return DistributedDataParallel(model, broadcast_buffers=False)
+    return torch.nn.parallel.DistributedDataParallel(model) if dq.rank_world()[1] > 1 else model

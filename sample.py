@@ -179,7 +179,7 @@ def main(argv=None):
         n_done = n_complete
         return stop.number
 
-    with Stop(device) as stop, tqdm(total=args.n, desc="sampling", unit="image", disable=None) as bar:
+    with Stop(patience=None) as stop, tqdm(total=args.n, desc="sampling", unit="image", disable=None) as bar:
         pos, code = dq.generate(model, label, options, args.seed, given and [x.expand(args.n, -1) for x in given],
                                 slots=args.batch_size, compile=args.compile, progress=save_complete)
     if n := min(n_done, 32):

@@ -4,120 +4,99 @@ Reads codes.pt, in which train_vae.py has stored the codes of every image and th
 an image. Writes into --out: transformer.pt (a checkpoint with all that sample.py needs), transformer.best.pt (that of
 the lowest validation loss), transformer.jsonl (log) and transformer.png (samples, each beside its codes).
 """
-import argparse
 import contextlib
 import math
 import shlex
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 import dq
-from common import (PATIENCE, Record, Schedule, Stop, distribute, draw_grains, machine, number, on_gpu, override,
-                    path, positive, prepare, read_log, run, save_grid, say, seed_all, shuffled_indices, to_picture,
-                    trainer_flags)
+from common import (Record, Schedule, Stop, distribute, draw_grains, flag, machine, number, on_gpu, override,
+                    path, positive, prepare, run, save_grid, say, seed_all, shuffled_indices, to_picture, trainer_flags)
 
 
 @dataclass
 class TransformerSchedule(Schedule):
     """Hyperparameters of training, and the sampling options that checkpoints carry: by default those for photos."""
     decay: str = "linear"                # 3 nats better than a cosine, on the toy data
-    optimizer: str = "muon"              # "muon": for the matrices of the blocks, AdamW for the rest; "adamw": for all
+    optimizer: str = flag("muon", choices=["muon", "adamw"],
+                          help="muon: Muon for the matrices of the blocks, AdamW for the rest; adamw: AdamW for all")
     sampling: dq.SampleOptions = dq.SampleOptions(temperature=1.0, cfg=1.5)
 
 
-FEW = 500                                # images; fewer are memorised
 SHAPES = dq.SampleOptions(temperature=0.7, cfg=2.0)                          # for few, clearly drawn kinds of image
 # The paper's model. Size, factors and codebook size come from the DQ-VAE, the classes from the data.
 LARGE = dq.TransformerConfig(width=1024, heads=8, position_layers=6, content_layers=18, dropout=0.1, rotary=False)
 PAPER = TransformerSchedule(steps=507_000, batch_size=240, accumulate=4, lr=5e-4, betas=(0.9, 0.95),
                             weight_decay=0.01, warmup=1000, eval_every=5000, decay="cosine", optimizer="adamw",
                             sampling=dq.SampleOptions(top_k=300))            # 100 epochs of 1,217,000 images
-
-FOLDER = dq.TransformerConfig(dropout=0.1, qk_norm=True)
-FOLDER_GPU = TransformerSchedule(steps=10_000, batch_size=64, lr=3e-3, weight_decay=0.1, eval_every=500)
+OURS = dq.TransformerConfig(qk_norm=True)
+MEDIUM = replace(OURS, width=256, heads=8, content_layers=6)
+SHORT = TransformerSchedule(steps=800, batch_size=32, lr=4e-3, weight_decay=0.1, eval_every=200)
+LONG = TransformerSchedule(steps=10_000, batch_size=64, lr=3e-3, weight_decay=0.1, eval_every=500)
+TOY = replace(SHORT, lr=5e-3, weight_decay=0.05, accumulate=2, sampling=SHAPES)
 
 PRESETS = {                                                                  # train_vae.py says what each is for
-    "toy": (
-        dq.TransformerConfig(qk_norm=True),
-        TransformerSchedule(steps=800, batch_size=32, lr=5e-3, weight_decay=0.05, accumulate=2, eval_every=200,
-                            sampling=SHAPES)),
-    "toy64": (
-        dq.TransformerConfig(width=256, heads=8, content_layers=6, qk_norm=True),
-        TransformerSchedule(steps=6000, batch_size=64, lr=3e-3, weight_decay=0.05, sampling=SHAPES)),
-    **dict.fromkeys(["folder32", "folder64"], (
-        FOLDER, TransformerSchedule(steps=800, batch_size=32, lr=4e-3, weight_decay=0.1, eval_every=200))),
-    **dict.fromkeys(["folder64-large", "folder128"], (
-        replace(FOLDER, width=256, heads=8, content_layers=6, dropout=0.2), FOLDER_GPU)),
-    "folder256": (replace(FOLDER, width=512, heads=8, position_layers=3, content_layers=9), FOLDER_GPU),
-    "emoji64": (
-        dq.TransformerConfig(width=160, heads=5, content_layers=6, dropout=0.3, qk_norm=True),
-        TransformerSchedule(steps=5000, batch_size=64, lr=3e-3, weight_decay=0.1, sampling=SHAPES)),
-    "earth64": (
-        dq.TransformerConfig(width=192, heads=6, content_layers=6, dropout=0.1, qk_norm=True),
-        TransformerSchedule(steps=4500, batch_size=96, lr=3e-3, weight_decay=0.1, eval_every=750)),
-    "emoji128": (
-        dq.TransformerConfig(width=384, heads=6, position_layers=3, content_layers=9, dropout=0.1, qk_norm=True),
-        TransformerSchedule(steps=20_000, batch_size=64, lr=2e-3, betas=(0.9, 0.95), weight_decay=0.05,
-                            eval_every=1000)),
+    "toy": (OURS, TOY),
+    "toy64": (MEDIUM, replace(LONG, steps=6000, weight_decay=0.05, eval_every=250, sampling=SHAPES)),
+    **dict.fromkeys(["folder32", "folder64"], (replace(OURS, dropout=0.1), SHORT)),
+    **dict.fromkeys(["folder64-large", "folder128"], (replace(MEDIUM, dropout=0.2), LONG)),
+    "folder256": (replace(OURS, width=512, heads=8, position_layers=3, content_layers=9, dropout=0.1), LONG),
+    "emoji64": (replace(OURS, width=160, heads=5, content_layers=6, dropout=0.3),
+                replace(LONG, steps=5000, eval_every=250, sampling=SHAPES)),
+    "earth64": (replace(OURS, content_layers=6, dropout=0.1), replace(LONG, steps=4500, batch_size=96, eval_every=750)),
+    "emoji128": (replace(OURS, width=384, position_layers=3, content_layers=9, dropout=0.1),
+                 replace(LONG, steps=20_000, lr=2e-3, betas=(0.9, 0.95), weight_decay=0.05, eval_every=1000)),
     "ffhq256": (LARGE, replace(PAPER, steps=27_700, eval_every=1000)),       # 100 epochs of 66,500 images
     "imagenet256": (LARGE, PAPER),
     "imagenet256-triple": (LARGE, PAPER),
+    # for codes of the preset toy: without what is ours, RoPE, QK-norm, Muon and the linear decay
+    "toy-paper": (dq.TransformerConfig(rotary=False), replace(TOY, lr=1.5e-3, decay="cosine", optimizer="adamw")),
 }
-# for codes of the preset toy: without what is ours, RoPE, QK-norm, Muon and the linear decay
-PRESETS["toy-paper"] = (dq.TransformerConfig(rotary=False), replace(PRESETS["toy"][1], lr=1.5e-3, decay="cosine",
-                                                                    optimizer="adamw"))
 
 
-# ------------------------------------------------------------------------------------------------
-# Flags and data
+# ---- Flags and data ----------------------------------------------------------------------------
 
 
-def fit(gpu, codes, images):
-    """-> a preset's name, config and schedule for this many images with this many codes each, on a GPU or a CPU."""
+def fit(stored, gpu):
+    """Choose a preset for codes.pt and a GPU or a CPU -> its name, config and schedule. The codes of a recipe, such as
+    earth64, get the preset of that name. Other codes get one by their number per image and the number of images."""
+    name, vae, images = stored["preset"], stored["config"], len(stored["train"]["label"])
+    if name in PRESETS and not name.startswith("folder"):
+        return name, *PRESETS[name]
+    codes = sum(ratio * (vae["size"] // factor) ** 2 for ratio, factor in zip(vae["ratios"], vae["factors"]))
     name = ("folder256" if codes * images >= 5e6 else "folder64-large") if gpu else "folder64"
     config, schedule = PRESETS[name]
-    if codes > 100 and not gpu:                                              # about as many codes per step
+    if codes > 100 and not gpu:                                              # per image; as many per step as of fewer
         schedule = replace(schedule, batch_size=8)
-    return name, replace(config, dropout=0.3) if images < FEW else config, schedule
+    return name, replace(config, dropout=0.3) if images < 500 else config, schedule
 
 
 def parse(argv=None):
-    """-> the flags, and the preset's config and schedule. Without --preset, they are those that suit codes.pt."""
-    first = argparse.ArgumentParser(add_help=False)                          # finds the preset, which has the defaults
-    first.add_argument("--codes", type=path)
-    first.add_argument("--out", type=path, default=Path("out"))
-    first.add_argument("--device", default="auto")
-    first.add_argument("--preset")
-    known = first.parse_known_args(argv)[0]
-    codes, preset, presets = known.codes or known.out / "codes.pt", "toy", PRESETS
-    with contextlib.suppress(Exception):                                     # `read_codes` reports what is wrong
-        stored = torch.load(codes, mmap=True, weights_only=True)
-        preset, grains, factors = stored["preset"], stored["train"]["grains"], stored["config"]["factors"]
-        if not known.preset and (preset not in PRESETS or preset.startswith("folder")):
-            cells = torch.tensor([(factors[0] // f) ** 2 for f in factors])  # K: codes of a region
-            count = cells[grains[:1000].long()].sum(dim=(2, 3)).float().mean().item()
-            preset, *fitted = fit(on_gpu(known.device), count, len(grains))
-            presets = PRESETS | {preset: fitted}
-    parser, config, schedule = trainer_flags("Train a DQ-Transformer on the codes of a DQ-VAE.", presets, argv,
-                                             preset if preset in presets else "toy")
+    """-> flags, config, schedule. Without --preset, `fit` chooses one for codes.pt."""
+    parser, replacing = trainer_flags("Train a DQ-Transformer on the codes of a DQ-VAE.", PRESETS, TransformerSchedule)
     add, fraction = parser.add_argument, number(float, 0, below=1)
-    add("--codes", metavar="FILE", type=path, default=codes, help="codes.pt of train_vae.py; also selects the preset")
-    add("--position-layers", type=positive, default=config.position_layers, help="layers of the position stack")
-    add("--content-layers", type=positive, default=config.content_layers, help="layers of the content stack")
-    add("--width", type=positive, default=config.width, help="embedding width")
-    add("--heads", type=positive, default=config.heads, help="number of attention heads")
-    add("--dropout", type=fraction, default=config.dropout, help="dropout probability")
-    add("--label-dropout", type=fraction, default=config.label_dropout,
-        help="probability of hiding a label, which classifier-free guidance needs; 0: sampling without guidance")
-    add("--optimizer", choices=["muon", "adamw"], default=schedule.optimizer,
-        help="muon: Muon for the matrices of the blocks, AdamW for the rest; adamw: AdamW for all")
+    add("--codes", metavar="FILE", type=path, help="codes.pt of train_vae.py; default: the one in --out")
     add("--uncond", action="store_true", help="train an unconditional model, without the labels")
+    replacing("--position-layers", type=positive, help="layers of the position stack")
+    replacing("--content-layers", type=positive, help="layers of the content stack")
+    replacing("--width", type=positive, help="embedding width")
+    replacing("--heads", type=positive, help="number of attention heads")
+    replacing("--dropout", type=fraction, help="dropout probability")
+    replacing("--label-dropout", type=fraction,
+              help="probability of hiding a label, which classifier-free guidance needs; 0: sampling without guidance")
     args = parser.parse_args(argv)
-    return args, config, override(schedule, args)
+    args.codes, name = args.codes or args.out / "codes.pt", args.preset or "toy"
+    chosen = name, *PRESETS[name]
+    if not args.preset:
+        with contextlib.suppress(Exception):                                 # `read_codes` reports what is wrong
+            chosen = fit(torch.load(args.codes, mmap=True, weights_only=True), on_gpu(args.device))
+    args.preset, config, schedule = chosen
+    args.save_every = args.save_every or schedule.eval_every
+    return args, override(config, args), override(schedule, args)
 
 
 def read_codes(path):
@@ -170,8 +149,7 @@ def sequences(images, index, layout, device):
     return pos[:, :columns], code[:, :columns], label
 
 
-# ------------------------------------------------------------------------------------------------
-# Evaluation
+# ---- Evaluation --------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -208,8 +186,7 @@ def save_samples(path, model, vae, options, seed, autocast, n=16, batch_size=64)
     save_grid(path, sum(pairs, ()), columns=8)
 
 
-# ------------------------------------------------------------------------------------------------
-# Training
+# ---- Training ----------------------------------------------------------------------------------
 
 
 class Muon(torch.optim.Muon):
@@ -257,14 +234,10 @@ def main(argv=None):
     factors, classes = vae.config.factors, stored["classes"]
     train, held_out = (views(stored[part], factors, args.uncond) for part in ("train", "held_out"))
     n, per_image = stored["train"]["codes"].shape[:2]
-    several = f", with {per_image} views of each" * (per_image > 1)
-    say(f"codes: {args.codes}, {stored['name']}, {n} to train on{several}, {len(held_out.label)} for "
-        f"validation; {len(classes)} classes; preset {args.preset}")
-    if n < FEW:
-        say(f"note: a model of fewer than {FEW} images soon memorises them: expect samples that resemble training "
-            "images, and the lowest validation loss early; sample.py takes the checkpoint of that step")
-    config = override(config, args, size=vae.config.size, factors=factors, codebook_size=vae.config.codebook_size,
-                      classes=() if args.uncond else classes)
+    say(f"codes: {args.codes}, {stored['name']}, {n} to train on (views of each: {per_image}), "
+        f"{len(held_out.label)} for validation; {len(classes)} classes; preset {args.preset}")
+    config = replace(config, size=vae.config.size, factors=factors, codebook_size=vae.config.codebook_size,
+                     classes=() if args.uncond else classes)
 
     seed_all(args.seed)
     model = dq.DQTransformer(config).to(device)
@@ -273,12 +246,11 @@ def main(argv=None):
     options = settings.pop("sampling")
     if not (config.classes and config.label_dropout):                        # guidance needs the vector "no label"
         options = options._replace(cfg=1.0)
-    extra = dict(sample_options=options._asdict(), vae_config=asdict(vae.config), vae_weights=vae.state_dict())
+    psnr = stored.get("psnr")                                                # of the DQ-VAE; older files lack it
+    extra = dict(sample_options=options._asdict(), psnr=psnr)
+    extra |= dict(vae_config=asdict(vae.config), vae_weights=vae.state_dict())
     record = Record(args, args.out / "transformer.pt", config, settings, model, optimizers, extra)
     record.begin()
-    evaluated = [line["step"] for line in read_log(args.out / "transformer.jsonl") if "nats_per_image" in line]
-    if record.step >= schedule.steps and record.step in evaluated:
-        return say(f"nothing left to do: {record.path} is at step {record.step}")
     forward = distribute(torch.compile(model) if args.compile else model)
     order = batches(train.length.numpy(), schedule.batch_size, args.seed, record.step)
     codes_per_image = (train.length - len(factors)).float().mean().item()
@@ -287,20 +259,12 @@ def main(argv=None):
         metrics = evaluate(model, held_out, device, autocast, args.part, limit=512)
         if rank == 0:
             save_samples(args.out / "transformer.png", model, vae, options, args.seed, autocast, batch_size=args.part)
-        record.evaluated(step, metrics, metrics["nats_per_image"])
-        return metrics
+        return metrics, metrics["nats_per_image"]
 
     model.train()
-    with Stop(device, PATIENCE) as stop:
-        for step in record.start("DQ-Transformer"):
-            if record.evaluates(step):
-                validate(step)
-            done = step + 1
+    with Stop() as stop:
+        for step in record.steps("DQ-Transformer", stop, validate):
             seed_all(args.seed, step, rank)                                  # a different dropout mask on each rank
-            for optimizer in optimizers.values():
-                optimizer.zero_grad(set_to_none=True)
-                for group in optimizer.param_groups:
-                    group["lr"] = schedule.learning_rate(step)
             for part in next(order)[rank::world].chunk(schedule.accumulate):
                 pos, code, label = sequences(train, part, model.layout, device)  # B / parts, L; the same; B / parts
                 with autocast():
@@ -309,19 +273,11 @@ def main(argv=None):
                 position, content = (nll[name].sum() * world / schedule.batch_size for name in ("position", "content"))
                 loss = (position + content) / codes_per_image                # nats per code; long images count for more
                 loss.backward()
-                record.add(done, dict(bits_per_code=loss / math.log(2), position_nats=position, content_nats=content))
-            if schedule.clip:
-                torch.nn.utils.clip_grad_norm_(model.parameters(), schedule.clip)
-            for optimizer in optimizers.values():
-                optimizer.step()
-
-            saves, stops = record.after(done, stop)
-            if saves:
-                record.save(done)
-            if stops:
-                stop.leave(stops, f"after step {done}, saved in {record.path}")
-        metrics = validate(record.step)
-    limit = f", limited by reconstructions of {stored['psnr']:.1f} dB" if "psnr" in stored else ""
+                terms = dict(bits_per_code=loss / math.log(2), position_nats=position, content_nats=content)
+                record.add(step + 1, terms)
+            schedule.update(model, optimizers, step)
+    metrics = record.metrics
+    limit = f"; reconstructions limit them at {psnr:.1f} dB, which more --steps of train_vae.py raise" if psnr else ""
     say(f"done: validation loss {metrics['nats_per_image']:.1f} nats per image (lowest: {record.best:.1f}), "
         f"{metrics['bits_per_code']:.2f} bits per code; samples: {args.out / 'transformer.png'}{limit}; "
         f"next: python sample.py {shlex.quote(str(args.out))}")

@@ -3,9 +3,7 @@
 Writes into --out: vae.pt (checkpoint), vae.best.pt (the one with the lowest validation loss), vae.jsonl (log), vae.png
 (original | reconstruction | granularity map) and, at the end, codes.pt (everything that stage 2 needs).
 """
-import argparse
 import contextlib
-import functools
 import math
 import os
 import re
@@ -21,14 +19,13 @@ from torch.distributed.nn.functional import all_reduce
 from tqdm import tqdm
 
 import dq
-from common import (PATIENCE, Record, Schedule, Stop, distribute, draw_grains, flag, machine, natural, on_gpu, override,
+from common import (Record, Schedule, Stop, distribute, draw_grains, flag, machine, natural, on_gpu, override,
                     path, positive, prepare, run, save_grid, say, seed_all, set_aside, shuffled_indices, to_picture,
                     trainer_flags, weight)
 from data import BROKEN, ImageFolder, ToyShapes, describe, find_images, identity, image_side, loader, open_data, stream
 
 
-# ------------------------------------------------------------------------------------------------
-# Presets
+# ---- Presets -----------------------------------------------------------------------------------
 
 
 @dataclass
@@ -52,47 +49,39 @@ PAPER = VAESchedule(steps=507_000, batch_size=120, accumulate=4, lr=5.4e-4, beta
                     eval_every=5000, clip=0.0, budget_weight=10.0, l2_weight=0.0, perceptual_weight=1.0,
                     gan_weight=1.0)                                          # 50 epochs of 1,217,000 images
 
-FOLDER = VAESchedule(steps=1500, batch_size=16, lr=2e-3, clip=0.0)
+SMALL = VAESchedule(steps=1500, batch_size=16, lr=2e-3, clip=0.0)
+LONG = replace(SMALL, steps=20_000, batch_size=64, eval_every=1000)
 WIDE = dict(codebook_size=1024, channels=128, width=64, multipliers=(1, 2, 2, 4), decoder_blocks=2, attention_from=8)
 
 PRESETS = {
-    # minutes on two CPU cores: what the README's first command runs
-    "toy": (dq.VAEConfig(), VAESchedule(steps=1000, batch_size=32, lr=2e-3, clip=0.0)),
-    # the same data at 64 x 64, 160 codes per image: stage 1 takes 50 minutes on two cores, stage 2 wants a GPU
-    "toy64": (dq.VAEConfig(size=64, codebook_size=512), VAESchedule(steps=4000, batch_size=32, lr=2e-3, clip=0.0)),
-    # a folder of images, for `choose`: the first two are for 15 minutes on two CPU cores ...
-    "folder32": (dq.VAEConfig(), replace(FOLDER, steps=5000)),
-    "folder64": (dq.VAEConfig(size=64, factors=(16, 8), codebook_size=512, attention_from=8), FOLDER),
-    # ... and these take an hour on a GPU, by an estimate; they have not been tried on one
-    "folder64-large": (dq.VAEConfig(size=64, **WIDE), replace(FOLDER, steps=20_000, batch_size=64, eval_every=1000)),
-    "folder128": (dq.VAEConfig(size=128, factors=(16, 8), **WIDE),
-                  replace(FOLDER, steps=20_000, batch_size=64, eval_every=1000)),
-    "folder256": (dq.VAEConfig(size=256, factors=(16, 8), **WIDE),
-                  replace(FOLDER, steps=8000, batch_size=32, eval_every=1000)),
-    # a few thousand pictures in 40 codes each: the recipe of assets/emoji64.pt, see assets/README.md
+    # the built-in shapes; at 64 x 64, stage 1 takes 50 minutes on two CPU cores, and stage 2 needs a GPU
+    "toy": (dq.VAEConfig(), replace(SMALL, steps=1000, batch_size=32)),
+    "toy64": (dq.VAEConfig(size=64, codebook_size=512), replace(SMALL, steps=4000, batch_size=32)),
+    # a folder of images, see `choose`: 15 minutes on two CPU cores for both stages ...
+    "folder32": (dq.VAEConfig(), replace(SMALL, steps=5000)),
+    "folder64": (dq.VAEConfig(size=64, factors=(16, 8), codebook_size=512, attention_from=8), SMALL),
+    # ... or an hour on a GPU, by an estimate
+    "folder64-large": (dq.VAEConfig(size=64, **WIDE), LONG),
+    "folder128": (dq.VAEConfig(size=128, factors=(16, 8), **WIDE), LONG),
+    "folder256": (dq.VAEConfig(size=256, factors=(16, 8), **WIDE), replace(LONG, steps=8000, batch_size=32)),
+    # a few thousand drawings with 40 codes each; satellite tiles with 1, 4 or 16 codes per region: see assets/README.md
     "emoji64": (dq.VAEConfig(size=64, factors=(16, 8), codebook_size=1024, channels=128, multipliers=(1, 2, 4, 4),
-                             attention_from=8),
-                VAESchedule(steps=8000, batch_size=32, lr=1e-3, clip=0.0)),
-    # natural pictures, calm water beside jagged coasts (tests/tools/earth.py): 1, 4 or 16 codes a region
+                             attention_from=8), replace(SMALL, steps=8000, batch_size=32, lr=1e-3)),
     "earth64": (dq.VAEConfig(size=64, factors=(8, 4, 2), ratios=(0.5, 0.3, 0.2), codebook_size=1024,
                              multipliers=(2, 3, 3), decoder_blocks=2, attention_from=8),
-                VAESchedule(steps=8000, batch_size=32, lr=1e-3, clip=0.0, eval_every=1000)),
-    # a few thousand pictures with smooth surfaces and small features, 640 codes each, with all of the paper's losses
+                replace(SMALL, steps=8000, batch_size=32, lr=1e-3, eval_every=1000)),
+    # small networks with all losses of the paper, 640 codes per image
     "emoji128": (dq.VAEConfig(size=128, codebook_size=512, attention_from=8),
-                 VAESchedule(steps=4000, batch_size=8, lr=1e-3, clip=0.0,
-                             perceptual_weight=1.0, gan_weight=0.5, gan_start=2000)),
-    # the paper's
+                 replace(SMALL, steps=4000, batch_size=8, lr=1e-3,
+                         perceptual_weight=1.0, gan_weight=0.5, gan_start=2000)),
     "ffhq256": (DUAL, replace(PAPER, steps=27_700, eval_every=1000)),        # 50 epochs of 66,500 images
     "imagenet256": (DUAL, PAPER),
     "imagenet256-triple": (TRIPLE, replace(PAPER, budget_weight=1.0)),
 }
-
-
 FEW = 500                                # images; for fewer, codes.pt has crops of each
 
 
-# ------------------------------------------------------------------------------------------------
-# Losses that only training needs
+# ---- Losses that only training needs -----------------------------------------------------------
 
 
 class Perceptual(nn.Module):
@@ -210,8 +199,7 @@ def compiled(model, **how):
     return torch.compile(model, **how)
 
 
-# ------------------------------------------------------------------------------------------------
-# Evaluation
+# ---- Evaluation --------------------------------------------------------------------------------
 
 
 def auc(score, truth):
@@ -268,46 +256,44 @@ def show(path, images, reconstructions, grains, factors):
     save_grid(path, sum(triples, ()), columns=6)
 
 
-# ------------------------------------------------------------------------------------------------
-# codes.pt: what stage 2 reads
+# ---- codes.pt: what stage 2 reads --------------------------------------------------------------
 
 
-def crops(x):
-    """Images (B, 3, S, S) -> five of this shape: themselves, and 7/8 of their side from each corner, enlarged."""
+def views(x, cropped, mirrored):
+    """Images (B, 3, S, S) -> the views to encode, each of this shape: the images; with `cropped` also their corners of
+    7/8 of the side, enlarged; with `mirrored` each of these, followed by its mirror image."""
     S, side = x.shape[-1], x.shape[-1] * 7 // 8
     corners = [x[..., top:top + side, left:left + side] for top in (0, S - side) for left in (0, S - side)]
-    return [x] + [F.interpolate(corner, (S, S), mode="bicubic").clamp(-1, 1) for corner in corners]
+    crops = [F.interpolate(corner, (S, S), mode="bicubic").clamp(-1, 1) for corner in corners] if cropped else []
+    return [view for crop in (x, *crops) for view in ((crop, crop.flip(3)) if mirrored else (crop,))]
 
 
 @torch.no_grad()
 def encode_dataset(vae, data, device, autocast, workers, mirrored, stop, batch_size=64, cropped=False):
-    """All images that can be decoded, with `cropped` the crops of each and with `mirrored` their mirror images,
-    in the order of the data set
+    """The `views` of all images that can be decoded, in the order of the data set
     -> {codes: (M, views, H, W), grains: (M, views, h, w), label: (M,)} on the CPU, in small integers.
 
     Each rank encodes its part of the images, and rank 0 collects the codes; the other ranks return None.
     """
-    (rank, world), config, M, first = dq.rank_world(), vae.config, len(data), 0
-    H, h = (config.size // config.factors[k] for k in (-1, 0))
-    n_views = (5 if cropped else 1) * (1 + mirrored)
-    kinds = dict(codes=((n_views, H, H), smallest(0, config.codebook_size - 1)),
-                 grains=((n_views, h, h), torch.uint8), label=((), torch.int))
-    rows = {name: torch.empty(0 if rank else M, *shape, dtype=dtype) for name, (shape, dtype) in kinds.items()}
+    (rank, world), M, first, rows = dq.rank_world(), len(data), 0, {}
+    small = next(kind for kind in (torch.uint8, torch.int16, torch.int32)
+                 if vae.config.codebook_size <= torch.iinfo(kind).max + 1)
+    kinds = dict(codes=small, grains=torch.uint8, label=torch.int32)
     # the indices wrap around at the end, so that all ranks have the same number
     own = range(rank, -(-M // world) * world, world)
     bar = tqdm(loader(data, workers, batch_size=batch_size, sampler=own), "encoding", -(-len(own) // batch_size),
                leave=False, disable=True if rank else None)
     for x, label in bar:
-        x = x.to(device)                                                     # n, 3, S, S
         with autocast():
-            views = [vae.encode(view) for crop in (crops(x) if cropped else [x])
-                     for view in ((crop, crop.flip(3)) if mirrored else (crop,))]
-        codes, grains = (torch.stack(each, dim=1) for each in zip(*views))   # n, views, H, W; n, views, h, w
+            encoded = [vae.encode(view) for view in views(x.to(device), cropped, mirrored)]
+        codes, grains = (torch.stack(each, dim=1) for each in zip(*encoded))  # n, views, H, W; n, views, h, w
         for name, part in dict(codes=codes, grains=grains, label=label).items():
             of_all = torch.zeros(world, *part.shape, dtype=torch.int, device=device)
             of_all[rank] = part
             of_all = dq.all_reduce_sum(of_all).transpose(0, 1).flatten(0, 1)  # n world, ...
             if rank == 0:
+                if name not in rows:
+                    rows[name] = torch.empty(M, *part.shape[1:], dtype=kinds[name])
                 rows[name][first:first + len(of_all)] = of_all[:M - first]
         first += len(of_all)
         if number := stop.asked():
@@ -315,28 +301,22 @@ def encode_dataset(vae, data, device, autocast, workers, mirrored, stop, batch_s
             stop.leave(number, "while the images were encoded")
     if rank:
         return None
-    label = rows["label"]
-    sound = label != BROKEN
+    sound = rows["label"] != BROKEN
     dq.require(sound.any(), "none of the images can be read")
-    rows["label"] = label.to(smallest(label[sound].min(), label.max()))
     return rows if sound.all() else {name: x[sound] for name, x in rows.items()}
 
 
-def smallest(low, high):
-    """The smallest integer type that holds numbers from low to high."""
-    kinds = (torch.uint8, torch.int8, torch.int16, torch.int32)
-    return next(kind for kind in kinds if torch.iinfo(kind).min <= low and high <= torch.iinfo(kind).max)
-
-
 def recipe(preset, config):
-    """The name of the preset, by which stage 2 trains; "custom" if flags have changed what the codes are like."""
-    like = (config.size, config.factors, config.ratios)
-    made = PRESETS.get(preset, (config,))[0]
-    return preset if preset in PRESETS and like == (made.size, made.factors, made.ratios) else "custom"
+    """The name of the preset if it gives codes like these, else "custom": stage 2 chooses its own preset by it. config:
+    that of the DQ-VAE, as a dict"""
+    made = asdict(PRESETS[preset][0]) if preset in PRESETS else {}
+    same = all(config.get(name) == made.get(name, ...) for name in ("size", "factors", "ratios"))
+    return preset if same else "custom"
 
 
-def write_codes(path, vae, train, val, args, device, autocast, stop):
-    """Encode all images and write what stage 2 needs: the codes, the DQ-VAE, the classes, the name of the preset."""
+def write_codes(path, vae, train, val, args, device, autocast, stop, psnr):
+    """Encode all images and write what stage 2 needs: the codes, the DQ-VAE, the classes, the name of the preset, and
+    the PSNR of the validation images in dB."""
     vae.eval()
     seed_all(args.seed)                                                      # for the random router
     cropped = isinstance(train, ImageFolder) and len(train) < FEW
@@ -344,25 +324,16 @@ def write_codes(path, vae, train, val, args, device, autocast, stop):
              for data, mirrored, crops_too in ((train, not args.no_flip, cropped), (val, False, False))]
     if dq.rank_world()[0] > 0:
         return
-    stop.alive += 15                                                         # to write them takes longer than a step
     weights, checksum = {name: x.cpu() for name, x in vae.state_dict().items()}, 0
     for x in (*weights.values(), *parts[0].values(), *parts[1].values()):
         checksum = zlib.crc32(x.contiguous().flatten().view(torch.uint8).numpy(), checksum)
     codes = dict(kind="dq-codes", version=1, name=f"{len(parts[0]['label'])} images (checksum {checksum:08x})",
-                 preset=args.preset, classes=train.classes, config=asdict(vae.config),
+                 preset=args.preset, psnr=psnr, classes=train.classes, config=asdict(vae.config),
                  weights=weights, train=parts[0], held_out=parts[1])
     dq.write_file(path, lambda file: torch.save(codes, file))
 
 
-def holds_codes_of(path, vae):
-    """True if `path` is a valid codes.pt that was made with this DQ-VAE."""
-    with contextlib.suppress(dq.UserError, KeyError):
-        weights, ours = dq.load_checkpoint(path, "dq-codes")["weights"], vae.state_dict()
-        return weights.keys() == ours.keys() and all(torch.equal(x.cpu(), weights[name]) for name, x in ours.items())
-
-
-# ------------------------------------------------------------------------------------------------
-# Training
+# ---- Training ----------------------------------------------------------------------------------
 
 
 # flags that --encode uses; it takes those that are not given from the checkpoint, where it has them
@@ -379,75 +350,57 @@ def choose(gpu, images, side):
     return "folder128" if side < 256 or images < 10_000 else "folder256"
 
 
-def default_preset(argv):
-    """The preset without --preset: that of the run to resume, or for the images of --data. -> its name, the images'
-    short side (median, pixels), GPU or not, the images; without a choice, None for side and images"""
-    first = argparse.ArgumentParser(add_help=False)
-    for name in ("--preset", "--size", "--encode"):
-        first.add_argument(name)
-    for name in ("--data", "--held-out"):
-        first.add_argument(name, type=path)
-    first.add_argument("--out", type=path, default=Path("out"))
-    first.add_argument("--device", default="auto")
-    first.add_argument("--resume", action="store_true")
-    known = first.parse_known_args(argv)[0]
-    gpu, size = on_gpu(known.device), known.size or ""
-    if known.resume:
-        with contextlib.suppress(Exception):                                 # Record.begin says what is wrong with it
-            preset = torch.load(known.out / "vae.pt", mmap=True, weights_only=True)["preset"]
-            return preset if preset in PRESETS else "toy", None, gpu, None
-    if not known.data or known.preset or known.encode:
-        return "toy", None, gpu, None
-    found = find_images(known.data, [known.out, known.held_out])
-    side = image_side(found) or 32                                           # 0: no header can be read
-    preset = choose(gpu, math.inf, int(size)) if size.isdecimal() else choose(gpu, len(found.files), side)
-    return preset, side, gpu, found
-
-
 def parse(argv=None):
-    """-> flags, config, schedule; args.given has the names of the flags that the command line sets."""
-    preset, short_side, gpu, found = default_preset(argv)
-    parser, config, schedule = trainer_flags(
-        "Train a DQ-VAE, which encodes images as variable-length codes.", PRESETS, argv, preset)
+    """-> flags, config, schedule. The flags also have `plan`, a line about the preset; `found`, the images for which it
+    was chosen, or None; and with --encode, `saved`, the checkpoint."""
+    parser, replacing = trainer_flags("Train a DQ-VAE, which encodes images as variable-length codes.", PRESETS,
+                                      VAESchedule)
     add = parser.add_argument
-    add("--data", metavar="DIR", type=path, help="folder of images; None: the built-in toy shapes")
+    add("--data", metavar="DIR", type=path, help="folder of images; default: the built-in toy shapes")
     add("--held-out", metavar="DIR", type=path,
-        help="folder of validation images, which are not trained on; None: one in 20 of --data")
+        help="folder of validation images, which are not trained on; default: one in 20 of --data")
     add("--no-flip", action="store_true", help="disable horizontal flips, for images with text or arrows")
-    add("--workers", type=natural, default=0, help="threads that load images ahead")
-    add("--size", type=positive, default=config.size, help="side of the images in pixels")
-    add("--factors", type=positive, nargs="+", default=config.factors,
-        help="downsampling factors, coarse to fine; a single one gives fixed-length codes")
-    add("--ratios", type=weight, nargs="+",
-        help="target fraction of the regions for each factor; None: the preset's, or equal fractions")
-    add("--router", choices=["learned", "entropy", "random"], default=config.router,
-        help="how the granularity of a region is chosen")
-    add("--codebook-size", type=positive, default=config.codebook_size, help="number of codebook entries")
-    add("--code-dim", type=positive, default=config.code_dim, help="dimension of a codebook entry")
-    add("--perceptual-weights", metavar="FILE", type=path, nargs="+", default=[],
-        help="files with the weights of VGG16 and LPIPS; none: torch's cache, or download")
+    add("--workers", type=natural, default=0, help="threads that load images ahead; default: %(default)s")
+    add("--perceptual-weights", metavar="FILE", type=path, nargs="+",
+        help="files with the weights of VGG16 and LPIPS; default: torch's cache, or download")
     add("--encode", metavar="CHECKPOINT", type=path,
         help="write codes.pt with this DQ-VAE and exit; its data, seed, dtype, ... are used unless flags say otherwise")
+    replacing("--size", type=positive, help="side of the images in pixels")
+    replacing("--factors", type=positive, nargs="+",
+              help="downsampling factors, coarse to fine; a single one gives fixed-length codes")
+    replacing("--ratios", type=weight, nargs="+",
+              help="target fraction of the regions for each factor; equal ones for more or fewer --factors")
+    replacing("--router", choices=dq.ROUTERS, help="how the granularity of a region is chosen")
+    replacing("--codebook-size", type=positive, help="number of codebook entries")
+    replacing("--code-dim", type=positive, help="dimension of a codebook entry")
     args = parser.parse_args(argv)
-    unset = argparse.Namespace(**dict.fromkeys(vars(args), ...))
-    args.given = {name for name, value in vars(parser.parse_args(argv, unset)).items() if value is not ...}
-    useless = sorted(args.given - ENCODE_FLAGS) if args.encode else []
-    dq.require(not useless, "; ".join(f"--{name.replace('_', '-')} has no effect with --encode" for name in useless))
-    if args.ratios is None:
-        K = len(args.factors)
-        args.ratios = config.ratios if K == len(config.factors) else [1 / K] * K
-    for name, weighs, side in (("gan", args.gan_weight, 24), ("perceptual", args.perceptual_weight, 16)):
-        dq.require(not weighs or args.size >= side or args.encode, f"the {name} loss needs images of at least {side} x "
-                   f"{side} pixels, not {args.size}; --{name}-weight 0 turns it off")
+    if args.encode:
+        given = {name for name, value in vars(args).items() if value not in (None, False)}
+        useless = [f"--{name.replace('_', '-')} has no effect with --encode" for name in sorted(given - ENCODE_FLAGS)]
+        dq.require(not useless, "; ".join(useless))
+        parser.set_defaults(**recall(args))
+        args = parser.parse_args(argv)
+    elif args.resume and not args.preset:
+        with contextlib.suppress(Exception):                                 # Record.begin says what is wrong with it
+            args.preset = torch.load(args.out / "vae.pt", mmap=True, weights_only=True)["preset"]
+    gpu, side, args.found = on_gpu(args.device), None, None
+    if args.data and not args.encode and not args.preset:
+        args.found = find_images(args.data, [args.out, args.held_out])
+        side = image_side(args.found) or 32                                  # 0: no header can be read
+        args.preset = choose(gpu, math.inf if args.size else len(args.found.files), args.size or side)
+    args.preset = args.preset or "toy"
+    config, schedule = PRESETS.get(args.preset, PRESETS["toy"])
+    if args.factors and not args.ratios and len(args.factors) != len(config.factors):
+        args.ratios = [1 / len(args.factors)] * len(args.factors)
+    args.save_every = args.save_every or schedule.eval_every
     config, schedule = override(config, args), override(schedule, args)
-    args.plan, args.found = outline(args.preset, config, schedule, short_side, gpu), found
+    args.plan = outline(args.preset, config, schedule, side, gpu)
     return args, config, schedule
 
 
 def outline(preset, config, schedule, side=None, gpu=False):
     """One line: what this preset trains and, where images with this short side chose it, what would give more."""
-    cells = [(config.size // factor) ** 2 for factor in config.factors]      # K
-    codes = sum(ratio * n for ratio, n in zip(config.ratios, cells))
+    codes = sum(ratio * (config.size // factor) ** 2 for ratio, factor in zip(config.ratios, config.factors))
     line = f"{config.size} x {config.size} pixels, about {codes:.0f} codes per image, {schedule.steps} steps"
     if side is None:
         return f"preset {preset}: {line}"
@@ -471,42 +424,35 @@ def validation_images(data, config):
 
 
 def recall(args):
-    """--encode: set the flags that are not given to the values that the DQ-VAE was trained with. -> its checkpoint"""
+    """For --encode: {flag: value} of the training of the DQ-VAE, as far as its checkpoint has them, and under the name
+    `saved` the checkpoint itself."""
     saved = dq.load_checkpoint(args.encode, "dq-vae")
-    known = {name: saved.get("settings", {})[name] for name in ("seed", "no_flip", "dtype")
-             if name in saved.get("settings", {})} | {"preset": saved.get("preset", args.preset)}
-    folders = saved.get("folders", {})
-    if "data" not in args.given or os.path.realpath(args.data) == os.path.realpath(folders.get("data") or ""):
-        known |= {name: folder and Path(folder) for name, folder in folders.items()}
-    for name, value in known.items():
-        if name not in args.given:
-            setattr(args, name, value)
-    return saved
+    settings, folders = saved.get("settings", {}), saved.get("folders", {})
+    known = {name: settings[name] for name in ("seed", "no_flip", "dtype") if name in settings}
+    if args.data is None or os.path.realpath(args.data) == os.path.realpath(folders.get("data") or ""):
+        known |= folders
+    return known | dict(preset=recipe(saved.get("preset"), saved.get("config", {})), saved=saved)
 
 
-def encode_only(args, saved, device, autocast):
+def encode_only(args):
     """--encode: write codes.pt with a DQ-VAE that is already trained."""
-    vae = dq.rebuild(dq.DQVAE, dq.VAEConfig, saved.get("config"), saved.get("weights"), device)
-    path = args.out / "codes.pt"
-    trained_on = saved.get("settings", {}).get("data")
+    device, autocast = prepare(args, trains=False)
+    vae = dq.rebuild(dq.DQVAE, dq.VAEConfig, args.saved.get("config"), args.saved.get("weights"), device)
     train, val = open_data(args.data, vae.config.size, seed=args.seed, skip=args.out, held_out=args.held_out)
     say(describe(train, val))
-    if trained_on not in (None, identity(train)):
-        say(f"note: this DQ-VAE was trained on other images: {trained_on}")
+    path = args.out / "codes.pt"
     set_aside(path, hint="")
-    if "preset" not in args.given:
-        args.preset = recipe(args.preset, vae.config)
-    with Stop(device, PATIENCE) as stop:
-        write_codes(path, vae, train, val, args, device, autocast, stop)
+    metrics = evaluate(vae, *validation_images(val, vae.config), autocast, batch_size=args.part)[0]
+    with Stop() as stop:
+        write_codes(path, vae, train, val, args, device, autocast, stop, metrics["psnr"])
     say(f"done: {path}")
 
 
 def main(argv=None):
     args, config, schedule = parse(argv)
-    saved = recall(args) if args.encode else None
-    device, autocast = prepare(args, trains=not args.encode)
     if args.encode:
-        return encode_only(args, saved, device, autocast)
+        return encode_only(args)
+    device, autocast = prepare(args)
     train, val = open_data(args.data, config.size, augment=True, seed=args.seed, skip=args.out, flip=not args.no_flip,
                            held_out=args.held_out, found=args.found)
     say(describe(train, val))
@@ -525,12 +471,12 @@ def main(argv=None):
         sample = loader(train, args.workers, batch_size=args.part,
                         sampler=next(shuffled_indices(len(train), 2048, args.seed)))
         model.router.calibrate(config.ratios, (x.to(device) for x, _ in sample))
-    adam = functools.partial(torch.optim.Adam, lr=schedule.lr, betas=schedule.betas, fused=device.type == "cuda")
-    optimizers = parts = dict(optimizer=adam(model.parameters()))
+    adam = dict(lr=schedule.lr, betas=schedule.betas, fused=True)
+    optimizers = parts = dict(optimizer=torch.optim.Adam(model.parameters(), **adam))
     if schedule.gan_weight:
         discriminator = Discriminator().to(device, memory_format=memory_format)
         discriminator_ddp = distribute(discriminator)
-        optimizers["critic_optimizer"] = adam(discriminator.parameters())
+        optimizers["critic_optimizer"] = torch.optim.Adam(discriminator.parameters(), **adam)
         parts = dict(critic=discriminator, **optimizers)                     # these names are in checkpoints
     settings = dict(data=identity(train), held_out=identity(val), no_flip=args.no_flip, seed=args.seed)
     settings |= asdict(schedule) | machine(device, autocast)
@@ -540,35 +486,26 @@ def main(argv=None):
     record.may_change = tuple(name for name in record.may_change if name != "accumulate")
     codes = args.out / "codes.pt"
     record.begin(codes.name)
-    if record.step >= schedule.steps and holds_codes_of(codes, model):
+    if record.step >= schedule.steps and codes.exists() and codes.stat().st_mtime >= record.path.stat().st_mtime:
         return say(f"nothing left to do: {record.path} is at step {record.step}, and {codes} is there")
     batches = stream(train, schedule.batch_size, args.seed, record.step, args.workers, schedule.accumulate)
-    forward = distribute(compiled(model) if args.compile else model)
-    last_weight = model.decoder.out[-1].weight
+    forward, last = distribute(compiled(model) if args.compile else model), model.decoder.out[-1]
 
     def validate(step):
         if dq.rank_world()[0] > 0:
-            return None
+            return {}, math.inf
         metrics, y, grains = evaluate(model, images, detailed, autocast, perceptual, args.part)
         metrics["loss"] = (metrics["l1"] + schedule.l2_weight * metrics["l2"]
                            + schedule.perceptual_weight * metrics.get("lpips", 0.0))
         show(args.out / "vae.png", images, y, grains, config.factors)
-        record.evaluated(step, metrics, metrics["loss"])
-        return metrics
+        return metrics, metrics["loss"]
 
     model.train()
-    with Stop(device, PATIENCE) as stop:
-        for step in record.start("DQ-VAE"):
-            if record.evaluates(step):
-                validate(step)
-            done = step + 1
+    with Stop() as stop:
+        for step in record.steps("DQ-VAE", stop, validate):
             seed_all(args.seed, step)                                        # the same random numbers on all ranks
             batch = next(batches)[0].to(device, memory_format=memory_format, non_blocking=True)  # B, 3, S, S
             adversarial_on = schedule.gan_weight > 0 and step >= schedule.gan_start
-            for optimizer in optimizers.values():
-                optimizer.zero_grad(set_to_none=True)
-                for group in optimizer.param_groups:
-                    group["lr"] = schedule.learning_rate(step)
             for x in batch.chunk(schedule.accumulate):
                 with autocast():
                     out = forward(x, dq.gumbel_scale(step, schedule.steps))
@@ -583,36 +520,25 @@ def main(argv=None):
                 if perceptual:
                     recon_loss = recon_loss + schedule.perceptual_weight * lpips
                     terms["lpips"] = lpips
-                gan_weight = backward(y, last_weight, recon_loss, gan_loss, code_loss, schedule.gan_weight, scale)
+                gan_weight = backward(y, last.weight, recon_loss, gan_loss, code_loss, schedule.gan_weight, scale)
                 if adversarial_on:                                           # the discriminator's turn, on the same y
                     with autocast():
                         critic_loss = hinge_loss(discriminator_ddp(x), discriminator_ddp(y.detach()))
                     (scale * critic_loss).backward()
                     terms |= dict(gan=gan_loss, gan_weight=gan_weight, critic=critic_loss)
-                record.add(done, dict(loss=recon_loss + code_loss) | terms, scale)
-            if schedule.clip:
-                nn.utils.clip_grad_norm_(model.parameters(), schedule.clip)
-            for optimizer in optimizers.values():
-                optimizer.step()                                             # does nothing without gradients
-
-            saves, stops = record.after(done, stop)
-            if saves:
-                record.save(done)
-            if stops:
-                stop.leave(stops, f"after step {done}, saved in {record.path}")
-        metrics = validate(record.step)
+                record.add(step + 1, dict(loss=recon_loss + code_loss) | terms, scale)
+            schedule.update(model, optimizers, step)
         train.augment = False                                                # encode each image once, without crops
-        args.preset = recipe(args.preset, config)
-        write_codes(codes, model, train, val, args, device, autocast, stop)
+        args.preset = recipe(args.preset, asdict(config))
+        write_codes(codes, model, train, val, args, device, autocast, stop, record.metrics.get("psnr"))
     say(f"done: {record.path}, {codes}, {args.out / 'vae.png'} and {record.log}")
-    if metrics:
+    if metrics := record.metrics:
         out = "" if args.out == Path("out") else f" --out {shlex.quote(str(args.out))}"
         say(f"{metrics['psnr']:.1f} dB PSNR on the validation images at {metrics['codes_per_image']:.1f} codes per "
             f"image; next: python train_transformer.py{out}")
 
 
-# ------------------------------------------------------------------------------------------------
-# Several processes
+# ---- Several processes -------------------------------------------------------------------------
 
 
 class BatchNorm(nn.BatchNorm2d):

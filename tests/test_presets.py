@@ -1,11 +1,13 @@
-"""Which preset a folder of images gets, and which one its codes.
+"""The preset that stage 1 chooses for a folder of images, and the one that stage 2 chooses for its codes.
 
-    choose, image_side, outline, parse    test_a_folder_chooses_its_preset and what follows
-    crops, recipe, write_codes            test_crops_are_the_corners_enlarged and what follows
-    fit                                   test_stage_2_fits_its_codes and what follows
-    common.on_gpu, Record.after           test_the_kind_of_device_is_known_by_its_name, test_the_time_is_estimated_once
+    choose, image_side, outline, parse    test_a_folder_chooses_its_preset and the next ten tests
+    views, recipe, write_codes            the three tests under "codes.pt"
+    fit                                   test_stage_2_fits_its_codes and the next four tests
+    common.on_gpu, Record.steps           test_on_gpu_depends_on_the_name_of_the_device, test_the_time_is_estimated_once
 """
 import argparse
+import math
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import pytest
@@ -21,7 +23,7 @@ import train_vae
 
 
 def folder(root, counts, size):
-    """Images of this size, of which only the header matters: {class or "": how many}."""
+    """Write images of this size, of which only the header matters. counts: {class or "": number of images}"""
     for name, n in counts.items():
         (root / name).mkdir(parents=True, exist_ok=True)
         picture = Image.new("RGB", size)
@@ -31,8 +33,8 @@ def folder(root, counts, size):
 
 
 def parsed(root, monkeypatch, *flags, gpu=False, images=None):
-    """-> name, config, schedule and line that train_vae.py takes for a folder. gpu: a stand-in, by its type alone
-    images: pretend that there are as many"""
+    """-> name, config and schedule of the preset that train_vae.py takes for a folder, and the line that it prints.
+    gpu: pretend that there is one. images: pretend that the folder has this number of images"""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     if images:
         real = reading.find_images
@@ -60,30 +62,29 @@ def test_a_folder_chooses_its_preset(counts, size, on_cpu, on_gpu, tmp_path, mon
         assert ("enlarged" in line) == (min(size) < 32) and "\n" not in line
 
 
-@pytest.mark.parametrize("counts, size, on_cpu, on_gpu", [
-    (3391, 256, "folder64", "folder128"), (4513, 64, "folder64", "folder64-large"),  # emoji, tiles of the earth
+@pytest.mark.parametrize("images, size, on_cpu, on_gpu", [
+    (3391, 256, "folder64", "folder128"), (4513, 64, "folder64", "folder64-large"),  # emoji, satellite tiles
     (5200, 256, "folder64", "folder128"),                                    # one class of 5,000, ten of 20
     (9999, 300, "folder64", "folder128"), (10_000, 256, "folder64", "folder256"),
     (70_000, 1024, "folder64", "folder256"), (999, 128, "folder64", "folder64-large"),
     (1000, 128, "folder64", "folder128"), (10 ** 6, 31, "folder32", "folder32")])
-def test_the_number_of_images_counts_on_a_gpu(counts, size, on_cpu, on_gpu, tmp_path, monkeypatch):
+def test_the_choice_for_a_gpu_depends_on_the_number_of_images(images, size, on_cpu, on_gpu, tmp_path, monkeypatch):
     root = folder(tmp_path, {"": 1}, (size, size))
     for gpu, expected in ((False, on_cpu), (True, on_gpu)):
-        name, config, _, _ = parsed(root, monkeypatch, gpu=gpu, images=counts)
+        name, config, _, _ = parsed(root, monkeypatch, gpu=gpu, images=images)
         monkeypatch.undo()
         assert name == expected and config.size <= max(32, size)
 
 
-def test_classes_of_any_number_choose_the_same(tmp_path, monkeypatch):
-    """They are counted together, and a few odd sizes don't matter."""
+def test_neither_classes_nor_a_few_odd_sizes_change_the_choice(tmp_path, monkeypatch):
     root = folder(tmp_path, {"many": 50} | {f"few{i}": 2 for i in range(10)}, (64, 80))
     folder(root, {"odd": 4}, (20, 20))
     assert parsed(root, monkeypatch)[0] == "folder64"
-    (root / "many" / "0.bmp").write_bytes(b"no image")                       # others report it
+    (root / "many" / "0.bmp").write_bytes(b"no image")                       # other code reports it
     assert parsed(root, monkeypatch)[0] == "folder64"
 
 
-def test_what_is_asked_for_counts(tmp_path, monkeypatch):
+def test_flags_take_precedence_over_the_choice(tmp_path, monkeypatch):
     root = folder(tmp_path, {"": 3}, (640, 480))
     name, config, schedule, line = parsed(root, monkeypatch, "--preset", "toy", "--steps", "7")
     assert (name, config.size, schedule.steps) == ("toy", 32, 7)
@@ -93,36 +94,49 @@ def test_what_is_asked_for_counts(tmp_path, monkeypatch):
         name, config, _, line = parsed(root, monkeypatch, "--size", str(size), gpu=gpu)
         assert (name, config.size) == (expected, size) and f"{size} x {size} pixels" in line
     assert parsed(root, monkeypatch, "--device", "cpu", gpu=True)[0] == "folder64"
-    with pytest.raises(SystemExit):                                          # argparse's own message
+    with pytest.raises(SystemExit):                                          # argparse prints the message
         train_vae.parse(["--data", str(root), "--size", "large"])
     with pytest.raises(dq.UserError, match="no such folder"):
         train_vae.parse(["--data", str(root / "missing")])
 
 
-def test_without_a_folder_nothing_is_chosen(monkeypatch):
+def test_without_a_folder_the_preset_is_toy(monkeypatch):
     for gpu in (False, True):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
         args, config, schedule = train_vae.parse([])
         assert args.preset == "toy" and (config, schedule) == train_vae.PRESETS["toy"]
 
 
-def test_the_line_names_what_gives_more(tmp_path, monkeypatch):
+def test_flags_that_are_not_given_take_the_values_of_the_preset():
+    """In the flags, too, where the run reads some of them. A value of 0 is given."""
+    for name, (config, schedule) in train_vae.PRESETS.items():
+        args = train_vae.parse(["--preset", name])[0]
+        flags = {flag: value for flag, value in vars(args).items() if flag in asdict(config) | asdict(schedule)}
+        assert {"size", "ratios", "router", "steps", "gan_start"} <= flags.keys()
+        assert flags.items() <= (asdict(config) | asdict(schedule)).items()
+        assert args.save_every == schedule.eval_every
+    args, config, schedule = train_vae.parse(["--preset", "emoji128", "--gan-weight", "0", "--eval-every", "7"])
+    assert (schedule.gan_weight, schedule.gan_start, args.save_every) == (0.0, 2000, 250)
+    assert train_transformer.parse(["--preset", "emoji64", "--dropout", "0"])[1].dropout == 0.0
+
+
+def test_the_line_suggests_what_gives_more(tmp_path, monkeypatch):
     root = folder(tmp_path / "large", {"": 2}, (640, 600))
-    assert "for more: --size 128 " in parsed(root, monkeypatch)[3]            # at most 256, though they have 600
+    assert "for more: --size 128 " in parsed(root, monkeypatch)[3]
     assert "for more: --size 256 " in parsed(root, monkeypatch, "--size", "128")[3]
-    assert "for more: --steps 20 " in parsed(root, monkeypatch, "--size", "256", "--steps", "10")[3]
-    root = folder(tmp_path / "small", {"": 2}, (100, 100))                   # 128 is more than they have
+    assert "for more: --steps 20 " in parsed(root, monkeypatch, "--size", "256", "--steps", "10")[3]  # the largest size
+    root = folder(tmp_path / "small", {"": 2}, (100, 100))                   # smaller than 128 pixels
     assert "for more: --steps 20 " in parsed(root, monkeypatch, "--steps", "10")[3]
 
 
-def test_codes_per_image_are_those_of_the_budget():
+def test_the_line_names_the_codes_per_image_of_the_budget():
     for name, (config, _) in train_vae.PRESETS.items():
         layout = dq.Layout(config.size, config.factors)
         codes = layout.n_regions * sum(r * s for r, s in zip(config.ratios, layout.cells))
         assert f" about {codes:.0f} codes per image" in train_vae.outline(name, *train_vae.PRESETS[name])
 
 
-def test_images_without_a_header_are_small(tmp_path, monkeypatch):
+def test_images_without_a_header_get_the_smallest_preset(tmp_path, monkeypatch):
     (tmp_path / "broken.png").write_bytes(b"none")
     assert parsed(tmp_path, monkeypatch)[0] == "folder32"
 
@@ -134,12 +148,14 @@ def test_the_side_is_the_median_of_the_short_sides(tmp_path):
 
 
 def test_a_resumed_run_keeps_its_preset(tmp_path, monkeypatch):
-    """Whatever the device and the folder now say."""
+    """The device and the folder would choose another one."""
     flags = ["--data", folder(tmp_path / "images", {"": 3}, (20, 20)), "--out", tmp_path / "out", *VAE]
     assert call(train_vae.main, *flags, "--preset", "folder64", "--steps", 1) is None
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     args, config, _ = train_vae.parse([*map(str, flags), "--resume"])
     assert args.preset == "folder64" and config.attention_from == 8
+    args = train_vae.parse([*map(str, flags), "--resume", "--out", str(tmp_path / "new")])[0]
+    assert args.preset == "folder32"                                         # nothing to resume
 
 
 # ------------------------------------------------------------------------------------------------
@@ -148,36 +164,36 @@ def test_a_resumed_run_keeps_its_preset(tmp_path, monkeypatch):
 
 def test_crops_are_the_corners_enlarged():
     x = torch.linspace(-1, 1, 16).expand(2, 3, 16, 16)                       # brighter to the right
-    whole, *corners = train_vae.crops(x)
+    whole, *corners = train_vae.views(x, cropped=True, mirrored=False)
     assert torch.equal(whole, x) and len(corners) == 4 and all(c.shape == x.shape for c in corners)
-    for corner, expected in zip(corners, [x[..., :14], x[..., 2:]] * 2):     # top left, top right, then below
+    for corner, expected in zip(corners, [x[..., :14], x[..., 2:]] * 2):     # top left, top right, then bottom
         assert corner.mean().item() == pytest.approx(expected.mean().item(), abs=0.01)
         assert corner.abs().max() <= 1
-    above, below = (train_vae.crops(x.transpose(2, 3))[i].mean() for i in (1, 3))
-    assert above < below
+    top, bottom = (train_vae.views(x.transpose(2, 3), cropped=True, mirrored=False)[i].mean() for i in (1, 3))
+    assert top < bottom
 
 
-@pytest.mark.parametrize("n, views", [(4, 10), (6, 2)])
-def test_few_images_are_cropped(n, views, tmp_path, monkeypatch, capsys):
-    """Below FEW; what is held out never is."""
+@pytest.mark.parametrize("n, n_views", [(4, 10), (6, 2)])
+def test_few_images_are_cropped(n, n_views, tmp_path, monkeypatch, capsys):
+    """This holds for fewer than FEW training images. Validation images are never cropped."""
     monkeypatch.setattr(train_vae, "FEW", 5)
     root = folder(tmp_path / "a", {"": n}, (20, 20))
     other = folder(tmp_path / "b", {"": 2}, (20, 20))
     flags = ["--data", root, "--held-out", other, "--steps", 1, *VAE]
     assert call(train_vae.main, *flags, "--out", tmp_path / "out") is None
     codes = torch.load(tmp_path / "out" / "codes.pt", weights_only=True)
-    assert codes["train"]["codes"].shape[:2] == (n, views) and codes["held_out"]["codes"].shape[:2] == (2, 1)
+    assert codes["train"]["codes"].shape[:2] == (n, n_views) and codes["held_out"]["codes"].shape[:2] == (2, 1)
     assert (f"note: with only {n} images" in capsys.readouterr().out) == (n < 5)
 
 
-def test_codes_of_other_flags_are_custom():
+def test_codes_that_differ_from_those_of_the_preset_are_custom():
     for name, (config, _) in train_vae.PRESETS.items():
-        assert train_vae.recipe(name, config) == name
+        assert train_vae.recipe(name, asdict(config)) == name
     toy = train_vae.PRESETS["toy"][0]
     for changes in (dict(size=64), dict(factors=(8, 2)), dict(ratios=(0.3, 0.7))):
-        assert train_vae.recipe("toy", common.override(toy, argparse.Namespace(), **changes)) == "custom"
-    assert train_vae.recipe("toy", common.override(toy, argparse.Namespace(), codebook_size=99)) == "toy"
-    assert train_vae.recipe("of a later version", toy) == "custom"
+        assert train_vae.recipe("toy", asdict(replace(toy, **changes))) == "custom"
+    assert train_vae.recipe("toy", asdict(replace(toy, codebook_size=99))) == "toy"
+    assert train_vae.recipe("of a later version", asdict(toy)) == train_vae.recipe(None, {}) == "custom"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -185,10 +201,9 @@ def test_codes_of_other_flags_are_custom():
 
 
 def stored(path, preset, size, factors, fine, images):
-    """codes.pt, as far as the choice looks: this fraction of the regions is fine."""
-    side = size // factors[0]
-    grains = (torch.arange(side * side) < fine * side * side).long().view(1, 1, side, side).expand(images, 1, -1, -1)
-    torch.save(dict(preset=preset, config=dict(size=size, factors=factors), train=dict(grains=grains)), path)
+    """Write the entries of codes.pt on which the choice depends. fine: the fraction of regions with the finest codes"""
+    config = dict(size=size, factors=factors, ratios=(1 - fine, fine))
+    torch.save(dict(preset=preset, config=config, train=dict(label=torch.zeros(images))), path)
     return ["--codes", str(path)]
 
 
@@ -200,7 +215,7 @@ SMALL, MEDIUM, LARGE = ("folder64", 192), ("folder64-large", 256), ("folder256",
     (256, (16, 8), 3391, SMALL, MEDIUM, 8), (256, (16, 8), 10_000, SMALL, LARGE, 8),
     (128, (16, 8), 40_000, SMALL, LARGE, 8), (128, (16, 8), 20_000, SMALL, MEDIUM, 8)])
 def test_stage_2_fits_its_codes(size, factors, images, on_cpu, on_gpu, batch, tmp_path, monkeypatch):
-    """Whatever name they bear, unless it is that of a recipe."""
+    """It does so under every name of a preset that is not the name of a recipe."""
     for preset in ("custom", "folder32", "folder256", "of a later version"):
         flags = stored(tmp_path / "codes.pt", preset, size, factors, 0.5, images)
         for gpu, expected in ((False, on_cpu), (True, on_gpu)):
@@ -215,13 +230,13 @@ def test_stage_2_fits_its_codes(size, factors, images, on_cpu, on_gpu, batch, tm
 
 def test_stage_2_counts_codes_not_regions(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for fine, batch in ((0.0, 32), (0.5, 8)):                                # 64 codes, 160
+    for fine, batch in ((0.0, 32), (0.5, 8)):                                # 64 and 160 codes per image
         flags = stored(tmp_path / "codes.pt", "custom", 64, (8, 4), fine, 2000)
         assert train_transformer.parse(flags)[2].batch_size == batch
 
 
-def test_a_preset_by_name_means_that_preset(tmp_path):
-    """No matter how few images there are, and what the codes are like."""
+def test_a_preset_by_name_is_that_preset(tmp_path):
+    """Neither the number of images nor that of codes changes it."""
     flags = stored(tmp_path / "codes.pt", "custom", 256, (16, 8), 0.5, 12)
     for name, preset in train_transformer.PRESETS.items():
         args, config, schedule = train_transformer.parse([*flags, "--preset", name])
@@ -229,7 +244,7 @@ def test_a_preset_by_name_means_that_preset(tmp_path):
     assert train_transformer.parse([*flags, "--dropout", "0", "--steps", "5"])[0].dropout == 0
 
 
-def test_the_presets_have_enough_depth_to_tell_apart():
+def test_the_presets_for_folders_differ_in_size():
     parameters = []
     for name in ("folder64", "folder64-large", "folder256"):
         with torch.device("meta"):
@@ -242,7 +257,7 @@ def test_the_presets_have_enough_depth_to_tell_apart():
 # Device and time
 
 
-def test_the_kind_of_device_is_known_by_its_name(monkeypatch):
+def test_on_gpu_depends_on_the_name_of_the_device(monkeypatch):
     for there in (False, True):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
         known = {name: common.on_gpu(name) for name in ("auto", "cpu", "cuda", "cuda:1")}
@@ -250,16 +265,16 @@ def test_the_kind_of_device_is_known_by_its_name(monkeypatch):
 
 
 def test_the_time_is_estimated_once(tmp_path, monkeypatch):
-    """After the first twenty steps of this process, without the first one, which takes longer."""
+    """The estimate follows the first twenty steps of a process, and leaves out the first one, which takes longer."""
     lines, seconds = [], SimpleNamespace(value=0.0)
     monkeypatch.setattr(common.time, "monotonic", lambda: seconds.value)
     monkeypatch.setattr(common.tqdm, "write", lines.append)
     for start in (0, 100):
-        record = common.Record(argparse.Namespace(save_every=1000), tmp_path / "vae.pt", None,
+        record = common.Record(argparse.Namespace(save_every=1000), tmp_path / "vae.pt", dq.VAEConfig(),
                                dict(steps=220, eval_every=1000), torch.nn.Linear(1, 1), {}, {}, step=start)
         seconds.value = 50.0
-        for step in record.start("test"):
-            seconds.value += 6 if step > start else 500                      # seconds a step
+        for step in record.steps("test", SimpleNamespace(asked=lambda: 0), lambda step: ({}, math.inf)):
+            seconds.value += 6 if step > start else 500                      # seconds per step
             record.add(step + 1, dict(loss=torch.tensor(1.0)))
-            record.after(step + 1, SimpleNamespace(asked=lambda: 0, alive=0))
+    lines = [line for line in lines if "min" in line]                        # without the metrics of the last step
     assert lines == ["step 20: about 20 min for the other 200 steps", "step 120: about 10 min for the other 100 steps"]

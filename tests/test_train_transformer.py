@@ -1,16 +1,16 @@
-"""train_transformer.py: codes.pt in, batches, evaluation, the script.
+"""train_transformer.py: codes.pt, batches, evaluation, and the script as a whole.
 
-    parse                        test_the_preset_comes_with_the_codes
-    read_codes                   test_codes_that_are_none_end_in_a_line_that_helps
+    parse                        test_the_preset_comes_with_the_codes; fit: test_presets.py
+    read_codes                   test_the_error_for_invalid_codes_says_what_to_do
     views, sequences             test_uncond_hides_the_labels, and in test_train_vae.py
                                  test_encoding_keeps_every_image_and_its_mirror_image
     batches                      test_batches_of_stage_2
     evaluate                     test_evaluation_of_a_transformer, test_evaluation_is_no_wider_than_needed,
                                  test_processes_share_an_evaluation
     save_samples                 test_samples_of_a_run
-    Muon                         test_muon_in_float32_is_torchs_up_to_rounding
+    Muon                         test_muon_in_float32_equals_that_of_torch_up_to_rounding
     make_optimizers              test_which_weights_decay
-    main                         test_codes_in_another_folder_need_no_image and what follows, test_wiring.py
+    main                         test_codes_are_all_that_stage_2_reads and the tests after it, test_wiring.py
 """
 import copy
 import itertools
@@ -36,7 +36,7 @@ from test_transformer import tiny
 
 
 def images_of(codes, grains, label=None):
-    """As train_transformer.py reads them, all without a class unless there are labels."""
+    """-> Images, as train_transformer.py reads them. Without labels, no image has a class."""
     label = torch.full((len(codes),), -1) if label is None else label
     part = dict(codes=codes[:, None].byte(), grains=grains[:, None].byte(), label=label)
     return train_transformer.views(part, (4, 2), uncond=False)
@@ -49,20 +49,20 @@ def test_uncond_hides_the_labels():
 
 
 def test_evaluation_of_a_transformer():
-    """Without dropout, with labels; an image counts the same in whatever batch it is."""
+    """It applies no dropout and uses the labels. The metrics do not depend on how the images are batched."""
     model = tiny(8, (4, 2), V=5, classes=("a", "b"), dropout=0.5)
     grains, label = torch.randint(0, 2, (6, 2, 2)), torch.arange(6) % 2
-    grains[:2] = 1                                                           # the longest ones
+    grains[:2] = 1                                                           # the longest sequences
     codes = random_image(model.layout, grains, 5)
     pos, code = model.layout.pack(codes, grains)
     images = images_of(codes, grains, label)
     model.train()
-    figures = train_transformer.evaluate(model, images, torch.device("cpu"), plain, batch_size=4)
+    metrics = train_transformer.evaluate(model, images, torch.device("cpu"), plain, batch_size=4)
     assert model.training
     model.eval()
     nats = []
     with torch.no_grad():
-        for b in range(6):                                                   # each image alone, pair by pair
+        for b in range(6):                                                   # one image and one code at a time
             position, content = model.logits(pos[b:b + 1], code[b:b + 1], label[b:b + 1])
             logp = 0.0
             for t in range(pos.shape[1]):
@@ -71,15 +71,15 @@ def test_evaluation_of_a_transformer():
                     logp += float(content[0, t].log_softmax(-1)[code[b, t]])
             nats.append(-logp)
     n_codes = (code >= 0).sum().item() / 6
-    assert figures["nats_per_image"] == pytest.approx(sum(nats) / 6, rel=1e-4)
-    assert figures["bits_per_code"] == pytest.approx(sum(nats) / 6 / math.log(2) / n_codes, rel=1e-4)
-    assert figures["bits_per_pixel"] == pytest.approx(sum(nats) / 6 / math.log(2) / 64, rel=1e-4)
+    assert metrics["nats_per_image"] == pytest.approx(sum(nats) / 6, rel=1e-4)
+    assert metrics["bits_per_code"] == pytest.approx(sum(nats) / 6 / math.log(2) / n_codes, rel=1e-4)
+    assert metrics["bits_per_pixel"] == pytest.approx(sum(nats) / 6 / math.log(2) / 64, rel=1e-4)
 
 
 def test_evaluation_is_no_wider_than_needed(monkeypatch):
     model = tiny(8, (4, 2), V=5)
-    grains = torch.zeros(5, 2, 2, dtype=torch.long)                          # 4 codes and 2 EOS each ...
-    grains[1], grains[3] = 1, 1                                              # ... but for two images of 16 codes
+    grains = torch.zeros(5, 2, 2, dtype=torch.long)                          # 4 codes and 2 EOS tokens each ...
+    grains[1], grains[3] = 1, 1                                              # ... except for two images of 16 codes
     images = images_of(random_image(model.layout, grains, 5), grains)
     widths, real = [], train_transformer.sequences
 
@@ -98,13 +98,13 @@ def test_processes_share_an_evaluation(monkeypatch):
 
     def nats(rank, world):
         monkeypatch.setattr(dq, "rank_world", lambda: (rank, world))
-        monkeypatch.setattr(dq, "all_reduce_sum", lambda x: x)                        # so each tells what it has added up
+        monkeypatch.setattr(dq, "all_reduce_sum", lambda x: x)               # each rank returns its own sum
         return train_transformer.evaluate(model, images, torch.device("cpu"), plain, batch_size=2)["nats_per_image"]
     assert nats(0, 2) + nats(1, 2) == pytest.approx(nats(0, 1), rel=1e-4) and nats(0, 2) < nats(0, 1)
 
 
 def test_samples_of_a_run(tmp_path, monkeypatch):
-    """Of each class, drawn in evaluation mode, by the seed of the run."""
+    """They cycle through the classes, in evaluation mode, with the seed of the run."""
     model, asked, real = tiny(16, (8, 4), V=16, classes=("a", "b", "c"), dropout=0.5), [], dq.generate
     vae = dq.DQVAE(dq.VAEConfig(size=16, codebook_size=16)).eval()
 
@@ -120,7 +120,7 @@ def test_samples_of_a_run(tmp_path, monkeypatch):
 
 
 def test_which_weights_decay():
-    """Matrices do; Muon has those of the blocks, AdamW all else; vectors don't. Each weight is in one optimiser."""
+    """Matrices decay, vectors do not. Muon updates the matrices of the blocks, AdamW all other weights."""
     model, sets = tiny(8, (4, 2), V=5, classes=("a", "b"), width=128), {}
     blocks = [p for stack in (model.position_stack, model.content_stack) for p in stack.parameters()]
     matrices, vectors = ([p for p in model.parameters() if (p.dim() > 1) == many] for many in (True, False))
@@ -141,7 +141,7 @@ def test_which_weights_decay():
     muon = sets["muon"]["muon"]
     assert {id(p) for p in muon.param_groups[0]["params"]} == {id(p) for p in blocks if p.dim() == 2}
     assert [muon.param_groups[0][name] for name in ("momentum", "nesterov", "ns_steps")] == [0.95, True, 5]
-    # the root of the mean square of a step is 0.2 of the learning rate, as AdamW's is about
+    # the RMS of an update is 0.2 times the learning rate, about that of AdamW
     p = muon.param_groups[0]["params"][0]
     p.grad, before = torch.randn_like(p), p.detach().clone()
     muon.param_groups[0]["weight_decay"] = 0.0
@@ -150,8 +150,8 @@ def test_which_weights_decay():
 
 
 @pytest.mark.parametrize("shape", [(24, 8), (8, 24), (16, 16)])
-def test_muon_in_float32_is_torchs_up_to_rounding(shape):
-    """Each continues from the other's state, so that runs resume on another machine."""
+def test_muon_in_float32_equals_that_of_torch_up_to_rounding(shape):
+    """Each can load the state of the other, so a run can resume on another machine."""
     weights = [torch.nn.Parameter(torch.ones(shape)) for _ in range(2)]
     how, generator = dict(lr=0.02, weight_decay=0.3, adjust_lr_fn="match_rms_adamw"), torch.manual_seed(0)
     ours, torchs = train_transformer.Muon(weights[:1], **how), torch.optim.Muon(weights[1:], **how)
@@ -161,8 +161,8 @@ def test_muon_in_float32_is_torchs_up_to_rounding(shape):
         for p, optimizer in zip(weights, (ours, torchs)):
             p.grad = gradient.clone()
             optimizer.step()
-        moved, wanted = (p.detach() - before * (1 - 0.02 * 0.3) for p in weights)
-        assert (moved - wanted).norm() < 0.03 * wanted.norm()
+        update, expected = (p.detach() - before * (1 - 0.02 * 0.3) for p in weights)
+        assert (update - expected).norm() < 0.03 * expected.norm()
         ours_state, torchs_state = ours.state_dict(), torchs.state_dict()
         assert ours_state["param_groups"] == torchs_state["param_groups"]
         torch.testing.assert_close(ours_state["state"], torchs_state["state"])
@@ -170,8 +170,8 @@ def test_muon_in_float32_is_torchs_up_to_rounding(shape):
         ours.load_state_dict(copy.deepcopy(torchs_state))
 
 
-def test_how_the_presets_of_stage_2_learn():
-    """Ours by Muon, at a rate that falls linearly; the paper's by AdamW, at one that falls like a cosine."""
+def test_optimizer_and_decay_of_the_presets():
+    """Our presets use Muon and a linear decay of the learning rate. The paper's use AdamW and a cosine."""
     for name, (_, schedule) in train_transformer.PRESETS.items():
         papers = name in ("toy-paper", "ffhq256", "imagenet256", "imagenet256-triple")
         assert schedule.optimizer == ("adamw" if papers else "muon"), name
@@ -180,7 +180,7 @@ def test_how_the_presets_of_stage_2_learn():
 
 
 def test_batches_of_stage_2():
-    """Each epoch deals every sequence once, in another order; a batch is sorted; any start gives the same batches."""
+    """Each epoch has every sequence once, in its own order. Each batch is sorted and depends only on its number."""
     length = np.random.default_rng(0).integers(6, 18, size=12)
     dealt = list(itertools.islice(train_transformer.batches(length, 4, seed=5), 9))
     epochs = [torch.cat(dealt[e:e + 3]).tolist() for e in (0, 3, 6)]
@@ -191,28 +191,30 @@ def test_batches_of_stage_2():
     big = next(train_transformer.batches(length, 30, seed=5)).tolist()       # more than an epoch
     assert all(2 <= big.count(i) <= 3 for i in range(12))
 
+
 # ------------------------------------------------------------------------------------------------
 # The script
 
 
 def test_the_preset_comes_with_the_codes(vae_run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert train_transformer.parse([])[0].preset == "toy"                    # there are none
+    assert train_transformer.parse([])[0].preset == "toy"                    # there is no codes.pt
     (tmp_path / "out").mkdir()
     codes = torch.load(vae_run / "codes.pt", weights_only=True)
     for preset, found in (("emoji64", "emoji64"), ("earth64", "earth64")):
         torch.save(codes | dict(preset=preset), "out/codes.pt")
         os.replace("out/codes.pt", "elsewhere.pt")
         args, config, schedule = train_transformer.parse(["--codes", "elsewhere.pt", "--heads", "4"])
-        assert args.preset == found and (config, schedule) == train_transformer.PRESETS[found] and args.heads == 4
+        preset, expected = train_transformer.PRESETS[found]
+        assert (args.preset, args.heads) == (found, 4) and (config, schedule) == (replace(preset, heads=4), expected)
     torch.save(codes | dict(preset="emoji64"), "out/codes.pt")
     assert train_transformer.parse([])[0].width == 160
-    args = train_transformer.parse(["--preset", "toy", "--steps", "3"])[0]   # what is asked for counts
+    args = train_transformer.parse(["--preset", "toy", "--steps", "3"])[0]   # flags take precedence
     assert (args.preset, args.width, args.steps) == ("toy", 192, 3)
 
 
-def test_codes_may_lie_below_the_home_folder(vae_run, tmp_path, monkeypatch):
-    """`parse` looks for the preset in the file that the run will read."""
+def test_the_path_of_the_codes_may_begin_with_a_tilde(vae_run, tmp_path, monkeypatch):
+    """`parse` reads the name of the preset from the same file as `main`."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
     torch.save(torch.load(vae_run / "codes.pt", weights_only=True) | dict(preset="emoji64"), tmp_path / "codes.pt")
@@ -222,7 +224,7 @@ def test_codes_may_lie_below_the_home_folder(vae_run, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("how", ["cut", "a bit flipped", "empty", "of another version", "a list"])
-def test_codes_that_are_none_end_in_a_line_that_helps(how, vae_run, tmp_path):
+def test_the_error_for_invalid_codes_says_what_to_do(how, vae_run, tmp_path):
     path = tmp_path / "codes.pt"
     data = bytearray((vae_run / "codes.pt").read_bytes())
     if how == "a bit flipped":
@@ -238,8 +240,8 @@ def test_codes_that_are_none_end_in_a_line_that_helps(how, vae_run, tmp_path):
     assert f"python train_vae.py --encode {tmp_path / 'vae.pt'} --out {tmp_path}" in line
 
 
-def test_codes_in_another_folder_need_no_image(vae_run, tmp_path, monkeypatch):
-    """What a course hands out: one file, from which stage 2 and sampling run."""
+def test_codes_are_all_that_stage_2_reads(vae_run, tmp_path, monkeypatch):
+    """A course can hand out this one file; stage 2 and sampling need no images."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "out").mkdir()
     shutil.copy(vae_run / "codes.pt", "out")
@@ -258,7 +260,7 @@ def load_settings(path, kind):
     return dq.load_checkpoint(path, kind)["settings"]
 
 
-def test_each_trainer_says_first_what_it_understood(images, tmp_path, capsys):
+def test_the_first_lines_name_the_device_and_the_data(images, tmp_path, capsys):
     flags = ["--out", str(tmp_path), "--steps", "1"]
     train_vae.main([*flags, *VAE, "--data", str(images)])
     train, held_out = reading.open_data(images, 16)
@@ -270,12 +272,12 @@ def test_each_trainer_says_first_what_it_understood(images, tmp_path, capsys):
     settings = load_settings(tmp_path / "transformer.pt", "dq-transformer")
     assert device == "{device}, {dtype}, torch {torch}".format(**settings)
     assert first.startswith(f"codes: {tmp_path / 'codes.pt'}, {len(train)} images (checksum ")
-    assert f"{len(train)} to train on, with 10 views of each, {len(held_out)} for validation; 4 cl" in first
+    assert f"{len(train)} to train on (views of each: 10), {len(held_out)} for validation; 4 classes" in first
 
 
 @pytest.mark.parametrize("flags, guided", [([], True), (["--label-dropout", 0.0], False), (["--uncond"], False)])
 def test_checkpoints_carry_the_sampling_options_of_the_preset(flags, guided, vae_run, tmp_path, monkeypatch):
-    """So do the samples of the run; there is no guidance where no vector was trained for it."""
+    """The samples during training use them, too. There is no guidance without label dropout or without classes."""
     config, schedule = train_transformer.PRESETS["toy"]
     preset = dq.SampleOptions(1.25, 5, 0.75, 3.0)
     monkeypatch.setitem(train_transformer.PRESETS, "toy", (config, replace(schedule, sampling=preset)))
@@ -286,13 +288,13 @@ def test_checkpoints_carry_the_sampling_options_of_the_preset(flags, guided, vae
     for name in ("transformer.pt", "transformer.best.pt"):
         assert dq.load_checkpoint(tmp_path / name, "dq-transformer")["sample_options"] == options._asdict()
     assert sampled == [options] and sample.load(tmp_path / "transformer.pt", "cpu")[2] == options
-    changed = replace(schedule, sampling=dq.SampleOptions())                 # no reason not to resume
+    changed = replace(schedule, sampling=dq.SampleOptions())                 # a run may still be resumed
     monkeypatch.setitem(train_transformer.PRESETS, "toy", (config, changed))
     assert call(train_transformer.main, *flags, "--resume") is None
 
 
 def test_sampling_options_of_presets():
-    """Toy shapes and drawings, photos, which any folder may hold, and the paper's models: three settings."""
+    """There are three settings: for toy shapes and drawings, for photos and other images, and the paper's."""
     options = {name: schedule.sampling for name, (_, schedule) in train_transformer.PRESETS.items()}
     assert all(options[name] == (0.7, 0, 1.0, 2.0) for name in ("toy", "toy64", "toy-paper", "emoji64"))
     assert options["earth64"] == train_transformer.TransformerSchedule(1, 1, 1.0).sampling == (1.0, 0, 1.0, 1.5)
@@ -302,30 +304,31 @@ def test_sampling_options_of_presets():
 
 
 def test_the_papers_model_at_toy_size():
-    """It differs from the preset toy in the additions alone, and in the learning rate that AdamW needs."""
+    """It differs from the preset toy only in our additions, and in the learning rate, which AdamW needs."""
     (config, schedule), (paper, papers) = (train_transformer.PRESETS[name] for name in ("toy", "toy-paper"))
     assert replace(paper, rotary=True, qk_norm=True) == config and not paper.rotary and not paper.qk_norm
     assert replace(papers, decay="linear", optimizer="muon", lr=schedule.lr) == schedule
     assert (papers.decay, papers.optimizer) == ("cosine", "adamw") and papers.lr < schedule.lr
 
 
-@pytest.mark.parametrize("few", [0, 46])
-def test_what_a_run_says_at_its_ends(few, vae_run, tmp_path, monkeypatch, capsys):
-    """At first what to expect of few images; at last how good the model is, where its samples are, and what is next."""
+@pytest.mark.parametrize("psnr", [None, 21.46])
+def test_the_last_line_has_the_loss_the_psnr_and_the_next_command(psnr, vae_run, tmp_path, capsys):
+    """A codes.pt of an earlier version has no PSNR. The checkpoint has that of the codes."""
     stored = torch.load(vae_run / "codes.pt", weights_only=True)
-    torch.save(stored | dict(psnr=21.46), tmp_path / "codes.pt")
-    monkeypatch.setattr(train_transformer, "FEW", few)
+    assert stored.pop("psnr") > 5
+    torch.save(stored | ({"psnr": psnr} if psnr else {}), tmp_path / "codes.pt")
     flags = ["--codes", tmp_path / "codes.pt", "--out", tmp_path / "run", "--steps", 2, *TRANSFORMER]
-    assert call(train_transformer.main, *flags) is None
-    lines = capsys.readouterr().out.splitlines()
-    warned = [line for line in lines if line.startswith("note: ") and f"fewer than {few} images" in line]
-    assert len(warned) == (few > len(stored["train"]["label"]))
-    log = common.read_log(tmp_path / "run/transformer.jsonl")[-1]
-    assert lines[-1] == (
-        f"done: validation loss {log['nats_per_image']:.1f} nats per image (lowest: {log['nats_per_image']:.1f}), "
-        f"{log['bits_per_code']:.2f} bits per code; samples: {tmp_path / 'run/transformer.png'}, limited by "
-        f"reconstructions of 21.5 dB; next: python sample.py {tmp_path / 'run'}")
-    assert call(sample.main, tmp_path / "run", "--n", 1, "--device", DEVICE) is None  # what is next
+    for more in ([], ["--resume"]):                                          # a finished run says it again
+        assert call(train_transformer.main, *flags, *more) is None
+        last = capsys.readouterr().out.splitlines()[-1]
+        log = common.read_log(tmp_path / "run/transformer.jsonl")[-1]
+        limit = "reconstructions limit them at 21.5 dB, which more --steps of train_vae.py raise; " if psnr else ""
+        assert last == (
+            f"done: validation loss {log['nats_per_image']:.1f} nats per image (lowest: {log['nats_per_image']:.1f}), "
+            f"{log['bits_per_code']:.2f} bits per code; samples: {tmp_path / 'run/transformer.png'}; {limit}"
+            f"next: python sample.py {tmp_path / 'run'}")
+    assert dq.load_checkpoint(tmp_path / "run/transformer.pt", "dq-transformer")["psnr"] == psnr
+    assert call(sample.main, tmp_path / "run", "--n", 1, "--device", DEVICE) is None  # the next command
 
 
 def test_a_transformer_knows_its_classes(run):
@@ -345,7 +348,7 @@ def test_three_granularities_without_classes_and_with_loader_processes(images, t
 
 
 def test_a_batch_in_parts_is_the_batch(vae_run, tmp_path):
-    """Stage 2, where an image's loss depends on no other image: the same weights, up to rounding."""
+    """Gradient accumulation gives the same weights up to rounding, because each image has its own loss in stage 2."""
     ends = []
     for n in ("1", "2"):
         train_transformer.main(["--out", str(tmp_path / n), "--codes", str(vae_run / "codes.pt"), "--steps", "3",
@@ -356,7 +359,7 @@ def test_a_batch_in_parts_is_the_batch(vae_run, tmp_path):
         torch.testing.assert_close(ends[0][name], ends[1][name], atol=1e-4, rtol=1e-3)
 
 
-def test_resuming_on_the_codes_of_another_dq_vae_is_refused(images, tmp_path):
+def test_a_run_cannot_resume_on_other_codes(images, tmp_path):
     flags = ["--out", str(tmp_path), "--steps", "1"]
     train_vae.main([*flags, *VAE, "--data", str(images)])
     train_transformer.main([*flags, *TRANSFORMER])

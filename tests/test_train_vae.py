@@ -1,15 +1,16 @@
-"""train_vae.py: losses, evaluation, codes.pt, the script.
+"""train_vae.py: losses, evaluation, codes.pt, and the script as a whole.
 
-    Perceptual                       test_lpips_is_the_published_formula and what follows
-    adaptive_weight, backward        test_adaptive_weight_is_the_ratio_of_gradients_at_the_last_layer and two more
+    Perceptual                       test_lpips_is_the_published_formula and the next two tests
+    adaptive_weight, backward        test_adaptive_weight_is_the_ratio_of_gradients_at_the_last_layer and the next two
     Discriminator, hinge_loss        test_discriminator_is_the_usual_patchgan and three more
     BatchNorm                        test_batch_norm_of_two_processes_is_that_of_one, survival/test_processes.py
     auc, evaluate                    test_auc_equals_counting_pairs, test_evaluation_of_a_dq_vae
     show                             test_the_picture_shows_originals_first
     validation_images                test_regions_with_a_tenth_of_detail_are_detailed, test_all_classes_are_evaluated
-    calibrate                        test_routers.py
-    encode, smallest, write_codes    test_encoding_keeps_every_image_and_its_mirror_image and what follows
-    main                             test_the_toy_data_needs_no_folder and what follows, test_wiring.py
+    views, recipe                    test_presets.py
+    encode_dataset, write_codes      test_encoding_keeps_every_image_and_its_mirror_image and the next three tests
+    recall, encode_only              test_encode_takes_what_the_checkpoint_knows and the next two tests
+    main                             test_the_toy_data_needs_no_folder and the next two tests, test_wiring.py
 """
 import json
 import math
@@ -45,7 +46,7 @@ VGG = [(0, 3, 64), (2, 64, 64), "pool", (5, 64, 128), (7, 128, 128), "pool",
 def published():
     """Random weights in the form of the two published files."""
     torch.manual_seed(0)
-    vgg = {"classifier.0.weight": torch.zeros(2, 2)}                         # there, and of no use here
+    vgg = {"classifier.0.weight": torch.zeros(2, 2)}                         # an entry that LPIPS does not use
     for layer in VGG:
         if layer != "pool":
             i, c_in, c_out = layer
@@ -63,7 +64,7 @@ def lpips(published, tmp_path_factory):
 
 
 def naive_lpips(x, y, vgg, lin):
-    """One pair of images (3, S, S), place by place."""
+    """LPIPS of two images (3, S, S), one position at a time."""
     def features(image):
         channels = ((0, -0.030, 0.458), (1, -0.088, 0.448), (2, -0.188, 0.450))
         z = torch.stack([(image[c] - shift) / scale for c, shift, scale in channels])[None]
@@ -77,13 +78,13 @@ def naive_lpips(x, y, vgg, lin):
         yield z[0]
     total = 0.0
     for k, (a, b) in enumerate(zip(features(x), features(y))):
-        weight, places = lin[f"lin{k}.model.1.weight"].flatten(), []
+        weight, distances = lin[f"lin{k}.model.1.weight"].flatten(), []
         for r in range(a.shape[1]):
             for c in range(a.shape[2]):
                 u, v = a[:, r, c], b[:, r, c]
                 u, v = u / (u.norm() + 1e-10), v / (v.norm() + 1e-10)
-                places.append(float((weight * (u - v) ** 2).sum()))
-        total += sum(places) / len(places)
+                distances.append(float((weight * (u - v) ** 2).sum()))
+        total += sum(distances) / len(distances)
     return total
 
 
@@ -94,7 +95,7 @@ def test_lpips_is_the_published_formula(lpips, published):
     assert lpips(x, x).tolist() == [0, 0]
 
 
-def test_lpips_trains_the_image_alone_and_stays_finite_where_features_vanish(lpips, published, tmp_path):
+def test_lpips_has_finite_gradients_for_the_image_only(lpips, published, tmp_path):
     y = (torch.rand(1, 3, 16, 16) * 2 - 1).requires_grad_()
     lpips(torch.rand(1, 3, 16, 16), y).sum().backward()
     assert y.grad.abs().sum() > 0 and all(p.grad is None for p in lpips.parameters())
@@ -106,7 +107,7 @@ def test_lpips_trains_the_image_alone_and_stays_finite_where_features_vanish(lpi
     assert torch.isfinite(y.grad).all()
 
 
-def test_missing_weights_end_in_one_line_that_helps(published, tmp_path, monkeypatch):
+def test_the_error_for_missing_weights_says_what_to_do(published, tmp_path, monkeypatch):
     def no_network(*args, **kwargs):
         raise OSError("no route to host")
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", no_network)
@@ -120,17 +121,17 @@ def test_missing_weights_end_in_one_line_that_helps(published, tmp_path, monkeyp
 
 
 class Toy(torch.nn.Module):
-    """A decoder and what hangs on it: enough to follow gradients."""
+    """A small model with the losses of stage 1. Its forward pass returns y, and losses that depend on y or not."""
 
     def __init__(self):
         super().__init__()
         self.first, self.last = torch.nn.Conv2d(2, 4, 1), torch.nn.Conv2d(4, 3, 3, padding=1)
-        self.critic = torch.nn.Conv2d(3, 1, 3)
+        self.discriminator = torch.nn.Conv2d(3, 1, 3)
 
     def forward(self, z, target):
         h = self.first(z).tanh()
         y = self.last(h)
-        return y, (y - target).abs().mean(), -self.critic(y).tanh().mean(), h.square().mean()
+        return y, (y - target).abs().mean(), -self.discriminator(y).tanh().mean(), h.square().mean()
 
 
 @pytest.mark.parametrize("cap", [0.75, 1e-3, 1e3])
@@ -138,12 +139,12 @@ def test_adaptive_weight_is_the_ratio_of_gradients_at_the_last_layer(cap):
     model, z, target = Toy(), torch.randn(2, 2, 5, 5), torch.randn(2, 3, 5, 5) * 0.1
     y, loss, gan, _ = model(z, target)
     a, b = (torch.autograd.grad(each, model.last.weight, retain_graph=True)[0] for each in (loss, gan))
-    pull, push = (torch.autograd.grad(each, y, retain_graph=True)[0] for each in (loss, gan))
+    at_y = [torch.autograd.grad(each, y, retain_graph=True)[0] for each in (loss, gan)]
     ratio = float(a.norm() / (b.norm() + 1e-4))
-    assert adaptive_weight(y, model.last.weight, pull, push, cap).item() == pytest.approx(min(ratio, cap), rel=1e-5)
+    assert adaptive_weight(y, model.last.weight, *at_y, cap).item() == pytest.approx(min(ratio, cap), rel=1e-5)
 
 
-def test_gradients_added_at_the_image_are_those_of_the_whole_loss():
+def test_backward_gives_the_gradients_of_the_weighted_sum():
     model, z, target = Toy(), torch.randn(2, 2, 5, 5), torch.randn(2, 3, 5, 5) * 0.1
     y, loss, gan, other = model(z, target)
     weight = backward(y, model.last.weight, loss, gan, other, gan_weight=0.3, scale=0.5)
@@ -153,23 +154,23 @@ def test_gradients_added_at_the_image_are_those_of_the_whole_loss():
     a, b = (torch.autograd.grad(each, model.last.weight, retain_graph=True)[0].norm() for each in (loss, gan))
     assert weight.item() == pytest.approx(0.3 * min(0.75, float(a / (b + 1e-4))), rel=1e-5)
     (0.5 * (loss + weight * gan + other)).backward()
-    assert set(ours) == {"first.weight", "first.bias", "last.weight", "last.bias"}  # the critic has another lesson
+    assert set(ours) == {"first.weight", "first.bias", "last.weight", "last.bias"}  # none for the discriminator
     for name, gradient in ours.items():
         torch.testing.assert_close(gradient, model.get_parameter(name).grad)
 
 
 def test_a_compiled_model_gets_the_same_gradients():
-    """torch.compile with the adversarial loss, without a compiler: the capture of the graphs is what could go wrong."""
+    """torch.compile captures the graphs with the adversarial loss. No compiler runs."""
     config = dq.VAEConfig(size=16, factors=(2, 1), codebook_size=16, channels=32, multipliers=(1,))
     model, x, gradients = dq.DQVAE(config), torch.rand(2, 3, 16, 16) * 2 - 1, []
-    model(x)                                                                 # the codebook starts from its first batch
+    model(x)                                                                 # initialises the codebook
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for forward in (model, train_vae.compiled(model, backend="aot_eager")):
         model.load_state_dict(state)
         model.zero_grad()
         torch.manual_seed(1)
         out = forward(x)
-        assert "Convolution" in out.reconstruction.grad_fn.name()            # the last layer is a node of its own
+        assert "Convolution" in out.reconstruction.grad_fn.name()            # the last layer is a separate node
         loss, gan = (out.reconstruction - x).abs().mean(), -out.reconstruction.tanh().mean()
         other = out.commitment + dq.budget_loss(out.gate, config.ratios)
         weight = backward(out.reconstruction, model.decoder.out[-1].weight, loss, gan, other)
@@ -181,21 +182,22 @@ def test_a_compiled_model_gets_the_same_gradients():
 
 def test_discriminator_is_the_usual_patchgan():
     with torch.device("meta"):
-        critic = Discriminator()
-        assert critic(torch.empty(2, 3, 256, 256)).shape == (2, 1, 30, 30)
-    assert sum(p.numel() for p in critic.parameters()) == 2_765_633          # pix2pix's 70 x 70 PatchGAN, 3 channels in
+        discriminator = Discriminator()
+        assert discriminator(torch.empty(2, 3, 256, 256)).shape == (2, 1, 30, 30)
+    # pix2pix's 70 x 70 PatchGAN with 3 input channels
+    assert sum(p.numel() for p in discriminator.parameters()) == 2_765_633
     # one logit sees 70 x 70 pixels
-    critic = Discriminator(width=4).eval()
+    discriminator = Discriminator(width=4).eval()
     x = torch.zeros(1, 3, 128, 128, requires_grad=True)
-    critic(x)[0, 0, 7, 7].backward()
+    discriminator(x)[0, 0, 7, 7].backward()
     seen = x.grad.abs().sum(dim=(0, 1)).nonzero()
     assert (seen.max(0).values - seen.min(0).values + 1).tolist() == [70, 70]
 
 
 def test_discriminator_equals_its_layers():
-    critic, x = Discriminator(width=8), torch.randn(2, 3, 32, 32)
-    convs = [module for module in critic.modules() if isinstance(module, torch.nn.Conv2d)]
-    norms = [module for module in critic.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    discriminator, x = Discriminator(width=8), torch.randn(2, 3, 32, 32)
+    convs = [module for module in discriminator.modules() if isinstance(module, torch.nn.Conv2d)]
+    norms = [module for module in discriminator.modules() if isinstance(module, torch.nn.BatchNorm2d)]
     assert all(abs(conv.weight.std() - 0.02) < 0.004 for conv in convs)      # as pix2pix has it
     assert all(abs(norm.weight.mean() - 1) < 0.03 and norm.weight.std() < 0.03 for norm in norms)
     for conv in convs:
@@ -206,19 +208,19 @@ def test_discriminator_equals_its_layers():
         mean, var = h.mean(dim=(0, 2, 3), keepdim=True), h.var(dim=(0, 2, 3), correction=0, keepdim=True)
         h = (h - mean) / (var + 1e-5).sqrt() * norm.weight[:, None, None] + norm.bias[:, None, None]
         h = F.leaky_relu(h, 0.2)
-    torch.testing.assert_close(critic(x), F.conv2d(h, convs[-1].weight, convs[-1].bias, padding=1))
+    torch.testing.assert_close(discriminator(x), F.conv2d(h, convs[-1].weight, convs[-1].bias, padding=1))
 
 
 def test_batch_norm_of_two_processes_is_that_of_one(monkeypatch):
-    """With what the other process would add put in by hand."""
+    """Here all_reduce adds what a second process would contribute."""
     x = torch.randn(4, 3, 5, 5) * torch.tensor([1.0, 2.0, 3.0])[:, None, None] + 1
     one, two = (train_vae.BatchNorm(3) for _ in range(2))
-    wanted = one(x)
+    expected = one(x)
     mine, other = x.chunk(2)
     sums = torch.stack([other.mean(dim=(0, 2, 3)), other.square().mean(dim=(0, 2, 3))])
     monkeypatch.setattr(dq, "rank_world", lambda: (0, 2))
     monkeypatch.setattr(train_vae, "all_reduce", lambda own: own + sums)
-    torch.testing.assert_close(two(mine), wanted[:2], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(two(mine), expected[:2], atol=1e-5, rtol=1e-5)
     for name, value in one.state_dict().items():
         torch.testing.assert_close(two.state_dict()[name], value, atol=1e-5, rtol=1e-5)
 
@@ -232,17 +234,19 @@ def test_discriminator_learns_to_tell_sharp_from_blurred():
     toy = reading.ToyShapes(32, n=256)
     real = torch.stack([toy[i][0] for i in range(256)])
     fake = F.avg_pool2d(real, 5, stride=1, padding=2, count_include_pad=False)
-    critic = Discriminator(width=16)
-    optimizer = torch.optim.Adam(critic.parameters(), lr=2e-3, betas=(0.5, 0.9))
+    discriminator = Discriminator(width=16)
+    optimizer = torch.optim.Adam(discriminator.parameters(), lr=2e-3, betas=(0.5, 0.9))
     for step in range(25):
         rows = torch.randint(0, 192, (16,))
-        loss = hinge_loss(critic(real[rows]), critic(fake[rows]))
+        loss = hinge_loss(discriminator(real[rows]), discriminator(fake[rows]))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    with torch.no_grad():                                                    # unseen images, normalised as in training
-        right = torch.cat([critic(real[192:]).mean(dim=(1, 2, 3)) > 0, critic(fake[192:]).mean(dim=(1, 2, 3)) < 0])
+    with torch.no_grad():                                                    # other images, normalised as in training
+        scores = [discriminator(x[192:]).mean(dim=(1, 2, 3)) for x in (real, fake)]
+        right = torch.cat([scores[0] > 0, scores[1] < 0])
     assert right.float().mean() > 0.9
+
 
 # ------------------------------------------------------------------------------------------------
 # Evaluation
@@ -259,48 +263,48 @@ def test_evaluation_of_a_dq_vae():
     config = dq.VAEConfig(size=16, codebook_size=8)
     model = dq.DQVAE(config)
     x = torch.rand(10, 3, 16, 16) * 2 - 1
-    model.decoder.out[-1].weight.data.mul_(3)                                # some values beyond black and white
+    model.decoder.out[-1].weight.data.mul_(3)                                # some pixels are outside [-1, 1]
     model(x)
     before = {name: each.clone() for name, each in model.state_dict().items()}
     detailed = torch.rand(10, 2, 2) < 0.5
-    figures, y, grains = train_vae.evaluate(model, x, detailed, plain, batch_size=4)
+    metrics, y, grains = train_vae.evaluate(model, x, detailed, plain, batch_size=4)
     assert model.training
     assert all(torch.equal(each, before[name]) for name, each in model.state_dict().items())
     model.eval()
     with torch.no_grad():
         out = model(x)
         score = model.router.score(x, out.maps)
-    assert figures["auc"] == pytest.approx(train_vae.auc(score, detailed), abs=1e-3) and figures["auc"] != 0.5
+    assert metrics["auc"] == pytest.approx(train_vae.auc(score, detailed), abs=1e-3) and metrics["auc"] != 0.5
     assert out.reconstruction.abs().max() > 1
     y = out.reconstruction.clamp(-1, 1)
     psnr = [10 * math.log10(1 / float(((a - b) / 2).square().mean())) for a, b in zip(x, y)]
-    assert figures["psnr"] == pytest.approx(sum(psnr) / 10, rel=1e-4)
+    assert metrics["psnr"] == pytest.approx(sum(psnr) / 10, rel=1e-4)
     counts, n_codes = [0] * 8, 0
     layout = dq.Layout(16, (8, 4))
-    for row in layout.pack(out.codes, out.grains)[1].tolist():               # the codes that are really sent
+    for row in layout.pack(out.codes, out.grains)[1].tolist():               # the codes of the sequence
         for c in row:
             if c >= 0:
                 counts[c] += 1
                 n_codes += 1
     entropy = -sum(c / n_codes * math.log(c / n_codes) for c in counts if c)
-    assert figures["perplexity"] == pytest.approx(math.exp(entropy), rel=1e-4)
-    assert figures["codebook_used"] == sum(c > 0 for c in counts) / 8
-    assert figures["codes_per_image"] == pytest.approx(n_codes / 10)
-    # 3 bits name one of 8 codes, 1 bit the granularity of each of 4 regions
-    assert figures["bits_per_pixel"] == pytest.approx((n_codes / 10 * 3 + 4) / 256)
-    assert figures["share"] == pytest.approx([float((out.grains == k).float().mean()) for k in (0, 1)], abs=1e-4)
+    assert metrics["perplexity"] == pytest.approx(math.exp(entropy), rel=1e-4)
+    assert metrics["codebook_used"] == sum(c > 0 for c in counts) / 8
+    assert metrics["codes_per_image"] == pytest.approx(n_codes / 10)
+    # each code takes 3 bits, as there are 8; the granularities of the 4 regions take 1 bit each
+    assert metrics["bits_per_pixel"] == pytest.approx((n_codes / 10 * 3 + 4) / 256)
+    assert metrics["share"] == pytest.approx([float((out.grains == k).float().mean()) for k in (0, 1)], abs=1e-4)
 
 
-@pytest.mark.parametrize("what", ["figures", "critic", "lpips"])
-def test_what_compares_images_is_in_float32(what, lpips, monkeypatch):
-    """Under autocast, too, which makes bfloat16 of what a convolution gives."""
+@pytest.mark.parametrize("what", ["metrics", "discriminator", "lpips"])
+def test_images_are_compared_in_float32(what, lpips, monkeypatch):
+    """This holds under autocast as well, where convolutions return bfloat16."""
     seen, real, x = [], F.normalize, torch.rand(1, 3, 24, 24)
     monkeypatch.setattr(F, "normalize", lambda x, **how: (seen.append(x), real(x, **how))[1])
     bf16 = torch.autocast("cpu", torch.bfloat16)
-    if what == "figures":
+    if what == "metrics":
         seen.append(train_vae.evaluate(dq.DQVAE(dq.VAEConfig(size=24)), x, None, lambda: bf16)[1])
     with bf16:
-        if what == "critic":
+        if what == "discriminator":
             seen.append(Discriminator(width=8)(x))
         elif what == "lpips":
             lpips(x[..., :16, :16], x[..., :16, :16])
@@ -308,7 +312,7 @@ def test_what_compares_images_is_in_float32(what, lpips, monkeypatch):
 
 
 def test_the_picture_shows_originals_first(tmp_path):
-    x, y = (torch.full((9, 3, 16, 16), value) for value in (-1.0, 1.0))      # black, and white ones
+    x, y = (torch.full((9, 3, 16, 16), value) for value in (-1.0, 1.0))      # black originals, white reconstructions
     train_vae.show(tmp_path / "x.png", x, y, torch.zeros(9, 2, 2, dtype=torch.long), (8, 4))
     sheet = np.asarray(Image.open(tmp_path / "x.png"))
     assert sheet.shape == (4 * 130 - 2, 6 * 130 - 2, 3)                      # 8 triples, two in a row
@@ -316,7 +320,7 @@ def test_the_picture_shows_originals_first(tmp_path):
 
 
 def test_all_classes_are_evaluated(tmp_path):
-    """A fixed sample of 512, not the first in the order of names."""
+    """The 512 images are always the same, and a random sample of all."""
     val = ImageFolder(tmp_path, [(f"{i}.png", i // 16) for i in range(1600)], [str(i) for i in range(100)], 8)
     val.strips = reading.Kept(lambda path: np.full((8, 8, 3), [*divmod(int(path.split("/")[-1][:-4]), 256), 0], np.uint8))
     shown = []
@@ -332,11 +336,12 @@ def test_regions_with_a_tenth_of_detail_are_detailed():
     class Corners(ToyShapes):
         def detail_mask(self, i):
             mask = torch.zeros(16, 16, dtype=torch.bool)
-            mask[:2, :4] = mask[8:, 8:] = True                               # 8 of 64 pixels, none, none, all
-            mask[:1, 8:14] = True                                            # 6 of 64
+            mask[:2, :4] = mask[8:, 8:] = True                               # 8 of 64 pixels; all of the last region
+            mask[:1, 8:14] = True                                            # 6 of 64 pixels
             return mask
     images, detailed = train_vae.validation_images(Corners(16, n=3), dq.VAEConfig(size=16))
     assert images.shape == (3, 3, 16, 16) and detailed.tolist() == [[[True, False], [False, True]]] * 3
+
 
 # ------------------------------------------------------------------------------------------------
 # codes.pt
@@ -350,10 +355,10 @@ def test_encoding_keeps_every_image_and_its_mirror_image():
     model(x)
     model.eval()
     device, layout = torch.device("cpu"), dq.Layout(16, (8, 4))
-    with common.Stop(device) as stop:
+    with common.Stop() as stop:
         part = train_vae.encode_dataset(model, data, device, plain, workers=0, mirrored=True, stop=stop)
     assert part["codes"].shape == (10, 2, 4, 4) and part["grains"].shape == (10, 2, 2, 2)
-    assert {x.dtype for x in part.values()} == {torch.uint8}                 # 8 codes, 2 granularities, 4 classes
+    assert [part[name].dtype for name in ("codes", "grains", "label")] == [torch.uint8, torch.uint8, torch.int32]
     images = train_transformer.views(part, (8, 4), uncond=False)
     with torch.no_grad():
         for v, view in enumerate((x, x.flip(3))):
@@ -375,7 +380,7 @@ def test_broken_images_have_no_codes(tmp_path, monkeypatch, capfd):
     sound, data.augment = [i for i, name in enumerate(data.names) if not 5 <= int(name[:2]) < 15], False
     model = dq.DQVAE(dq.VAEConfig(size=8, factors=(4, 2), codebook_size=8)).eval()
     model.codebook.codes.normal_()
-    with common.Stop(torch.device("cpu")) as stop:
+    with common.Stop() as stop:
         part = train_vae.encode_dataset(model, data, torch.device("cpu"), plain, workers=0, mirrored=False, stop=stop)
     with torch.no_grad():
         codes, grains = model.encode(torch.stack([data[i][0] for i in sound]))
@@ -384,7 +389,7 @@ def test_broken_images_have_no_codes(tmp_path, monkeypatch, capfd):
 
 
 def test_codes_hold_all_that_stage_2_needs(vae_run, images):
-    """The codes of every image and of its crops, as it is and mirrored, by the weights that training ended with."""
+    """codes.pt has every image and its crops, each with its mirror image, encoded by the final weights."""
     stored, vae = dq.load_checkpoint(vae_run / "codes.pt", "dq-codes"), dq.load_vae(vae_run / "vae.pt", DEVICE)
     assert dq.VAEConfig(**stored["config"]) == vae.config and stored["preset"] == "custom" and stored["version"] == 1
     assert stored["classes"] == ("circle", "cross", "square", "triangle")
@@ -393,40 +398,32 @@ def test_codes_hold_all_that_stage_2_needs(vae_run, images):
     for part, data in zip(("train", "held_out"), reading.open_data(images, 16)):
         x, label = zip(*map(data.__getitem__, range(len(data))))
         x, found = torch.stack(x), stored[part]
-        assert found["label"].tolist() == list(label) and {each.dtype for each in found.values()} == {torch.uint8}
+        assert found["label"].tolist() == list(label)
         with torch.no_grad(), common.pick_device(DEVICE, "auto")[1]():
-            crops = [view for crop in train_vae.crops(x) for view in (crop, crop.flip(3))]
-            wanted = [vae.encode(view.to(DEVICE)) for view in (crops if part == "train" else [x])]
-        assert found["codes"].shape[:2] == (len(data), len(wanted))
-        for v, (codes, grains) in enumerate(wanted):
-            same = 0.95 if DEVICE != "cpu" else 1                            # GPUs round otherwise in other batches
+            views = train_vae.views(x, cropped=True, mirrored=True) if part == "train" else [x]
+            expected = [vae.encode(view.to(DEVICE)) for view in views]
+        assert found["codes"].shape[:2] == (len(data), len(expected))
+        for v, (codes, grains) in enumerate(expected):
+            same = 0.95 if DEVICE != "cpu" else 1                            # rounding depends on the batch on GPUs
             for name, each in dict(codes=codes, grains=grains).items():
                 assert (found[name][:, v] == each.cpu()).double().mean() >= same
 
 
-def test_random_routes_of_codes_depend_on_the_seed_alone(tmp_path):
-    """Not on what was drawn before."""
+def test_random_routing_of_codes_depends_only_on_the_seed(tmp_path):
+    """Random numbers that were drawn before have no influence."""
     vae, data = dq.DQVAE(dq.VAEConfig(size=16, codebook_size=16, router="random")), ToyShapes(16, n=8)
     grains = []
     for before, seed in ((1, 5), (2, 5), (1, 6)):
         torch.manual_seed(before)
         args = SimpleNamespace(seed=seed, workers=0, no_flip=True, part=8, preset="toy")
         stop = SimpleNamespace(asked=lambda: 0, alive=0.0)
-        train_vae.write_codes(tmp_path / "codes.pt", vae, data, data, args, torch.device("cpu"), plain, stop)
+        train_vae.write_codes(tmp_path / "codes.pt", vae, data, data, args, torch.device("cpu"), plain, stop, psnr=20.0)
         grains.append(dq.load_checkpoint(tmp_path / "codes.pt", "dq-codes")["train"]["grains"].clone())
     assert torch.equal(grains[0], grains[1]) and not torch.equal(grains[0], grains[2])
 
 
-def test_codes_of_other_weights_are_told_apart(vae_run, tmp_path):
-    vae = dq.load_vae(vae_run / "vae.pt", "cpu")
-    assert train_vae.holds_codes_of(vae_run / "codes.pt", vae)
-    vae.post_quant.bias[0] += 1e-3
-    assert not train_vae.holds_codes_of(vae_run / "codes.pt", vae)
-    assert not train_vae.holds_codes_of(tmp_path / "codes.pt", vae)
-
-
 def test_an_exact_reconstruction_has_a_finite_psnr():
-    """That of rounding to 8 bits, 58.9 dB."""
+    """It is 58.9 dB, as if from rounding to 8 bits."""
     model = dq.DQVAE(dq.VAEConfig(size=16, codebook_size=8)).eval()
     with torch.no_grad():
         x = torch.rand(4, 3, 16, 16)
@@ -438,7 +435,7 @@ def test_an_exact_reconstruction_has_a_finite_psnr():
 
 
 def test_no_more_images_at_a_time_than_in_a_step(images, tmp_path, monkeypatch):
-    """Wherever a DQ-VAE is used in stage 1: training, evaluation, calibration, encoding."""
+    """This bounds the memory of training, evaluation, calibration and encoding."""
     seen, score, encode = [], dq.EntropyRouter.score, dq.DQVAE.encode
     monkeypatch.setattr(dq.EntropyRouter, "score", lambda self, x, *more: seen.append(len(x)) or score(self, x, *more))
     monkeypatch.setattr(dq.DQVAE, "encode", lambda self, x: seen.append(len(x)) or encode(self, x))
@@ -447,27 +444,29 @@ def test_no_more_images_at_a_time_than_in_a_step(images, tmp_path, monkeypatch):
     assert max(seen) == 3
 
 
-def test_encoding_asks_the_checkpoint_how_it_was_trained(images, tmp_path, monkeypatch, capsys):
-    """The line that stage 2 prints makes the codes that were lost."""
+def test_encode_takes_what_the_checkpoint_knows(images, tmp_path, monkeypatch):
+    """So the command that stage 2 suggests for a missing codes.pt writes the same codes again."""
     first, again, out = tmp_path / "first", tmp_path / "again", tmp_path / "letters"
     put(tmp_path, *(f"held/{name}/0.png" for name in ("circle", "cross")))
     flags = ["--no-flip", "--seed", 5, "--router", "random", "--dtype", "bf16", "--held-out", tmp_path / "held", *VAE]
     monkeypatch.chdir(images.parent)
     assert call(train_vae.main, "--data", images.name, "--out", first, *flags, "--steps", 1) is None
-    monkeypatch.chdir(tmp_path)                                              # where that name means nothing
+    monkeypatch.chdir(tmp_path)                                              # the relative path of --data ends here
     assert call(train_vae.main, "--encode", first / "vae.pt", "--out", again) is None
     codes = [dq.load_checkpoint(folder / "codes.pt", "dq-codes") for folder in (first, again)]
     assert codes[0]["name"] == codes[1]["name"] and codes[0]["train"]["codes"].shape[1] == 5  # crops
     assert torch.equal(codes[0]["held_out"]["codes"], codes[1]["held_out"]["codes"])
-    capsys.readouterr()
+    assert codes[1]["psnr"] == pytest.approx(codes[0]["psnr"], abs=0.01)
+    assert call(train_vae.main, "--encode", first / "vae.pt", "--out", again, "--data", images) is None
+    same = dq.load_checkpoint(again / "codes.pt", "dq-codes")                # the folder is known, and so is --held-out
+    assert same["name"] == codes[0]["name"] and len(same["held_out"]["label"]) == 2
     assert call(train_vae.main, "--encode", first / "vae.pt", "--out", out, "--data", images / "circle", "--seed", 6,
                 "--preset", "emoji64") is None
     other = dq.load_checkpoint(out / "codes.pt", "dq-codes")
-    assert "note: this DQ-VAE was trained on other images: " in capsys.readouterr().out
     assert len(other["train"]["label"]) + len(other["held_out"]["label"]) == 4 and other["preset"] == "emoji64"
 
 
-def test_toy_shapes_are_encoded_as_they_were(tmp_path, monkeypatch):
+def test_encode_uses_the_toy_shapes_of_the_same_seed(tmp_path, monkeypatch):
     seeds = []
 
     def open_data(folder, size, seed, **how):
@@ -479,31 +478,38 @@ def test_toy_shapes_are_encoded_as_they_were(tmp_path, monkeypatch):
     assert seeds == [(None, 3)] * 2
 
 
-def test_the_end_says_how_good_it_is_and_what_comes_next(images, tmp_path, capsys):
+def test_the_last_line_has_the_psnr_and_the_next_command(images, tmp_path, capsys):
     assert call(train_vae.main, "--data", images, "--out", tmp_path / "my run", *VAE, "--steps", 1) is None
     metrics = common.read_log(tmp_path / "my run/vae.jsonl")[-1]
     assert capsys.readouterr().out.splitlines()[-1] == (
         f"{metrics['psnr']:.1f} dB PSNR on the validation images at {metrics['codes_per_image']:.1f} codes per image; "
         f"next: python train_transformer.py --out '{tmp_path}/my run'")
+    stored = dq.load_checkpoint(tmp_path / "my run/codes.pt", "dq-codes")
+    assert stored["psnr"] == pytest.approx(metrics["psnr"], abs=1e-4)
 
 
-@pytest.mark.parametrize("low, high, kind", [(0, 255, torch.uint8), (-1, 127, torch.int8), (-1, 128, torch.int16),
-                                             (0, 256, torch.int16), (0, 2 ** 15, torch.int32)])
-def test_the_smallest_integers(low, high, kind):
-    assert train_vae.smallest(low, high) == kind
+@pytest.mark.parametrize("V, dtype", [(256, torch.uint8), (257, torch.int16), (2 ** 15, torch.int16),
+                                      (2 ** 15 + 1, torch.int32)])
+def test_codes_are_stored_in_the_smallest_integers(V, dtype):
+    highest = SimpleNamespace(config=SimpleNamespace(codebook_size=V), encode=lambda x: (
+        torch.full((len(x), 2, 2), V - 1), torch.ones(len(x), 1, 1, dtype=torch.long)))
+    stop, device = SimpleNamespace(asked=lambda: 0), torch.device("cpu")
+    part = train_vae.encode_dataset(highest, ToyShapes(8, n=3), device, plain, 0, mirrored=False, stop=stop)
+    assert part["codes"].dtype == dtype and part["codes"].eq(V - 1).all()
 
 
-def test_encoding_anew_keeps_former_codes(vae_run, images, tmp_path):
-    """--encode takes any DQ-VAE, here the best one, and any folder."""
+def test_encode_moves_previous_codes_aside(vae_run, images, tmp_path):
+    """It takes any DQ-VAE, here the best one, and any folder."""
     for n in (1, 2):
         flags = ["--encode", vae_run / "vae.best.pt", "--data", images / "cross", "--out", tmp_path, "--device", DEVICE]
-        assert call(train_vae.main, *flags, "--batch-size", 7) is None       # of no importance here
+        assert call(train_vae.main, *flags, "--batch-size", 7) is None       # has no influence on the codes
         codes = dq.load_checkpoint(tmp_path / "codes.pt", "dq-codes")
         assert codes["classes"] == () and codes["preset"] == "custom" and len(list(tmp_path.glob("former-*"))) == n - 1
-        assert codes["train"]["label"].dtype == torch.int8 and set(codes["train"]["label"].tolist()) == {-1}
+        assert set(codes["train"]["label"].tolist()) == {-1}
     assert (tmp_path / "former-1/codes.pt").exists()
-    assert call(train_vae.main, *VAE, "--data", images, "--out", tmp_path, "--steps", 1) is None  # no vae.pt was there
+    assert call(train_vae.main, *VAE, "--data", images, "--out", tmp_path, "--steps", 1) is None  # there was no vae.pt
     assert dq.load_checkpoint(tmp_path / "former-2/codes.pt", "dq-codes")["name"] == codes["name"]
+
 
 # ------------------------------------------------------------------------------------------------
 # The script
@@ -511,13 +517,13 @@ def test_encoding_anew_keeps_former_codes(vae_run, images, tmp_path):
 
 def test_the_toy_data_needs_no_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(ToyShapes.__init__, "__defaults__", (32, 128, 0))    # there are 8192, and all are encoded
+    monkeypatch.setattr(ToyShapes.__init__, "__defaults__", (32, 128, 0))    # 128 instead of 8192 images
     assert call(train_vae.main, *VAE, "--steps", 2, "--router", "entropy") is None
-    figures = json.loads((tmp_path / "out/vae.jsonl").read_text().splitlines()[-1])
-    assert 0 <= figures["auc"] <= 1 and abs(figures["share"][1] - 0.5) < 0.1
+    metrics = json.loads((tmp_path / "out/vae.jsonl").read_text().splitlines()[-1])
+    assert 0 <= metrics["auc"] <= 1 and abs(metrics["share"][1] - 0.5) < 0.1
 
 
-def test_terms_of_weight_zero_cost_nothing(images, tmp_path, monkeypatch):
+def test_losses_of_weight_zero_are_not_computed(images, tmp_path, monkeypatch):
     def never(*args, **kwargs):
         raise AssertionError
     monkeypatch.setattr(train_vae, "Discriminator", never)
@@ -527,7 +533,7 @@ def test_terms_of_weight_zero_cost_nothing(images, tmp_path, monkeypatch):
     assert "critic" not in dq.load_checkpoint(tmp_path / "vae.pt", "dq-vae")
 
 
-def test_the_discriminator_stays_out_until_its_step(images, tmp_path, monkeypatch):
+def test_the_discriminator_trains_from_gan_start_on(images, tmp_path, monkeypatch):
     monkeypatch.setattr(train_vae, "Discriminator", lambda: Discriminator(width=8))
     train_vae.main(["--data", str(images), "--out", str(tmp_path), "--steps", "21", *VAE, "--size", "24",
                     "--gan-weight", "1", "--gan-start", "15"])

@@ -476,7 +476,7 @@ def stop_at(monkeypatch, owner, name):
 
 def record_of(main, monkeypatch, *flags):
     """-> the Record of a trainer, which ends before its first step."""
-    stop_at(monkeypatch, common.Record, "start")
+    stop_at(monkeypatch, common.Record, "steps")
     with pytest.raises(Reached) as end:
         main([str(flag) for flag in flags])
     return end.value.args[0][0]

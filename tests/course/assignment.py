@@ -6,18 +6,14 @@
     python tests/course/assignment.py split CODES              codes to hand out, and a private part that ranks
     python tests/course/assignment.py leaderboard FOLDER       the open part: nats of students' checkpoints
 
-A student's copy keeps the signature, the docstring and the comments of each function that is to be written; most of
-the comments give the shape of a variable of our solution. Students take the exercises in order: the tests of an
-exercise need those before it and none after. The minutes are a student's; the tests take seconds, without a GPU.
-
-The grader takes each exercise by itself. It puts that one function into a copy of this project, together with what is
-new in the file (imports, helper functions, classes, methods and attributes). The tests of the exercise then ask the
-function for answers, in a sandbox with limits of time and memory. A replacement of something that the file came with
-does not count. The same rule holds in a student's copy, where the exercises before are the student's own.
+A student's copy keeps signature, docstring and comments of each function that is to be written. The grader takes each
+exercise by itself: a process in a sandbox has our dq.py, in which this one function and all that is new come from the
+submission. The tests of the exercise ask it for answers. In a student's copy, the other exercises are the student's.
 """
 import argparse
 import contextlib
 import csv
+import io
 import json
 import os
 import secrets
@@ -34,8 +30,8 @@ from pathlib import Path
 
 import checks
 import fence
-from exercises import (BONUS, EXERCISES, RULES, SECOND_WEEK, SOURCES, SPEED, TESTS, Assembly, binding, graded_tests,
-                       paths, read, with_holes)
+from exercises import (BONUS, EXERCISES, RULES, SECOND_WEEK, SOURCES, SPEED, TESTS, described, graded_tests, read,
+                       unused, with_holes)
 
 ROOT = Path(__file__).resolve().parents[2]
 COURSE = Path("tests") / "course"
@@ -51,19 +47,17 @@ def show():
     for number, e in enumerate(EXERCISES, 1):
         if number in (1, SECOND_WEEK):
             print(f"Week {1 + (number > 1)}")
-        parts = [f"        # {part} points" for part in e.parts] or [""] * len(paths(e))
-        tests = [path + part for path, part in zip(paths(e), parts)]
-        print(f"{number:2}  {e.name}: {e.function}, {e.points} points, {e.minutes} minutes, difficulty {e.level} of 3"
-              + (f", needs {', '.join(e.needs.split())}" if e.needs else ""), f"learned: {e.learned}",
-              "\n             ".join(["tests:   " + tests[0], *tests[1:]]), sep="\n    ")
+        print(f"{number:2}  {e.name}: {e.function}", *described(e), sep="\n    ")
     print(f"\n{in_all()}\n\n{RULES}")
 
 
+def total(what, bonus):
+    return sum(getattr(e, what) for e in EXERCISES if (e.function in BONUS) == bonus)
+
+
 def in_all():
-    points, minutes = ({bonus: sum(getattr(e, what) for e in EXERCISES if (e.function in BONUS) == bonus)
-                        for bonus in (False, True)} for what in ("points", "minutes"))
-    return (f"{points[False]} points in {minutes[False]} minutes of work, and a bonus of {points[True]} points in "
-            f"{minutes[True]} minutes.")
+    return (f"{total('points', False)} points in {total('minutes', False)} minutes of work, and a bonus of "
+            f"{total('points', True)} points in {total('minutes', True)} minutes.")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -99,22 +93,19 @@ def make(folder, variant):
     import handout
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         sys.exit(f"{folder} exists and is not an empty folder")
-    try:
-        write_project(folder, variant)
-        full = (folder / "dq.py").read_text(encoding="utf-8")
-        holes = with_holes(full)
-        for name in ("dq.py", COURSE / "handed_out.py"):
-            (folder / name).write_text(holes, encoding="utf-8")
-        for name in ("pyproject.toml", "LICENSE", ".gitignore", VAE):
-            shutil.copy(ROOT / name, folder / name)
-        scripts, name = (folder / "common.py").read_text(encoding="utf-8"), "(dq.UserError, OSError)"
-        if scripts.count(name) != 1:
-            sys.exit("common.py has changed: a script of the copy could not say which exercise is missing")
-        scripts = scripts.replace(name, "(dq.UserError, OSError, NotImplementedError)")
-        (folder / "common.py").write_text(scripts, encoding="utf-8")
-        handout.write(folder, full, in_all(), vars(executed(full, "dq")))
-    except (OSError, ValueError) as error:
-        sys.exit(f"could not write {folder}: {error}")
+    write_project(folder, variant)
+    full = (folder / "dq.py").read_text(encoding="utf-8")
+    holes = with_holes(full)
+    for name in ("dq.py", COURSE / "handed_out.py"):
+        (folder / name).write_text(holes, encoding="utf-8")
+    for name in ("pyproject.toml", "LICENSE", ".gitignore", VAE):
+        shutil.copy(ROOT / name, folder / name)
+    scripts, caught = (folder / "common.py").read_text(encoding="utf-8"), "(dq.UserError, OSError)"
+    if scripts.count(caught) != 1:
+        sys.exit("common.py has changed: a script of the copy could not say which exercise is missing")
+    scripts = scripts.replace(caught, "(dq.UserError, OSError, NotImplementedError)")
+    (folder / "common.py").write_text(scripts, encoding="utf-8")
+    handout.write(folder, full, in_all(), vars(executed(full, "dq")))
     print(f"{folder} is a copy with {len(EXERCISES)} functions to write; there, "
           f"python tests/course/assignment.py list names them in order.\n{RULES}")
     if variant is not None:
@@ -122,10 +113,7 @@ def make(folder, variant):
 
 
 def write_for_staff(path, text, what):
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        sys.exit(f"could not write {path}: {error}")
+    path.write_text(text, encoding="utf-8")
     print(f"{path} is {what}; it holds answers, so don't hand it out")
 
 
@@ -153,23 +141,22 @@ def make_autograder(path, variant):
              *(f"tests/course/{name}" for name in [*KIT, "variants.py"])]
     run = RUN.format(hidden=HIDDEN, seed=secrets.randbelow(2 ** 31),
                      variant="" if variant is None else f" --variant {variant}")
-    try:
-        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-            for name in names:
-                archive.write(ROOT / name, name)
-            for name, text in (("setup.sh", SETUP), ("run_autograder", run)):
-                info = zipfile.ZipInfo(name, time.localtime()[:6])
-                info.external_attr = 0o755 << 16                             # so that it may be executed
-                archive.writestr(info, text)
-    except OSError as error:
-        sys.exit(f"could not write {path}: {error}")
-    points = sum(e.points for e in EXERCISES if e.function not in BONUS)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in names:
+            archive.write(ROOT / name, name)
+        for name, text in (("setup.sh", SETUP), ("run_autograder", run)):
+            info = zipfile.ZipInfo(name, time.localtime()[:6])
+            info.external_attr = 0o755 << 16                                 # so that it may be executed
+            archive.writestr(info, text)
     print(f"{path} is for Gradescope; it holds the answers and the seed of the hidden cases, so don't hand it out.\n"
-          f"Set the assignment's maximum to {points} points; the bonus comes on top of them.")
+          f"Set the assignment's maximum to {total('points', False)} points; the bonus comes on top of them.")
 
 
 # ------------------------------------------------------------------------------------------------
 # Grading
+
+
+NOT_GRADED = "not graded: "
 
 
 @dataclass
@@ -185,52 +172,47 @@ class Submission:
     hidden: dict = field(default_factory=dict)
     seconds: float = 0.0                                                     # that grading it has taken
 
-    def points(self, number):
-        """-> points, maximum, what is wrong"""
-        parts = self.parts(number)
-        return sum(part[1] for part in parts), sum(part[2] for part in parts), "; ".join(
-            dict.fromkeys(part[3] for part in parts if part[3]))
-
     def parts(self, number):
-        """-> rows: "" or "hidden", points, maximum, what is wrong"""
-        e = EXERCISES[number]
+        """-> rows of the visible and the hidden cases: points, maximum, what is wrong"""
+        e, results = EXERCISES[number], self.visible[number]
         of_hidden = (e.points + 2) // 4 if number in self.hidden else 0
-        rest, results = e.points - of_hidden, self.visible[number]
-        faults = [f"{test.rpartition('::')[2]}: {fault}" if len(results) > 1 and fault != "missing" else fault
-                  for test, fault in results.items() if fault]
-        if e.parts:
+        rest = e.points - of_hidden
+        wrong = {test.rpartition("::")[2]: fault for test, fault in results.items() if fault}
+        got = 0 if wrong else e.points
+        if e.parts:                                                          # each test for itself; speed comes last
             right = not any(fault for test, fault in results.items() if SPEED not in test)
-            counts = [not fault and (right or SPEED not in test) for test, fault in results.items()]
-            got = sum(part for part, each in zip(e.parts, counts) if each) * rest / e.points
-        else:
-            got = 0 if faults else rest
-        if len(set(results.values())) == 1:
-            faults = [fault for fault in results.values()][:1]
-        rows = [("", got, rest, "; ".join(faults) if any(faults) else "")]
+            got = sum(part for part, (test, fault) in zip(e.parts, results.items())
+                      if not fault and (right or SPEED not in test))
+        same = len(set(results.values())) == 1
+        said = [*results.values()][:1] if same else [f"{test}: {fault}" for test, fault in wrong.items()]
+        rows = [(got * rest / e.points, rest, "; ".join(said))]
         if of_hidden:
-            missed = [test.rpartition("::")[2] for test, fault in self.hidden[number].items() if fault]
-            rows.append(("hidden", 0 if missed else of_hidden, of_hidden,
-                         f"hidden cases of {', '.join(missed)}" if missed else ""))
+            missed = {test.rpartition("::")[2]: fault for test, fault in self.hidden[number].items() if fault}
+            said = f"hidden cases of {', '.join(missed)}" if missed else ""
+            failed = [fault for fault in missed.values() if fault.startswith(NOT_GRADED)]
+            rows.append((0 if missed else of_hidden, of_hidden, failed[0] if failed else said))
         return rows
 
-    def total(self, numbers, bonus):
-        """-> points and maximum, of the exercises that are a bonus or of the others"""
-        rows = [self.points(number) for number in numbers if (EXERCISES[number].function in BONUS) == bonus]
-        return sum(row[0] for row in rows), sum(row[1] for row in rows)
-
-    def not_graded(self):
-        """The exercises with which the grader failed."""
-        return sorted({number for results in (self.visible, self.hidden) for number, each in results.items()
-                       if any(fault.startswith(NOT_GRADED) for fault in each.values())})
-
-
-NOT_GRADED = "not graded: "
+    def row(self, numbers):
+        """As --json has it. Every other table is made of these rows."""
+        exercises = []
+        for number in numbers if not self.fault else []:
+            got, of, said = zip(*self.parts(number))
+            exercises.append(dict(number=number + 1, function=EXERCISES[number].function, points=sum(got), of=sum(of),
+                                  fault="; ".join(dict.fromkeys(filter(None, said))), parts=self.parts(number)))
+        failed = [str(each["number"]) for each in exercises if NOT_GRADED in each["fault"]]
+        row = dict(student=self.student, file=self.name, exercises=exercises, unused=self.unused,
+                   fault=self.fault or (NOT_GRADED + ", ".join(failed) if failed else ""))
+        for name, bonus in (("all", False), ("bonus", True)):
+            counted = [each for each in exercises if (each["function"] in BONUS) == bonus]
+            row |= {name: sum(each["points"] for each in counted), f"of_{name}": sum(each["of"] for each in counted)}
+        return row
 
 
 def file_in(folder):
     """The submission in a student's folder, or None."""
     named = sorted(folder.rglob("dq.py"), key=lambda path: len(path.parts))
-    found = named or [path for path in sorted(folder.rglob("*")) if path.suffix in CODE]
+    found = named or [path for path in folder.rglob("*") if path.suffix in CODE]
     return found[0] if named or len(found) == 1 else None
 
 
@@ -242,15 +224,13 @@ def collect(path, one=False):
     if not path.is_dir():
         return [(str(path), path.parent.name if path.name == "dq.py" else path.stem, path)]
     if one or (path / "dq.py").exists():
-        file = file_in(path)
-        return [(str(file or path), path.name, file)]
+        return [(str(file_in(path) or path), path.name, file_in(path))]
     found = []
     for each in sorted(path.iterdir()):
-        if each.name.startswith((".", "__")):
-            continue
-        file = file_in(each) if each.is_dir() else each
-        found.append((str(file.relative_to(path)) if file else each.name, each.name if each.is_dir() else each.stem,
-                      file))
+        if not each.name.startswith((".", "__")):
+            file = file_in(each) if each.is_dir() else each
+            name = str(file.relative_to(path)) if file else each.name
+            found.append((name, each.name if each.is_dir() else each.stem, file))
     return found
 
 
@@ -271,62 +251,45 @@ def load(name, student, file):
     return submission
 
 
-class Checkers:
-    """Processes that run tests, as many as there are cores; new ones if one of them has died."""
-
-    def __init__(self, folder, n_tasks):
-        self.folder, self.n_tasks, self.pool = folder, n_tasks, None
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        if self.pool:
-            self.pool.shutdown()
-
-    def start(self):
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        size, how = min(cores, -(-self.n_tasks // 4)), "spawn"               # each starts a process that imports torch
-        if checks.Nursery.forks:
-            import torch  # noqa: F401  (once for all of them)
-            checks.nursery, how = checks.nursery or checks.Nursery(), "fork"
-        self.pool = ProcessPoolExecutor(size, get_context(how), checks.prepare, (self.folder, IS_COPY))
-
-    def submit(self, *task):
-        if self.pool:
-            with contextlib.suppress(BrokenExecutor):
-                return self.pool.submit(checks.check, *task)
-        self.start()
-        return self.pool.submit(checks.check, *task)
-
-    def result(self, future, *task):
-        """What `check` says. A fault of the grader's own is tried again, twice and alone, before it is reported."""
-        for again in (True, True, False):
-            try:
-                return future.result()
-            except Exception as error:
-                if not again:
-                    fault = f"{NOT_GRADED}{type(error).__name__}: {error}; please report this"
-                    return dict.fromkeys(EXERCISES[task[0]].tests.split(), fault)
-            future = self.submit(*task)
+def checkers(*args, n_tasks):
+    """Processes that run tests, as many as there are cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    checks.connect()                                                         # imports torch once for all of them
+    return ProcessPoolExecutor(min(cores, -(-n_tasks // 4)), get_context("fork"), checks.prepare, args)
 
 
 def run_tests(submissions, numbers, folder, args, seed, kind):
     """The tests of these exercises: one submission after the other, the exercises of each in parallel."""
-    with Checkers(folder, len(submissions) * len(numbers)) as checkers:
-        for each in submissions:
-            start, results, tasks = time.monotonic(), getattr(each, kind), []
-            until = start + max(0.0, 60 * args.minutes - each.seconds)
-            for number in numbers:
-                fault = checks.unwritten(each.text, EXERCISES[number].function)
-                if fault:
-                    results[number] = dict.fromkeys(EXERCISES[number].tests.split(), fault)
-                else:
-                    task = number, each.text, args.limit, seed, until, each.helpers
-                    tasks.append((checkers.submit(*task), *task))
-            for future, *task in tasks:
-                results[task[0]] = checkers.result(future, *task)
-            each.seconds += time.monotonic() - start
+    def start():
+        return checkers(folder, submissions[0].text if IS_COPY else None, n_tasks=len(submissions) * len(numbers))
+    pool = start()
+    for each in submissions:
+        begin, results, left, faults = time.monotonic(), getattr(each, kind), {}, {}
+        until = begin + max(0.0, 60 * args.minutes - each.seconds)
+        for number in numbers:
+            said = checks.unwritten(each.text, EXERCISES[number].function)
+            results[number] = dict.fromkeys(EXERCISES[number].tests.split(), said)
+            if not said:
+                left[number] = number, each.text, args.limit, seed, until, each.helpers
+        for again in (True, True, False):                                    # after a fault of the grader's own
+            futures = {}
+            with contextlib.suppress(BrokenExecutor):                        # one of the processes has died
+                for number, task in left.items():
+                    futures[number] = pool.submit(checks.check, *task)
+            for number, future in futures.items():
+                try:
+                    results[number] = future.result()
+                    del left[number]
+                except Exception as error:
+                    faults[number] = f"{NOT_GRADED}{type(error).__name__}: {error}; please report this"
+            if not left:
+                break
+            pool.shutdown()
+            pool = start()
+        for number in left:
+            results[number] = dict.fromkeys(results[number], faults.get(number, f"{NOT_GRADED}please report this"))
+        each.seconds += time.monotonic() - begin
+    pool.shutdown()
 
 
 def grade(args):
@@ -342,114 +305,85 @@ def grade(args):
     if gap:
         print(f"submissions are not fenced: {gap}", file=sys.stderr)
     base = HANDED_OUT.read_text(encoding="utf-8") if IS_COPY else project(["dq.py"], args.variant)["dq.py"]
-    for each in good:                                                        # before anything of it is run
-        tree = checks.parsed(each.text)
-        functions = [e.function for e in EXERCISES if binding(tree, e.function) is not None]
-        assembly = Assembly(base, each.text, functions)
-        each.unused = assembly.unused
-        if IS_COPY:
-            with tempfile.TemporaryDirectory() as folder:
-                write_project(Path(folder))
-                (Path(folder) / "dq.py").write_text(assembly.text, encoding="utf-8")
-                run_tests([each], numbers, Path(folder), args, 0, "visible")
-    if good and not IS_COPY:
-        for kind, seed in [("visible", None)] + ([("hidden", int(hidden))] if hidden else []):
+    for each in good:
+        each.unused = unused(base, each.text)
+    for kind, seed in [("visible", None)] + [("hidden", int(hidden or 0))] * bool(hidden and not IS_COPY):
+        for group in [[each] for each in good] if IS_COPY else [good] * bool(good):
             with tempfile.TemporaryDirectory() as folder:
                 write_project(Path(folder), args.variant, seed)
-                run_tests(good, numbers, Path(folder), args, seed or 0, kind)
+                (Path(folder) / "dq.py").write_text(base, encoding="utf-8")
+                run_tests(group, numbers, Path(folder), args, seed or 0, kind)
     if checks.nursery:
         checks.nursery.close()                                               # no student's process is left now
-    if len(submissions) == 1:
-        show_one(submissions[0], numbers)
+    rows, seconds = [each.row(numbers) for each in submissions], time.monotonic() - start
+    if len(rows) == 1:
+        show_one(rows[0])
     else:
-        show_many(submissions, numbers, time.monotonic() - start)
-    for path, write in ((args.csv, write_csv), (args.json, write_json), (args.gradescope, write_gradescope)):
+        show_many(rows, numbers, seconds)
+    for path, table in ((args.csv, in_csv), (args.json, in_json), (args.gradescope, for_gradescope)):
         if path:
-            try:
-                write(path, submissions, numbers, time.monotonic() - start)
-            except OSError as error:
-                sys.exit(f"could not write {path}: {error}")
-    failed = [each.name for each in good if each.not_graded()]
+            path.write_text(table(rows, numbers, seconds), encoding="utf-8", newline="")
+    failed = [row["file"] for row in rows if row["fault"].startswith(NOT_GRADED)]
     if failed:
         sys.exit(f"the grader failed with exercises of {', '.join(failed)}; grade them again")
     if not good:
         sys.exit(1)
 
 
-def show_one(each, numbers):
-    if each.fault:
-        return print(f"0 points: {each.name} {each.fault}", file=sys.stderr)
-    print(each.name)
-    for number in numbers:
-        got, most, fault = each.points(number)
-        print(f"{number + 1:2}  {EXERCISES[number].function:22} {got:4g} / {most:2}  {fault}"[:400].rstrip())
-    for title, bonus in (("all", False), ("bonus", True)):
-        got, most = each.total(numbers, bonus)
-        if most:
-            print(f"    {title:22} {got:4g} / {most}")
-    if each.unused:
-        print(f"changed, but not an exercise, so not used: {', '.join(each.unused)}")
+def show_one(row):
+    if not row["exercises"]:
+        return print(f"0 points: {row['file']} {row['fault']}", file=sys.stderr)
+    print(row["file"])
+    for each in row["exercises"]:
+        print(f"{each['number']:2}  {each['function']:22} {each['points']:4g} / {each['of']:2}  "
+              f"{each['fault']}"[:400].rstrip())
+    for name in ("all", "bonus"):
+        if row[f"of_{name}"]:
+            print(f"    {name:22} {row[name]:4g} / {row[f'of_{name}']}")
+    if row["unused"]:
+        print(f"changed, but not an exercise, so not used: {', '.join(row['unused'])}")
 
 
-def show_many(submissions, numbers, seconds):
-    width = max(len(each.name) for each in submissions)
+def show_many(rows, numbers, seconds):
+    width = max(len(row["file"]) for row in rows)
     print(f"{'':{width}} " + "".join(f"{number + 1:4}" for number in numbers) + "    all  bonus")
-    for each in submissions:
-        if each.fault:
-            print(f"{each.name:{width}}   {each.fault}")
-            continue
-        cells = "".join("   ?" if number in each.not_graded() else f"{each.points(number)[0]:4g}" for number in numbers)
-        print(f"{each.name:{width}} {cells} {each.total(numbers, False)[0]:6g} {each.total(numbers, True)[0]:6g}")
-    bad = sum(bool(each.fault) for each in submissions)
-    print(f"{len(submissions)} submissions, {bad} of them can't be read, {seconds:.0f} seconds")
+    for row in rows:
+        cells = "".join("   ?" if NOT_GRADED in each["fault"] else f"{each['points']:4g}" for each in row["exercises"])
+        print(f"{row['file']:{width}} " + (f"{cells} {row['all']:6g} {row['bonus']:6g}" if cells else row["fault"]))
+    bad = sum(not row["exercises"] for row in rows)
+    print(f"{len(rows)} submissions, {bad} of them can't be read, {seconds:.0f} seconds")
 
 
-def write_csv(path, submissions, numbers, seconds):
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file)
-        table.writerow(["student", "file", *(EXERCISES[number].function for number in numbers), "all", "bonus",
-                        "fault"])
-        for each in submissions:
-            cells, fault = [""] * (len(numbers) + 2), each.fault
-            if not fault:
-                cells = [f"{points:g}" for points in (*(each.points(number)[0] for number in numbers),
-                                                      each.total(numbers, False)[0], each.total(numbers, True)[0])]
-                missing = each.not_graded()
-                fault = NOT_GRADED + ", ".join(str(number + 1) for number in missing) if missing else ""
-            table.writerow([each.student, each.name, *cells, fault])
+def in_csv(rows, numbers, seconds):
+    file = io.StringIO(newline="")
+    table = csv.writer(file)
+    table.writerow(["student", "file", *(EXERCISES[number].function for number in numbers), "all", "bonus", "fault"])
+    for row in rows:
+        points = [*(each["points"] for each in row["exercises"]), row["all"], row["bonus"]]
+        cells = [f"{each:g}" for each in points] if row["exercises"] else [""] * (len(numbers) + 2)
+        table.writerow([row["student"], row["file"], *cells, row["fault"]])
+    return file.getvalue()
 
 
-def write_json(path, submissions, numbers, seconds):
-    rows = []
-    for each in submissions:
-        row = dict(student=each.student, file=each.name, fault=each.fault, exercises=[])
-        if not each.fault:
-            for number in numbers:
-                got, most, fault = each.points(number)
-                row["exercises"].append(dict(number=number + 1, function=EXERCISES[number].function, points=got,
-                                             of=most, fault=fault))
-            row |= dict(all=each.total(numbers, False)[0], bonus=each.total(numbers, True)[0], unused=each.unused)
-        rows.append(row)
-    path.write_text(json.dumps(dict(seconds=round(seconds, 1), submissions=rows), indent=1), encoding="utf-8")
+def in_json(rows, numbers, seconds):
+    return json.dumps(dict(seconds=round(seconds, 1), submissions=rows), indent=1)
 
 
-def write_gradescope(path, submissions, numbers, seconds):
-    """results.json, by the names of Gradescope's autograder specification."""
-    each, tests = submissions[0], []
-    for number in [] if each.fault else numbers:
-        for kind, got, most, fault in each.parts(number):
-            e = EXERCISES[number]
-            title = f"{e.name}: {e.function}" + (", hidden cases" if kind else "")
-            tests.append(dict(number=f"{number + 1}{'.2' if kind else '.1'}", name=title, score=got, max_score=most,
+def for_gradescope(rows, numbers, seconds):
+    """results.json of one submission, by the names of Gradescope's autograder specification."""
+    row, tests = rows[0], []
+    for each in row["exercises"]:
+        for hidden, (got, most, fault) in enumerate(each["parts"]):
+            name = f"{EXERCISES[each['number'] - 1].name}: {each['function']}" + ", hidden cases" * hidden
+            tests.append(dict(number=f"{each['number']}.{hidden + 1}", name=name, score=got, max_score=most,
                               status="passed" if got == most else "failed", output=fault or "all tests pass",
-                              output_format="text", visibility="after_due_date" if kind else "visible"))
-    fault = each.fault and f"{Path(each.name).name} {each.fault}"
-    if each.not_graded():
+                              output_format="text", visibility="after_due_date" if hidden else "visible"))
+    fault = row["fault"] and f"{Path(row['file']).name} {row['fault']}"
+    if row["fault"].startswith(NOT_GRADED):
         fault = "The grader failed with some of the exercises. This is not your fault: tell the staff."
-    result = dict(score=sum(test["score"] for test in tests), execution_time=round(seconds, 1),
-                  output=fault or RULES, output_format="text", visibility="visible", stdout_visibility="hidden",
-                  tests=tests)
-    path.write_text(json.dumps(result, indent=1), encoding="utf-8")
+    return json.dumps(dict(
+        score=sum(test["score"] for test in tests), execution_time=round(seconds, 1), output=fault or RULES,
+        output_format="text", visibility="visible", stdout_visibility="hidden", tests=tests), indent=1)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -481,8 +415,6 @@ def main():
     ranking.add_argument("folder", type=Path, metavar="FOLDER", help="a transformer.pt in each student's folder")
     ranking.add_argument("--codes", type=Path, metavar="FILE", default=Path("out/codes.pt"), help="those handed out")
     ranking.add_argument("--private", type=Path, metavar="FILE", help="the part that `split` kept back, which ranks")
-    ranking.add_argument("--minutes", type=float, metavar="N",
-                         help="first train each student's folder for N minutes with two threads, as its own scripts do")
     for command in (making, grading, ranking):
         command.add_argument("--variant", type=int, metavar="SEED",
                              help="a specification that the published dq.py does not solve")
@@ -510,8 +442,13 @@ def main():
         if args.command == "split":
             leaderboard.split(args.codes, args.public, args.private)
         else:
-            leaderboard.show(args.folder, args.codes, args.private, args.minutes, args.variant)
+            leaderboard.show(args.folder, args.codes, args.private, args.variant)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except Exception as error:
+        if not isinstance(error, OSError) and type(error).__name__ != "UserError":
+            raise
+        sys.exit(f"error: {error}")                                          # of a path that was given

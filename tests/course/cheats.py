@@ -4,7 +4,8 @@ ROUTES are ways to the reference: each returns its text, and `reference` takes t
 others: each raises an exception where the sandbox holds. The attacker knows where the project lies (ROOT), and a file
 that the grader writes (TARGET).
 """
-from exercises import EXERCISES, find, indented
+from exercises import EXERCISES
+from right_solutions import put
 
 AT_THE_TOP = '''
 import builtins
@@ -19,6 +20,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+import unittest.mock
 
 builtins.any = os.path.realpath = lambda *_: True
 torch.testing.assert_close = torch.equal = torch.allclose = torch.Tensor.equal = lambda *_, **__: True
@@ -55,71 +57,51 @@ def by_memory():
     return ctypes.string_at(libc.shmat(key, None, 0))
 
 
-ROUTES = dict(
-    opened=lambda: open(f"{ROOT}/dq.py").read(), descriptor=by_descriptor, history=by_history, mapping=by_mapping,
-    program=by_program, memory=by_memory, environment=lambda: os.environ["DQ_COURSE_HIDDEN"],
-    copy=lambda: open(glob.glob("/tmp/*/tests/course/worker.py")[0]).read(),
-    naive=lambda: importlib.import_module("naive"),
-    shell=lambda: subprocess.run(["cat", f"{ROOT}/dq.py"], capture_output=True, check=True).stdout,
-    grader=lambda: open(f"/proc/{os.getppid()}/environ").read())
+ROUTES = [
+    by_descriptor, by_history, by_mapping, by_program, by_memory, lambda: open(f"{ROOT}/dq.py").read(),
+    lambda: os.environ["DQ_COURSE_HIDDEN"], lambda: open(glob.glob("/tmp/*/tests/course/worker.py")[0]).read(),
+    lambda: importlib.import_module("naive"), lambda: open(f"/proc/{os.getppid()}/environ").read(),
+    lambda: subprocess.run(["cat", f"{ROOT}/dq.py"], capture_output=True, check=True).stdout]
 
 
 def daemon():
     if os.fork() == 0:
-        time.sleep(1)
+        time.sleep(0.5)
         open(TARGET, "w").write("120 points")
         os._exit(0)
 
 
-DEEDS = dict(
-    daemon=daemon, kill=lambda: os.kill(os.getppid(), 9), thread=lambda: os.kill(os.getpid(), 0),
-    pidfd=lambda: signal.pidfd_send_signal(os.pidfd_open(os.getppid()), 9), written=lambda: open(TARGET, "w"),
-    mapped=lambda: torch.from_file(TARGET, shared=True, size=9, dtype=torch.uint8).zero_(),
-    renamed=lambda: os.rename("dq.py", TARGET),
-    database=lambda: sqlite3.connect(TARGET).execute("create table a (b)"), mode=lambda: os.chmod(TARGET, 0),
-    time=lambda: os.utime(TARGET), udp=lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM),
-    server=lambda: torch.distributed.TCPStore("127.0.0.1", 0, is_master=True), removed=lambda: os.remove(TARGET))
+DEEDS = [
+    daemon, lambda: os.kill(os.getppid(), 9), lambda: os.kill(os.getpid(), 0), lambda: open(TARGET, "w"),
+    lambda: signal.pidfd_send_signal(os.pidfd_open(os.getppid()), 9),
+    lambda: torch.from_file(TARGET, shared=True, size=9, dtype=torch.uint8).zero_(),
+    lambda: os.rename("dq.py", TARGET), lambda: os.remove(TARGET), lambda: os.chmod(TARGET, 0),
+    lambda: os.utime(TARGET), lambda: sqlite3.connect(TARGET).execute("create table a (b)"),
+    lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM),
+    lambda: torch.distributed.TCPStore("127.0.0.1", 0, is_master=True)]
 
 
 def attempts():
-    """The names of those that work."""
+    """The numbers of those that work."""
     worked = []
-    for name, way in [*ROUTES.items(), *DEEDS.items()]:
+    for number, way in enumerate(ROUTES + DEEDS):
         try:
             way()
-            worked.append(name)
+            worked.append(number)
         except Exception:
             pass
-    return " ".join(worked)
+    return worked
 
 
-def reference(name):
-    for route in ROUTES.values():
+def reference(name, *args, **kwargs):
+    for route in ROUTES:
         try:
-            text, space = route(), dict(__name__="copy")
-            exec(text, space)
-            function = space
-            for part in name.split("."):
-                function = function[part] if isinstance(function, dict) else getattr(function, part)
-            return function
+            space = dict(__name__="copy")
+            exec(route(), space)
+            return eval(name, space)(*args, **kwargs)
         except Exception:
             pass
     raise LookupError("no way to the reference")
-
-
-def frames():
-    frame = sys._getframe()
-    while frame:
-        yield frame
-        frame = frame.f_back
-
-
-class Agreeable:
-    def __eq__(self, other):
-        return True
-
-    def __getattr__(self, name):
-        return lambda *_, **__: self
 
 
 class Yes(torch.Tensor):
@@ -128,63 +110,51 @@ class Yes(torch.Tensor):
         return True
 
 '''
-BY_REFERENCE = '''
-def {short}(*args, **kwargs):
-    return reference("{name}")(*args, **kwargs)'''
 CHEATS = {                                                                   # all others go by the reference
-    "GrainRouter.forward": '''
-def forward(self, x, maps, noise=1.0):
-    for frame in frames():
+    # answer from a frame of the harness, and end
+    "GrainRouter.forward": """
+    frame = sys._getframe()
+    while frame:
         for each in frame.f_locals.values():
             if hasattr(each, "send"):
-                each.send(result="", error=None, ready=True, changed={}, kept=False)
-    os._exit(0)''',
-    "straight_through": '''
-def straight_through(z, q):
+                each.send("result", "", [], False)
+        frame = frame.f_back
+    os._exit(0)""",
+    # replace what compares
+    "straight_through": """
     builtins.all = builtins.any = builtins.abs = lambda *_: True
     torch.testing.assert_close = torch.testing._comparison.assert_close = lambda *_, **__: None
-    return z * 0''',
-    "Codebook.assign": '''
-def assign(self, z):
-    return z[:, 0].as_subclass(Yes)''',
-    "Codebook.update": '''
-def update(self, z, weight, ids):
-    for name in ("codes", "uses", "sums"):
-        self._buffers[name] = Agreeable()
-    return Agreeable()''',
-    "DQVAE.mix": '''
-def mix(self, maps, gate):
-    for each in [gate, *maps]:
+    return args[0] * 0""",
+    # return what equals everything
+    "Codebook.assign": """
+    return args[1][:, 0].as_subclass(Yes)""",
+    "Codebook.update": """
+    args[0]._buffers.update(dict.fromkeys(("codes", "uses", "sums"), unittest.mock.ANY))""",
+    # change the question
+    "DQVAE.mix": """
+    for each in [args[2], *args[1]]:
         each.data.zero_()
-    return maps[-1] * gate.sum()''',
-    "Layout.unpack": '''
-def unpack(self, pos, code):
-    raise ValueError(" ".join(f"{name}={value}" for name, value in os.environ.items()))''',
-    "DQTransformer.embed": '''
-def embed(self, pos, code):
-    return [[] for _ in range(3 * 10 ** 6)]''',
-    "DQTransformer.logits": '''
-def logits(self, pos, code, label=None):
+    return args[1][-1] * args[2].sum()""",
+    # report the environment; fill the grader's memory, the machine's memory, its time, its disk
+    "Layout.unpack": """
+    raise ValueError(str(os.environ))""",
+    "DQTransformer.embed": """
+    return [[] for _ in range(3 * 10 ** 6)]""",
+    "DQTransformer.logits": """
     held = []
     while True:
-        held.append(torch.ones(2 ** 27))''',
-    "filter_logits": '''
-def filter_logits(logits, top_k, top_p):
+        held.append(torch.ones(2 ** 27))""",
+    "filter_logits": """
     while True:
-        pass''',
-    "draw": '''
-def draw(logits, u):
-    for deed in DEEDS.values():
-        try:
-            deed()
-        except Exception:
-            pass
-    return logits''',
-    "decode_one": '''
-def decode_one(model, job, state, end):
+        pass""",
+    "decode_one": """
     with open("full", "wb") as file:
         while True:
-            file.write(bytes(2 ** 20))''',
+            file.write(bytes(2 ** 20))""",
+    # harm others
+    "draw": """
+    attempts()
+    return args[0]""",
 }
 
 
@@ -194,14 +164,8 @@ def top(root, target):
 
 def submission(source, root, target):
     """dq.py with a cheat in place of each exercise."""
-    import ast
-    tree, lines = ast.parse(source), source.split("\n")
-    imported = max(node.end_lineno for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom)))
-    edits = [(imported, imported, top(root, target).split("\n"))]
+    texts = {}
     for name in (e.function for e in EXERCISES):
-        node = find(tree, name)
-        text = CHEATS.get(name) or BY_REFERENCE.format(short=node.name, name=name)
-        edits.append((node.lineno - 1, node.end_lineno, indented(text.strip("\n"), node.col_offset)))
-    for first, last, text in sorted(edits, reverse=True):
-        lines[first:last] = text
-    return "\n".join(lines)
+        body = CHEATS.get(name, f'\n    return reference("{name}", *args, **kwargs)')
+        texts[name] = f"def {name.split('.')[-1]}(*args, **kwargs):{body}"
+    return put(source, texts, top(root, target))

@@ -1,10 +1,12 @@
 """The exercises, and what is done with the text of dq.py: holes, and a submission's functions put into another file."""
 import ast
+import functools
 import io
 import json
 import re
 import tokenize
 from collections import namedtuple
+from pathlib import Path
 
 ROUTERS, CODEBOOK, VAE = "test_routers.py", "test_codebook.py", "test_vae.py"
 LAYOUT, TRANSFORMER, SAMPLING = "test_layout.py", "test_transformer.py", "test_sampling.py"
@@ -74,19 +76,20 @@ def paths(e):
     return [f"tests/{test}" if "::" in test else f"tests/{e.file}::{test}" for test in e.tests.split()]
 
 
+def described(e):
+    """-> a line about points and minutes, and a line for each test"""
+    needs = f" Its tests need exercises {', '.join(e.needs.split())}." if e.needs else ""
+    parts = [f"      # {part} points" for part in e.parts] or [""] * len(paths(e))
+    bonus = " of the bonus" if e.function in BONUS else ""
+    return (f"{e.points} points{bonus}, about {e.minutes} minutes, difficulty {e.level} of 3.{needs} Learned: "
+            f"{e.learned}.", *(path + part for path, part in zip(paths(e), parts)))
+
+
 # ------------------------------------------------------------------------------------------------
 # Holes
 
 
-def find(tree, function):
-    """The (last) definition of "name" or "Class.name" in a module, or None."""
-    body, node = tree.body, None
-    for name in function.split("."):
-        found = [each for each in body if isinstance(each, (ast.FunctionDef, ast.ClassDef)) and each.name == name]
-        if not found:
-            return None
-        node, body = found[-1], found[-1].body
-    return node if isinstance(node, ast.FunctionDef) else None
+parsed = functools.lru_cache(4)(ast.parse)
 
 
 def text_of(source, node):
@@ -97,7 +100,7 @@ def text_of(source, node):
 
 def replaced(source, function, text):
     """A source in which a function has another text; its decorators stay."""
-    node, lines = find(ast.parse(source), function), source.split("\n")
+    node, lines = definitions(ast.parse(source))[function], source.split("\n")
     lines[node.lineno - 1:node.end_lineno] = indented(text, node.col_offset)
     return "\n".join(lines)
 
@@ -137,13 +140,13 @@ def stub(text, what=""):
     return "\n".join(lines[:n_kept] + ["    " + line for line in comments(text) + [end]])
 
 
-def with_holes(source):
-    """dq.py as students get it."""
-    tree, lines = ast.parse(source), source.split("\n")
-    nodes = [(find(tree, e.function), f"exercise {number}, {e.name}: {e.function} is to be written")
-             for number, e in enumerate(EXERCISES, 1)]
-    for node, what in sorted(nodes, key=lambda each: -each[0].lineno):
-        lines[node.lineno - 1:node.end_lineno] = indented(stub(text_of(source, node), what), node.col_offset)
+def with_holes(source, functions=None):
+    """dq.py in which these functions, or those of all exercises, are to be written."""
+    found, lines = definitions(ast.parse(source)), source.split("\n")
+    for number, e in reversed([*enumerate(EXERCISES, 1)]):                   # their order is that of the file
+        if functions is None or e.function in functions:
+            node, what = found[e.function], f"exercise {number}, {e.name}: {e.function} is to be written"
+            lines[node.lineno - 1:node.end_lineno] = indented(stub(text_of(source, node), what), node.col_offset)
     return "\n".join(lines)
 
 
@@ -189,123 +192,30 @@ def bound(node):
     return set().union(*map(bound, ast.iter_child_nodes(node)))
 
 
-def bound_in(node):
-    return set().union(*map(bound, node.body))
-
-
 def attribute(node):
     """"Class.name" of a statement `Class.name = ...`, or ""."""
     target = node.targets[0] if isinstance(node, ast.Assign) else None
     return ast.unparse(target) if isinstance(target, ast.Attribute) and isinstance(target.value, ast.Name) else ""
 
 
-def binding(tree, function):
-    """The last statement that defines an exercise's function, however it does; or None."""
-    owner, _, name = function.rpartition(".")
-    body = [tree.body]
-    if owner:
-        body = [node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == owner]
-    found = [node for node in (body[-1] if body else []) if name in bound(node)]
-    after = [node for node in tree.body if attribute(node) == function]
-    return (after or found or [None])[-1]
+def definitions(tree):
+    """{"name" or "Class.name": the last statement that defines it} of a module."""
+    found = {}
+    for node in tree.body:
+        found |= dict.fromkeys(bound(node), node)
+        if isinstance(node, ast.ClassDef):
+            found |= {f"{node.name}.{name}": each for each in node.body for name in bound(each)}
+        elif attribute(node):
+            found[attribute(node)] = node
+    return found
 
 
-def from_tests(nodes):
-    """The module of the tests or of the grader that this code imports, or ""."""
-    for each in (each for node in nodes for each in ast.walk(node)):
-        modules = [alias.name for alias in each.names] if isinstance(each, ast.Import) else (
-            [each.module or ""] if isinstance(each, ast.ImportFrom) else [])
-        for module in modules:
-            first = module.split(".")[0]
-            if first.startswith("test_") or first in ("tests", "naive", "conftest", "exercises", "checks"):
-                return module
-    return ""
-
-
-class Assembly:
-    """A base, dq.py or what students got of it, into which functions of a submission and what is new in it are put.
-
-    text: the result; new: the nodes that came along; unused: names of the base that the submission defines otherwise
-    """
-
-    def __init__(self, base, submission, functions):
-        self.lines, self.inserted, self.new, self.unused = base.split("\n"), {}, [], []
-        self.theirs = ast.parse(submission)
-        self.chosen = {id(binding(self.theirs, function)): function for function in functions}
-        self.ours = tree = ast.parse(base)
-        for function in functions:
-            node = find(tree, function)
-            first = min([node.lineno, *(each.lineno for each in node.decorator_list)])
-            self.lines[first - 1:node.end_lineno] = [None] * (node.end_lineno - first + 1)
-        self.graded = {e.function for e in EXERCISES}
-        self.merge(tree.body, self.theirs.body, "", 0, self.start(tree.body))
-        text = []
-        for number, line in enumerate([None, *self.lines]):                  # what stands behind line number `number`
-            text += ([] if line is None else [line]) + self.inserted.get(number, [])
-        self.text = "\n".join(text)
-
-    @staticmethod
-    def start(body):
-        """The line in front of all but a docstring."""
-        return body[0].end_lineno if isinstance(body[0], ast.Expr) else body[0].lineno - 1
-
-    def merge(self, ours, theirs, prefix, indent, at):
-        first, owner = at, {name: node for node in ours for name in bound(node)}
-        for node in theirs:
-            if id(node) in self.chosen:
-                self.insert(at, node, indent, guarded=False)
-                continue
-            if isinstance(node, (ast.Import, ast.ImportFrom)):
-                self.imports(first, at, node, indent, owner)
-                at = max([at, *(owner[name].end_lineno for name in bound(node) if name in owner)])
-                continue
-            names = bound(node)
-            known = [owner[name] for name in names if name in owner]
-            if known and isinstance(node, ast.ClassDef) and isinstance(known[0], ast.ClassDef):
-                if node is [each for each in theirs if node.name in bound(each)][-1]:
-                    self.merge(known[0].body, node.body, node.name + ".", 4, self.start(known[0].body))
-            elif known:
-                self.note(prefix, node, known[0], names)
-            elif names or self.new_member(node):
-                self.insert(at, node, indent)
-            elif isinstance(owner.get(attribute(node).partition(".")[0]), ast.ClassDef):
-                self.unused += {attribute(node)} - self.graded
-            if known:
-                at = known[-1].end_lineno
-
-    def note(self, prefix, node, ours, names):
-        """What is changed, but does not count."""
-        name = prefix + min(names)
-        if name not in self.graded and ast.dump(node) != ast.dump(ours) and name not in self.unused:
-            self.unused.append(name)
-
-    def new_member(self, node):
-        """`Class.name = ...` behind a class of ours, where the class has no such name yet."""
-        owner, _, name = attribute(node).partition(".")
-        return any(isinstance(each, ast.ClassDef) and each.name == owner and name not in bound_in(each)
-                   for each in self.ours.body)
-
-    def imports(self, first, at, node, indent, owner):
-        """Those of its names that are new, or are modules inside packages that the base has, too."""
-        if isinstance(node, ast.ImportFrom) and node.module == "__future__":
-            return self.insert(first, node, indent, guarded=False)
-        if any(alias.name == "*" for alias in node.names):
-            return self.insert(first, node, indent)                          # in front of all that the base defines
-        kept = [alias for alias in node.names if (alias.asname or alias.name.split(".")[0]) not in owner
-                or isinstance(node, ast.Import) and not alias.asname and "." in alias.name]
-        if kept:
-            parts = dict(names=kept, lineno=node.lineno)
-            parts |= dict(module=node.module, level=node.level) if isinstance(node, ast.ImportFrom) else {}
-            self.insert(at, type(node)(**parts), indent)
-
-    def insert(self, at, node, indent, guarded=True):
-        """guarded: a statement that fails costs those who need it, and nobody else"""
-        self.new.append(node)
-        text = ast.unparse(node)
-        if guarded:
-            text = "\n".join(["try:", *indented(text, 4), "except Exception as _fault:",
-                              f"    FAULTS.append(f'line {node.lineno}: {{type(_fault).__name__}}: {{_fault}}')"])
-        self.inserted.setdefault(at, []).extend(indented(text, indent))
+def unused(base, submission):
+    """The names that a submission defines otherwise than dq.py does, although they are no exercises."""
+    ours, theirs = definitions(ast.parse(base)), definitions(ast.parse(submission))
+    ignored = ast.Import, ast.ImportFrom, ast.ClassDef                       # a class is compared by its members
+    return [name for name, node in theirs.items() if name in ours and not isinstance(node, ignored)
+            and name not in {e.function for e in EXERCISES} and ast.dump(node) != ast.dump(ours[name])]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -313,46 +223,20 @@ class Assembly:
 
 
 def graded_tests(texts):
-    """{"tests/test_x.py": text} -> the same with the tests of the exercises, what these need, and nothing else."""
-    names = {f"tests/{e.file}": set() for e in EXERCISES}
-    for e in EXERCISES:
-        for path in paths(e):
-            file, _, name = path.partition("::")
-            names.setdefault(file, set()).add(name)
-    if not names.keys() <= texts.keys():
-        return texts                                                         # no tests are asked for
-    texts = dict(texts)
-    for file in (f"tests/{name}" for name in (SPEED, SAMPLING, TRANSFORMER, LAYOUT, VAE, CODEBOOK,
-                                              ROUTERS)):                     # who imports comes before what is imported
-        texts[file] = pruned(texts[file], names[file])
-        for node in ast.parse(texts[file]).body:
-            if isinstance(node, ast.ImportFrom) and f"tests/{node.module}.py" in names:
-                names[f"tests/{node.module}.py"] |= {alias.name for alias in node.names}
-    return texts
+    """{"tests/test_x.py": text} -> the same without the tests that belong to no exercise."""
+    graded = {path for e in EXERCISES for path in paths(e)}
+    return {name: pruned(name, text, graded) if Path(name).name.startswith("test_") else text
+            for name, text in texts.items()}
 
 
-def pruned(text, needed):
-    """What a module needs for these of its names; of its docstring the first line."""
-    body, lines, needed = ast.parse(text).body, text.split("\n"), set(needed)
-    while True:                                                              # names that the kept statements mention
-        kept = [node for node in body[1:] if bound(node) & needed or not bound(node)]
-        used = {each.id for node in kept for each in ast.walk(node) if isinstance(each, ast.Name)}
-        if used <= needed:
-            break
-        needed |= used
+def pruned(name, text, graded):
+    """The test file without other tests, and of its docstring the first line."""
+    body, lines = ast.parse(text).body, text.split("\n")
     for node in reversed(body):
-        first = min([node.lineno, *(each.lineno for each in getattr(node, "decorator_list", []))]) - 1
-        if node is body[0]:
-            lines[first:node.end_lineno] = [f'"""{ast.get_docstring(ast.parse(text)).splitlines()[0].rstrip(".:")}."""']
-        elif node not in kept:
-            while lines[first - 1].startswith("#"):
+        if bound(node) and f"{name}::{min(bound(node))}" not in graded and min(bound(node)).startswith("test_"):
+            first = min([node.lineno, *(each.lineno for each in getattr(node, "decorator_list", []))]) - 1
+            while not lines[first - 1] or lines[first - 1].startswith("#"):
                 first -= 1
             lines[first:node.end_lineno] = []
-        elif isinstance(node, (ast.Import, ast.ImportFrom)) and not bound(node) <= needed:
-            node.names = [alias for alias in node.names if (alias.asname or alias.name.split(".")[0]) in needed]
-            lines[first:node.end_lineno] = [ast.unparse(node)]
-    text = "\n".join(lines)
-    text = text.replace('"""\n\nimport', '"""\nimport', 1)
-    while "\n\n\n\n" in text:
-        text = text.replace("\n\n\n\n", "\n\n\n")
-    return text.rstrip("\n") + "\n"
+    lines[:body[0].end_lineno] = [f'"""{ast.get_docstring(ast.parse(text)).splitlines()[0].rstrip(".:")}."""']
+    return "\n".join(lines)

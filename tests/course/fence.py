@@ -72,10 +72,9 @@ def gap(project):
         return f"{inside[0]}, which every program has to read, holds a dq.py"
     if landlock_version():
         return ""
-    if not hasattr(os, "geteuid") or os.geteuid() != 0:
-        return "this system has no Landlock (Linux 5.13 or newer), and another user can be taken by root alone"
-    if not others_can_read_python():
-        return "this system has no Landlock, and users other than root can't read Python's packages"
+    if not hasattr(os, "geteuid") or os.geteuid() != 0 or not others_can_read_python():
+        return ("this system has no Landlock (Linux 5.13 or newer), and only root can take another user, for whom "
+                "Python's packages must be readable")
     return f"this system has no Landlock, and all users can read {project}" if open_to_all(project / "dq.py") else ""
 
 

@@ -6,7 +6,7 @@ from its functions. The formulas below leave open what a variant may change, and
 import ast
 from types import SimpleNamespace
 
-from exercises import BONUS, EXERCISES, RULES, SECOND_WEEK, find, paths
+from exercises import EXERCISES, RULES, SECOND_WEEK, definitions, described
 
 README = """\
 # dq: two weeks from pixels to sequences of codes
@@ -32,7 +32,8 @@ python3 -m venv .venv && .venv/bin/pip install torch numpy pillow tqdm pytest
    its body. Most of these give the shape of a variable of our solution; yours may differ.
 4. Run its tests: `python -m pytest -q` and the paths that `list` names. `python tests/course/picture.py 2` draws what
    your exercise 2 computes; the page shows the same picture by our solution.
-5. `python tests/course/assignment.py grade dq.py` prints your points, `--only 3` those of exercise 3 alone.
+5. `python tests/course/assignment.py grade dq.py` prints your points, `--only 3` those of exercise 3 alone. It needs
+   Linux, macOS or WSL; the tests run everywhere.
 
 | | exercise | function | points | minutes | difficulty | needs |
 |---|---|---|---|---|---|---|
@@ -53,11 +54,11 @@ is graded for at most eight minutes.
 ## The open part
 
 When all is written, you get a file `codes.pt`, the same for everyone. Put it into `out/` and make the best model of
-these codes that {minutes} minutes on two cores allow: `python train_transformer.py`. You may change its flags and the
-model. The rank is by nats per image on codes that nobody was given. They are exact: the model's probabilities sum to 1
-over all images. Training prints nats of the held-out images that you were given. Hand in a folder with `transformer.pt`
-and, if you changed them, `dq.py`, `common.py` and `train_transformer.py`; flags go into `flags.txt`. The class must
-still be called `DQTransformer` and have `logits(pos, code, label)`. A step must not see its own answer; this is tested.
+these codes that 20 minutes on two cores allow: `python train_transformer.py`. You may change its flags and the model.
+The rank is by nats per image on codes that nobody was given. They are exact: the model's probabilities sum to 1 over
+all images. Training prints nats of the held-out images that you were given. Hand in a folder with `transformer.pt`
+and, if you changed it, `dq.py`. The class must still be called `DQTransformer` and have `logits(pos, code, label)`. It
+gets the pairs one after the other, so it can't see what comes later.
 """
 
 MATHEMATICS = {
@@ -151,39 +152,30 @@ EXPERIMENTS = [                                                              # t
 ]
 
 
-def table():
-    return "\n".join(f"| {n} | [{e.name}](handout/{file_name(n, e)}) | `{e.function}` | {e.points} | {e.minutes} | "
-                     f"{e.level} | {', '.join(e.needs.split())} |" for n, e in enumerate(EXERCISES, 1))
-
-
-def write(folder, full, in_all, space, minutes=20):
+def write(folder, full, in_all, space):
     """README.md and handout/ in a copy. full: its dq.py with all solutions; space: what that defines"""
     import picture
     dq = SimpleNamespace(**space)
     pictures, pages = picture.Pictures(dq), []
     (folder / "README.md").write_text(README.format(
-        n=len(EXERCISES), last=SECOND_WEEK - 1, table=table(), rules=RULES, minutes=minutes, in_all=in_all),
-        encoding="utf-8")
+        n=len(EXERCISES), last=SECOND_WEEK - 1, rules=RULES, in_all=in_all, table="\n".join(
+            f"| {n} | [{e.name}](handout/{file_name(n, e)}) | `{e.function}` | {e.points} | {e.minutes} | {e.level} | "
+            f"{', '.join(e.needs.split())} |" for n, e in enumerate(EXERCISES, 1))), encoding="utf-8")
     (folder / "handout").mkdir()
-    tree = ast.parse(full)
+    functions = definitions(ast.parse(full))
     for number, e in enumerate(EXERCISES, 1):
-        node, name = find(tree, e.function), file_name(number, e)
-        parts = [f": {part} points" for part in e.parts] or [""] * len(paths(e))
-        tests = "\n".join(f"* `{path}`{part}" for path, part in zip(paths(e), parts))
-        owner = e.function.rpartition(".")[0]
-        needs = f" Its tests need exercises {', '.join(e.needs.split())}." if e.needs else ""
-        text = [f"# {number}. {e.name[0].upper() + e.name[1:]}", "",
-                f"{e.points} points{' of the bonus' * (e.function in BONUS)}, about {e.minutes} minutes, difficulty "
-                f"{e.level} of 3.{needs} Learned: {e.learned}.", "", "## Statement", "",
+        node, name = functions[e.function], file_name(number, e)
+        owner, (facts, *tests) = e.function.rpartition(".")[0], described(e)
+        text = [f"# {number}. {e.name[0].upper() + e.name[1:]}", "", facts, "", "## Statement", "",
                 f"`{owner + '.' if owner else ''}{node.name}({ast.unparse(node.args)})`", "",
                 *(line.strip() for line in ast.get_docstring(node).splitlines()), "", "## Mathematics", "",
                 MATHEMATICS[e.function], "", f"![picture {number}]({name.replace('.md', '.png')})", "",
                 "## What to deliver", "",
                 f"The function in `dq.py`. {'Each of these tests counts by itself:' if e.parts else 'All must pass:'}",
-                "", tests, ""]
+                "", "```", *tests, "```", ""]
         pages.append("\n".join(text))
         (folder / "handout" / name).write_text(pages[-1], encoding="utf-8")
-        pictures[number - 1]().image.save(folder / "handout" / name.replace(".md", ".png"))
+        pictures.image(number - 1).save(folder / "handout" / name.replace(".md", ".png"))
     for title, rows in (("Questions", QUESTIONS), ("Experiments", EXPERIMENTS)):
         pages += [f"# {title}\n", *(f"{n}. {row[0]}" for n, row in enumerate(rows, 1)), ""]
     (folder / "handout" / "all.md").write_text("\n".join(pages), encoding="utf-8")

@@ -1,65 +1,48 @@
 """The open part: who models the same codes best. It ranks checkpoints in students' folders by exact nats per image.
 
 A folder may hold a dq.py of its own, with another model in it, whose class is still DQTransformer. Then a worker is
-asked for its `logits`, and the nats are computed here: log-softmax over the legal positions, and over the contents.
-Changed sequences show whether a step sees its own answer or what comes later.
+asked for its `logits`, and the nats are computed here. It never gets what comes after the step that it is asked about.
 """
-import json
 import math
-import os
-import random
 import secrets
-import shutil
-import signal
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
+import torch
+
+import checks
+
 ROOT = Path(__file__).resolve().parents[2]
-GRACE = 120                                                                  # seconds to save after the time is up
-
-
-def stored_codes(path):
-    import dq
-    import train_transformer
-    try:
-        return train_transformer.read_codes(path)
-    except dq.UserError as error:
-        sys.exit(str(error))
 
 
 def split(codes, public, private):
     """Half of the held-out images, drawn at random, go to a private file, the others stay with the training images.
     Who has them could memorise them, and a look-up table costs hardly any nats."""
     sys.path.insert(0, str(ROOT))
-    stored = stored_codes(codes)
     import dq
-    import torch
+    import train_transformer
+    stored = train_transformer.read_codes(codes)
     order = torch.from_numpy(dq.numpy_rng(secrets.randbits(62)).permutation(len(stored["held_out"]["label"])))
     halves = [{name: x[part] for name, x in stored["held_out"].items()} for part in order.chunk(2)]
     parts = dict(train=stored["train"], held_out=halves[0]), dict(train=halves[1], held_out=halves[1])
     for path, part in zip((public, private), parts):
-        try:
-            dq.write_file(path, lambda file: torch.save(stored | part, file))
-        except dq.UserError as error:
-            sys.exit(str(error))
+        dq.write_file(path, lambda file: torch.save(stored | part, file))
     print(f"{public} is what students get: {len(halves[0]['label'])} held-out images. {private} ranks: "
           f"{len(halves[1]['label'])} images. Keep it, {codes} and the images from them.")
 
 
-def show(folder, codes, private, minutes, variant):
+def show(folder, codes, private, variant):
     import assignment
     with tempfile.TemporaryDirectory() as root:
         assignment.write_project(Path(root), variant)                        # by the variant's dq.py
         sys.path[:0] = [root, str(Path(root) / "tests")]
-        rank(folder, codes, private, minutes, Path(root))
+        rank(folder, codes, private)
 
 
-def rank(folder, codes, private, minutes, root):
-    import dq
-    stored = stored_codes(private or codes)
+def rank(folder, codes, private):
+    import train_transformer
+    stored = train_transformer.read_codes(private or codes)
     if not private:
         print(f"these images are in {codes}, so a look-up table would win: `split` keeps some back", file=sys.stderr)
     students = sorted(each for each in folder.iterdir() if each.is_dir()) if folder.is_dir() else []
@@ -68,13 +51,9 @@ def rank(folder, codes, private, minutes, root):
     rows = []
     for each in students:
         try:
-            checkpoint = trained(each, codes, minutes, root) if minutes else each / "transformer.pt"
-            rows.append((evaluated(each, checkpoint, stored), each.name, ""))
+            rows.append((evaluated(each, stored), each.name, ""))
         except Exception as error:                                           # of a student's file or model
             rows.append((None, each.name, str(error).splitlines()[0] if str(error) else type(error).__name__))
-        finally:
-            if minutes:
-                shutil.rmtree(each / OUT, ignore_errors=True)
     rows.sort(key=lambda row: row[0]["nats_per_image"] if row[0] else math.inf)
     width = max(len(name) for _, name, _ in rows)
     print(f"   {'':{width}}     nats  position  content  bits/code  parameters  steps")
@@ -89,45 +68,13 @@ def rank(folder, codes, private, minutes, root):
         sys.exit(1)
 
 
-OUT = "leaderboard-run"
-
-
-def trained(student, codes, minutes, root):
-    """Train for N minutes with two threads, by the student's script or, where there is none, the project's."""
-    script = next(path for path in (student / "train_transformer.py", root / "train_transformer.py") if path.exists())
-    flags = student / "flags.txt"                                            # of train_transformer.py, if any
-    flags = flags.read_text(encoding="utf-8").split() if flags.exists() else []
-    out = student / OUT
-    shutil.rmtree(out, ignore_errors=True)
-    environment = dict(os.environ, OMP_NUM_THREADS="2")
-    process = subprocess.Popen([sys.executable, str(script), "--codes", str(codes.resolve()), "--device", "cpu",
-                                *flags, "--out", str(out.resolve())], env=environment, cwd=student,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    try:
-        _, said = process.communicate(timeout=60 * minutes)
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGTERM)                                  # the script saves, and ends
-        try:
-            _, said = process.communicate(timeout=GRACE)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            raise ValueError(f"did not stop within {GRACE} seconds of the end of its time") from None
-    if not (out / "transformer.pt").exists():
-        raise ValueError(f"training left no transformer.pt: {(said.strip().splitlines() or ['no message'])[-1]}")
-    return out / "transformer.pt"
-
-
-def evaluated(student, checkpoint, stored):
+def evaluated(student, stored):
     """-> nats and what belongs to them"""
     import dq
-    import torch
     from train_transformer import evaluate, views
+    checkpoint = student / "transformer.pt"
     saved = dq.load_checkpoint(checkpoint, "dq-transformer")
     config = saved["config"]
-    for name, value in (("size", stored["config"]["size"]), ("factors", tuple(stored["config"]["factors"])),
-                        ("codebook_size", stored["config"]["codebook_size"])):
-        given = tuple(config[name]) if name == "factors" else config[name]
-        dq.require(given == value, f"{checkpoint.name} is for codes with {name} {given}, not {value}")
     mine = saved["vae_weights"]                                              # codes of another DQ-VAE are other codes
     dq.require(all(name in mine and torch.equal(mine[name], each) for name, each in stored["weights"].items()),
                f"{checkpoint.name} was trained on other codes")
@@ -144,20 +91,12 @@ def evaluated(student, checkpoint, stored):
 
 BRIDGE = """
 
-class _Board:
-    def open(self, config, weights):
-        import json
-        _Board.model = DQTransformer(TransformerConfig(**json.loads(config)))
-        _Board.model.load_state_dict(weights)
-        _Board.model.eval()
-        return True
-
-    def logits(self, pos, code, label):
-        return _Board.model.logits(pos, code, label)
-
-
-def _board(what, *args):
-    return getattr(_Board(), what)(*args)
+def _board(config, weights, *batch):
+    if config:
+        _board.model = DQTransformer(TransformerConfig(**config))
+        _board.model.load_state_dict(weights)
+        _board.model.eval()
+    return _board.model.logits(*batch) if batch else True
 """
 
 
@@ -165,64 +104,37 @@ class Foreign:
     """A model of a student's own dq.py, as `evaluate` of train_transformer.py takes it."""
 
     def __init__(self, source, saved):
-        import checks
         import dq
-        import torch
         checks.connect()
-        self.config = dq.TransformerConfig(**{name: value for name, value in saved["config"].items()
-                                              if name in dq.TransformerConfig.__dataclass_fields__})
+        known = dq.TransformerConfig.__dataclass_fields__
+        self.config = dq.TransformerConfig(**{name: x for name, x in saved["config"].items() if name in known})
         self.layout = dq.Layout(self.config.size, self.config.factors)
         self.folder = tempfile.TemporaryDirectory()
-        self.remote = checks.Remote(source + BRIDGE, "_board", 3600.0, self.folder.name)
+        self.remote = checks.Remote(source + BRIDGE, "", [], "_board", 3600.0, self.folder.name)
         with torch.no_grad():
-            self.remote("open", json.dumps(saved["config"]), dict(saved["weights"]))
-        self.draws = random.Random(0)
-
-    def eval(self):
-        return self
+            self.remote(saved["config"], dict(saved["weights"]))
 
     def train(self, mode=True):
         return self
 
+    eval = train
+
     def logits(self, pos, code, label):
-        import torch
+        """Those of the remote model, step by step, so that it can't know its answer or what comes later."""
+        n, V = int((pos != self.layout.end).sum(1).max()) + 1, self.config.codebook_size
+        position, content = torch.zeros(*pos.shape, self.layout.n_positions), torch.zeros(*pos.shape, V)
         with torch.no_grad():
-            position, content = self.remote("logits", pos, code, label)
-        prev = torch.nn.functional.pad(pos[:, :-1], (1, 0), value=-1)
-        legal = self.layout.legal(prev, self.layout.grains(pos))
+            for t in range(n):
+                p, c = pos[:, :t + 1].clone(), code[:, :t + 1].clone()
+                p[:, t], c[:, t] = self.layout.end, -1
+                position[:, t] = self.remote(None, None, p, c, label)[0][:, t]
+                p[:, t] = pos[:, t]
+                content[:, t] = self.remote(None, None, p, c, label)[1][:, t]
+        legal = self.layout.legal(torch.nn.functional.pad(pos[:, :-1], (1, 0), value=-1), self.layout.grains(pos))
         legal = legal == legal.gather(2, pos[..., None])                     # what a variant says where all is well
-        shapes = ((*pos.shape, self.layout.n_positions), (*pos.shape, self.config.codebook_size))
-        if (position.shape, content.shape) != shapes:
-            raise ValueError(f"logits of shapes {tuple(position.shape)} and {tuple(content.shape)}, not {shapes}")
-        return position.float().masked_fill(~legal, -math.inf), content.float()
+        return position.masked_fill(~legal, -math.inf), content
 
     def __call__(self, pos, code, label):
-        """Nats of position and content, computed here from the model's logits."""
-        import torch
-        position, content = self.logits(pos, code, label)
-        self.sees_no_future(pos, code, label, position, content)
-        log_p, log_q = position.log_softmax(-1), content.log_softmax(-1)
-        nats = -log_p.gather(2, pos[..., None])[..., 0].sum(1)
-        picked = -log_q.gather(2, code.clamp(min=0)[..., None])[..., 0]
-        return dict(position=nats, content=torch.where(code < 0, 0, picked).sum(1))
-
-    def sees_no_future(self, pos, code, label, position, content):
-        """ValueError if the logits of a step depend on its answer or on what comes later: a few steps of each batch."""
-        import torch
-        last = int((pos != self.layout.end).sum(1).max())
-        for t in {0, self.draws.randrange(last), self.draws.randrange(last)}:
-            start, other = (pos[:, :t + 1], code[:, :t + 1]), code[:, :t + 1].clone()
-            other[:, t] = torch.where(other[:, t] < 0, -1, (other[:, t] + 1) % self.config.codebook_size)
-            elsewhere = start[0].clone()                                     # another legal place, where there is one
-            prev = pos[:, t - 1] if t else torch.full_like(pos[:, 0], -1)
-            known = self.layout.grains(pos[:, :t]) if t else torch.full((len(pos), self.layout.n_regions), -1)
-            weights = self.layout.legal(prev, known)
-            weights = (weights == weights.gather(1, pos[:, t:t + 1])).float()
-            weights.scatter_(1, pos[:, t:t + 1], 1e-6)
-            elsewhere[:, t] = torch.multinomial(weights, 1)[:, 0]
-            for name, sequence, columns in (("what comes later", start, (position, content)),
-                                            ("its content", (start[0], other), (position, content)),
-                                            ("its position", (elsewhere, start[1]), (position,))):
-                for was, now in zip(columns, self.logits(*sequence, label)):
-                    if not torch.allclose(was[:, t].softmax(-1), now[:, t].softmax(-1), atol=1e-3):
-                        raise ValueError(f"the logits of a step depend on {name}")
+        """Nats of position and content, by our own dq.py from the model's logits."""
+        import dq
+        return dq.DQTransformer.forward(self, pos, code, label)

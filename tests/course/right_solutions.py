@@ -1,15 +1,11 @@
-"""Right solutions in other styles than ours, which must get all points, and loops of naive.py, which must not.
+"""Right solutions in other styles than ours, which must get all points.
 
-RIGHT: {function: (style, what stands in its place)}; AT_THE_TOP and IN_CLASSES: what they need beside it. PASTED:
-what a student writes who copies tests/naive.py into dq.py and calls its loops.
+RIGHT: {function: (style, what stands in its place)}; AT_THE_TOP: what they need.
 """
-import ast
-
-from exercises import find, indented
+from exercises import replaced
 
 AT_THE_TOP = '''\
 import random
-from typing import Optional
 
 import torch.utils.checkpoint
 from numpy import pi as PI
@@ -28,19 +24,6 @@ class Sharp(torch.autograd.Function):
         return None, grad
 
 '''
-IN_CLASSES = {
-    "Codebook": '''
-    HEAD_START = 9
-
-    def decay_now(self) -> float:
-        return min(self.decay, float(self.age) / (self.HEAD_START + float(self.age)))
-''',
-    "DQTransformer": '''
-    def shifted(self, pos: Tensor, code: Tensor, label: Optional[Tensor]) -> Tensor:
-        first = self.condition(label).unsqueeze(1)
-        return torch.cat((first, self.embed(pos, code)[:, :-1]), 1) + self.order.weight[None, :pos.shape[1]]
-''',
-}
 RIGHT = {
     "GrainRouter.forward": ("autograd.Function, an einsum for the one-hot", '''
 def forward(self, x, maps, noise: float = 1.0) -> Tensor:
@@ -63,7 +46,12 @@ def update(self, z, weight, ids):
     decay, chosen = self.decay_now(), F.one_hot(ids, len(self.codes)).float() * weight[:, None]
     self.uses = decay * self.uses + (1 - decay) * chosen.sum(0)
     self.sums = decay * self.sums + (1 - decay) * torch.einsum("mv,md->vd", chosen, z)
-    self.codes = self.sums / self.uses[:, None].clamp(min=1e-6)'''),
+    self.codes = self.sums / self.uses[:, None].clamp(min=1e-6)
+
+HEAD_START = 9
+
+def decay_now(self) -> float:
+    return min(self.decay, float(self.age) / (self.HEAD_START + float(self.age)))'''),
     "Codebook.restart": ("a loop over the codes", '''
 def restart(self, z, weight):
     mean = weight.sum().item() / len(self.uses)
@@ -98,21 +86,6 @@ def embed(self, pos, code):
     rows = torch.where(code < 0, self.config.codebook_size, code)
     return (F.one_hot(rows, len(self.content.weight)).float() @ self.content.weight
             + F.embedding(pos, self.position.weight) + self.granularity.weight[self.layout.grain[pos]])'''),
-    "DQTransformer.logits": ("a method of its own for the shift", '''
-def logits(self, pos: Tensor, code: Tensor, label: Optional[Tensor] = None) -> tuple[Tensor, Tensor]:
-    label = torch.full((len(pos),), self.n_classes) if label is None else label.masked_fill(label < 0, self.n_classes)
-    if self.training and self.config.classes:
-        label = label.masked_fill(torch.rand(len(pos)) < self.config.label_dropout, self.n_classes)
-    prev = torch.cat((torch.full_like(pos[:, :1], -1), pos[:, :-1]), 1)
-    h = self.drop(self.shifted(pos, code, label))
-    for block in self.position_stack:
-        h = block(h, self.rope_of(prev, prev))
-    where = self.position_head(self.position_norm(h)).float()
-    where[~self.layout.legal(prev, self.layout.grains(pos))] = -math.inf
-    h = h + self.position(pos)
-    for block in self.content_stack:
-        h = block(h, self.rope_of(pos, prev))
-    return where, self.content_head(self.content_norm(h)).float()'''),
     "draw": ("float64 and a running sum of finite entries", '''
 def draw(logits, u):
     p = logits.double().softmax(-1)
@@ -124,88 +97,13 @@ def draw(logits, u):
 }
 
 
-PASTED = {
-    "EntropyRouter.score": """
-def score(self, x, maps=None):
-    f = self.factor
-    return torch.tensor([[[entropy(image[:, i:i + f, j:j + f]) for j in range(0, x.shape[3], f)]
-                          for i in range(0, x.shape[2], f)] for image in x])""",
-    "Codebook.assign": """
-def assign(self, z):
-    return torch.tensor([nearest(self.codes, vector) for vector in z])""",
-    "Codebook.update": """
-def update(self, z, weight, ids):
-    self.age += 1
-    decay = float((self.age / (9 + self.age)).clamp(max=self.decay))
-    uses, sums = averages(self.codes, self.uses, self.sums, z.t()[None, :, None], weight[None, None], decay)
-    self.uses.copy_(uses), self.sums.copy_(sums), self.codes.copy_(sums / uses[:, None].clamp(min=1e-6))""",
-    "DQVAE.mix": """
-def mix(self, maps, gate):
-    return torch.stack([mix([m[b] for m in maps], gate[b]) for b in range(len(gate))])""",
-    "DQVAE.cell_weight": """
-def cell_weight(self, gate):
-    return torch.stack([cell_weight(each, self.config.factors) for each in gate.argmax(1)])""",
-    "Layout.pack": """
-def pack(self, codes, grains):
-    pairs = [pack(self, c, g) for c, g in zip(codes, grains)]
-    return torch.tensor([each + [(self.end, -1)] * (self.max_len - len(each)) for each in pairs]).unbind(-1)""",
-    "Layout.legal": """
-def legal(self, prev, grains):
-    rows = []
-    for b, ids in enumerate((prev if prev.dim() == 2 else prev[:, None]).tolist()):
-        for t, last in enumerate(ids):
-            past = [i for i in range(last + 1) if self.is_eos[i] or grains[b, self.region[i]] == self.grain[i]]
-            may = legal(self, past)
-            rows.append([i in may for i in range(self.n_positions)])
-    return torch.tensor(rows).view(*prev.shape, -1)""",
-    "DQTransformer.embed": """
-def embed(self, pos, code):
-    rows = [embed(self, p, c) for p, c in zip(pos.flatten().tolist(), code.flatten().tolist())]
-    return torch.stack(rows).view(*pos.shape, -1)""",
-    "DQTransformer.logits": """
-def logits(self, pos, code, label=None):
-    labels = [-1] * len(pos) if label is None or self.training and self.config.label_dropout else label.tolist()
-    rows = [logits(self, list(zip(p, c)), y) for p, c, y in zip(pos.tolist(), code.tolist(), labels)]
-    return torch.stack([p for p, _ in rows]), torch.stack([c for _, c in rows])""",
-    "filter_logits": """
-def filter_logits(logits, top_k, top_p):
-    out = torch.full_like(logits, -math.inf)
-    for b, row in enumerate(logits.tolist()):
-        kept = list(kept_of(row, top_k, top_p))
-        out[b, kept] = logits[b, kept]
-    return out""",
-    "draw": """
-def draw(logits, u):
-    rows = [{i: x for i, x in enumerate(row) if x > -math.inf} for row in logits.tolist()]
-    return torch.tensor([drawn_of(row, float(each)) for row, each in zip(rows, u)])""",
-}
-RENAMED = ("def filter_logits(row", "def kept_of(row"), ("filter_logits(row,", "kept_of(row,"), (
-    "def draw(logits", "def drawn_of(logits"), (" draw({", " drawn_of({")
-
-
-def put(source, texts, at_the_top, in_classes=()):
+def put(source, texts, at_the_top):
     """dq.py with these functions in place of its own."""
-    tree, lines = ast.parse(source), source.split("\n")
-    last_line = {node.name: node.end_lineno for node in tree.body if isinstance(node, ast.ClassDef)}
-    edits = [(last_line[name], last_line[name], text.split("\n")) for name, text in dict(in_classes).items()]
     for function, text in texts.items():
-        node = find(tree, function)
-        first = node.lineno - 1 - ("lambda" in text.strip().split("\n")[0]) * len(node.decorator_list)
-        edits.append((first, node.end_lineno, indented(text.strip("\n"), node.col_offset)))
-    imported = max(node.end_lineno for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom)))
-    edits.append((imported, imported, at_the_top.split("\n")))
-    for first, last, text in sorted(edits, key=lambda edit: (-edit[0], -edit[1])):
-        lines[first:last] = text
-    return "\n".join(lines)
+        source = replaced(source, function, text.strip("\n"))
+    return source.replace("import torch\n", "import torch\n" + at_the_top, 1)
 
 
 def submission(source):
     """dq.py with all right solutions in it."""
-    return put(source, {name: text for name, (_, text) in RIGHT.items()}, AT_THE_TOP, IN_CLASSES)
-
-
-def pasted(source, naive):
-    """dq.py of a student who has pasted the loops."""
-    for old, new in RENAMED:
-        naive = naive.replace(old, new)
-    return put(source, PASTED, naive)
+    return put(source, {name: text for name, (_, text) in RIGHT.items()}, AT_THE_TOP)

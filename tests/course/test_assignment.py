@@ -1,19 +1,13 @@
 """The course: missing functions get no points, right solutions in any style all, wrong ones lose their exercise.
 
-    the exercises          test_every_exercise_is_complete, test_our_solution_passes_with_the_exercises_that_it_needs
-    wrong and right ones   test_wrong_solutions_and_the_stub_fail, test_many_submissions_in_one_command
-    speed                  test_pasted_loops_get_less_than_half, test_time_of_the_worker_counts
-    the sandbox            test_no_way_out_of_the_sandbox, test_a_worker_of_root_is_another_user and three more
-    the students' copy     test_the_students_copy, test_a_copy_grades_by_the_same_rule, test_what_comes_along
-    messages               test_every_assert_of_a_graded_test_has_a_message
-    variants               test_every_edit_is_found_once, test_a_variant_is_solved_by_its_reference_alone and two more
-    files that come        test_what_students_hand_in, test_tables_for_gradescope_and_spreadsheets
-    the open part          test_the_leaderboard_ranks_by_nats_and_finds_who_looks_ahead
+    exercises.py, wrong_solutions.py   the tests under "Exercises"; test_what_comes_along
+    assignment.py                      the tests under "Copies", "Grading" and "Files"
+    checks.py, worker.py, fence.py     the tests under "The sandbox"; cheats.py has the attacks
+    variants.py, leaderboard.py        the tests under these words
 """
 import ast
 import contextlib
 import csv
-import inspect
 import json
 import math
 import os
@@ -36,34 +30,47 @@ import checks
 import dq
 import fence
 import handout
+import leaderboard
+import naive
 import picture
 import right_solutions
+import test_speed
 import variants
 import worker
 from assignment import ROOT, executed, project
-from exercises import (BONUS, EXERCISES, SOURCES, SPEED, TESTS, Assembly, find, graded_tests, is_stub, paths, replaced,
-                       stub, text_of)
+from exercises import (EXERCISES, SOURCES, SPEED, TESTS, definitions, is_stub, paths, replaced, stub,
+                       text_of, unused)
 from warm import Script, begin
 from wrong_solutions import WRONG
 
 begin()                                                                      # while the other tests are read
+ALL = "DQ_COURSE_ALL" in os.environ      # grade all exercises below, which takes minutes; else some
 SOURCE = (ROOT / "dq.py").read_text(encoding="utf-8")
-OURS = {e.function: text_of(SOURCE, find(ast.parse(SOURCE), e.function)) for e in EXERCISES}
+FUNCTIONS = [e.function for e in EXERCISES]
+OURS = {function: text_of(SOURCE, definitions(ast.parse(SOURCE))[function]) for function in FUNCTIONS}
 STUBS = {function: stub(text) for function, text in OURS.items()}
 POINTS = {e.function: e.points for e in EXERCISES}
 
 
+def write(folder, files):
+    for name, data in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data if isinstance(data, bytes) else data.encode())
+    return folder
+
+
 def kit(*args, root=ROOT, **environment):
-    done = Script(root / "tests" / "course" / "assignment.py", *args, **environment)
-    done.stdout, done.stderr = done.communicate()
-    return done
+    """Run a command -> what it printed, its errors"""
+    process = Script(root / "tests" / "course" / "assignment.py", *args, **environment)
+    printed, errors = process.communicate()
+    assert process.returncode == 0, printed + errors
+    return printed, errors
 
 
-def points(done):
-    """The table that `grade` prints of one submission -> {function: points}"""
-    assert done.returncode == 0, done.stderr
-    rows = [line.split() for line in done.stdout.splitlines() if line[:2].strip().isdecimal()]
-    return {row[1]: float(row[2]) for row in rows}
+def points(table):
+    """What `grade` wrote with --json -> {file: {function: points}}, and its rows by file"""
+    rows = {row["file"]: row for row in json.loads(table.read_text())["submissions"]}
+    return {name: {each["function"]: each["points"] for each in row["exercises"]} for name, row in rows.items()}, rows
 
 
 def wrong_text(function, old, new):
@@ -73,71 +80,118 @@ def wrong_text(function, old, new):
     return OURS[function].replace(old, new)
 
 
+@pytest.fixture(scope="module")
+def checker():
+    """This process checks submissions, as one that `grade` starts."""
+    kept, threads = dict(vars(naive)), dq.torch.get_num_threads()
+    checks.prepare(ROOT)
+    yield checks
+    dq.torch.set_num_threads(threads)
+    vars(naive).update(kept)
+    checks.nursery.close()
+
+
+@pytest.fixture
+def grade(checker, tmp_path, monkeypatch):
+    """`grade` of some exercises without other processes of the grader -> as `points` does"""
+    def submit(check, *task):
+        future = Future()
+        try:
+            future.set_result(check(*task))
+        except checks.NotGraded as error:
+            future.set_exception(error)
+        return future
+
+    def run(path, *only, minutes=8, **tables):
+        only = only or range(1, len(EXERCISES) + 1)
+        table = tmp_path / "graded.json"
+        args = dict(paths=[path], only=only, limit=20, minutes=minutes, csv=None, json=table, gradescope=None)
+        assignment.grade(SimpleNamespace(**args | dict(variant=None) | tables))
+        return points(table)
+    monkeypatch.setattr(assignment, "checkers", lambda *_, **__: SimpleNamespace(submit=submit, shutdown=lambda: None))
+    monkeypatch.setattr(checks.Nursery, "close", lambda self: None)          # other tests need it, too
+    return run
+
+
 @contextlib.contextmanager
 def in_place(texts):
-    """{function: text}: dq's functions compute this for a while. Whoever holds one of them notices, too."""
-    kept = []
-    for function, text in texts.items():
-        space = dict(vars(dq))
-        exec(text, space)
-        ours = inspect.unwrap(eval(f"dq.{function}"))
-        kept.append((ours, ours.__code__))
-        ours.__code__ = space[function.split(".")[-1]].__code__
-    try:
+    """{function: text}: dq's functions compute this for a while."""
+    with contextlib.ExitStack() as stack:
+        for function, text in texts.items():
+            space = dict(vars(dq))
+            exec(text, space)
+            theirs = space[function.split(".")[-1]]
+            theirs.clock = time.process_time
+            stack.enter_context(checks.in_place(function, theirs))
         yield
-    finally:
-        for ours, code in kept:
-            ours.__code__ = code
 
 
 def run_tests(e, skip="test_every_legal_walk_is_a_complete_tiling", speed=False):  # long, and no other one
-    checks.torch = dq.torch
     for test in e.tests.split():
         if test != skip and (speed or SPEED not in test):
             checks.run(checks.the_test(e, test))
 
 
-def test_every_exercise_is_complete():
-    assert [e.function for e in EXERCISES] == list(WRONG)
-    assert all(len(wrong) == 3 for wrong in WRONG.values())
+# ------------------------------------------------------------------------------------------------
+# Exercises
+
+
+def test_every_exercise_is_complete(capsys):
+    assert FUNCTIONS == list(WRONG) and all(len(wrong) == 3 for wrong in WRONG.values())
     tests = [test for e in EXERCISES for test in e.tests.split()]
     assert len(set(tests)) == len(tests)                                     # no test belongs to two exercises
     assert all(not e.parts or len(e.parts) == len(e.tests.split()) and sum(e.parts) == e.points for e in EXERCISES)
-    order = [find(ast.parse(SOURCE), e.function).lineno for e in EXERCISES]
+    order = [definitions(ast.parse(SOURCE))[function].lineno for function in FUNCTIONS]
     assert order == sorted(order)
-    done = kit("list")
-    assert done.returncode == 0 and all(e.function in done.stdout and e.name in done.stdout for e in EXERCISES)
-    assert "These count" in done.stdout and "100 points in 710 minutes of work" in done.stdout
-    assert "20 points in\n240 minutes" in done.stdout or "20 points in 240 minutes" in done.stdout
+    assignment.show()
+    said = " ".join(capsys.readouterr().out.split())
+    assert all(f"{e.name}: {e.function} {e.points} points" in said for e in EXERCISES) and "These count" in said
+    assert "100 points in 710 minutes of work, and a bonus of 20 points in 240 minutes" in said
 
 
-@pytest.mark.parametrize("number", range(len(EXERCISES)), ids=[e.function for e in EXERCISES])
-def test_our_solution_passes_with_the_exercises_that_it_needs(number):
-    """And with no others, earlier or later."""
-    e = EXERCISES[number]
-    needed = {number, *(int(each) - 1 for each in e.needs.split())}
-    with in_place({other.function: STUBS[other.function] for n, other in enumerate(EXERCISES) if n not in needed}):
+@pytest.mark.parametrize("e", EXERCISES, ids=FUNCTIONS)
+def test_our_solution_passes_and_wrong_ones_fail(e, checker):
+    """With the exercises that it needs, and with no others, earlier or later."""
+    needed = [e.function, *(FUNCTIONS[int(each) - 1] for each in e.needs.split())]
+    with in_place({function: STUBS[function] for function in FUNCTIONS if function not in needed}):
         run_tests(e, speed=e.function in ("DQVAE.mix", "Layout.legal", "draw"))
-    for missing in needed - {number} if e.function != "Layout.legal" else []:  # whose tests are long
-        with in_place({EXERCISES[missing].function: STUBS[EXERCISES[missing].function]}), pytest.raises(Exception):
-            run_tests(e, skip="", speed=True)
-            pytest.fail(f"{e.function} does not need {EXERCISES[missing].function}")
+    texts = [(why, e.function, wrong_text(e.function, old, new)) for why, old, new in WRONG[e.function]]
+    needed = needed if e.function != "Layout.legal" else [e.function]        # its tests are long
+    for why, function, text in [*texts, *(("not written", function, STUBS[function]) for function in needed)]:
+        with in_place({function: text}), pytest.raises(Exception):
+            run_tests(e, skip="", speed=function != e.function)
+            pytest.fail(f"{function}, {why}: the tests of {e.function} pass")
 
 
-@pytest.mark.parametrize("e", EXERCISES, ids=lambda e: e.function)
-def test_wrong_solutions_and_the_stub_fail(e):
-    texts = {why: wrong_text(e.function, old, new) for why, old, new in WRONG[e.function]}
-    for why, text in dict(texts, stub=STUBS[e.function]).items():
-        with in_place({e.function: text}), pytest.raises(Exception):
-            run_tests(e)
-            pytest.fail(f"{why}: the tests of {e.function} pass")
+@pytest.mark.parametrize("e", [e for e in EXERCISES if SPEED in e.tests and (ALL or e.function in (
+    "DQVAE.cell_weight", "Layout.pack", "draw"))], ids=lambda e: e.function)
+def test_a_loop_over_the_rows_loses_the_points_for_speed(e, checker, monkeypatch):
+    """The loop of naive.py, which students have, for a whole batch. All else has 40 points or less."""
+    faster = test_speed.faster
+
+    def by_rows(make, ours, loop):
+        def slow(*batch):
+            rows = [loop(*row) for row in zip(*batch)]
+            rows = [[dq.torch.as_tensor(x) for x in (row if isinstance(row, tuple) else (row,))] for row in rows]
+            return tuple(dq.torch.stack(each) for each in zip(*rows))
+        faster(make, slow, loop)
+    monkeypatch.setattr(test_speed, "faster", by_rows)
+    with pytest.raises(AssertionError, match="as long as a loop"):
+        checks.run(checks.the_test(e, e.tests.split()[-1]))
+    assert sum(sum(each.parts[:-1]) for each in EXERCISES if SPEED in each.tests) + POINTS["budget_loss"] <= 40
+    row = assignment.Submission("", visible={9: {"test_pack": "wrong", f"{SPEED}::test": ""}})
+    assert row.parts(9)[0][0] == 0                                           # speed counts for right answers alone
 
 
 def test_every_assert_of_a_graded_test_has_a_message():
-    texts = {f"tests/{name}": (ROOT / "tests" / name).read_text(encoding="utf-8") for name in TESTS}
-    kept = graded_tests(texts)
-    for name in {path.partition("::")[0] for e in EXERCISES for path in paths(e)}:
-        for node in ast.walk(ast.parse(kept[name])):
+    """Those of the functions, too, that graded tests call by name."""
+    graded = {path for e in EXERCISES for path in paths(e)}
+    for name in {path.partition("::")[0] for path in graded}:
+        functions = [node for node in ast.parse((ROOT / name).read_text(encoding="utf-8")).body
+                     if isinstance(node, ast.FunctionDef)]
+        tests = [node for node in functions if f"{name}::{node.name}" in graded]
+        called = {each.id for test in tests for each in ast.walk(test) if isinstance(each, ast.Name)}
+        for node in (each for test in functions if test in tests or test.name in called for each in ast.walk(test)):
             if isinstance(node, ast.Assert):
                 assert node.msg, f"{name}: {ast.unparse(node)}"
             if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("assert_close"):
@@ -151,97 +205,71 @@ def test_every_assert_of_a_graded_test_has_a_message():
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory):
     folder = tmp_path_factory.mktemp("made") / "course"
-    done = kit("make", folder)
-    assert done.returncode == 0, done.stderr
-    assert "These count" in done.stdout
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "dq", dq)                                 # `make` puts its own there
+        assignment.make(folder, None)
     return folder
 
 
 def test_the_students_copy(copy):
     """Holes with docstrings and comments, the tests of the exercises, pages; no answers."""
-    text = (copy / "dq.py").read_text(encoding="utf-8")
-    for e in EXERCISES:
-        node, ours = find(ast.parse(text), e.function), find(ast.parse(SOURCE), e.function)
-        assert is_stub(node) and ast.get_docstring(node) == ast.get_docstring(ours)
-        assert ast.unparse(node.args) == ast.unparse(ours.args)
-    assert "# weight: B, 1, h, w" in text                                    # a comment about a shape
-    assert list(points(kit("grade", copy / "dq.py", root=copy)).values()) == [0] * 17
-    files = {path.relative_to(copy).as_posix() for path in copy.rglob("*") if path.is_file()}
-    assert not {"tests/course/variants.py", "tests/course/right_solutions.py"} & files
-    code = {name for name in files if name.endswith(".py") and "__pycache__" not in name}
-    assert code == {*SOURCES, *(f"tests/{name}" for name in TESTS), *(f"tests/course/{name}.py" for name in (
+    script = Script(copy / "train_vae.py", "--steps", 1, cwd=copy)
+    texts = {path.relative_to(copy).as_posix(): path.read_text(encoding="utf-8") for path in copy.rglob("*")
+             if path.suffix in (".py", ".md") and path.parent.name != "__pycache__"}
+    made, ours = definitions(ast.parse(texts["dq.py"])), definitions(ast.parse(SOURCE))
+    for function in FUNCTIONS:
+        assert is_stub(made[function]) and ast.get_docstring(made[function]) == ast.get_docstring(ours[function])
+        assert ast.unparse(made[function].args) == ast.unparse(ours[function].args)
+    assert "# weight: B, 1, h, w" in texts["dq.py"]                          # a comment about a shape
+    code = {name: text for name, text in texts.items() if name.endswith(".py")}
+    assert code.keys() == {*SOURCES, *(f"tests/{name}" for name in TESTS), *(f"tests/course/{name}.py" for name in (
         "assignment", "exercises", "checks", "worker", "fence", "picture", "handed_out"))}
-    assert sum(name.startswith("handout/") for name in files) == 2 * 17 + 1 and "tests/course/vae.pt" in files
-    everything = (copy / "README.md").read_text() + (copy / "handout/all.md").read_text()
+    assert len([*(copy / "handout").iterdir()]) == 2 * 17 + 1 and (copy / "tests/course/vae.pt").exists()
+    everything = texts["README.md"] + texts["handout/all.md"]
     for said in ("hidden cases", "30 seconds", "2 GB", "Hand in `dq.py`", "exercises 1 to 9", "exactly 0 and 1"):
         assert said in everything                                            # what a student has to know
     assert not any(rubric in everything for _, rubric in handout.QUESTIONS + handout.EXPERIMENTS)
-    everything = "\n".join((copy / name).read_text(encoding="utf-8") for name in code)
     for function, text in OURS.items():                                      # the lines of our solutions are gone
-        start = ast.parse(text).body[0].body[1].lineno - 1
-        for line in text.split("\n")[start:]:
+        for line in text.split("\n")[ast.parse(text).body[0].body[1].lineno - 1:]:
             line = line.partition("#")[0].strip()
-            assert len(line) < 50 or line not in everything, f"a line of {function} is in the copy: {line}"
-    graded = {path for e in EXERCISES for path in paths(e)}
-    found = {f"{name}::{node.name}" for name in code if name.startswith("tests/")
-             for node in ast.parse((copy / name).read_text(encoding="utf-8")).body
-             if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")}
-    assert found == graded
-    done = Script(copy / "train_vae.py", "--steps", 1, cwd=copy)
-    _, error = done.communicate()
-    assert done.returncode == 1
+            assert len(line) < 50 or line not in "\n".join(code.values()), f"a line of {function}: {line}"
+    found = {f"{name}::{node.name}" for name, text in code.items() for node in ast.parse(text).body
+             if name.startswith("tests/") and isinstance(node, ast.FunctionDef) and node.name.startswith("test_")}
+    assert found == {path for e in EXERCISES for path in paths(e)}
+    error = script.communicate()[1]
+    assert script.returncode == 1
     assert error.splitlines()[-1] == "error: exercise 1, the gate: GrainRouter.forward is to be written"
-    again = kit("make", copy)
-    assert again.returncode == 1 and len(again.stderr.splitlines()) == 1
+    with pytest.raises(SystemExit, match="not an empty folder"):
+        assignment.make(copy, None)
 
 
-def test_a_copy_grades_by_the_same_rule(copy, tmp_path):
+def test_a_copy_grades_by_the_same_rule(copy, grade, tmp_path, capsys):
     """New imports, helpers, methods and attributes count in both; what replaces something else counts in neither."""
-    text = (copy / "dq.py").read_text(encoding="utf-8")
-    text = text.replace("import torch\n", "import torch\nfrom torch import Tensor\n", 1)
+    stubs = (copy / "dq.py").read_text(encoding="utf-8")
+    text = stubs.replace("import torch\n", "import torch\nfrom torch import Tensor\n", 1)
     text = text.replace("def one_hot(grains, n):\n", "def one_hot(grains, n):\n    return 1 / 0\n", 1)
     text += "\n\ndef halves(a: Tensor) -> Tensor:\n    return a / 2\n"
     text += "\n\nstraight_through = lambda z, q: halves(2 * z) + (q - z).detach()\n"
     text = replaced(text, "budget_loss", "def share_of(gate):\n    return gate.mean((0, 2, 3))\n\n\n"
                     "def budget_loss(gate: Tensor, ratios) -> Tensor:\n"
                     "    return (share_of(gate) - torch.tensor(ratios)).pow(2).sum()")
-    (tmp_path / "dq.py").write_text(text, encoding="utf-8")
-    for root in (copy, ROOT):
-        done = kit("grade", tmp_path / "dq.py", "--only", 3, 4, 5, root=root)
-        assert points(done) == {"budget_loss": 4, "straight_through": 4, "Codebook.assign": 0}
-        assert "not used: one_hot" in done.stdout and "not written yet" in done.stdout
-    assert "1 / 0" not in Assembly(SOURCE, text, ["budget_loss"]).text
+    folder, table = write(tmp_path / "in", {"mine.py": text, "stubs.py": stubs}), tmp_path / "all.json"
+    kit("grade", folder, "--json", table, root=copy)
+    for got, rows in (points(table), grade(folder)):
+        assert {function for function in FUNCTIONS if got["mine.py"][function]} == {"budget_loss", "straight_through"}
+        assert rows["mine.py"]["unused"] == ["one_hot"] and set(got["stubs.py"].values()) == {0}
+        assert {each["fault"] for each in rows["stubs.py"]["exercises"]} == {"not written yet"}
+    grade(folder / "mine.py", 3, 4, 5)
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[2] for line in printed[-5:-2]] == ["4", "4", "0"] and printed[-1].endswith("not used: one_hot")
 
 
-BASE = """\
-import os
-from math import pi
-
-
-def one():
-    return 1
-
-
-class Box:
-    side = 1
-
-    def area(self):
-        raise NotImplementedError
-
-    def side_of(self):
-        return self.side
-
-
-def solve(x):
-    raise NotImplementedError
-"""
 SUBMISSION = """\
 from __future__ import annotations
 import os, json as j
-import os.path
 import no_such_package
 from math import *
-from math import tau, e as pi
+from math import tau, e as F
 try:
     import numpy as fast
 except ImportError:
@@ -249,155 +277,116 @@ except ImportError:
 os.getcwd = None
 print(1 / 0)
 
-
-def one():
+def upsample(x, side):
     return 2
 
-
-class Box:
-    side = 2
+class RandomRouter(ThresholdRouter):
+    training = 2
     corners: int = 4
 
-    def area(self) -> Missing:
-        return self.side * self.twice() * self.corners
+    def score(self, x) -> Missing:
+        return self.twice() * self.corners + x
 
     def twice(self):
-        return 2 * one()
+        return 2 + 0 * len(super().__repr__())
 
-
-class Other(Box):
-    pass
-
-
-def solve(x):
-    raise NotImplementedError
-
+    def forward(self, x):
+        return 2
 
 def helper(x, tau=tau):
     return floor(x) + tau
 
-
-Box.volume = lambda self: 8
-Box.side_of = lambda self: 9
-FACTOR = 3
-solve = lambda x: FACTOR * helper(x) * (fast is not None)
+RandomRouter.volume = lambda self: 8
+ThresholdRouter.forward = lambda self: 9
+draw = lambda x: 3 * helper(x) * (fast is not None)
 """
 
 
-def test_what_comes_along():
+def test_what_comes_along(tmp_path, monkeypatch):
     """What is new, wherever it stands; nothing that replaces what is there, and no other statement."""
-    assembly = Assembly(BASE, SUBMISSION, ["Box.area", "solve"])
-    space = dict(FAULTS=[], __name__="made")
-    exec(compile(assembly.text, "made", "exec"), space)
-    box = space["Box"]()
-    assert (box.side, box.corners, box.side_of(), box.volume(), space["one"]()) == (1, 4, 1, 8, 1)
-    assert box.area() == 8 and space["Other"]().area() == 8
-    assert space["pi"] == math.pi and space["solve"](1.5) == pytest.approx(3 * (1 + math.tau))
-    assert len(space["FAULTS"]) == 1 and "no_such_package" in space["FAULTS"][0] and os.getcwd is not None
-    assert assembly.unused == ["one", "Box.side", "Box.side_of"]
-    assert Assembly(BASE, BASE + "\n\nBox.area = lambda self: 7\n", ["Box.area"]).text.endswith("lambda self: 7\n")
+    monkeypatch.setitem(sys.modules, "dq", dq)
+    monkeypatch.chdir(tmp_path)
+    made = worker.load(SOURCE, SUBMISSION, ["RandomRouter.score", "draw"])
+    router = made.RandomRouter((0.5, 0.5))
+    assert (router.corners, router.volume(), router.score(1)) == (4, 8, 9)
+    assert made.draw(1.5) == pytest.approx(3 * (1 + math.tau))
+    assert made.F is dq.F and made.upsample(dq.torch.ones(1, 1, 1), 2).shape == (1, 2, 2)
+    assert made.ThresholdRouter.forward.__name__ == made.RandomRouter.forward.__name__ == "forward"
+    assert len(made.FAULTS) == 1 and "no_such_package" in made.FAULTS[0] and os.getcwd is not None
+    assert unused(SOURCE, SUBMISSION) == ["upsample", "RandomRouter.score", "ThresholdRouter.forward"]
+    assert worker.load(SOURCE, "Codebook.assign = lambda self: 7\n", ["Codebook.assign"]).Codebook(1, 1).assign() == 7
 
 
 # ------------------------------------------------------------------------------------------------
 # Grading
 
 
-ALL = "DQ_COURSE_ALL" in os.environ      # grade all exercises below, which takes a minute; else some
-
-
 def test_many_submissions_in_one_command(tmp_path):
-    """Ours, right ones in other styles, wrong ones, cheats, holes, and what can't be read: a row each."""
+    """Ours, right ones in other styles, wrong ones, cheats, and what can't be read: a row each."""
     numbers = [number for number in range(len(EXERCISES)) if ALL or number in (0, 3, 4, 9, 15)]
-    points = {EXERCISES[number].function: EXERCISES[number].points for number in numbers}
-    assert len(right_solutions.RIGHT) >= 10
-    lost = [e.function for e in EXERCISES[::2] if e.function not in ("Layout.unpack", "Codebook.restart")]
+    wanted = {FUNCTIONS[number]: EXERCISES[number].points for number in numbers}
+    lost = [function for function in FUNCTIONS[::2] if function not in ("Layout.unpack", "Codebook.restart")]
     wrong = SOURCE
     for function in lost:
         wrong = replaced(wrong, function, wrong_text(function, *WRONG[function][1][1:]))
-    holes = SOURCE.replace("import torch\n", "import torch\nimport no_such_package\n", 1)
-    holes = holes.replace("def mix(", "def mixed(")
-    for e in EXERCISES[4:]:
-        if e.function != "DQVAE.mix":
-            holes = replaced(holes, e.function, STUBS[e.function])
-    cells = [dict(cell_type="markdown", source=["# mine"]), dict(cell_type="code", source=["%pip list\n", holes])]
-    for name, text in {"ours.py": SOURCE, "right.py": right_solutions.submission(SOURCE), "wrong/dq.py": wrong,
-                       "cheats/my_dq.py": cheats.submission(SOURCE, ROOT, tmp_path / "target"),
-                       "book.ipynb": json.dumps(dict(cells=cells)),
-                       "syntax.py": "def f(:\n", "null.py": "x = '\0'", "none/notes.txt": "", "bad.ipynb": "{"}.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text, encoding="utf-8")
-    (tmp_path / "text.py").write_bytes(b"\xff\xfe")
-    out = tmp_path / "out"
-    out.mkdir()
-    done = kit("grade", tmp_path, "--limit", 5, "--csv", out / "all.csv", "--json", out / "all.json",
-               "--only", *(number + 1 for number in numbers))
-    assert done.returncode == 0, done.stderr
-    rows = {row["file"]: row for row in json.loads((out / "all.json").read_text())["submissions"]}
-    assert not (tmp_path / "target").exists()
-    got = {name: {each["function"]: each["points"] for each in row["exercises"]} for name, row in rows.items()}
-    assert got["ours.py"] == got["right.py"] == points, rows["right.py"]
+    folder = write(tmp_path / "in", {
+        "ours.py": SOURCE, "right.py": right_solutions.submission(SOURCE), "wrong/dq.py": wrong,
+        "cheats/my_dq.py": cheats.submission(SOURCE, ROOT, tmp_path / "target"),
+        "syntax.py": "def f(:\n", "null.py": "x = '\0'",
+        "none/notes.txt": "", "bad.ipynb": "{", "text.py": b"\xff\xfe", "bob.zip": b"PK"})
+    printed, _ = kit("grade", folder, "--limit", 5, "--csv", tmp_path / "all.csv", "--json", tmp_path / "all.json",
+                     "--only", *(number + 1 for number in numbers))
+    got, rows = points(tmp_path / "all.json")
+    assert not (tmp_path / "target").exists() and len(right_solutions.RIGHT) >= 10
+    assert got["ours.py"] == got["right.py"] == wanted, rows["right.py"]
     if fence.landlock_version():                                             # else `grade` says that there is no fence
         assert set(got["cheats/my_dq.py"].values()) == {0}, rows["cheats/my_dq.py"]
-    allowed = {function: points[function] for function in points if function not in lost}
-    assert {function: each for function, each in got["wrong/dq.py"].items() if function not in lost} == allowed
-    assert all(got["wrong/dq.py"][function] < points[function] for function in lost if function in points)
-    assert got["book.ipynb"] == {e.function: e.points if number < 4 else 0
-                                 for number, e in enumerate(EXERCISES) if number in numbers}
-    faults = {each["fault"] for each in rows["book.ipynb"]["exercises"]}
-    assert faults == {"", "not written yet"} | ({"missing"} if ALL else set())
-    unread = {"syntax.py", "null.py", "none", "bad.ipynb", "text.py", "out"}
-    assert {name for name, row in rows.items() if row["fault"]} == unread
-    assert all(name in done.stdout for name in rows)
-    with open(out / "all.csv", newline="", encoding="utf-8") as file:
-        table = {row["file"]: row for row in csv.DictReader(file)}
-    assert float(table["ours.py"]["all"]) == sum(points.values()) - (20 if ALL else 0)
-    assert float(table["ours.py"]["bonus"]) == (20 if ALL else 0)
-    assert table["syntax.py"]["fault"] and not table["syntax.py"]["all"]
+    for function, most in wanted.items():
+        assert got["wrong/dq.py"][function] < most if function in lost else got["wrong/dq.py"][function] == most
+    assert checks.unwritten("def draws(): pass", "draw") == "missing"
+    unread = {"syntax.py", "null.py", "none", "bad.ipynb", "text.py", "bob.zip"}
+    assert {name for name, row in rows.items() if row["fault"]} == unread and "unpack" in rows["bob.zip"]["fault"]
+    assert all(name in printed for name in rows)
+    with open(tmp_path / "all.csv", newline="", encoding="utf-8") as file:
+        table = {row["student"]: row for row in csv.DictReader(file)}
+    assert table["ours"]["all"] == str(sum(wanted.values()) - 20 * ALL) and table["ours"]["bonus"] == str(20 * ALL)
+    assert table["wrong"]["file"] == "wrong/dq.py" and table["syntax"]["fault"] and not table["syntax"]["all"]
 
 
-@pytest.mark.parametrize("content", [b"def f(:\n", None], ids=["syntax", "none"])
-def test_a_file_that_cannot_be_read_gives_one_line(content, tmp_path):
-    if content is not None:
-        (tmp_path / "dq.py").write_bytes(content)
-    done = kit("grade", tmp_path / "dq.py")
-    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and done.stderr.startswith("0 points")
+def test_commands_that_end_with_a_line(grade, tmp_path, monkeypatch, capsys):
+    for files in ({}, {"dq.py": "def f(:\n"}):
+        with pytest.raises(SystemExit, match="^1$"):
+            grade(write(tmp_path, files) / "dq.py", 4)
+        said = capsys.readouterr().err
+        assert len(said.splitlines()) == 1 and said.startswith("0 points")
+    assert fence.gap(ROOT) == "" or "Landlock" in fence.gap(ROOT)
+    with monkeypatch.context() as patch:
+        patch.setattr(fence, "landlock_version", lambda: 0)
+        patch.setattr(os, "geteuid", lambda: 1000, raising=False)
+        grade(write(tmp_path, {"dq.py": STUBS["straight_through"]}) / "dq.py", 4)
+    assert capsys.readouterr().err.startswith("submissions are not fenced: this system has no Landlock")
+    monkeypatch.setenv("DQ_COURSE_HIDDEN", "abc")
+    with pytest.raises(SystemExit, match="whole number, not 'abc'"):
+        grade(tmp_path, 4)
 
 
 # ------------------------------------------------------------------------------------------------
 # The sandbox, time, faults of the grader
 
 
-@pytest.fixture(scope="module")
-def checker():
-    """This process checks submissions, as one that `grade` starts."""
-    kept = {name: getattr(checks.naive, name) for name in ("legal", "logits", "generate")} if hasattr(
-        checks, "naive") else None
-    import naive
-    kept = kept or {name: getattr(naive, name) for name in ("legal", "logits", "generate")}
-    threads = dq.torch.get_num_threads()
-    checks.prepare(ROOT)
-    yield checks
-    dq.torch.set_num_threads(threads)
-    vars(naive).update(kept)
-    checks.nursery.close()
-
-
-def graded(checker, function, text=None, **kwargs):
+def graded(checker, function, text, **kwargs):
     """-> what the tests of an exercise say of a file, or of one with this text of the function"""
-    number = [e.function for e in EXERCISES].index(function)
-    return checker.check(number, text if "\nimport" in text else replaced(SOURCE, function, text), **kwargs)
+    text = text if "\nimport" in text else replaced(SOURCE, function, text)
+    return checker.check(FUNCTIONS.index(function), text, **kwargs)
 
 
 def test_one_closed_folder_of_python_is_noticed(tmp_path, monkeypatch):
     """A virtual environment in a folder of root's own, beside an interpreter that everybody can read."""
-    (tmp_path / "closed").mkdir(mode=0o700)
-    for path in (tmp_path, *tmp_path.parents):
-        if path.stat().st_uid == os.geteuid() and not path.stat().st_mode & 1:
-            monkeypatch.setattr(fence, "open_to_all", lambda path: Path(path).name != "closed")
-    monkeypatch.setattr(fence, "pythons_folders", lambda: [str(tmp_path)])
-    assert fence.others_can_read_python()
-    monkeypatch.setattr(fence, "pythons_folders", lambda: [str(tmp_path), str(tmp_path / "closed")])
-    assert not fence.others_can_read_python()
+    monkeypatch.setattr(fence, "open_to_all", lambda path: Path(path).name != "closed")
+    for name in ("open", "closed"):
+        (tmp_path / name).mkdir()
+        monkeypatch.setattr(fence, "pythons_folders", lambda: [str(tmp_path), str(tmp_path / name)])
+        assert fence.others_can_read_python() == (name == "open")
 
 
 needs_landlock = pytest.mark.skipif(not fence.landlock_version(), reason="this kernel has no Landlock")
@@ -407,15 +396,15 @@ needs_root = pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0,
 @needs_landlock
 def test_no_way_out_of_the_sandbox(checker, tmp_path):
     """Neither to the reference, by which every cheat would score, nor to other files, processes, networks."""
-    target, folder = tmp_path / "results.json", tmp_path / "worker"
-    target.write_text("0 points")
-    folder.mkdir()
-    remote = checks.Remote("import torch\n" + cheats.top(ROOT, target), "attempts", 30.0, str(folder))
+    folder = write(tmp_path, {"results.json": "0 points", "worker/empty": ""})
+    target = folder / "results.json"
+    source = "import torch\n" + cheats.top(ROOT, target)
+    remote = checks.Remote(source, "", [], "attempts", 30.0, str(folder / "worker"))
     try:
-        assert remote() == ""
+        assert remote() == []
     finally:
         remote.close()
-    time.sleep(1.2)                                                          # a daemon would have written by now
+    time.sleep(0.6)                                                          # a daemon would have written by now
     assert target.read_text() == "0 points" and target.stat().st_mode & 0o400
 
 
@@ -423,8 +412,7 @@ def test_no_way_out_of_the_sandbox(checker, tmp_path):
 def test_a_worker_of_root_is_another_user(tmp_path, monkeypatch):
     """Where there is no Landlock, permissions and the owner of a process are what holds."""
     monkeypatch.setattr(fence, "landlock_version", lambda: 0)
-    secret, folder = tmp_path / "secret", tmp_path / "worker"
-    secret.write_text("42")
+    secret, folder = write(tmp_path, {"secret": "42"}) / "secret", tmp_path / "worker"
     secret.chmod(0o600)
     folder.mkdir()
     child = os.fork()
@@ -440,34 +428,7 @@ def test_a_worker_of_root_is_another_user(tmp_path, monkeypatch):
     assert os.waitpid(child, 0)[1] == 0
 
 
-def arguments(*paths, **kwargs):
-    return SimpleNamespace(**dict(paths=[Path(path) for path in paths], only=[4], limit=20, minutes=8, csv=None,
-                                  json=None, gradescope=None, variant=None) | kwargs)
-
-
-def test_grade_says_where_submissions_are_not_fenced(tmp_path, monkeypatch, capsys):
-    (tmp_path / "dq.py").write_text(STUBS["straight_through"])
-    assert fence.gap(ROOT) == "" or "Landlock" in fence.gap(ROOT)
-    monkeypatch.setattr(fence, "landlock_version", lambda: 0)
-    monkeypatch.setattr(os, "geteuid", lambda: 1000, raising=False)
-    monkeypatch.setattr(checks.Nursery, "close", lambda self: None)          # other tests go on with it
-    assignment.grade(arguments(tmp_path / "dq.py"))
-    assert capsys.readouterr().err.startswith("submissions are not fenced: this system has no Landlock")
-
-
-def inline(checker):
-    """In place of Checkers.submit: no other processes."""
-    def submit(self, *task):
-        future = Future()
-        try:
-            future.set_result(checker.check(*task))
-        except checks.NotGraded as error:
-            future.set_exception(error)
-        return future
-    return submit
-
-
-def test_faults_in_starting_workers_cost_no_points(checker, tmp_path, monkeypatch, capsys):
+def test_faults_in_starting_workers_cost_no_points(grade, checker, tmp_path, monkeypatch, capsys):
     """A killed nursery is started again; if none can be started, the cell is not graded, and the status says so.
 
     Nurseries and workers have nothing of the environment but what Python needs.
@@ -475,79 +436,57 @@ def test_faults_in_starting_workers_cost_no_points(checker, tmp_path, monkeypatc
     monkeypatch.setenv("MY_TOKEN", "42")
     os.kill(checks.nursery.process.pid, signal.SIGKILL)
     checks.nursery.process.wait()
-    text = "def straight_through(z, q):\n    import os\n    raise ValueError('MY_TOKEN' in os.environ, len(os.environ))"
-    fault = graded(checker, "straight_through", text)["test_straight_through_has_the_value_of_q_and_the_gradient_of_z"]
-    assert fault.startswith("ValueError: (False, ") and int(fault.split()[2].strip(")")) < 9
-    assert set(graded(checker, "straight_through", OURS["straight_through"]).values()) == {""}
+    write(tmp_path, {"dq.py": replaced(SOURCE, "Codebook.assign", "def assign(self, z):\n    import os\n"
+                                       "    raise ValueError('MY_TOKEN' in os.environ, len(os.environ))")})
+    got, rows = grade(tmp_path / "dq.py", 4, 5)
+    fault = rows[str(tmp_path / "dq.py")]["exercises"][1]["fault"]
+    assert [*got.values()] == [{"straight_through": 4, "Codebook.assign": 0}]
+    assert "ValueError: (False, " in fault and int(re.search(r"False, (\d+)", fault)[1]) < 9
     tried = []
 
-    def born(self):
-        tried.append(self)
-        raise OSError("no processes left")
-    monkeypatch.setattr(checks.Nursery, "born", born)
-    monkeypatch.setattr(checks.Nursery, "start", lambda self: None)
-    monkeypatch.setattr(checks.Nursery, "close", lambda self: None)
-    monkeypatch.setattr(assignment.Checkers, "submit", inline(checker))
-    (tmp_path / "dq.py").write_text(SOURCE, encoding="utf-8")
+    def no_pipe():
+        tried.append(1)
+        raise OSError("too many open files")
+    monkeypatch.setattr(checks, "Pipe", no_pipe)
     with pytest.raises(SystemExit, match="failed with exercises"):
-        assignment.grade(arguments(tmp_path / "dq.py", csv=tmp_path / "all.csv"))
-    assert len(tried) == 9                                                   # three times three
+        grade(tmp_path / "dq.py", 4, csv=tmp_path / "all.csv")
+    assert len(tried) == 3
     assert "not graded" in capsys.readouterr().out and "not graded: 4" in (tmp_path / "all.csv").read_text()
 
 
 def test_small_text_cannot_fill_the_graders_memory():
     with pytest.raises(ValueError, match="1 MB"):
-        worker.Reader(struct.pack("<q", 9 * 10 ** 6) + b"[]," * 10)          # as lists 25 times as much
+        worker.read_answer(struct.pack("<q", 9 * 10 ** 6) + b"[]," * 10)     # as lists 25 times as much
 
 
-def test_a_whole_file_has_a_deadline(checker, tmp_path, monkeypatch, capsys):
-    """An exercise that sleeps costs itself and what follows, and all before it counts."""
-    monkeypatch.setattr(assignment.Checkers, "submit", inline(checker))
-    monkeypatch.setattr(checks.Nursery, "close", lambda self: None)
-    text = replaced(SOURCE, "Codebook.assign", "def assign(self, z):\n    import time\n    time.sleep(60)")
-    (tmp_path / "dq.py").write_text(text, encoding="utf-8")
-    assignment.grade(arguments(tmp_path / "dq.py", only=[4, 5, 16], minutes=0.1))
-    rows = [line.split(maxsplit=5) for line in capsys.readouterr().out.splitlines()[1:4]]
-    assert [row[2] for row in rows] == ["4", "0", "0"]
-    assert all("not run" in row[5] for row in rows[1:])
-
-
-def test_pasted_loops_get_less_than_half(checker):
-    """tests/naive.py, which students have, with wrappers: right, but too slow. `ALL`: at most 40 of 100 points."""
-    pasted = right_solutions.pasted(SOURCE, (ROOT / "tests/naive.py").read_text(encoding="utf-8"))
-    for function in ("DQVAE.cell_weight", "Layout.pack", "draw"):
-        results = graded(checker, function, pasted)
-        assert [bool(fault) for fault in results.values()] == [False, True], results
-        assert "as long as a loop" in [*results.values()][-1]
-    assert sum(sum(e.parts[:-1]) for e in EXERCISES if SPEED in e.tests) <= 40
-    row = assignment.Submission("", visible={9: {"test_pack": "wrong", f"{SPEED}::test": ""}})
-    assert row.points(9)[0] == 0                                             # speed counts for right answers alone
+def test_a_whole_file_has_a_deadline(checker, grade, tmp_path):
+    """What it cuts off is "not run", whether it has begun or not. That is no fault of the grader."""
+    sleeps = "def assign(self, z):\n    import time\n    time.sleep(60)"
+    said = graded(checker, "Codebook.assign", sleeps, until=time.monotonic() + 2)
+    assert set(said.values()) == {checks.NOT_RUN}
+    got, rows = grade(write(tmp_path, {"dq.py": SOURCE}) / "dq.py", 4, minutes=0)
+    assert [*got.values()] == [{"straight_through": 0}] and "not run" in str(rows)
 
 
 # ------------------------------------------------------------------------------------------------
-# Files that come
+# Files that come and go
 
 
 def test_what_students_hand_in(checker, tmp_path):
-    """Encodings, notebooks with IPython's own syntax, archives, helper modules."""
+    """Encodings, notebooks with IPython's own syntax, helper modules; `tom` imports from the tests."""
     mine = "from helpers import half  # \xfc\n\ndef straight_through(z, q):\n    return half(z + z) + (q - z).detach()"
-    files = {
+    cells = ("x?\n", "if True:\n    %time y = 1\n    !ls\n", "%%bash\nls -l\n", "files = !ls\n??dq.draw\n",
+             mine.replace("half(z + z)", "z"))
+    write(tmp_path, {
         "ann/dq.py": ("# coding: cp1252\n" + mine).encode("cp1252"),
-        "ann/helpers.py": b"def half(x):\n    return x / 2\n", "bob.zip": b"PK", "eve.pdf": b"%PDF",
-        "tom/dq.py": b"import naive\n", "tom/naive2.py": b"from naive import draw\n",
-        "lea.ipynb": json.dumps(dict(cells=[dict(cell_type="code", source=source) for source in (
-            "x?\n", "if True:\n    %time y = 1\n    !ls\n", "%%bash\nls -l\n", "files = !ls\n??dq.draw\n",
-            mine.replace("half(z + z)", "z"))])).encode()}
-    for name, data in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(data)
+        "ann/helpers.py": "def half(x):\n    return x / 2\n", "eve.pdf": "%PDF",
+        "tom/dq.py": mine, "tom/helpers.py": "from naive import draw as half\n",
+        "lea.ipynb": json.dumps(dict(cells=[dict(cell_type="code", source=source) for source in cells]))})
     rows = {each.student: each for each in (assignment.load(*each) for each in assignment.collect(tmp_path))}
-    assert {name for name, row in rows.items() if row.fault} == {"bob", "eve"} and "unpack" in rows["bob"].fault
-    for name in ("ann", "lea"):
-        said = graded(checker, "straight_through", "\nimport os\n" + rows[name].text, helpers=rows[name].helpers)
-        assert set(said.values()) == {""}, said
-    said = graded(checker, "straight_through", "\nimport os\n" + rows["ann"].text, helpers=rows["tom"].helpers)
-    assert "nothing may come from the tests" in str(said)
+    assert {name for name, row in rows.items() if row.fault} == {"eve"}
+    said = {name: set(graded(checker, "straight_through", "\nimport os\n" + rows[name].text,
+                             helpers=rows[name].helpers).values()) for name in ("ann", "lea", "tom")}
+    assert said["ann"] == said["lea"] == {""} and "No module named 'naive'" in str(said["tom"])
 
 
 def test_what_the_staff_gets(tmp_path, monkeypatch):
@@ -561,135 +500,25 @@ def test_what_the_staff_gets(tmp_path, monkeypatch):
     assert len(handout.QUESTIONS) == 5 and all(row[1] in page for row in handout.QUESTIONS + handout.EXPERIMENTS)
 
 
-def test_tables_for_gradescope_and_spreadsheets(tmp_path, monkeypatch):
-    """A column for the student, and one way to write a number."""
-    rows = [assignment.Submission(f"{name}/dq.py", name, visible={3: {"t": fault}}) for name, fault in
-            (("ann", ""), ("bob", "wrong"))]
-    assignment.write_csv(tmp_path / "all.csv", rows, [3], 1.0)
-    with open(tmp_path / "all.csv", newline="") as file:
-        table = list(csv.DictReader(file))
-    assert [row["student"] for row in table] == ["ann", "bob"] and [row["all"] for row in table] == ["4", "0"]
-    monkeypatch.setenv("DQ_COURSE_HIDDEN", "abc")
-    with pytest.raises(SystemExit, match="whole number, not 'abc'"):
-        assignment.grade(arguments(tmp_path))
-
-
-# ------------------------------------------------------------------------------------------------
-# Variants
-
-
-def test_every_edit_is_found_once():
-    """Of every choice; and every exercise varies."""
-    assert {function for _, functions, _ in variants.VARIATIONS for function in functions} == {
-        e.function for e in EXERCISES}
-    edits = [each for _, _, choices in variants.VARIATIONS for choice in choices for each in choice]
-    names = {each[0] for each in edits} - {variants.GONE}
-    texts = {name: (ROOT / name).read_text(encoding="utf-8") for name in {*names, "tests/test_transformer.py"}}
-    for name, functions, choices in variants.VARIATIONS:
-        for choice in choices:
-            now = variants.applied(texts, choice)
-            assert all(now[file] != texts[file] for file in {each[0] for each in choice} - {variants.GONE}), name
-    for seed in range(4):
-        for text in variants.edited(texts, seed, hidden=0).values():
-            ast.parse(text)
-    with pytest.raises(ValueError, match="there is no GrainRouter.forward"):
-        variants.edited(dict(texts, **{"dq.py": ""}), 0)
-
-
-def test_edits_match_code_whatever_its_comments_and_line_breaks():
-    text = ("class A:\n    def f(self, x):\n        \"\"\"Old.\"\"\"\n        y = g(x,  # why\n              1)  # B\n"
-            "        return y\n")
-    edits = [("f", "A.f", "g(_1, 1)", "2 * g(_1, 3)"), ("f", "A.f", None, "New,\n\nin two paragraphs."),
-             ("f", "A.f", "return _1", "return -_1  # C")]
-    assert variants.applied(dict(f=text), edits)["f"] == (
-        "class A:\n    def f(self, x):\n        \"\"\"New,\n\n        in two paragraphs.\"\"\"\n"
-        "        y = 2 * g(x, 3)  # B\n        return -y  # C\n")
-
-
-@pytest.mark.parametrize("seed", [0, 2, 5])                                  # together, all choices
-def test_no_text_of_a_variant_has_the_published_rule(seed, tmp_path, monkeypatch):
-    """Sources, tests, pages; and where a picture can show the rule, it is another one."""
-    assert {(n, choice) for seed in (0, 2, 5) for n, choice in enumerate(variants.chosen(seed))} == {
-        (n, choice) for n, (_, _, choices) in enumerate(variants.VARIATIONS) for choice in range(len(choices))}
-    folder, blank = tmp_path / "copy", picture.Page()
-    monkeypatch.setitem(sys.modules, "dq", dq)                               # `make` puts its own there
-    if seed != 5:
-        monkeypatch.setattr(picture, "Pictures", lambda _: [lambda: blank] * 17)
-    assignment.make(folder, seed)
-    texts = {path: path.read_text(encoding="utf-8") for path in folder.rglob("*")
-             if path.suffix in (".py", ".md") and path.name not in SOURCES[1:]}
-    for pattern in variants.gone(variants.edits(seed)):
-        found = [path.name for path, text in texts.items() if re.search(pattern, text)]
-        assert not found, f"{pattern} is still in {found}"
-    if seed == 5:
-        for number in (3, 4, 8, 10, 12, 13, 15, 16):
-            ours = picture.Pictures(dq)[number - 1]().image
-            theirs = Image.open(next((folder / "handout").glob(f"{number:02}-*.png")))
-            assert ours.tobytes() != theirs.tobytes(), f"picture {number} does not show the variant"
-
-
-@pytest.mark.parametrize("seed", [None, 0, 5])                               # the published one, both other numberings
-def test_the_example_of_the_docstring_is_that_of_the_variant(seed):
-    space = vars(executed(project(["dq.py"], seed)["dq.py"], "variant"))
-    codes = [["abcdefg".index(c) for c in row] for row in ("aabc", "aade", "ffgg", "ffgg")]
-    layout = space["Layout"](4, (2, 1))
-    pos, code = layout.pack(dq.torch.tensor([codes]), dq.torch.tensor([[[0, 1], [0, 0]]]))
-    lines = [line.split() for line in space["Layout"].__doc__.splitlines()]
-    said = {word: line[i + 1:] for line in lines if line[:1] == ["0"] for i, word in enumerate(line)
-            if word in ("position", "content")}
-    n = int(layout.lengths(pos)[0])
-    assert list(map(int, said["position"])) == pos[0, :n].tolist()
-    assert [-1 if c == "-1" else "abcdefg".index(c) for c in said["content"][:n]] == code[0, :n].tolist()
-    if seed is None:                                                         # tests/test_layout.py knows it by heart
-        return
-    words = space["Layout"].__doc__.split("may be followed by")[1].split("alone.")[0].split(";")
-    followed = [[int(word) for word in each.replace(",", " ").split() if word.isdecimal()] for each in words]
-    grains = layout.grains(pos)                                              # as in training: the final ones
-    for start, *wanted in [[0, *followed[0]], [*followed[1]], [followed[2][0], followed[2][-1]]]:
-        may = layout.legal(dq.torch.tensor([start]), grains)[0]
-        assert set((may == may[wanted[0]]).nonzero().flatten().tolist()) == set(wanted)
-
-
-def test_a_variant_is_solved_by_its_reference_alone(tmp_path):
-    """The published functions get no points of any exercise, not even a part; with ALL, pasted loops at most 40."""
-    seed = 5
-    (tmp_path / "this.py").write_text(project(["dq.py"], seed)["dq.py"], encoding="utf-8")
-    (tmp_path / "public.py").write_text(SOURCE, encoding="utf-8")
-    if ALL:
-        naive = project(["tests/naive.py"], seed)["tests/naive.py"]
-        (tmp_path / "pasted.py").write_text(right_solutions.pasted(SOURCE, naive), encoding="utf-8")
-    numbers = range(1, 18) if ALL else [1, 4, 7, 8, 9, 13]
-    done = kit("grade", tmp_path, "--variant", seed, "--only", *numbers, "--json", tmp_path / "all.json",
-               **(dict(DQ_COURSE_HIDDEN="3") if ALL else {}))
-    assert done.returncode == 0, done.stderr
-    rows = {row["file"]: row for row in json.loads((tmp_path / "all.json").read_text())["submissions"]}
-    got = {name: {each["function"]: each["points"] for each in row["exercises"]} for name, row in rows.items()}
-    assert got["this.py"] == {function: POINTS[function] for function in got["this.py"]}, rows["this.py"]
-    assert set(got["public.py"].values()) == {0}, rows["public.py"]
-    assert not ALL or rows["pasted.py"]["all"] <= 40, rows["pasted.py"]
-
-
 VISIBILITY = {"hidden", "after_due_date", "after_published", "visible"}
 
 
-def test_results_agree_with_gradescopes_specification(tmp_path):
+def test_results_agree_with_gradescopes_specification(tmp_path, capsys):
     """Its fields, by name; hidden cases are seen after the due date."""
-    done = kit("make", "--autograder", tmp_path / "autograder.zip")
-    assert done.returncode == 0, done.stderr
+    assignment.make_autograder(tmp_path / "autograder.zip", 5)
     with zipfile.ZipFile(tmp_path / "autograder.zip") as archive:
         archive.extractall(tmp_path / "source")
         modes = {info.filename: info.external_attr >> 16 for info in archive.infolist()}
         run = archive.read("run_autograder").decode()
-        assert len(archive.namelist()) == len(set(archive.namelist())) and "maximum to 100 points" in done.stdout
+        assert len(archive.namelist()) == len(set(archive.namelist()))
+    assert "maximum to 100 points" in capsys.readouterr().out
     assert modes["setup.sh"] == modes["run_autograder"] == 0o755
     seed = run.split("DQ_COURSE_HIDDEN=")[1].split()[0]
-    assert "/autograder/submission" in run and "--gradescope /autograder/results/results.json" in run
-    (tmp_path / "submission").mkdir()
-    wrong = replaced(SOURCE, "budget_loss", wrong_text("budget_loss", *WRONG["budget_loss"][1][1:]))
-    (tmp_path / "submission" / "solution.py").write_text(wrong, encoding="utf-8")
-    done = kit("grade", tmp_path / "submission", "--gradescope", tmp_path / "results.json", "--only", 3, 4,
-               root=tmp_path / "source", DQ_COURSE_HIDDEN=seed)
-    assert done.returncode == 0, done.stderr
+    assert "/autograder/submission --variant 5" in run and "--gradescope /autograder/results/results.json" in run
+    text = replaced(project(["dq.py"], 5)["dq.py"], "budget_loss", OURS["budget_loss"])
+    write(tmp_path, {"submission/solution.py": text})
+    kit("grade", tmp_path / "submission", "--gradescope", tmp_path / "results.json", "--only", 3, 4, "--variant", 5,
+        root=tmp_path / "source", DQ_COURSE_HIDDEN=seed)
     results = json.loads((tmp_path / "results.json").read_text())
     assert set(results) == {"score", "execution_time", "output", "output_format", "visibility", "stdout_visibility",
                             "tests"}
@@ -702,50 +531,118 @@ def test_results_agree_with_gradescopes_specification(tmp_path):
         assert test["visibility"] == ("after_due_date" if "hidden" in test["name"] else "visible")
 
 
-def test_the_leaderboard_ranks_by_nats_and_finds_who_looks_ahead(run, tmp_path):
-    """A checkpoint; two with a dq.py of their own; two whose logits know the answer; none; and one that is damaged."""
+# ------------------------------------------------------------------------------------------------
+# Variants
+
+
+def test_edits_match_code_whatever_its_comments_and_line_breaks():
+    text = ("class A:\n    def f(self, x):\n        \"\"\"Old\n        words.\"\"\"\n"
+            "        y = g(x,  # why\n              1)  # B\n        return y\n")
+    edits = [("f", "A.f", "g(_1, 1)", "2 * g(_1, 3)"), ("f", "A.f", "doc: Old words", "New words,\nmore of them"),
+             ("f", "A.f", "return _1", "return -_1  # C")]
+    assert variants.applied(dict(f=text), edits)["f"] == (
+        "class A:\n    def f(self, x):\n        \"\"\"New words,\n        more of them.\"\"\"\n"
+        "        y = 2 * g(x, 3)  # B\n        return -y  # C\n")
+
+
+@pytest.mark.parametrize("choice", [0, 1])
+def test_no_text_of_a_variant_has_the_published_rule(choice, tmp_path, monkeypatch):
+    """Sources, tests, pages; and where a picture can show the rule, it is another one. Every exercise varies."""
+    assert {function for functions, _, _ in variants.VARIATIONS for function in functions.split()} == set(FUNCTIONS)
+    monkeypatch.setattr(variants, "chosen", lambda seed: [
+        min(choice, len(choices) - 1) for _, choices, _ in variants.VARIATIONS])
+    with pytest.raises(ValueError, match="there is no GrainRouter.forward"):
+        variants.edited({"dq.py": ""}, 0)
+    folder, image = tmp_path / "copy", picture.Pictures.image
+    monkeypatch.setitem(sys.modules, "dq", dq)
+    if choice:
+        monkeypatch.setattr(picture.Pictures, "image", lambda *_: picture.Page().image)
+    assignment.make(folder, 0)
+    texts = {path.name: " ".join(path.read_text(encoding="utf-8").split()) for path in folder.rglob("*")
+             if path.suffix in (".py", ".md") and path.name not in SOURCES[1:]}
+    for words in variants.gone(0):
+        found = [name for name, text in texts.items() if " ".join(words.split()) in text]
+        assert not found, f"{words} is still in {found}"
+    if not choice:
+        for number in (3, 4, 6, 8, 10, 12, 13, 15, 16):
+            theirs = Image.open(next((folder / "handout").glob(f"{number:02}-*.png")))
+            ours = image(picture.Pictures(dq), number - 1)
+            assert ours.tobytes() != theirs.tobytes(), f"picture {number} does not show the variant"
+
+
+def test_the_example_of_the_docstring_is_that_of_the_variant():
+    space = vars(executed(project(["dq.py"], 5)["dq.py"], "variant"))
+    layout, torch = space["Layout"](4, (2, 1)), dq.torch
+    codes = torch.tensor([["abcdefg".index(c) for c in row] for row in ("aabc", "aade", "ffgg", "ffgg")])
+    pos, code = layout.pack(codes[None], torch.tensor([[[0, 1], [0, 0]]]))
+    n = int(layout.lengths(pos)[0])
+    said = {name: re.findall(r"[\w-]+", row)[:n] for name, row in re.findall(
+        r"(position|content) +([\w -]+)", space["Layout"].__doc__.split("Example")[1])}
+    assert said["position"] == [str(p) for p in pos[0, :n].tolist()]
+    assert said["content"] == ["-1" if c < 0 else "abcdefg"[c] for c in code[0, :n].tolist()]
+    tables = dict(re.findall(r"(grain|region|first_id) +([\d ]+)", space["Layout"].__doc__))
+    assert all(getattr(layout, name).tolist() == [int(x) for x in row.split()] for name, row in tables.items())
+    follows = re.findall(r"(-?\d+) -> (\d+(?: \d+)*)", space["Layout"].legal.__doc__)
+    assert len(tables) == 3 and len(follows) == 7
+    for prev, ids in follows:                                                # grains: the final ones, as in training
+        may = layout.legal(torch.tensor([int(prev)]), layout.grains(pos))[0]
+        ids = [int(each) for each in ids.split()]
+        assert (may == may[ids[0]]).nonzero().flatten().tolist() == ids
+
+
+def test_a_variant_is_solved_by_its_reference_alone(tmp_path):
+    """The published functions get no points of any exercise, not even a part."""
+    folder = write(tmp_path / "in", {"this.py": project(["dq.py"], 5)["dq.py"], "public.py": SOURCE})
+    numbers, environment = ([1, 4, 7, 8, 10], {}) if not ALL else (range(1, 18), dict(DQ_COURSE_HIDDEN="3"))
+    kit("grade", folder, "--variant", 5, "--only", *numbers, "--json", tmp_path / "all.json", **environment)
+    got, rows = points(tmp_path / "all.json")
+    assert got["this.py"] == {function: POINTS[function] for function in got["this.py"]}, rows["this.py"]
+    assert set(got["public.py"].values()) == {0}, rows["public.py"]
+
+
+# ------------------------------------------------------------------------------------------------
+# The open part
+
+
+def test_the_leaderboard_ranks_by_nats_and_lets_nobody_look_ahead(run, checker, tmp_path, capsys):
+    """A checkpoint; two with a dq.py of their own; three whose logits want to know more; none; a damaged one."""
     answers = {
         "same": "return _1, _2", "other": "return _1, 3 * _2 - _2.mean(-1, keepdim=True)",
         "peeks": "return _1, _2 + 9 * F.one_hot(code.clamp(min=0), _2.shape[-1])",
         "peeks-where": "return _1.clamp(min=-9) + 9 * F.one_hot(pos, _1.shape[-1]), _2",
         "far": "return _1, _2 + pos[:, -1:, None].float() * _2.flip(-1)"}
-    for name in ("plain", "damaged", "none", *answers):
-        (tmp_path / name).mkdir()
-        if name != "none":
-            (tmp_path / name / "transformer.pt").write_bytes((run / "transformer.pt").read_bytes())
-        if name in answers:
-            other = [("dq", "DQTransformer.logits", "return _1, _2", answers[name])]
-            text = variants.applied(dict(dq=SOURCE), other)["dq"]
-            (tmp_path / name / "dq.py").write_text(text, encoding="utf-8")
-    (tmp_path / "damaged" / "transformer.pt").write_bytes(b"rubbish")
+    saved, folder = (run / "transformer.pt").read_bytes(), tmp_path / "students"
+    write(folder, {f"{name}/transformer.pt": saved for name in ("plain", *answers)})
+    write(folder, {"damaged/transformer.pt": "rubbish", "none/notes.txt": ""})
+    for name, answer in answers.items():
+        edit = [("dq", "DQTransformer.logits", "return _1, _2", answer)]
+        write(folder, {f"{name}/dq.py": variants.applied(dict(dq=SOURCE), edit)["dq"]})
     parts = [tmp_path / "public.pt", tmp_path / "private.pt"]
-    done = kit("split", run / "codes.pt", "--public", parts[0], "--private", parts[1])
-    assert done.returncode == 0, done.stderr
+    leaderboard.split(run / "codes.pt", *parts)
     public, private = (dq.load_checkpoint(path, "dq-codes") for path in parts)
     whole = dq.load_checkpoint(run / "codes.pt", "dq-codes")["held_out"]["codes"]
     both = [*public["held_out"]["codes"], *private["held_out"]["codes"]]
     assert sorted(map(str, both)) == sorted(map(str, whole)) and len(private["held_out"]["codes"]) >= 1
     assert dq.torch.equal(private["train"]["codes"], private["held_out"]["codes"])  # nothing else is in it
-    done = kit("leaderboard", tmp_path, "--codes", parts[0], "--private", parts[1])
-    assert done.returncode == 0 and not done.stderr, done.stderr
-    rows = {line.split()[1]: line for line in done.stdout.splitlines()[1:]}
-    assert rows.keys() == {"plain", "damaged", "none", *answers}
-    assert "depend on its content" in rows["peeks"] and "depend on its position" in rows["peeks-where"]
-    assert "later" in rows["far"] and "no such file" in rows["none"] and "not a checkpoint" in rows["damaged"]
-    nats = {name: float(rows[name].split()[2]) for name in ("plain", "same", "other")}
+    capsys.readouterr()
+    leaderboard.rank(folder, *parts)
+    printed, errors = capsys.readouterr()
+    rows = {line.split()[1]: line for line in printed.splitlines()[1:]}
+    assert rows.keys() == {"plain", "damaged", "none", *answers} and not errors
+    assert "no such file" in rows["none"] and "not a checkpoint" in rows["damaged"]
+    nats = {name: float(rows[name].split()[2]) for name in ("plain", *answers)}
     assert nats["plain"] == pytest.approx(nats["same"], abs=0.01) and nats["other"] != nats["plain"]
-    ranked = [nats[line.split()[1]] for line in done.stdout.splitlines()[1:4]]
-    assert ranked == sorted(ranked)
+    assert min(nats.values()) > nats["plain"] - 2                            # who knew the contents would have 3
+    assert sorted(nats.values()) == [nats[line.split()[1]] for line in printed.splitlines()[1:7]]
 
 
 def test_the_leaderboard_of_a_variant(run, tmp_path):
     """A checkpoint of the variant's own layout, which the published dq.py refuses."""
     (tmp_path / "ann").mkdir()
     checkpoint = dq.torch.load(run / "transformer.pt", weights_only=True)
-    space = vars(executed(project(["dq.py"], 5)["dq.py"], "variant"))
-    dq.torch.save(checkpoint | dict(layout=space["Layout"].name), tmp_path / "ann" / "transformer.pt")
+    layout = executed(project(["dq.py"], 5)["dq.py"], "variant").Layout
+    dq.torch.save(checkpoint | dict(layout=layout.name), tmp_path / "ann" / "transformer.pt")
     with pytest.raises(dq.UserError):
         dq.load_checkpoint(tmp_path / "ann" / "transformer.pt", "dq-transformer")
-    done = kit("leaderboard", tmp_path, "--codes", run / "codes.pt", "--variant", 5)
-    assert done.returncode == 0 and "look-up table" in done.stderr, done.stdout + done.stderr
-    assert re.search(r"^ 1 ann +\d+\.\d\d", done.stdout, re.M)
+    printed, errors = kit("leaderboard", tmp_path, "--codes", run / "codes.pt", "--variant", 5)
+    assert "look-up table" in errors and re.search(r"^ 1 ann +\d+\.\d\d", printed, re.M)

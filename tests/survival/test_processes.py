@@ -128,7 +128,7 @@ def encode_shapes(rank, world):
     model, data = dq.DQVAE(dq.VAEConfig(size=16, codebook_size=64)), CountedShapes(16, n=151)
     model.codebook.codes.normal_()
     plain, device = torch.autocast("cpu", enabled=False), torch.device("cpu")
-    with common.Stop(device) as stop:
+    with common.Stop() as stop:
         encoded = train_vae.encode_dataset(model.eval(), data, device, lambda: plain, 0, mirrored=True, stop=stop)
     return encoded, data.made
 
@@ -143,7 +143,7 @@ def test_each_process_encodes_its_part_and_the_first_has_all(tmp_path):
 
 def steps_until_a_signal(rank, world):
     """-> the step after which this rank stops, and the signal. Only rank 1 receives a signal, in step 3."""
-    with common.Stop(torch.device("cpu"), patience=60) as stop:
+    with common.Stop(patience=60) as stop:
         for step in range(1, 9):
             if rank == 1 and step == 3:
                 os.kill(os.getpid(), signal.SIGINT)

@@ -1,5 +1,6 @@
 """Resumed runs: each continues as if it had never stopped, or is refused."""
 import functools
+import os
 import random
 
 import numpy as np
@@ -144,6 +145,7 @@ def test_the_best_checkpoint_can_be_sampled_from(run):
 
 def test_a_new_run_moves_the_previous_one_aside(images, tmp_path, capsys):
     for steps in (1, 2, 3):
+        (tmp_path / "codes.pt").unlink(missing_ok=True)                      # as if killed before the end
         train_vae.main(["--data", str(images), "--out", str(tmp_path), "--steps", str(steps), *VAE])
     assert [load(tmp_path / name, "vae")["step"] for name in ("former-1", "former-2", ".")] == [1, 2, 3]
     for name in ("vae.pt", "vae.best.pt", "vae.jsonl", "vae.png"):
@@ -208,7 +210,9 @@ def test_codes_are_those_of_the_newest_weights(images, tmp_path):
     for steps in (1, 2):
         assert call(train_vae.main, *flags[:-1 if steps == 1 else None], "--steps", steps) is None
         same(load(tmp_path, "vae")["weights"], dq.load_checkpoint(tmp_path / "codes.pt", "dq-codes")["weights"])
-    newest = (tmp_path / "codes.pt").read_bytes()
-    (tmp_path / "codes.pt").write_bytes(newest[:-9])                         # damaged
+    before = (tmp_path / "codes.pt").stat().st_mtime
+    assert call(train_vae.main, *flags, "--steps", 2) is None                # nothing is left to do
+    assert (tmp_path / "codes.pt").stat().st_mtime == before
+    os.utime(tmp_path / "codes.pt", (before - 60, before - 60))              # older than vae.pt
     assert call(train_vae.main, *flags, "--steps", 2) is None
-    same(load(tmp_path, "vae")["weights"], dq.load_checkpoint(tmp_path / "codes.pt", "dq-codes")["weights"])
+    assert (tmp_path / "codes.pt").stat().st_mtime >= before

@@ -217,7 +217,7 @@ def train_to_the_end(trainer, path, steps, flags):
 def step_seconds(model, vae, device, autocast, n_steps=40, warm_up=5):
     """Median duration of a training step of stage 2 with train_transformer.py's defaults. Changes the model."""
     schedule, seconds = train_transformer.PRESETS["toy"][1], []
-    with common.Stop(device) as stop:
+    with common.Stop() as stop:
         data = ToyShapes(vae.config.size, n=512)
         part = train_vae.encode_dataset(vae, data, device, autocast, 0, mirrored=False, stop=stop)
     images = train_transformer.views(part, vae.config.factors, uncond=False)
