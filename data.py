@@ -25,11 +25,11 @@ from tqdm import tqdm
 import dq
 from common import first_line, say, shuffled_indices
 
-MEMORY = 2e9                             # bytes of images that a data set keeps in memory
+MEMORY = 2e9                             # bytes of images that each data set caches
 
 
 class Kept(dict):
-    """Images by the argument of a function; None if it raises UserError. Each is computed once, while MEMORY lasts."""
+    """A cache of up to MEMORY bytes for the images that a function returns; None where it raises UserError."""
 
     def __init__(self, compute):
         self.compute, self.room = compute, MEMORY
@@ -226,7 +226,7 @@ def progress(title, items=None, total=None):
 
 
 def decode_all(root, files, left_out, strips, size):
-    """Decode all images, with all cores, if they fit into memory. -> the files that can be decoded, as far as known"""
+    """Decode all images, on all cores, if they fit into memory. -> the files, without those known to be broken"""
     if 3 * size ** 2 * len(files) > MEMORY:
         return files
     with ThreadPool(torch.get_num_threads()) as pool:                        # Pillow's decoders release the GIL
@@ -267,7 +267,7 @@ class ImageFolder(Dataset):
         return len(self.names)
 
     def strip(self, k):
-        """Image k as of `load_strip`, or None."""
+        """Image k as returned by `load_strip`, or None if it can't be decoded."""
         return self.strips[os.path.join(self.root, os.fsdecode(self.names[k]))]
 
     def __getitem__(self, i):
@@ -285,8 +285,8 @@ class ImageFolder(Dataset):
 
 
 def loader(data, workers, batches=None, **how):
-    """For each list of indices: images (B, 3, S, S), labels (B,). `workers` threads load batches ahead. how: `sampler`
-    and `batch_size` instead of the lists"""
+    """Yield images (B, 3, S, S) and labels (B,) for each list of indices in `batches`, or in BatchSampler(**how).
+    `workers` threads load the next batches."""
     batches = batches or BatchSampler(drop_last=False, **how)
     with ThreadPool(max(1, workers)) as pool:
         results = deque()
@@ -349,7 +349,7 @@ warnings.filterwarnings("ignore", module="PIL")
 
 
 def load_image(path, size, rng=None, flip=True):
-    """One file -> (3, S, S) in [-1, 1], as of `crop`."""
+    """One file -> (3, S, S) in [-1, 1], as returned by `crop`."""
     return crop(load_strip(path, size), size, rng, flip)
 
 
@@ -361,7 +361,8 @@ def load_strip(path, size):
 
 
 def crop(strip, size, rng=None, flip=True):
-    """uint8 (h, w, 3) -> (3, S, S) in [-1, 1]: the square in the middle; with rng, a random one, with random `flip`."""
+    """uint8 (h, w, 3) -> (3, S, S) in [-1, 1]: the centre square or, with rng, a random one. `flip` then flips it
+    horizontally with probability 1/2."""
     where = (0.5, 0.5) if rng is None else rng.random(2)
     left, top = (int(at * (side - size + 1)) for at, side in zip(where, strip.shape[1::-1]))
     square = strip[top:top + size, left:left + size].transpose(2, 0, 1)      # 3, S, S
@@ -373,8 +374,7 @@ def open_image(path, size=2 ** 30):
     """One file -> Pillow image, RGB and upright; of a JPEG a smaller version may be decoded, whose sides are still at
     least twice `size`. UserError if the pixels can't be read, for any reason; metadata may be corrupt."""
     info = patiently(path, os.stat, path)
-    readable = stat.S_ISREG(info.st_mode) and info.st_size <= BYTES          # reading a pipe would block
-    dq.require(readable, f"{path}: not a file of at most {BYTES:,} bytes")
+    dq.require(stat.S_ISREG(info.st_mode) and info.st_size <= BYTES, f"{path}: not a file of at most {BYTES:,} bytes")
     data = patiently(path, Path(path).read_bytes)
     try:
         with Image.open(io.BytesIO(data)) as image:
@@ -435,7 +435,7 @@ def to_rgb(image, packing=""):
             white = next((scale for scale in (1, 255) if bright <= 2 * scale), 65535)
         levels = np.nan_to_num(x / np.float32(white)).clip(0, 1) * 255       # NaN becomes black
         levels = 255 - levels if tags.get(262) == 0 else levels              # Pillow inverts 8 bits only
-        image = Image.fromarray(np.dstack([levels.round(), 255 * (x != key)]).astype(np.uint8))  # LA
+        image = Image.fromarray(np.dstack([np.uint8(levels.round()), np.uint8(255) * (x != key)]))  # LA
     elif key is not None and packing in ("L;2", "L;4"):                      # Pillow scales the pixels, not the key
         image.info["transparency"] = key * {"L;2": 85, "L;4": 17}[packing]
     elif key is not None and packing == "RGB;16B":

@@ -24,7 +24,7 @@ import math
 import os
 import zipfile
 import zlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -32,6 +32,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.distributed.nn.functional import all_reduce
 
 
 # ---- 1  Configuration --------------------------------------------------------------------------
@@ -59,7 +60,7 @@ class VAEConfig:
     size: int = 32                       # side of the square images, in pixels
     factors: tuple = (8, 4)              # downsampling factor of each granularity, coarse to fine
     ratios: tuple = (0.5, 0.5)           # target fraction of regions per granularity
-    router: str = "learned"              # learned | entropy | random
+    router: str = "learned"              # learned | entropy | random | dial
     codebook_size: int = 256             # V
     code_dim: int = 8                    # D
     channels: int = 64                   # Z, channels of the encoder's maps and of the decoder's input
@@ -169,8 +170,50 @@ class ThresholdRouter(nn.Module):
         self.register_buffer("thresholds", thresholds)                       # K - 1
 
     def forward(self, x, maps, noise=1.0):
-        grains = torch.bucketize(self.score(x, maps), self.thresholds)       # B, h, w
+        grains = torch.bucketize(self.score(x, maps), self.thresholds)       # B, h, w; a tie is coarse
         return one_hot(grains, len(self.thresholds) + 1)                     # B, K, h, w
+
+    @torch.no_grad()
+    def calibrate(self, ratios, images, encoder=lambda x: None):
+        """Set the thresholds to quantiles of the scores over batches of training images (B, 3, S, S)."""
+        scores = torch.cat([self.score(x, encoder(x)).flatten() for x in images])
+        cuts = np.cumsum(ratios)[:-1].clip(0, 1)                             # K - 1
+        levels = np.quantile(scores.cpu().numpy().astype(float), cuts)
+        levels = np.where(cuts < 1e-6, -1e9, np.where(cuts > 1 - 1e-6, 1e9, levels))  # below, above any
+        self.thresholds.copy_(torch.from_numpy(levels.astype(np.float32)))
+
+
+class DialRouter(ThresholdRouter):
+    """One learned score for every budget; not in the paper. A cell's code depends on its own granularity alone, so
+    other thresholds give other lengths. gate: a GrainRouter"""
+    def __init__(self, ratios, gate):
+        super().__init__(torch.zeros(len(ratios) - 1))
+        self.ratios, self.gate = torch.tensor(ratios), gate
+
+    def score(self, x, maps):
+        """The log-odds of the expected granularity; for K = 2 the difference of the logits. -> (B, h, w)"""
+        logits = self.gate.logits(maps)                                      # B, K, h, w
+        k = torch.arange(logits.shape[1], device=logits.device)[:, None, None]  # K, 1, 1
+        return (logits + k.log()).logsumexp(1) - (logits + k.flip(0).log()).logsumexp(1)  # B, h, w
+
+    def forward(self, x, maps, noise=1.0):
+        """In training, each image has a random budget, around the target ratios. Its thresholds are quantiles of the
+        noisy scores of the batch, so no budget loss is needed. The gate is straight-through, as in GrainRouter. For
+        evaluation, the thresholds are moving averages of the quantiles at the target ratios."""
+        if not self.training:
+            return super().forward(x, maps)
+        score, ratios = self.score(x, maps), self.ratios.to(x.device)        # B, h, w; K
+        self.thresholds.lerp_(all_gather(score).quantile(ratios.cumsum(0)[:-1]), 0.1)
+        uniform = sample_global(torch.Tensor.uniform_, score.shape, x.device)
+        score = 3 * standardise(score) + noise * uniform.logit(eps=1e-6)     # logistic noise: of two Gumbel samples
+        spread = torch.distributions.Dirichlet(7 * ratios.clamp(min=1e-3))
+        budgets = sample_global(lambda out: spread.sample(out.shape[:1]), (len(x), len(ratios)), x.device)  # B, K
+        cuts = budgets.cumsum(1)[:, :-1].clamp(max=1)                        # B, K - 1
+        levels = all_gather(score).quantile(cuts.flatten()).view(len(x), -1, 1, 1)  # B, K - 1, 1, 1
+        above = (score[:, None] - levels).sigmoid()                          # B, K - 1, h, w: P(granularity > k)
+        soft = F.pad(above, (0, 0, 0, 0, 1, 0), value=1.0) - F.pad(above, (0, 0, 0, 0, 0, 1))  # B, K, h, w
+        hard = one_hot((score[:, None] > levels).sum(1), len(ratios))
+        return hard + (soft - soft.detach())                                 # B, K, h, w: exactly one-hot
 
 
 class RandomRouter(ThresholdRouter):
@@ -206,19 +249,12 @@ class EntropyRouter(ThresholdRouter):
         entropy = -(p * (p + 1e-10).log()).sum(-1)                           # B, N
         return entropy.view(-1, x.shape[2] // self.factor, x.shape[3] // self.factor)  # B, h, w
 
-    def calibrate(self, ratios, images):
-        """Set the thresholds to quantiles over batches of training images (B, 3, S, S). Ties are coarse."""
-        scores = torch.cat([self.score(x).flatten() for x in images])
-        cuts = np.cumsum(ratios)[:-1].clip(0, 1)                             # K - 1
-        levels = np.quantile(scores.cpu().numpy().astype(float), cuts)
-        levels = np.where(cuts < 1e-6, -1, np.where(cuts > 1 - 1e-6, 1e3, levels))  # below, above any
-        self.thresholds.copy_(torch.from_numpy(levels.astype(np.float32)))
-
 
 ROUTERS = {
     "learned": lambda config: GrainRouter(config.channels, len(config.factors)),
     "entropy": lambda config: EntropyRouter(config.ratios, config.factors[0]),
     "random": lambda config: RandomRouter(config.ratios),
+    "dial": lambda config: DialRouter(config.ratios, GrainRouter(config.channels, len(config.factors))),
 }
 
 
@@ -454,6 +490,15 @@ class DQVAE(nn.Module):
         q, codes, commitment = self.codebook(z, self.cell_weight(gate))
         return q, codes, gate, commitment, maps
 
+    def set_ratios(self, ratios, images):
+        """Route by other ratios from now on, without training. images: batches of training images (B, 3, S, S), whose
+        scores give the thresholds. A learned router becomes a DialRouter: the same score, cut elsewhere."""
+        if self.config.router == "learned":
+            self.router = DialRouter(ratios, self.router).to(self.codebook.codes.device)
+        router = "dial" if self.config.router == "learned" else self.config.router
+        self.config = replace(self.config, ratios=ratios, router=router)
+        self.router.train(self.training).calibrate(ratios, images, self.encoder)
+
     def forward(self, x, noise=1.0):
         q, codes, gate, commitment, maps = self.quantize(x, noise)
         reconstruction = self.decoder(self.post_quant(q))                    # B, 3, S, S
@@ -522,14 +567,11 @@ class Layout(nn.Module):
             region[first:self.eos[k]] = row // c * self.side + column // c  # c x c cells per region
             first_id[first:self.eos[k]] = first + row // c * c * side + column // c * c  # its top left
             coordinates[first:self.eos[k]] = (torch.stack([row, column], dim=1) + 0.5) * (self.fine_side / side)
-        self.register_buffer("ids", torch.arange(P, dtype=torch.int32), persistent=False)
-        self.register_buffer("grain", grain, persistent=False)
-        self.register_buffer("region", region, persistent=False)
-        self.register_buffer("first_id", first_id, persistent=False)
-        self.register_buffer("opens", first_id == torch.arange(P), persistent=False)  # a region's first id, or an EOS
-        self.register_buffer("is_eos", region == N, persistent=False)
-        self.register_buffer("finest", grain == K - 1, persistent=False)
-        self.register_buffer("coordinates", coordinates, persistent=False)
+        tables = dict(ids=torch.arange(P, dtype=torch.int32), grain=grain, region=region, first_id=first_id,
+                      opens=first_id == torch.arange(P),                     # a region's first id, or an EOS
+                      is_eos=region == N, finest=grain == K - 1, coordinates=coordinates)
+        for name, table in tables.items():
+            self.register_buffer(name, table, persistent=False)
 
     def pack(self, codes, grains):
         """codes (B, H, W), grains (B, h, w) -> pos, code, each (B, max_len)."""
@@ -1028,6 +1070,21 @@ def all_reduce_sum(x):
     return x
 
 
+def all_gather(x):
+    """The tensors (B, ...) of all ranks, without gradient. -> (world B, ...)"""
+    rank, world = rank_world()
+    parts = torch.zeros(world, *x.shape, device=x.device)
+    parts[rank] = x.detach()
+    return all_reduce_sum(parts).flatten(0, 1)
+
+
+def standardise(x):
+    """Mean 0 and standard deviation 1 over the tensors of all ranks, with gradient."""
+    moments = torch.stack([x.mean(), x.square().mean()])
+    mean, square = all_reduce(moments) / rank_world()[1] if rank_world()[1] > 1 else moments
+    return (x - mean) * (square - mean ** 2 + 1e-12).rsqrt()
+
+
 def sample_global(fill, shape, device):
     """Random numbers (B, ...) for the images of this rank. Every rank samples those of the global batch and keeps its
     slice, so results don't depend on the number of ranks. fill: torch.Tensor.uniform_, for example"""
@@ -1038,9 +1095,8 @@ def sample_global(fill, shape, device):
 def sample_vectors(z, weight, n):
     """Sample up to n vectors of z (m, D) over all ranks, by weight (m,), without replacement. -> (up to n, D)"""
     (rank, world), m = rank_world(), len(z)
-    weights = torch.zeros(world, m, device=z.device)
-    weights[rank] = weight.nan_to_num(1.0)                                   # a NaN is reported by the trainer
-    chosen = torch.multinomial(all_reduce_sum(weights).view(-1), min(n, world * m))  # n
+    weights = all_gather(weight.nan_to_num(1.0))                             # world m; the trainer reports a NaN
+    chosen = torch.multinomial(weights, min(n, world * m))                   # n
     mine = (chosen // m == rank)[:, None]                                    # n, 1
     return all_reduce_sum(torch.where(mine, z[chosen % m], 0))               # n, D: each came from one rank
 

@@ -187,9 +187,9 @@ def main(argv=None):
         tiles = [(to_picture(x), draw_grains(x, g, vae.config.factors)) for x, g in zip(decode(codes), grains)]
         names = [caption(k, classes) if classes else str(i) for i, k in enumerate(label[:n].tolist())]
         counts = [f"{count} codes" for count in (code[:n] >= 0).sum(dim=1).tolist()]
-        save_grid(args.out, sum(tiles, ()), columns=8, captions=sum(zip(names, counts), ()))
         if args.gif:
             save_gif(args.gif, layout, decode, pos[:1], code[:1])
+        save_grid(args.out, sum(tiles, ()), columns=8, captions=sum(zip(names, counts), ()))
         print("wrote " + ", ".join(str(path) for path in (args.out, args.save_dir, args.gif) if path) + " with "
               + ", ".join(f"{name.replace('_', '-')} {value:g}" for name, value in options._asdict().items()))
     if stop.number:

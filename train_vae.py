@@ -338,7 +338,7 @@ def write_codes(path, vae, train, val, args, device, autocast, stop, psnr):
 
 # flags that --encode uses; it takes those that are not given from the checkpoint, where it has them
 ENCODE_FLAGS = {"encode", "out", "preset", "data", "held_out", "no_flip", "seed", "workers", "batch_size", "accumulate",
-                "device", "dtype"}
+                "device", "dtype", "ratios"}
 
 
 def choose(gpu, images, side):
@@ -369,8 +369,10 @@ def parse(argv=None):
     replacing("--factors", type=positive, nargs="+",
               help="downsampling factors, coarse to fine; a single one gives fixed-length codes")
     replacing("--ratios", type=weight, nargs="+",
-              help="target fraction of the regions for each factor; equal ones for more or fewer --factors")
-    replacing("--router", choices=dq.ROUTERS, help="how the granularity of a region is chosen")
+              help="target fraction of the regions for each factor; equal ones for more or fewer --factors. With "
+              "--encode: other ones than the DQ-VAE was trained for")
+    replacing("--router", choices=dq.ROUTERS, help="how the granularity of a region is chosen; dial: learned for every "
+              "budget at once, which --encode with --ratios then sets")
     replacing("--codebook-size", type=positive, help="number of codebook entries")
     replacing("--code-dim", type=positive, help="dimension of a codebook entry")
     args = parser.parse_args(argv)
@@ -393,7 +395,10 @@ def parse(argv=None):
     if args.factors and not args.ratios and len(args.factors) != len(config.factors):
         args.ratios = [1 / len(args.factors)] * len(args.factors)
     args.save_every = args.save_every or schedule.eval_every
-    config, schedule = override(config, args), override(schedule, args)
+    if args.router == "dial":
+        dq.require(args.budget_weight is None, "--budget-weight has no effect with --router dial: it meets the budget")
+        args.budget_weight = 0.0
+    config, schedule = config if args.encode else override(config, args), override(schedule, args)
     args.plan = outline(args.preset, config, schedule, side, gpu)
     return args, config, schedule
 
@@ -434,6 +439,12 @@ def recall(args):
     return known | dict(preset=recipe(saved.get("preset"), saved.get("config", {})), saved=saved)
 
 
+def calibration_images(train, args, device):
+    """Up to 2,048 training images, the same each time, in batches (n, 3, S, S), for the thresholds of a router."""
+    chosen = next(shuffled_indices(len(train), 2048, args.seed))
+    return (x.to(device) for x, _ in loader(train, args.workers, batch_size=args.part, sampler=chosen))
+
+
 def encode_only(args):
     """--encode: write codes.pt with a DQ-VAE that is already trained."""
     device, autocast = prepare(args, trains=False)
@@ -441,8 +452,14 @@ def encode_only(args):
     train, val = open_data(args.data, vae.config.size, seed=args.seed, skip=args.out, held_out=args.held_out)
     say(describe(train, val))
     path = args.out / "codes.pt"
+    if args.ratios:
+        with autocast():
+            vae.set_ratios(tuple(args.ratios), calibration_images(train, args, device))
+        args.preset = recipe(args.preset, asdict(vae.config))
     set_aside(path, hint="")
     metrics = evaluate(vae, *validation_images(val, vae.config), autocast, batch_size=args.part)[0]
+    say(f"ratios {' '.join(f'{ratio:g}' for ratio in metrics['share'])} on the validation images, which makes "
+        f"{metrics['codes_per_image']:.1f} codes per image and {metrics['psnr']:.1f} dB PSNR")
     with Stop() as stop:
         write_codes(path, vae, train, val, args, device, autocast, stop, metrics["psnr"])
     say(f"done: {path}")
@@ -468,9 +485,7 @@ def main(argv=None):
     memory_format = torch.channels_last if device.type == "cuda" else torch.contiguous_format
     model = dq.DQVAE(config).to(device, memory_format=memory_format)
     if config.router == "entropy":
-        sample = loader(train, args.workers, batch_size=args.part,
-                        sampler=next(shuffled_indices(len(train), 2048, args.seed)))
-        model.router.calibrate(config.ratios, (x.to(device) for x, _ in sample))
+        model.router.calibrate(config.ratios, calibration_images(train, args, device))
     adam = dict(lr=schedule.lr, betas=schedule.betas, fused=True)
     optimizers = parts = dict(optimizer=torch.optim.Adam(model.parameters(), **adam))
     if schedule.gan_weight:

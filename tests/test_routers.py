@@ -6,15 +6,18 @@
     EntropyRouter.score     test_entropy_equals_a_loop_over_pixels
     ThresholdRouter         test_entropy_thresholds_and_random_routing_give_the_asked_ratios (with train_vae.calibrate),
                             test_blank_regions_are_coarse
+    DialRouter              test_the_dial_gate_equals_a_loop_over_regions and four more, DQVAE.set_ratios included
     sample_global           test_processes_draw_together_what_one_would
     budget_loss             test_budget_loss_equals_a_loop_and_pulls_on_all_regions_alike and two more
 """
+import itertools
+
 import pytest
 import torch
 
 import dq
 import naive
-from dq import EntropyRouter, GrainRouter, RandomRouter, budget_loss, one_hot
+from dq import DialRouter, EntropyRouter, GrainRouter, RandomRouter, budget_loss, one_hot
 from data import ToyShapes
 
 
@@ -124,6 +127,84 @@ def test_budget_loss_equals_a_loop_and_pulls_on_all_regions_alike(K):
             msg=lambda why: f"regions get different gradients, or not the gradient that the formula gives: {why}")
     target = sum((fraction[k] - ratio) ** 2 for k, ratio in enumerate(ratios))
     assert float(loss.detach()) == pytest.approx(target), "the loss differs from its formula for these fractions"
+
+
+def dial_router(K, logits):
+    """A DialRouter whose gate has these logits (B, K, h, w)."""
+    router = DialRouter([1 / K] * K, GrainRouter(32, K))
+    router.gate.logits = lambda maps: logits
+    return router
+
+
+@pytest.mark.parametrize("K", [2, 3, 4])
+def test_the_dial_score_is_the_log_odds_of_the_expected_granularity(K):
+    """So a learned router and the dial that it becomes order all regions alike."""
+    logits = torch.randn(3, K, 2, 2)
+    mean = GrainRouter.score(dial_router(K, logits).gate, None, None) / (K - 1)  # B, h, w
+    torch.testing.assert_close(dial_router(K, logits).score(None, None), (mean / (1 - mean)).log())
+
+
+@pytest.mark.parametrize("K", [2, 3])
+def test_the_dial_gate_equals_a_loop_over_regions(K):
+    """Training: the same random numbers, but thresholds by sorting, and the soft gate of one region at a time."""
+    B, router, cost = 6, dial_router(K, None), torch.randn(6, K, 3, 3)
+    scores = (5 * torch.randn(B, 3, 3) + 2).requires_grad_()
+    router.score = lambda x, maps: scores
+    torch.manual_seed(1)
+    gate = router(torch.zeros(B, 3, 8, 8), None, noise=0.7)
+    gradient, = torch.autograd.grad((gate * cost).sum(), scores)
+
+    torch.manual_seed(1)
+    uniform = torch.rand(B, 3, 3)
+    budgets = torch.distributions.Dirichlet(torch.full((K,), 7 / K)).sample((B,)).tolist()
+    deviation = (scores - scores.mean()).square().mean().sqrt()
+    noisy = 3 * (scores - scores.mean()) / deviation + 0.7 * (uniform / (1 - uniform)).log()
+    in_order, total = sorted(noisy.flatten().tolist()), 0.0
+    for i, y, x in itertools.product(range(B), range(3), range(3)):
+        levels = []
+        for k in range(K - 1):                                               # at a fraction of the way through the list
+            at = sum(budgets[i][:k + 1]) * (len(in_order) - 1)
+            low = min(int(at), len(in_order) - 2)
+            levels.append(in_order[low] + (at - low) * (in_order[low + 1] - in_order[low]))
+        assert gate[i, :, y, x].argmax() == sum(noisy[i, y, x] > level for level in levels)
+        above = [1.0, *(1 / (1 + torch.exp(level - noisy[i, y, x])) for level in levels), 0.0]
+        total = total + sum((above[k] - above[k + 1]) * cost[i, k, y, x] for k in range(K))
+    wanted, = torch.autograd.grad(total, scores)
+    torch.testing.assert_close(gradient, wanted, atol=1e-5, rtol=1e-4)
+    assert torch.equal(gate.detach(), one_hot(gate.argmax(1), K))
+
+
+def test_the_dial_evaluates_at_its_own_budget():
+    """The thresholds follow the quantiles at the target ratios, whatever budgets the images get in training."""
+    router = DialRouter((0.6, 0.3, 0.1), GrainRouter(32, 3))
+    maps = [torch.randn(64, 32, s, s) for s in (4, 8, 16)]
+    for _ in range(60):
+        router(torch.zeros(64, 3, 8, 8), maps)
+    fractions = router.eval()(torch.zeros(64, 3, 8, 8), maps).mean(dim=(0, 2, 3))
+    torch.testing.assert_close(fractions, torch.tensor([0.6, 0.3, 0.1]), atol=0.01, rtol=0)
+
+
+@pytest.mark.parametrize("ratios", [(0.3, 0.7), (0.8, 0.2), (1, 0), (0, 1), (0.5, 0.2, 0.3)])
+@pytest.mark.parametrize("router", dq.ROUTERS)
+@torch.no_grad()
+def test_other_ratios_without_training(router, ratios):
+    """Every router meets them, and a region whose granularity stays keeps its codes: they depend on nothing else."""
+    K = len(ratios)
+    config = dq.VAEConfig(size=32, factors=(8, 4, 2)[:K], ratios=[1 / K] * K, router=router, width=32, multipliers=(1,))
+    vae, images = dq.DQVAE(config).eval(), torch.rand(16, 3, 32, 32) * 2 - 1
+    vae.codebook.codes.normal_(std=0.1)
+    vae.set_ratios(config.ratios, images.split(8))
+    codes, grains = vae.encode(images)
+    vae.set_ratios(ratios, images.split(8))
+    other_codes, other_grains = vae.encode(images)
+    fractions = one_hot(other_grains, K).mean(dim=(0, 2, 3))
+    torch.testing.assert_close(fractions, torch.tensor(ratios).float(), atol=0.02, rtol=0)
+    kept = dq.upsample(grains == other_grains, config.size // config.factors[-1])
+    assert torch.equal(codes[kept], other_codes[kept]) and kept.any()
+    assert vae.config.ratios == ratios and config.ratios != ratios           # a checkpoint's config is not changed
+    again = dq.DQVAE(vae.config).eval()
+    again.load_state_dict(vae.state_dict())
+    assert torch.equal(again.encode(images)[1], other_grains), "the checkpoint does not carry the thresholds"
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ import data as reading
 import dq
 import train_transformer
 import train_vae
-from conftest import DEVICE, VAE, call, plain
+from conftest import DEVICE, TRANSFORMER, VAE, call, plain
 from data import ImageFolder, ToyShapes
 from test_data import put, folder_with_broken_files
 from train_vae import Discriminator, Perceptual, adaptive_weight, backward, hinge_loss
@@ -464,6 +464,37 @@ def test_encode_takes_what_the_checkpoint_knows(images, tmp_path, monkeypatch):
                 "--preset", "emoji64") is None
     other = dq.load_checkpoint(out / "codes.pt", "dq-codes")
     assert len(other["train"]["label"]) + len(other["held_out"]["label"]) == 4 and other["preset"] == "emoji64"
+
+
+@pytest.mark.parametrize("router", ["learned", "dial", "entropy"])
+def test_encode_with_other_ratios(router, images, tmp_path, capsys):
+    """Without training. codes.pt holds the DQ-VAE that routes this way, and so does all that is made from it."""
+    flags = ["--data", images, "--out", tmp_path, *VAE, "--router", router, "--steps", 6]
+    assert call(train_vae.main, *flags) is None
+    trained = dq.load_checkpoint(tmp_path / "vae.pt", "dq-vae")
+    assert (trained["settings"]["budget_weight"] > 0) == (router != "dial")  # which meets the budget by itself
+    encode = ["--encode", tmp_path / "vae.pt", "--out", tmp_path / "less", "--ratios"]
+    assert call(train_vae.main, *encode, 0.75, 0.25) is None
+    stored = dq.load_checkpoint(tmp_path / "less/codes.pt", "dq-codes")
+    assert stored["config"]["ratios"] == (0.75, 0.25) and stored["preset"] == "custom"
+    assert stored["config"]["router"] == ("dial" if router == "learned" else router)
+    fine = stored["train"]["grains"][:, 0].float().mean()                    # of the images themselves, not of crops
+    assert fine == pytest.approx(0.25, abs=0.02)
+    held_out = 4 + 12 * stored["held_out"]["grains"].float().mean().item()   # 4 regions of one or four codes
+    assert f"which makes {held_out:.1f} codes per image" in capsys.readouterr().out
+    assert call(train_transformer.main, "--out", tmp_path / "less", *TRANSFORMER, "--steps", 1) is None
+    made = dq.load_checkpoint(tmp_path / "less/transformer.pt", "dq-transformer")
+    assert made["vae_config"] == stored["config"] and dq.load_transformer(tmp_path / "less/transformer.pt", DEVICE)
+    assert torch.equal(made["vae_weights"]["router.thresholds"].cpu(), stored["weights"]["router.thresholds"])
+
+
+def test_ratios_that_do_not_fit_the_model(vae_run, images, tmp_path):
+    encode = ["--encode", vae_run / "vae.pt", "--out", tmp_path, "--ratios"]
+    assert "2 factors need 2 ratios" in call(train_vae.main, *encode, 0.5, 0.2, 0.3)
+    assert "sum to 1" in call(train_vae.main, *encode, 0.5, 0.6)
+    assert not (tmp_path / "codes.pt").exists()
+    error = call(train_vae.main, "--out", tmp_path, *VAE, "--router", "dial", "--budget-weight", 2)
+    assert error == "error: --budget-weight has no effect with --router dial: it meets the budget"
 
 
 def test_encode_uses_the_toy_shapes_of_the_same_seed(tmp_path, monkeypatch):

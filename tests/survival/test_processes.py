@@ -87,7 +87,7 @@ def job(what, rank, world, port, path):
 
 
 def several_steps(rank, world):
-    """Ten steps of codebook, router and budget loss on a global batch. -> the codebook and all losses"""
+    """Ten steps of codebook, routers and budget loss on a global batch. -> the codebook, all losses and gates"""
     torch.manual_seed(0)
     model = dq.DQVAE(dq.VAEConfig(size=16, codebook_size=64))
     x = torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
@@ -98,7 +98,12 @@ def several_steps(rank, world):
         gradient = torch.autograd.grad(budget, model.router.mlp[2].weight)[0]
         commitment = dq.all_reduce_sum(out.commitment.detach()) / world
         losses.append(torch.stack([budget.detach(), commitment, dq.all_reduce_sum(gradient.sum()) / world]))
-    return dict(codes=model.codebook.codes, uses=model.codebook.uses, losses=torch.stack(losses))
+    dial = dq.DQVAE(dq.VAEConfig(size=16, router="dial"))                    # its quantiles are those of all images
+    gate = torch.stack([dial(mine).gate for _ in range(3)], dim=1)           # of three steps
+    gates, cost = dq.all_gather(gate), torch.rand(8, *gate.shape[1:], generator=torch.Generator().manual_seed(2))
+    gradient = torch.autograd.grad((gate * cost.chunk(world)[rank]).sum(), dial.router.gate.mlp[2].weight)[0]
+    return dict(codes=model.codebook.codes, uses=model.codebook.uses, losses=torch.stack(losses), gates=gates,
+                thresholds=dial.router.thresholds, gradient=dq.all_reduce_sum(gradient))
 
 
 def in_two_processes(what, tmp_path):

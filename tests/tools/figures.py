@@ -3,6 +3,8 @@
 python tests/tools/figures.py rd OUT [--rows NAME ...] [--seeds S ...] [--jobs N] [-- FLAGS]
     trains the missing runs below OUT (routers x budgets and both fixed lengths, each with FLAGS of train_vae.py),
     prints the table of all finished runs, also of other rows and seeds, and draws OUT/rate_distortion.png
+python tests/tools/figures.py dial PNG CHECKPOINT ... [--trained CHECKPOINT ...]
+    evaluates each vae.pt at many ratios, without training, beside others at those that they were trained for
 python tests/tools/figures.py log FILE.jsonl
     draws the curves of a run's log in FILE.curves.png
 python tests/tools/figures.py walk [CHECKPOINT] [--image FILE]
@@ -16,6 +18,7 @@ python tests/tools/figures.py shrink CHECKPOINT FILE.pt
 """
 import argparse
 import colorsys
+import contextlib
 import math
 import subprocess
 import sys
@@ -36,12 +39,13 @@ from common import natural, positive, read_log  # noqa: E402
 from runs import flags_to_end, refuse, split_flags  # noqa: E402
 
 BUDGETS = (0.1, 0.3, 0.5, 0.7, 0.9)
+DIALS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 ROUTERS = ("learned", "entropy", "random")
 COLOURS = {"learned": "#c01530", "entropy": "#3a6ea5", "random": "#777777", "fixed": "#000000"}
 
 
 # ------------------------------------------------------------------------------------------------
-# Curves: rd and log
+# Curves: rd, dial and log
 
 
 def ticks(low, high, n=5):
@@ -140,6 +144,34 @@ def rate_distortion(out, names, seeds, flags, jobs, factors):
     curves["fixed length"] = (COLOURS["fixed"], [mean[name] for name in RD_ROWS[:2] if name in mean])
     curves = {name: curve for name, curve in curves.items() if curve[1]}
     plot(curves, "held-out PSNR, dB", "codes per image").save(out / "rate_distortion.png")
+
+
+def dial(out, checkpoints, trained):
+    """Draw PSNR over codes per image: a curve for each DQ-VAE in `checkpoints`, and one through those `trained`."""
+    def points(path, fractions):
+        """(codes per image, dB) with these fine fractions; None: the ratios of the checkpoint. Of more than two
+        granularities, a fraction f of the path from all coarse to all fine is a binomial distribution."""
+        saved, vae = dq.load_checkpoint(path, "dq-vae"), dq.load_vae(path, torch.device("cpu"))
+        folders, size, n = saved["folders"], vae.config.size, len(vae.config.factors) - 1
+        train, val = reading.open_data(folders["data"], size, skip=path.parent, held_out=folders["held_out"])
+        images, detailed = train_vae.validation_images(val, vae.config)
+        chosen = dq.numpy_rng(0).permutation(len(train))[:2048].tolist()
+        for f in fractions:
+            if f is not None:
+                batches = (torch.stack([train[i][0] for i in chosen[j:j + 64]]) for j in range(0, len(chosen), 64))
+                vae.set_ratios(tuple(math.comb(n, k) * f ** k * (1 - f) ** (n - k) for k in range(n + 1)), batches)
+            metrics, *_ = train_vae.evaluate(vae, images, detailed, contextlib.nullcontext)
+            print(f"| {path} | {'its own' if f is None else f} | {metrics['codes_per_image']:.1f} | "
+                  f"{metrics['psnr']:.2f} | {metrics.get('auc', math.nan):.3f} |", flush=True)
+            yield metrics["codes_per_image"], metrics["psnr"]
+
+    print("| DQ-VAE | fine | codes per image | PSNR, dB | AUC |\n|---|---|---|---|---|")
+    colours = ["#c01530", "#3a6ea5", "#e07b00", "#777777"]
+    curves = {path.parent.name: (colours[i % 4], list(points(path, (None, *DIALS)))[1:])
+              for i, path in enumerate(checkpoints)}
+    if trained:
+        curves["one for each"] = ("#000000", sorted(xy for path in trained for xy in points(path, [None])))
+    plot(curves, "validation PSNR, dB", "codes per image").save(out)
 
 
 def curves(path):
@@ -724,6 +756,11 @@ def main(argv=None):
     add("--jobs", type=positive, default=1, help="runs at a time")
     add("--factors", type=int, nargs=2, default=(8, 4))
 
+    add = commands.add_parser("dial", help="models cut at other ratios").add_argument
+    add("out", metavar="PNG", type=Path)
+    add("checkpoints", metavar="CHECKPOINT", type=Path, nargs="+", help="a vae.pt; its folder's name is in the legend")
+    add("--trained", metavar="CHECKPOINT", type=Path, nargs="+", default=[], help="evaluated at their own ratios only")
+
     add = commands.add_parser("log", help="curves of a run").add_argument
     add("log", metavar="FILE.jsonl", type=Path)
 
@@ -768,6 +805,8 @@ def main(argv=None):
     if args.command == "rd":
         refuse(flags, "--out", "--seed", "--factors", "--ratios", "--router")
         rate_distortion(args.out, args.rows, args.seeds, flags, args.jobs, args.factors)
+    elif args.command == "dial":
+        dial(args.out, args.checkpoints, args.trained)
     elif args.command == "log":
         curves(args.log)
     elif args.command == "walk":

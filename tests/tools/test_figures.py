@@ -240,9 +240,10 @@ def test_user_errors_of_walk_are_one_line(tmp_path):
     path = tmp_path / "t.pt"
     assert call("walk", path) == f"error: no such file: {path} (train_transformer.py writes it)"
     untrained(path, 16, (8, 4))
-    assert call("walk", path, "--image", tmp_path / "no.png") == f"error: {tmp_path / 'no.png'}: No such file or directory"
+    missing = tmp_path / "no.png"
+    assert call("walk", path, "--image", missing) == f"error: {missing}: No such file or directory"
     assert call("walk", path, "--label", "cat") == "error: this model has no classes; leave --label out"
-    assert "use .png" in call("walk", path, "--out", tmp_path / "x.txt")
+    assert "must end in .png" in call("walk", path, "--out", tmp_path / "x.txt")
     assert "--seed must be at least 0" in call("walk", path, "--seed", -1)
     assert "--pairs must be at least 1" in call("walk", path, "--pairs", 0)
     assert call("walk", path, "--", "--steps", 3) == 2 and call() == 2 and call("run") == 2
@@ -383,6 +384,28 @@ def test_a_row_that_is_missing_is_trained(tmp_path, monkeypatch, capsys):
 def test_what_rd_sets_can_t_be_set_again(tmp_path, flag, name, flags):
     assert call("rd", tmp_path, "--", *flags) == f"error: {flag} can't stand behind --: {name} is set for each run"
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("factors", [(8, 4), (8, 4, 2)])
+def test_the_curve_of_a_dial(factors, tmp_path, monkeypatch, capsys):
+    """One row per fraction: the codes are those of the binomial ratios, and the checkpoint's own row comes first."""
+    K, names = len(factors), ("one", "other")
+    monkeypatch.setattr(reading, "open_data", lambda *args, **kwargs: [reading.ToyShapes(32, n) for n in (48, 16)])
+    monkeypatch.setattr(figures, "DIALS", (0.25, 0.75))
+    for name in names:
+        vae = dq.DQVAE(dq.VAEConfig(factors=factors, ratios=[1 / K] * K, router="dial", codebook_size=12))
+        vae.codebook.codes.normal_()
+        (tmp_path / name).mkdir()
+        dq.save_checkpoint(tmp_path / name / "vae.pt", "dq-vae", vae.config, vae,
+                           folders=dict(data=None, held_out=None))
+    one, other = (tmp_path / name / "vae.pt" for name in names)
+    assert call("dial", tmp_path / "dial.png", one, "--trained", other) is None
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[:2] for row in rows] == [[str(one), "its own"], [str(one), "0.25"], [str(one), "0.75"],
+                                         [str(other), "its own"]]
+    for row, f in zip(rows[1:3], (0.25, 0.75)):                              # codes per region: 1, 4, 16
+        assert float(row[2]) == pytest.approx(16 * (1 + 3 * f) ** (K - 1), rel=0.15)
+    assert Image.open(tmp_path / "dial.png").size == (560, 400)
 
 
 def test_the_curves_of_a_log(tmp_path, monkeypatch):
