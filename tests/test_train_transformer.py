@@ -266,7 +266,7 @@ def test_the_first_lines_name_the_device_and_the_data(images, tmp_path, capsys):
     train, held_out = reading.open_data(images, 16)
     device, first = capsys.readouterr().out.splitlines()[:2]
     assert device == "{device}, {dtype}, torch {torch}".format(**load_settings(tmp_path / "vae.pt", "dq-vae"))
-    assert first == reading.describe(train, held_out) and len(train) + len(held_out) == 48
+    assert first == reading.describe(train, held_out) and len(train) + len(held_out) == 16
     train_transformer.main([*flags, *TRANSFORMER])
     device, first = capsys.readouterr().out.splitlines()[:2]
     settings = load_settings(tmp_path / "transformer.pt", "dq-transformer")

@@ -463,7 +463,7 @@ def test_encode_takes_what_the_checkpoint_knows(images, tmp_path, monkeypatch):
     assert call(train_vae.main, "--encode", first / "vae.pt", "--out", out, "--data", images / "circle", "--seed", 6,
                 "--preset", "emoji64") is None
     other = dq.load_checkpoint(out / "codes.pt", "dq-codes")
-    assert len(other["train"]["label"]) + len(other["held_out"]["label"]) == 12 and other["preset"] == "emoji64"
+    assert len(other["train"]["label"]) + len(other["held_out"]["label"]) == 4 and other["preset"] == "emoji64"
 
 
 @pytest.mark.parametrize("router", ["learned", "dial", "entropy"])

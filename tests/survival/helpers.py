@@ -1,4 +1,4 @@
-"""What the tests of survival share: scripts in processes of their own, and what they leave, compared."""
+"""Helpers of the survival tests: scripts that run in separate processes, and comparisons of what they have saved."""
 import time
 
 import pytest
@@ -10,13 +10,13 @@ import train_vae
 from conftest import ROOT, TRANSFORMER, VAE
 from warm import Script
 
-CRITIC = ["--size", "24", "--gan-weight", "0.5", "--gan-start", "4"]
-STAGES = {"vae": (train_vae, VAE), "vae with a discriminator": (train_vae, VAE + CRITIC),
+DISCRIMINATOR = ["--size", "24", "--gan-weight", "0.5", "--gan-start", "4"]
+STAGES = {"vae": (train_vae, VAE), "vae with a discriminator": (train_vae, VAE + DISCRIMINATOR),
           "transformer": (train_transformer, TRANSFORMER)}
 
 
 def same(a, b, path="checkpoint", **tolerance):
-    """Nested dicts, lists and tensors: equal, or close where a tolerance is given."""
+    """Assert that nested dicts, lists and tensors are equal, or close if a tolerance is given."""
     if torch.is_tensor(a):
         assert a.shape == b.shape, path
         if tolerance:
@@ -39,18 +39,21 @@ def load(folder, stem):
     return dq.load_checkpoint(folder / f"{stem}.pt", f"dq-{stem.split('.')[0]}")
 
 
+HANGS = 240                              # seconds after which a script counts as hung, even on a busy machine
+
+
 class Killed(Exception):
     pass
 
 
 def start(stage, data, out, steps, *more, **kwargs):
-    """A script in a process of its own. data: a folder of images, or for stage 2 codes"""
+    """Start a script in a separate process. data: a folder of images, or codes.pt for stage 2. -> Script"""
     flags = [*VAE, "--data", data] if stage == "vae" else [*TRANSFORMER, "--codes", data]
     return Script(ROOT / f"train_{stage}.py", "--out", out, "--steps", steps, *flags, *more, **kwargs)
 
 
-def wait_for(condition, process, seconds=120):
-    end = time.time() + seconds
+def wait_for(condition, process):
+    end = time.time() + HANGS
     while not condition():
         assert process.poll() is None and time.time() < end, process.communicate()
         time.sleep(0.02)

@@ -1,4 +1,4 @@
-"""Losses that are no numbers, weights that are none, files that are broken or hostile."""
+"""Losses and weights that are not finite, and files that are broken or malicious."""
 import math
 import os
 
@@ -6,7 +6,6 @@ import pytest
 import torch
 from PIL import Image
 
-import common
 import data as reading
 import dq
 import sample
@@ -52,19 +51,19 @@ def test_a_loss_that_is_not_a_number_in_one_part_of_a_batch_stops_the_run(bad_pa
     assert line.startswith("error: step 2: not finite in the loss: loss, budget;")
 
 
-def test_what_is_logged_is_the_mean_over_the_parts_of_a_batch(images, tmp_path, monkeypatch):
+def test_the_log_has_the_mean_over_the_parts_of_a_batch(images, tmp_path, monkeypatch):
     calls, real = [], dq.budget_loss
 
     def budget_loss(gate, ratios):
         calls.append(1)
-        return real(gate, ratios) * 0 + (len(calls) - 1) % 2                 # 0 and 1 in the parts of each batch
+        return real(gate, ratios) * 0 + (len(calls) - 1) % 2                 # the two parts of each batch give 0 and 1
     monkeypatch.setattr(dq, "budget_loss", budget_loss)
     train_vae.main(["--data", str(images), "--out", str(tmp_path), "--steps", "10", *VAE, "--accumulate", "2"])
     assert [line["budget"] for line in read_log(tmp_path / "vae.jsonl") if "budget" in line] == [0.5]
 
 
 def test_broken_weights_are_not_saved(images, tmp_path, monkeypatch):
-    """The loss is finite and its gradient is not: the last step before a checkpoint can do that."""
+    """The loss of the last step before a checkpoint can be finite while its gradient is not."""
     real = train_vae.backward
 
     def backward(y, last, *args):
@@ -87,13 +86,13 @@ class Bomb:
 
 
 def spoil(path, how, tmp_path):
-    """A broken variant of a checkpoint -> its path."""
+    """Write a broken variant of a checkpoint. -> its path"""
     broken = tmp_path / "broken.pt"
     data = bytearray(path.read_bytes())
     if how == "truncated":
         data = data[:len(data) * 2 // 3]
     elif how == "bits flipped":
-        middle = slice(len(data) // 2, len(data) // 2 + 100)                 # more than a gap between two tensors
+        middle = slice(len(data) // 2, len(data) // 2 + 100)                 # longer than the padding between tensors
         data[middle] = bytes(byte ^ 0xFF for byte in data[middle])
     elif how == "empty":
         data = b""
@@ -116,7 +115,7 @@ def test_broken_checkpoints(how, run, tmp_path, monkeypatch):
     broken = spoil(run / "transformer.pt", how, tmp_path)
     line = call(sample.main, broken)
     assert line.startswith("error: ") and "\n" not in line
-    assert not (tmp_path / "ran").exists()                                   # a checkpoint runs no code
+    assert not (tmp_path / "ran").exists()                                   # no code in the checkpoint has run
     (tmp_path / "out").mkdir()
     broken.rename(tmp_path / "out/transformer.pt")
     flags = ["--codes", run / "codes.pt", "--steps", 8, *TRANSFORMER]
@@ -125,13 +124,13 @@ def test_broken_checkpoints(how, run, tmp_path, monkeypatch):
 
 
 def test_images_that_are_odd_or_broken(tmp_path, capfd):
-    """What can be read is read, the rest is named once and left out."""
+    """Images that can be read are used. Each of the others is skipped with a warning that names it."""
     root = tmp_path / "images"
     root.mkdir()
     Image.new("RGB", (1, 1), "red").save(root / "one.png")
     Image.new("RGB", (20_000, 10), "green").save(root / "wide.png")
     Image.new("RGB", (10, 20_000), "blue").save(root / "high.png")
-    Image.new("RGB", (30, 30), "white").save(root / os.fsdecode(b"caf\xe9 \xff.png"))  # no UTF-8
+    Image.new("RGB", (30, 30), "white").save(root / os.fsdecode(b"caf\xe9 \xff.png"))  # not UTF-8
     Image.new("RGB", (30, 30), "white").save(root / "名前 🙂.png")
     Image.new("1", (20_000, 20_000)).save(root / "bomb.png")
     Image.new("1", (10_000, 10_000)).save(root / "small bomb.png")
@@ -140,19 +139,19 @@ def test_images_that_are_odd_or_broken(tmp_path, capfd):
     (root / "cut.png").write_bytes((root / "wide.png").read_bytes()[:-30])
     (root / "folder.png").mkdir()
     (root / "dangling.png").symlink_to("nowhere.png")
-    os.mkfifo(root / "pipe.png")                                             # who opens it waits for ever
+    os.mkfifo(root / "pipe.png")                                             # opening it would block forever
     (root / "locked.png").write_bytes((root / "one.png").read_bytes())
     (root / "locked.png").chmod(0)
     for data in open_data(root, 8, augment=True):
         for i in range(2 * len(data)):
             image, _ = data[i]
             assert image.shape == (3, 8, 8) and image.isfinite().all()
-    told = capfd.readouterr().out
+    warnings = capfd.readouterr().out
     for name in ("bomb.png", "small bomb.png", "empty.png", "text.jpg", "cut.png", "dangling.png", "pipe.png"):
-        assert any(f"/{name}: " in line for line in told.splitlines()), name
+        assert any(f"/{name}: " in line for line in warnings.splitlines()), name
     for name in ("one.png", "wide.png", "high.png", "folder.png"):
-        assert f"/{name}" not in told
-    assert "Traceback" not in told
+        assert f"/{name}" not in warnings
+    assert "Traceback" not in warnings
     assert call(train_vae.main, "--data", root, "--out", tmp_path / "out", "--steps", 2, *VAE) is None
 
 
@@ -171,16 +170,16 @@ def test_classes_of_any_name(tmp_path):
     assert done.returncode == 1 and "no class 'dog'" in error and error.count("\n") == 1
 
 
-def test_training_starts_without_a_look_at_every_file(tmp_path, monkeypatch):
+def test_training_starts_before_every_file_is_read(tmp_path, monkeypatch):
     root = tmp_path / "images"
     root.mkdir()
     Image.new("RGB", (8, 8)).save(root / "0.png")
     data = (root / "0.png").read_bytes()
-    for i in range(1, 6000):
+    for i in range(1, 1500):
         (root / f"{i}.png").write_bytes(data)
     opened, real = [], reading.open_image
-    monkeypatch.setattr(reading, "MEMORY", 6000 * 3 * 16 * 16 - 1)           # no room to keep them all
+    monkeypatch.setattr(reading, "MEMORY", 1500 * 3 * 16 * 16 - 1)           # too little memory to cache all images
     monkeypatch.setattr(reading, "open_image", lambda *args: (opened.append(1), real(*args))[1])
-    monkeypatch.setattr(train_vae, "write_codes", lambda *args: opened.append("codes"))  # at the end all are read
+    monkeypatch.setattr(train_vae, "write_codes", lambda *args: opened.append("codes"))  # it reads all images
     train_vae.main(["--data", str(root), "--out", str(tmp_path), "--steps", "2", *VAE])
-    assert opened.index("codes") <= 512 + 2 * 4                              # the held-out images, two batches
+    assert opened.index("codes") <= 512 + 2 * 4                              # the validation images and two batches

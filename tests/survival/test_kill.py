@@ -1,4 +1,4 @@
-"""Runs that are stopped or killed, from outside or inside: nothing is lost, no traceback."""
+"""Runs that are stopped or killed: nothing on disk is lost, and no traceback is printed."""
 import ctypes
 import multiprocessing
 import os
@@ -10,44 +10,43 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 
 import common
 import dq
 import train_vae
 from conftest import ROOT, VAE, call
-from helpers import load, same, start, wait_for
+from helpers import HANGS, load, same, start, wait_for
 from warm import Script
 
 
 @pytest.mark.parametrize("stage, number", [("vae", signal.SIGTERM), ("transformer", signal.SIGINT)])
 def test_a_signal_ends_the_run_after_a_whole_step(stage, number, vae_run, images, tmp_path):
-    """Also if all its processes are sent it, as `timeout` does and a terminal's Ctrl-C."""
+    """All processes of the run receive the signal, as they do from `timeout` and from Ctrl-C in a terminal."""
     data, *workers = [images, "--workers", 1] if stage == "vae" else [vae_run / "codes.pt"]
     process = start(stage, data, tmp_path, 100_000, "--eval-every", 100_000, *workers, start_new_session=True)
     log = tmp_path / f"{stage}.jsonl"
     wait_for(lambda: log.exists() and log.read_text().count("\n") > 1, process)
     os.killpg(process.pid, number)
-    out, error = process.communicate(timeout=60)
+    out, error = process.communicate(timeout=HANGS)
     assert process.returncode == 128 + number, error
     step = load(tmp_path, stage)["step"]
     assert step >= 10 and f"stopped by {number.name} after step {step}" in out and "--resume continues" in out
     assert "Traceback" not in error
 
 
-def test_a_run_that_is_stopped_while_it_encodes_goes_on(tmp_path):
-    """And what has been encoded by a run that was not is the same."""
+def test_a_run_that_is_stopped_while_it_encodes_can_be_resumed(tmp_path):
+    """The resumed run writes the same codes as a run that was not stopped."""
     (tmp_path / "images").mkdir()
     Image.new("RGB", (16, 16), "red").save(tmp_path / "images/0.png")
-    for i in range(1, 2000):                                                 # enough to be in the midst of it
+    for i in range(1, 2000):                                                 # enough to be interrupted
         os.link(tmp_path / "images/0.png", tmp_path / f"images/{i}.png")
     out = tmp_path / "out"
     flags = [*VAE, "--data", tmp_path / "images", "--steps", 2, "--out", out]
     process = Script(ROOT / "train_vae.py", *flags)
     wait_for((out / "vae.pt").exists, process)
     process.send_signal(signal.SIGINT)
-    said, error = process.communicate(timeout=60)
+    said, error = process.communicate(timeout=HANGS)
     assert process.returncode == 128 + signal.SIGINT and "Traceback" not in error
     assert said.splitlines()[-1] == ("stopped by SIGINT while the images were encoded; "
                                     "the same command with --resume continues")
@@ -58,17 +57,17 @@ def test_a_run_that_is_stopped_while_it_encodes_goes_on(tmp_path):
         assert call(train_vae.main, *flags, "--resume") is None
         assert {path: path.read_bytes() for path in out.iterdir() if path != codes} == before
         stored.append(dq.load_checkpoint(codes, "dq-codes"))
-        codes.unlink()                                                       # a finished run that lacks it writes it
+        codes.unlink()                                                       # --resume writes the file again
     same(*stored)
 
 
 def blocked_in_python():
     while True:
-        time.sleep(0.01)                                                     # as a loader is waited for
+        time.sleep(0.01)                                                     # as while the run waits for a loader
 
 
 def blocked_in_c():
-    """As in a collective, or by a file server: no Python code runs, and so no signal handler."""
+    """As in a collective, or in a read from a file server: no Python code runs, and therefore no signal handler."""
     ctypes.CDLL(None).sigsuspend(ctypes.byref((ctypes.c_ulong * 16)(*[2 ** 64 - 1] * 16)))
 
 
@@ -106,21 +105,21 @@ def test_a_step_that_ends_in_time_is_not_cut_short(monkeypatch):
 
 @pytest.fixture(params=["SIGHUP", "SIGUSR1", "SIGTERM"])
 def number(request):
-    """A signal, for which this process has no handler, whoever started it."""
+    """A signal without a handler in this process, also if the process was started with one that ignores it."""
     number = getattr(signal, request.param)
-    former = signal.signal(number, signal.SIG_DFL)
+    previous = signal.signal(number, signal.SIG_DFL)
     yield number
-    signal.signal(number, former)
+    signal.signal(number, previous)
 
 
-def test_signals_of_batch_systems_are_heard(number):
+def test_signals_of_batch_systems_are_handled(number):
     with common.Stop() as stop:
         os.kill(os.getpid(), number)
         assert stop.asked() == number
 
 
 @pytest.mark.parametrize("number", ["SIGHUP"], indirect=True)
-def test_nohup_still_means_what_it_says(number):
+def test_nohup_is_respected(number):
     signal.signal(number, signal.SIG_IGN)
     with common.Stop() as stop:
         os.kill(os.getpid(), number)
@@ -131,7 +130,7 @@ KILLS = int(os.environ.get("DQ_KILLS", 1))
 
 
 def test_kill_9_at_random_moments(images, tmp_path):
-    """A run that is killed twice; DQ_KILLS=20 makes it 20 runs."""
+    """A run is killed twice and resumed. DQ_KILLS=20 repeats this 20 times."""
     steps, flags = 12, ["--save-every", 2, "--eval-every", 6]
     before, chance = time.time(), random.Random(0)
     assert call(train_vae.main, *VAE, "--data", images, "--out", tmp_path / "whole", "--steps", steps, *flags) is None
@@ -141,7 +140,7 @@ def test_kill_9_at_random_moments(images, tmp_path):
         while True:
             resume = ["--resume"] if (out / "vae.pt").exists() else []
             before, process = time.time(), start("vae", images, out, steps, *flags, *resume)
-            wait_for((out / "vae.jsonl").exists, process)                    # at first: when it has imported all
+            wait_for((out / "vae.jsonl").exists, process)                    # the first time: imports are done
             imports = imports or time.time() - before
             death = before + imports + chance.uniform(0, 1) * whole
             try:

@@ -1,4 +1,4 @@
-"""Several processes: together they compute what one would."""
+"""Several ranks: together they compute the same as a single process."""
 import os
 import signal
 import socket
@@ -13,14 +13,14 @@ import dq
 import train_vae
 from common import read_log
 from conftest import DEVICE, ROOT, TRANSFORMER, VAE, call
-from helpers import CRITIC, STAGES, load, same, wait_for
+from helpers import DISCRIMINATOR, HANGS, STAGES, load, same, wait_for
 from data import ToyShapes
 from warm import FORKS, Script
 
 
 def need_gpus(n):
     if DEVICE != "cpu" and torch.cuda.device_count() < n:
-        pytest.skip(f"needs {n} GPUs")                                       # NCCL has no two processes on one
+        pytest.skip(f"needs {n} GPUs")                                       # NCCL allows one rank per GPU
 
 
 def torchrun(n, name, *args):
@@ -35,17 +35,17 @@ def free_port():
 
 
 def two_of(name, *args):
-    """The processes that torchrun would start; those that it starts import torch again. -> what they print"""
+    """Start two ranks without torchrun, whose processes would import torch again. -> their output"""
     need_gpus(2)
     both = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     processes = [Script(ROOT / name, *args, threads=1, RANK=rank, LOCAL_RANK=rank, **both) for rank in "01"]
-    said = [process.communicate(timeout=150) for process in processes]
+    said = [process.communicate(timeout=HANGS) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], said
     return said[0][0] + said[1][0]
 
 
 def gradients(checkpoint):
-    """{optimiser: moving averages of all gradients, as one vector}. Weights hardly move in so short a warm-up."""
+    """-> {optimiser: moving averages of all gradients, as one vector}. The weights hardly change in a short warm-up."""
     found = {}
     for name, part in checkpoint.items():
         if isinstance(part, dict) and "state" in part:
@@ -55,8 +55,8 @@ def gradients(checkpoint):
 
 
 @pytest.mark.parametrize("stage, flags", [
-    ("vae", [*VAE, *CRITIC, "--router", "learned", "--clip", 1]),
-    ("vae", [*VAE, "--router", "entropy", "--accumulate", 2]),               # two parts of two images
+    ("vae", [*VAE, *DISCRIMINATOR, "--router", "learned", "--clip", 1]),
+    ("vae", [*VAE, "--router", "entropy", "--accumulate", 2, "--batch-size", 16]),
     ("transformer", [*TRANSFORMER, "--dropout", 0, "--label-dropout", 0, "--clip", 0])],
     ids=["vae with a discriminator", "vae with the entropy router", "transformer"])
 def test_two_processes_compute_what_one_computes(stage, flags, vae_run, images, tmp_path):
@@ -64,7 +64,7 @@ def test_two_processes_compute_what_one_computes(stage, flags, vae_run, images, 
     flags = [*data, "--steps", 6, "--dtype", "fp32", *flags, "--lr", 2e-4]
     out = two_of(f"train_{stage}.py", *flags, "--out", tmp_path / "two")
     assert call(STAGES[stage][0].main, *flags, "--out", tmp_path / "one") is None
-    assert out.count("done: ") == 1                                          # only one of them writes
+    assert out.count("done: ") == 1                                          # only rank 0 reports
     a, b = load(tmp_path / "one", stage), load(tmp_path / "two", stage)
     for part in ("weights", "critic"):
         if part in a:
@@ -74,11 +74,11 @@ def test_two_processes_compute_what_one_computes(stage, flags, vae_run, images, 
     for name, wanted in alone.items():
         assert (together[name] - wanted).norm() < 0.01 * wanted.norm(), name
     held_out = [read_log(tmp_path / name / f"{stage}.jsonl")[-1] for name in ("one", "two")]
-    same(*held_out, atol=0, rtol=1e-4 if stage == "transformer" else 0)      # of which each evaluates its part
+    same(*held_out, atol=0, rtol=1e-4 if stage == "transformer" else 0)      # each rank evaluates a part
 
 
 def job(what, rank, world, port, path):
-    """One of `world` processes: what the test below compares with a single process."""
+    """Run what(rank, world) as one of `world` ranks and save what it returns."""
     os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
@@ -87,7 +87,7 @@ def job(what, rank, world, port, path):
 
 
 def several_steps(rank, world):
-    """Codebook, routers and budget over ten steps of a global batch. -> the codebook, all losses and gates"""
+    """Ten steps of codebook, routers and budget loss on a global batch. -> the codebook, all losses and gates"""
     torch.manual_seed(0)
     model = dq.DQVAE(dq.VAEConfig(size=16, codebook_size=64))
     x = torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
@@ -107,7 +107,7 @@ def several_steps(rank, world):
 
 
 def in_two_processes(what, tmp_path):
-    """-> what(rank, 2) of each."""
+    """-> what(rank, 2) of both ranks"""
     port = free_port()
     jobs = [FORKS.Process(target=job, args=(what, rank, 2, port, tmp_path)) for rank in (0, 1)]
     for process in jobs:
@@ -128,7 +128,7 @@ class CountedShapes(ToyShapes):
 
 
 def encode_shapes(rank, world):
-    """-> codes, grains and labels of 151 images, and how many of them this process has made"""
+    """-> codes, grains and labels of 151 images, and how many images this rank has read"""
     torch.manual_seed(0)
     model, data = dq.DQVAE(dq.VAEConfig(size=16, codebook_size=64)), CountedShapes(16, n=151)
     model.codebook.codes.normal_()
@@ -143,11 +143,11 @@ def test_each_process_encodes_its_part_and_the_first_has_all(tmp_path):
     assert made == 151 and alone["codes"].shape == (151, 2, 4, 4) and alone["label"].tolist()[:6] == [0, 1, 2, 3, 0, 1]
     (first, made), (second, others) = in_two_processes(encode_shapes, tmp_path)
     same(alone, first)
-    assert made == others == 76 and second is None                           # of 152: the first image twice
+    assert made == others == 76 and second is None                           # 152: the first image twice
 
 
 def steps_until_a_signal(rank, world):
-    """-> after which step each process stops; only process 1 is sent a signal, in the third."""
+    """-> the step after which this rank stops, and the signal. Only rank 1 receives a signal, in step 3."""
     with common.Stop(patience=60) as stop:
         for step in range(1, 9):
             if rank == 1 and step == 3:
@@ -162,9 +162,7 @@ def test_all_processes_stop_after_the_same_step(tmp_path):
 
 def test_two_processes_write_the_codes_that_one_writes(vae_run, images, tmp_path):
     flags = ["--encode", vae_run / "vae.pt", "--data", images, "--device", DEVICE, "--dtype", "fp32"]
-    two = torchrun(2, "train_vae.py", *flags, "--out", tmp_path / "two")
-    out, error = two.communicate(timeout=150)
-    assert two.returncode == 0 and out.count("done: ") == 1, error
+    assert two_of("train_vae.py", *flags, "--out", tmp_path / "two").count("done: ") == 1
     assert call(train_vae.main, *flags, "--out", tmp_path / "one") is None
     same(*(dq.load_checkpoint(tmp_path / name / "codes.pt", "dq-codes") for name in ("one", "two")))
 
@@ -172,7 +170,7 @@ def test_two_processes_write_the_codes_that_one_writes(vae_run, images, tmp_path
 def test_codebook_router_and_budget_are_those_of_the_global_batch(tmp_path):
     alone = several_steps(0, 1)
     first, second = in_two_processes(several_steps, tmp_path)
-    same(first["codes"], second["codes"])                                    # identical, bit by bit
+    same(first["codes"], second["codes"])                                    # bit-identical
     same(alone, first, atol=1e-6, rtol=1e-4)
 
 
@@ -187,7 +185,7 @@ def test_a_dead_process_ends_the_job(images, tmp_path):
     log = tmp_path / "vae.jsonl"
     wait_for(lambda: log.exists() and log.stat().st_size, process)
     os.kill(children(process.pid)[-1], signal.SIGKILL)
-    _, error = process.communicate(timeout=90)
+    _, error = process.communicate(timeout=HANGS)
     assert process.returncode != 0 and ("died or lost" in error or "SIGKILL" in error or "Signal 9" in error)
 
 

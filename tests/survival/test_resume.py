@@ -1,4 +1,4 @@
-"""Runs that go on: as if they had never stopped, or not at all."""
+"""Resumed runs: each continues as if it had never stopped, or is refused."""
 import functools
 import os
 import random
@@ -42,10 +42,10 @@ def test_ten_steps_killed_and_ten_more_are_twenty_steps(stage, vae_run, images, 
     monkeypatch.setattr(dq, "save_checkpoint", save)
     halves = tmp_path / "halves"
     assert load(halves, stem)["step"] == 10
-    with open(halves / f"{stem}.jsonl", "ab") as log:                        # later steps, and what is no line
+    with open(halves / f"{stem}.jsonl", "ab") as log:                        # later steps, and lines that are not valid
         log.write(b'{"step": 11, "loss": 3}\nnull\n[1]\n{"loss": 2}\n{"step": "4"}\n'
                   b'{"step": 3, "\xe9": 1}\n{"step": 12, "lo')
-    for module_with_state in (random, np.random):                            # the world moves on meanwhile
+    for module_with_state in (random, np.random):                            # as other code might
         module_with_state.seed(99)
     torch.manual_seed(99)
     train("halves", "--resume")
@@ -54,8 +54,8 @@ def test_ten_steps_killed_and_ten_more_are_twenty_steps(stage, vae_run, images, 
     assert (tmp_path / "whole" / f"{stem}.jsonl").read_text() == (halves / f"{stem}.jsonl").read_text()
 
 
-def test_a_run_that_goes_on_draws_the_same_from_every_generator(images, tmp_path, monkeypatch):
-    """And other numbers at every step."""
+def test_a_resumed_run_draws_the_same_from_every_generator(images, tmp_path, monkeypatch):
+    """The numbers differ from step to step."""
     drawn, real = [], dq.budget_loss
 
     def budget_loss(gate, ratios):
@@ -70,7 +70,7 @@ def test_a_run_that_goes_on_draws_the_same_from_every_generator(images, tmp_path
 
 
 def test_resuming_with_other_settings(images, tmp_path, capsys):
-    """What makes another run is refused by name, what may change is named."""
+    """A changed setting that alters the run is refused by name; a change that is allowed is reported."""
     def train(*flags):
         data = ["--data", images, "--held-out", tmp_path / "held-out"]
         return call(train_vae.main, "--out", tmp_path, *VAE, *data, "--steps", 2, *flags)
@@ -90,7 +90,7 @@ def test_resuming_with_other_settings(images, tmp_path, capsys):
         assert line.startswith("error: ") and f"trained with {flag} " in line and "leave --resume out" in line, line
     assert files() == before
     capsys.readouterr()
-    for steps in (1, 2):                                                     # as many are done, or more
+    for steps in (1, 2):                                                     # no more steps than the run already has
         assert train("--steps", steps, "--resume", "--eval-every", 1) is None
         out = capsys.readouterr().out.splitlines()
         vae, codes = tmp_path / "vae.pt", tmp_path / "codes.pt"
@@ -101,8 +101,8 @@ def test_resuming_with_other_settings(images, tmp_path, capsys):
     assert load(tmp_path, "vae")["step"] == 4
 
 
-def test_a_checkpoint_of_before_the_settings_goes_on(images, tmp_path):
-    """And what it holds as the lowest loss counts."""
+def test_a_checkpoint_without_settings_can_be_resumed(images, tmp_path):
+    """Its lowest loss still counts."""
     flags = ["--data", images, "--out", tmp_path, *VAE]
     assert call(train_vae.main, *flags, "--steps", 2) is None
     checkpoint = load(tmp_path, "vae") | dict(best=0.0)
@@ -112,8 +112,8 @@ def test_a_checkpoint_of_before_the_settings_goes_on(images, tmp_path):
     assert load(tmp_path, "vae")["step"] == 4 and load(tmp_path, "vae.best")["step"] == 2
 
 
-def test_a_run_of_before_the_normalised_queries_is_refused(run, tmp_path):
-    """Its configuration doesn't tell, and its weights would fit."""
+def test_a_run_without_qk_norm_is_refused(run, tmp_path):
+    """Its configuration has no such field, and its weights would fit."""
     checkpoint = load(run, "transformer")
     del checkpoint["config"]["qk_norm"]
     torch.save(checkpoint, tmp_path / "transformer.pt")
@@ -131,7 +131,7 @@ def test_evaluating_more_often_changes_nothing(images, tmp_path):
 
 
 @pytest.mark.parametrize("stem, fixture, key", [("vae", "vae_run", "loss"), ("transformer", "run", "nats_per_image")])
-def test_the_best_checkpoint_is_that_of_the_lowest_held_out_loss(stem, fixture, key, request):
+def test_the_best_checkpoint_has_the_lowest_validation_loss(stem, fixture, key, request):
     folder = request.getfixturevalue(fixture)
     held_out = [line for line in read_log(folder / f"{stem}.jsonl") if "psnr" in line or "nats_per_image" in line]
     best = min(held_out, key=lambda line: line[key])
@@ -143,7 +143,7 @@ def test_the_best_checkpoint_can_be_sampled_from(run):
     dq.load_transformer(run / "transformer.best.pt", "cpu")
 
 
-def test_a_run_that_starts_anew_moves_the_former_one_aside(images, tmp_path, capsys):
+def test_a_new_run_moves_the_previous_one_aside(images, tmp_path, capsys):
     for steps in (1, 2, 3):
         (tmp_path / "codes.pt").unlink(missing_ok=True)                      # as if killed before the end
         train_vae.main(["--data", str(images), "--out", str(tmp_path), "--steps", str(steps), *VAE])
@@ -155,7 +155,7 @@ def test_a_run_that_starts_anew_moves_the_former_one_aside(images, tmp_path, cap
 
 @pytest.mark.parametrize("restarted", ["--resume", "TORCHELASTIC_RESTART_COUNT"])
 def test_the_same_command_starts_and_resumes(restarted, images, tmp_path, monkeypatch, capsys):
-    """By a batch system that has requeued the job, or by torchrun --max-restarts."""
+    """A batch system requeues a job with the same command, and so does torchrun --max-restarts."""
     flags = ["--data", images, "--out", tmp_path, *VAE]
     if restarted == "--resume":
         flags.append(restarted)
@@ -170,7 +170,7 @@ def test_the_same_command_starts_and_resumes(restarted, images, tmp_path, monkey
 
 @pytest.mark.parametrize("stage", ["vae", "transformer"])
 def test_a_checkpoint_is_written_before_its_evaluation(stage, vae_run, images, tmp_path, monkeypatch):
-    """Which can run out of memory. The resumed run, also a finished one, makes up for it."""
+    """The evaluation can run out of memory. A resumed run, even a finished one, repeats it."""
     module, flags = STAGES[stage]
     data = ["--data", images] if stage == "vae" else ["--codes", vae_run / "codes.pt"]
     flags = [*data, *flags, "--out", tmp_path, "--steps", 4, "--eval-every", 2, "--save-every", 100]
@@ -192,7 +192,8 @@ def test_a_checkpoint_is_written_before_its_evaluation(stage, vae_run, images, t
     assert (tmp_path / f"{stage}.best.pt").exists()
 
 
-def test_what_computes_is_in_the_log_and_a_change_of_it_is_said(images, tmp_path, capsys):
+def test_device_and_dtype_are_logged_and_a_change_is_reported(images, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train_vae, "write_codes", lambda *args: None)        # slow in bf16 on a CPU
     flags = ["--data", images, "--out", tmp_path, *VAE, "--device", "cpu"]
     assert call(train_vae.main, *flags, "--steps", 2, "--dtype", "fp32") is None
     assert call(train_vae.main, *flags, "--steps", 4, "--dtype", "bf16", "--resume") is None

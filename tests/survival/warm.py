@@ -1,14 +1,15 @@
-"""Scripts in processes of their own that start at once.
+"""Scripts in separate processes that start at once.
 
-To start Python and import torch takes three or four seconds of computing, longer than most of what a script does in a
-test. So one process imports what all scripts import, of other projects, and each script is a fork of it, which imports
-this project's files itself. All else is as if the shell had started it: own arguments, streams, signals, exit status.
-(test_common.test_an_error_reaches_the_shell and the jobs of torchrun start Python itself.)
+Starting Python and importing torch takes three or four seconds, longer than most scripts run in a test. So one process
+imports the packages that all scripts need, and each script runs in a fork of it. The fork imports this project's
+files itself. It has its own arguments, streams, signals and exit status, as if the shell had started the script.
+(test_common.test_an_error_reaches_the_shell and the jobs of torchrun start a new Python.)
 """
 import atexit
 import multiprocessing
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
@@ -16,25 +17,26 @@ from multiprocessing import forkserver
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["torch._dynamo", "torch.distributed.nn", "PIL.Image", "PIL.ImageCms", "tqdm", "pytest"])
-atexit.register(lambda: [process.kill() for process in multiprocessing.active_children()])  # of a test that failed
+atexit.register(lambda: [process.kill() for process in multiprocessing.active_children()])  # if a test failed
 
 
 def begin():
-    """Start that one process, and go on meanwhile; the first script does it, too."""
+    """Start the warm process in the background. Otherwise the first Script starts it and waits for it."""
     forkserver.ensure_running()
 
 
 def become(script, args, streams, cwd, environment, threads, largest_file, start_new_session):
-    """In the new process: from here on it is this script."""
+    """Run the script in this new process, which then ends."""
     for number, path in zip((1, 2), streams):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
     os.chdir(cwd)
     if start_new_session:
         os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)                 # shells ignore it in background jobs
     os.environ.update(environment)
     if threads:
         import torch
-        torch.set_num_threads(threads)                                       # OpenMP has read its variable long ago
+        torch.set_num_threads(threads)                                       # OMP_NUM_THREADS is no longer read
     if largest_file:
         import resource
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
@@ -44,7 +46,7 @@ def become(script, args, streams, cwd, environment, threads, largest_file, start
 
 
 class Script:
-    """As subprocess.Popen, with text. largest_file: bytes, as on a disk that is nearly full; threads: of torch"""
+    """Like subprocess.Popen in text mode. largest_file: limit in bytes, as on a full disk; threads: torch's number"""
 
     def __init__(self, script, *args, cwd=".", threads=None, largest_file=None, start_new_session=False, **environment):
         self.streams = [tempfile.NamedTemporaryFile("r", errors="backslashreplace") for _ in range(2)]
@@ -70,6 +72,6 @@ class Script:
             raise subprocess.TimeoutExpired("script", timeout)
 
     def communicate(self, timeout=None):
-        """-> what it has printed, and its errors"""
+        """-> its standard output and standard error"""
         self.wait(timeout)
         return [each.read() for each in self.streams]

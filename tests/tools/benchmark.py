@@ -273,8 +273,8 @@ def stage1(args):
         return step
 
     plain, copies = textbook(model), [dq.DQVAE(config) for _ in range(3)]
-    for copy in copies:
-        copy.load_state_dict(model.state_dict())
+    for each in copies:
+        each.load_state_dict(model.state_dict())
     steps = dict(textbook=make_step(plain, False), fp32=make_step(model, False), bf16=make_step(copies[0], True),
                  all=make_step(copies[1], True, True))
     if on_gpu:

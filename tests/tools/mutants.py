@@ -632,13 +632,13 @@ TRAINING_RUN = of(
     ("a rank beyond the world size", "rank < world", "True",
      "test_every_variable_of_torchrun_is_checked"),
     ("the device is not in the log", "self.write_log(first, self.news)", "None",
-     "survival/test_resume.py::test_what_computes_is_in_the_log_and_a_change_of_it_is_said"),
+     "survival/test_resume.py::test_device_and_dtype_are_logged_and_a_change_is_reported"),
     ("fields that older checkpoints lack may change", 'asdict(type(self.config)()) | saved.get("config", {})',
-     'saved.get("config", {})', "survival/test_resume.py::test_a_run_of_before_the_normalised_queries_is_refused"),
+     'saved.get("config", {})', "survival/test_resume.py::test_a_run_without_qk_norm_is_refused"),
     ("all settings may change", "name in self.may_change", "True",
      "survival/test_resume.py::test_resuming_with_other_settings"),
     ("the best loss is forgotten", 'saved["step"], saved["best"], ...', 'saved["step"], math.inf, ...',
-     "survival/test_resume.py::test_a_checkpoint_of_before_the_settings_goes_on"),
+     "survival/test_resume.py::test_a_checkpoint_without_settings_can_be_resumed"),
     ("optimisers without their saved state", "dict(..., **self.parts)", "dict(...)",
      "survival/test_resume.py::test_ten_steps_killed_and_ten_more_are_twenty_steps"),
     ("steps are logged twice", "min(file.tell(), self.log_bytes)", "file.tell()",
@@ -654,7 +654,7 @@ TRAINING_RUN = of(
     ("broken weights are saved", 'self.require_finite(done, "weights", weights)', "None",
      "survival/test_broken.py::test_broken_weights_are_not_saved"),
     ("a previous run is overwritten", "os.replace(file, former / file.name)", "pass",
-     "survival/test_resume.py::test_a_run_that_starts_anew_moves_the_former_one_aside"),
+     "survival/test_resume.py::test_a_new_run_moves_the_previous_one_aside"),
 )
 
 # ------------------------------------------------------------------------------------------------
@@ -1132,7 +1132,7 @@ STAGE_2_MAIN = of(
      "test_each_step_has_its_own_seed"),
     ("the best by position alone", 'metrics, metrics["nats_per_image"]',
      'metrics, metrics["position_nats"]',
-     "survival/test_resume.py::test_the_best_checkpoint_is_that_of_the_lowest_held_out_loss"),
+     "survival/test_resume.py::test_the_best_checkpoint_has_the_lowest_validation_loss"),
 )
 
 # ------------------------------------------------------------------------------------------------

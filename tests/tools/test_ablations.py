@@ -140,18 +140,15 @@ def test_a_worked_example():
 # Every variant
 
 
-@pytest.mark.parametrize("name, side", [("raster", 2), *((n, 1) for n in ORDERS + MODELS)])
+@pytest.mark.parametrize("name", ORDERS + MODELS)
 @torch.no_grad()
-def test_probabilities_of_all_images_sum_to_one(name, side):
-    """For one region, and for 2 x 2 regions in the order that differs most from ours. Contents do not depend on orders:
-    the test below covers all tilings of 2 x 2 regions for all variants."""
-    model = tiny(name, 2 * side, layers=(1, 1), width=8)
+def test_probabilities_of_all_images_sum_to_one(name):
+    """For one region. The next test has all tilings of 2 x 2 regions, and their contents do not depend on the order."""
+    model = tiny(name, 2, layers=(1, 1), width=8)
     codes, grains = all_images(model.layout, 2)
-    assert len(codes) == 18 ** side ** 2                                     # 18 or 104,976
-    total = 0.0
-    for c, g in zip(codes.split(512), grains.split(512)):
-        losses = model(*model.layout.pack(c, g))
-        total += (-(losses["position"] + losses["content"])).double().exp().sum().item()
+    assert len(codes) == 18
+    losses = model(*model.layout.pack(codes, grains))
+    total = (-(losses["position"] + losses["content"])).double().exp().sum().item()
     assert abs(total - 1) < 1e-4
 
 

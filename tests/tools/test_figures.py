@@ -457,7 +457,7 @@ def test_samples_are_shown_beside_their_neighbours(images, tmp_path, capsys):
     shutil.copytree(images, tmp_path / "others")
     flags = ["--data", images, "--held-out", tmp_path / "others", "--n", 6, "--columns", 3]
     assert call("neighbours", path, *flags) is None
-    assert "48 training images" in (told := capsys.readouterr().out) and "48 held-out images" in told
+    assert "16 training images" in (told := capsys.readouterr().out) and "16 held-out images" in told
 
 
 def test_the_teaser_shows_images_tokens_reconstructions_and_samples(images, tmp_path):
@@ -504,7 +504,7 @@ def test_a_shrunk_checkpoint_samples_the_same_images(run, tmp_path):
 def test_a_symptom_is_provoked_and_told(tmp_path, monkeypatch, capsys):
     """Provoke the symptom that stops by itself after a few steps, and report another from a log."""
     def run(command, stderr, text):
-        process = Script(*command[1:])
+        process = Script(*command[1:], *conftest.VAE)                        # a small model, to save time
         _, error = process.communicate()
         return SimpleNamespace(returncode=process.returncode, stderr=error)
     monkeypatch.setattr(symptoms.subprocess, "run", run)
