@@ -773,7 +773,7 @@ class SampleOptions(NamedTuple):
 
 
 def apply_guidance(logits, options, B):
-    """Logits (R, n) of B conditional rows and, with guidance, B unconditional ones -> (B, n), over temperature."""
+    """Logits (R, n) of B conditional and, with guidance, B unconditional rows -> (B, n), divided by the temperature."""
     logits = logits.float()
     if len(logits) > B:
         labelled, unlabelled = logits.chunk(2)
@@ -804,14 +804,14 @@ def draw(logits, u):
 @torch.no_grad()
 def generate_one(model, label=-1, options=SampleOptions(), seed=0, index=0):
     """The simplest sampler: one image and no cache, so every step reads the whole sequence again. label: class, or -1.
-    Returns pos and code (L,), up to and including the last EOS: those of image `index` of `generate`, in eval mode."""
+    Returns pos and code (L,), up to and including the last EOS: the same as image `index` of `generate`."""
     layout, device = model.layout, model.order.weight.device
     labels = torch.tensor([label] if options.cfg == 1 else [label, -1], device=device)  # R = 1, or 2 with guidance
     u = torch.from_numpy(1 - numpy_rng(seed, index).random((layout.max_len, 2), np.float32)).to(device)  # L, 2
     pos, code = torch.zeros(2, 1, 0, dtype=torch.long, device=device)        # each 1, 0
     for t in range(layout.max_len):
         pos, code = F.pad(pos, (0, 1), value=layout.end), F.pad(code, (0, 1), value=-1)  # each 1, t + 1; placeholders
-        valid = model.layout.legal(F.pad(pos, (1, 0), value=-1)[:, t], layout.grains(pos))  # 1, P
+        valid = layout.legal(F.pad(pos, (1, 0), value=-1)[:, t], layout.grains(pos))  # 1, P
         logits, _ = model.logits(pos.expand(len(labels), -1), code.expand(len(labels), -1), labels)  # R, t + 1, P
         logits = apply_guidance(logits[:, t], options, 1).masked_fill(~valid, -math.inf)  # 1, P
         pos[:, t] = draw(logits, u[t, :1])
@@ -841,14 +841,14 @@ class State(NamedTuple):
     t: torch.Tensor                      # B: step within the image
     last: torch.Tensor                   # B: position of the previous pair, -1 at the start
     last_code: torch.Tensor              # B: its content
-    grains: torch.Tensor                 # B, N + 1: granularities known so far; the last column is a target for EOS ids
+    grains: torch.Tensor                 # B, N + 1: granularities known so far; EOS ids write to the last column
     pos: torch.Tensor                    # n + 1, L: the images; `end` where nothing is written
     code: torch.Tensor                   # n + 1, L
 
 
 def decode_one(model, job, state, end):
     """Sample one pair in every slot. Attention reads the first `end` > max(t) entries of the cache.
-    Changes `state` in place and nothing else. Never synchronises with the device, so it can be captured as a graph."""
+    It changes only `state`, in place. It never synchronises host and device, so CUDA graphs can capture it."""
     options, image, t = job.options, state.image, state.t
     B, R = len(t), state.cache[0].shape[1]
     u = job.uniform[image, t].unbind(1)                                      # 2 x (B,)
@@ -887,13 +887,13 @@ def decode_one(model, job, state, end):
 
 
 def write(layout, state, pos, code):
-    """Store a pair (B,), (B,) of each slot's image. After its last EOS a slot starts the next image in line."""
+    """Store one pair per slot, pos and code (B,). After the last EOS of an image, its slot starts the next image."""
     state.pos[state.image, state.t], state.code[state.image, state.t] = pos, code
     state.grains.scatter_(1, layout.region[pos][:, None], layout.grain[pos][:, None])
     done = pos == layout.end                                                 # B
-    among_done = done.cumsum(0)                                              # B: 1, 2, ...
-    torch.where(done, state.newest + among_done, state.image, out=state.image).clamp_(max=len(state.pos) - 1)
-    state.newest.add_(among_done[-1])
+    nth_done = done.cumsum(0)                                                # B: the j-th to end gets image newest + j
+    torch.where(done, state.newest + nth_done, state.image, out=state.image).clamp_(max=len(state.pos) - 1)
+    state.newest.add_(nth_done[-1])
     state.t.add_(1).masked_fill_(done, 0)
     state.last.copy_(pos.masked_fill(done, -1))
     state.last_code.copy_(code)
@@ -935,11 +935,11 @@ def check_given(model, pos, code):
 def generate(model, label, options=SampleOptions(), seed=0, given=None, slots=None, first=0, graphs=None, bucket=None,
              sync_every=None, compile=False, progress=None):
     """Sample images. label: (n,) classes, -1 for none -> pos, code, each (n, max_len); Layout.unpack reads them. Image
-    i depends on its label, the seed and first + i alone. given: optional (pos, code), each (n, max_len), -1 where it is
-    sampled; given positions must form a prefix of the sequence. slots: images decoded concurrently (None: all).
+    i depends on its label, the seed and its index first + i alone. given: optional (pos, code), each (n, max_len), -1
+    where sampled; given positions must form a prefix of the sequence. slots: images decoded concurrently (None: all).
     progress: called with (n_complete, pos, code) at host synchronisations, the last time with n; returning True ends
     sampling. For speed only: the cache length grows in steps of `bucket` pairs; graphs (None: on GPUs) captures a CUDA
-    graph for each of these lengths; sync_every is the number of steps between host synchronisations."""
+    graph for each of these lengths; sync_every: steps between synchronisations; compile: torch.compile the step."""
     options.check()
     n, L, device = len(label), model.layout.max_len, label.device
     last = max(0, model.n_classes - 1)                                       # without classes, 0 means no label, too
@@ -964,7 +964,7 @@ def generate(model, label, options=SampleOptions(), seed=0, given=None, slots=No
 
 
 def plain_steps(step, model, job, state):
-    """-> take(end): a step with a contiguous cache of at least `end` pairs; on CPUs it is faster than a slice."""
+    """-> take(end), which runs one step. On CPUs a contiguous cache of at least `end` pairs is faster than a slice."""
     def take(end):
         size = state.cache[0].shape[3]
         if end > size or end <= size // 2:                                   # negative padding crops
@@ -974,12 +974,12 @@ def plain_steps(step, model, job, state):
 
 
 def captured_steps(step, model, job, state):
-    """Like plain_steps, by one CUDA graph per `end`. Graphs need fixed memory addresses, so a full-length cache."""
+    """Like plain_steps, with one CUDA graph per `end`. Graphs need fixed addresses, so the cache has full length."""
     graphs, pool, stream = {}, torch.cuda.graph_pool_handle(), torch.cuda.Stream(state.t.device)
     def take(end):
         if end in graphs:
             return graphs[end].replay()
-        step(model, job, state, end)                                         # and warm-up; the capture only records
+        step(model, job, state, end)                                         # also the warm-up; capturing only records
         graphs[end] = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graphs[end], pool=pool, stream=stream):
             step(model, job, state, end)

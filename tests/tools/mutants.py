@@ -414,7 +414,7 @@ SAMPLING = of(
      "test_the_step_draws_what_the_naive_loop_draws"),
     ("a slot keeps the step of its previous image", "state.t.add_(1).masked_fill_(done, 0)", "state.t.add_(1)",
      "test_an_image_depends_on_its_number_alone"),
-    ("slots take the same image", "state.newest + among_done", "state.newest + 1",
+    ("slots take the same image", "state.newest + nth_done", "state.newest + 1",
      "test_an_image_depends_on_its_number_alone"),
     ("options unchecked", "options.check()", "", "test_what_can_not_be_drawn_is_refused", "generate"),
     ("all slots at once", "min(n, slots or n)", "n", "test_refilled_slots_cost_the_mean_length"),
