@@ -399,6 +399,9 @@ def parse(argv=None):
         dq.require(args.budget_weight is None, "--budget-weight has no effect with --router dial: it meets the budget")
         args.budget_weight = 0.0
     config, schedule = config if args.encode else override(config, args), override(schedule, args)
+    for name, used, least in (("gan", schedule.gan_weight, 24), ("perceptual", schedule.perceptual_weight, 16)):
+        dq.require(not used or config.size >= least or args.encode, f"the {name} loss needs images of at least {least} "
+                   f"x {least} pixels, not {config.size}; --{name}-weight 0 turns it off")
     args.plan = outline(args.preset, config, schedule, side, gpu)
     return args, config, schedule
 
