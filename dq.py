@@ -80,9 +80,9 @@ class VAEConfig:
         require(self.router in ROUTERS, f"router must be {' or '.join(ROUTERS)}, not {self.router!r}")
         require(min(self.codebook_size, self.code_dim) >= 1, "codebook_size and code_dim must be at least 1")
         require(self.channels % 32 == self.width % 32 == 0, "channels and width must be multiples of 32, for GroupNorm")
-        # on a 1 x 1 map, GroupNorm needs two channels per group; [-2:]: input and output width of the last level
-        fewest = min(self.channels, *map(self.level_width, range(self.factors[0].bit_length())[-2:]))
-        require(self.size > self.factors[0] or fewest > 32, "an image of one region needs more than 32 channels")
+        # one region: on its 1 x 1 map, GroupNorm needs two channels per group. [-2:]: the last level's input and output
+        narrowest = min(self.channels, *map(self.level_width, range(self.factors[0].bit_length())[-2:]))
+        require(self.size > self.factors[0] or narrowest > 32, "an image of one region needs more than 32 channels")
 
     def level_width(self, level):                                            # channels at downsampling factor 2**level
         return self.width * self.multipliers[min(level, len(self.multipliers) - 1)]
@@ -170,49 +170,48 @@ class ThresholdRouter(nn.Module):
         self.register_buffer("thresholds", thresholds)                       # K - 1
 
     def forward(self, x, maps, noise=1.0):
-        grains = torch.bucketize(self.score(x, maps), self.thresholds)       # B, h, w; a tie is coarse
+        grains = torch.bucketize(self.score(x, maps), self.thresholds)       # B, h, w; ties go to the coarser
         return one_hot(grains, len(self.thresholds) + 1)                     # B, K, h, w
 
     @torch.no_grad()
     def calibrate(self, ratios, images, encoder=lambda x: None):
         """Set the thresholds to quantiles of the scores over batches of training images (B, 3, S, S)."""
         scores = torch.cat([self.score(x, encoder(x)).flatten() for x in images])
-        cuts = np.cumsum(ratios)[:-1].clip(0, 1)                             # K - 1
-        levels = np.quantile(scores.cpu().numpy().astype(float), cuts)
-        levels = np.where(cuts < 1e-6, -1e9, np.where(cuts > 1 - 1e-6, 1e9, levels))  # below, above any
-        self.thresholds.copy_(torch.from_numpy(levels.astype(np.float32)))
+        coarser = np.cumsum(ratios)[:-1].clip(0, 1)                          # K - 1
+        cuts = np.quantile(scores.cpu().numpy().astype(float), coarser)      # K - 1
+        cuts = np.where(coarser < 1e-6, -1e9, np.where(coarser > 1 - 1e-6, 1e9, cuts))  # below, above all scores
+        self.thresholds.copy_(torch.from_numpy(cuts.astype(np.float32)))
 
 
 class DialRouter(ThresholdRouter):
-    """One learned score for every budget; not in the paper. A cell's code depends on its own granularity alone, so
-    other thresholds give other lengths. gate: a GrainRouter"""
-    def __init__(self, ratios, gate):
+    """One learned score for every budget; not in the paper. Other thresholds give other lengths without retraining,
+    since a cell's code depends on its own granularity alone, not on its neighbours'. scorer: a GrainRouter"""
+    def __init__(self, ratios, scorer):
         super().__init__(torch.zeros(len(ratios) - 1))
-        self.ratios, self.gate = torch.tensor(ratios), gate
+        self.ratios, self.scorer = torch.tensor(ratios), scorer
 
     def score(self, x, maps):
-        """The log-odds of the expected granularity; for K = 2 the difference of the logits. -> (B, h, w)"""
-        logits = self.gate.logits(maps)                                      # B, K, h, w
+        """The log-odds of m / (K - 1), where m is the expected granularity; for K = 2, of being fine. -> (B, h, w)"""
+        logits = self.scorer.logits(maps)                                    # B, K, h, w
         k = torch.arange(logits.shape[1], device=logits.device)[:, None, None]  # K, 1, 1
         return (logits + k.log()).logsumexp(1) - (logits + k.flip(0).log()).logsumexp(1)  # B, h, w
 
     def forward(self, x, maps, noise=1.0):
-        """In training, each image has a random budget, around the target ratios. Its thresholds are quantiles of the
-        noisy scores of the batch, so no budget loss is needed. The gate is straight-through, as in GrainRouter. For
-        evaluation, the thresholds are moving averages of the quantiles at the target ratios."""
+        """In training, each image has random ratios around the target. Its thresholds are quantiles of the batch's
+        noisy scores, so no budget loss is needed. The gate is straight-through, as in GrainRouter. For evaluation,
+        the thresholds are moving averages of the quantiles at the target ratios."""
         if not self.training:
             return super().forward(x, maps)
         score, ratios = self.score(x, maps), self.ratios.to(x.device)        # B, h, w; K
         self.thresholds.lerp_(all_gather(score).quantile(ratios.cumsum(0)[:-1]), 0.1)
         uniform = sample_global(torch.Tensor.uniform_, score.shape, x.device)
-        score = 3 * standardise(score) + noise * uniform.logit(eps=1e-6)     # logistic noise: of two Gumbel samples
-        spread = torch.distributions.Dirichlet(7 * ratios.clamp(min=1e-3))
-        budgets = sample_global(lambda out: spread.sample(out.shape[:1]), (len(x), len(ratios)), x.device)  # B, K
-        cuts = budgets.cumsum(1)[:, :-1].clamp(max=1)                        # B, K - 1
-        levels = all_gather(score).quantile(cuts.flatten()).view(len(x), -1, 1, 1)  # B, K - 1, 1, 1
-        above = (score[:, None] - levels).sigmoid()                          # B, K - 1, h, w: P(granularity > k)
-        soft = F.pad(above, (0, 0, 0, 0, 1, 0), value=1.0) - F.pad(above, (0, 0, 0, 0, 0, 1))  # B, K, h, w
-        hard = one_hot((score[:, None] > levels).sum(1), len(ratios))
+        score = 3 * standardise(score) + noise * uniform.logit(eps=1e-6)     # logistic noise, as two Gumbels differ
+        normal = sample_global(torch.Tensor.normal_, (len(x), len(ratios)), x.device)  # B, K
+        coarser = (ratios.log() + 0.6 * normal).softmax(1).cumsum(1)[:, :-1].clamp(max=1)  # B, K - 1; mostly 0.2 to 0.8
+        cuts = all_gather(score).quantile(coarser.flatten()).view(len(x), -1, 1, 1)  # B, K - 1, 1, 1
+        above = (score[:, None] - cuts).sigmoid()                            # B, K - 1, h, w: P(granularity > k)
+        soft = F.pad(above, (0, 0, 0, 0, 1, 0), value=1.0) - F.pad(above, (0, 0, 0, 0, 0, 1))  # P(>= k) - P(> k)
+        hard = one_hot((score[:, None] > cuts).sum(1), len(ratios))
         return hard + (soft - soft.detach())                                 # B, K, h, w: exactly one-hot
 
 
@@ -312,8 +311,8 @@ class Codebook(nn.Module):
     @torch.no_grad()
     def update(self, z, weight, ids):
         """EMA update (online k-means): every entry becomes sums / uses, the moving average of its assigned vectors.
-        The encoder changes quickly at first, so the averaging window starts short: in the batch of this `age`, 1 for
-        the first, the decay is age / (9 + age), up to self.decay. z: (n, D); weight, ids: (n,)"""
+        The encoder changes quickly at first, so the averaging window starts short: in batch number `age`, counted from
+        1, the decay is age / (9 + age), at most self.decay. z: (n, D); weight, ids: (n,)"""
         self.age += 1
         decay = (self.age / (9 + self.age)).clamp(max=self.decay)
         uses = torch.zeros_like(self.uses).index_add_(0, ids, weight)        # V
@@ -492,7 +491,7 @@ class DQVAE(nn.Module):
 
     def set_ratios(self, ratios, images):
         """Route by other ratios from now on, without training. images: batches of training images (B, 3, S, S), whose
-        scores give the thresholds. A learned router becomes a DialRouter: the same score, cut elsewhere."""
+        scores give the thresholds. A learned router becomes a DialRouter: the same MLP with thresholds."""
         if self.config.router == "learned":
             self.router = DialRouter(ratios, self.router).to(self.codebook.codes.device)
         router = "dial" if self.config.router == "learned" else self.config.router
@@ -589,7 +588,7 @@ class Layout(nn.Module):
         grains = self.grains(pos).view(-1, self.side, self.side)             # B, h, w
         blocks = [canvas[:, o:o + side ** 2].view(-1, side, side) for o, side in zip(self.offsets, self.sides)]
         codes = torch.stack([upsample(block, self.fine_side) for block in blocks], dim=1)  # B, K, H, W
-        pick = upsample(grains, self.fine_side).clamp(min=0)[:, None]        # B, 1, H, W; unwritten: any, all are -1
+        pick = upsample(grains, self.fine_side).clamp(min=0)[:, None]        # B, 1, H, W; uncovered: all K hold -1
         return codes.gather(1, pick)[:, 0], grains
 
     def grains(self, pos):
@@ -638,7 +637,7 @@ def attention(q, k, v, mask=None, dropout=0.0):
 def rope_table(coordinates, d):
     """2-D rotary position embedding (RoPE; Su et al., "RoFormer", 2021): (n, 2) -> cosines and sines (n, 2, d), the
     first half of the sines negated. Half of the channel pairs rotate with the row, half with the column, at frequencies
-    from 1 to 1/10, as grids of codes are small. Then only differences of positions matter. (0, 0) is not rotated."""
+    from 1 to 1/10, as grids of codes are small. Attention then sees offsets only. (0, 0) is not rotated."""
     frequency = 10.0 ** -(torch.arange(d // 4) / (d // 4))                   # d/4
     angle = (coordinates[:, :, None] * frequency).flatten(1)                 # n, d/2: by the row, by the column
     return torch.stack([angle.cos().repeat(1, 2), torch.cat([-angle.sin(), angle.sin()], dim=1)], dim=1)
@@ -689,7 +688,7 @@ class Block(nn.Module):
 class DQTransformer(nn.Module):
     """p(image) = prod_t p(pos_t | pairs before) p(code_t | pairs before, pos_t): one stack predicts the position.
     A second one on top of it predicts the content, which depends on that position. Every conditional is normalised over
-    the valid choices, and every valid sequence covers all regions once, so the product is normalised too."""
+    the valid choices, and every valid sequence ends with the last EOS, so the product is normalised too."""
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -700,7 +699,7 @@ class DQTransformer(nn.Module):
         self.content = nn.Embedding(V + 1, C)                                # last row: the content of an EOS
         self.position = nn.Embedding(P, C)
         self.granularity = nn.Embedding(self.layout.n_grains, C)
-        self.order = nn.Embedding(self.layout.max_len, C)                    # a row per step t
+        self.order = nn.Embedding(self.layout.max_len, C)                    # embeds the step t
         self.condition = nn.Embedding(self.n_classes + 1, C)                 # last row: no label
         self.drop = nn.Dropout(config.dropout)
         self.position_stack = nn.ModuleList(Block(config) for _ in range(config.position_layers))
@@ -718,8 +717,8 @@ class DQTransformer(nn.Module):
         return content + self.position(pos) + self.granularity(self.layout.grain[pos])
 
     def rope_of(self, queries, keys):
-        """RoPE tables for queries and keys at these position ids (...), -1 for the start -> (..., 3, 1, 2, d)."""
-        if self.config.rotary:                                               # v: id -1, which is not rotated
+        """RoPE tables for queries and keys at the ids (...), -1 for the start -> (..., 3, 1, 2, d), or None."""
+        if self.config.rotary:                                               # v: -1, the last row: no rotation
             ids = torch.stack([queries, keys, torch.full_like(keys, -1)], dim=-1)  # ..., 3
             return self.rope[ids].unsqueeze(-3)                              # ..., 3, 1, 2, d
 
@@ -847,7 +846,7 @@ class State(NamedTuple):
 
 
 def decode_one(model, job, state, end):
-    """Sample one pair in every slot. Attention reads the first `end` > max(t) entries of the cache.
+    """Sample one pair in every slot. Attention reads the first `end` entries of the cache; all t are below.
     It changes only `state`, in place. It never synchronises host and device, so CUDA graphs can capture it."""
     options, image, t = job.options, state.image, state.t
     B, R = len(t), state.cache[0].shape[1]
@@ -860,14 +859,14 @@ def decode_one(model, job, state, end):
         return sampled if given is None else torch.where(given < 0, sampled, given)  # B
     # embed the previous pair, or the condition at the start
     condition = model.condition(job.condition[image].t().flatten())          # R, C
-    at, last = (torch.arange(R, device=t.device), twice(t)), twice(state.last)  # rows and steps, each R; R
+    at, last = (torch.arange(R, device=t.device), twice(t)), twice(state.last)  # at: rows, steps, each R; last: R
     h = torch.where((at[1] == 0)[:, None], condition, twice(model.embed(state.last.clamp(min=0), state.last_code)))
     h = h + model.order(at[1])                                               # R, C
     future = torch.arange(end, device=t.device) > at[1][:, None, None, None]  # R, 1, 1, M
     mask = h.new_zeros(R, model.config.heads, 1, end).masked_fill(future, -math.inf)
     caches = [cache[..., :end, :] for cache in state.cache]
 
-    # where: the position stack, then a sample of the valid ids
+    # where: the position stack, then sample one of the valid ids
     rope = model.rope_of(last, last)                                         # R, 3, 1, 2, d
     for block, cache in zip(model.position_stack, caches):
         h = block.step(h, rope, cache, at, mask)                             # R, C
@@ -875,7 +874,7 @@ def decode_one(model, job, state, end):
     logits = logits.masked_fill(~model.layout.legal(state.last, state.grains[:, :-1]), -math.inf)
     pos = unless_given(draw(logits, u[0]), given[0])                         # B
 
-    # what: the content stack, then a sample of the codebook
+    # what: the content stack, then sample a codebook id
     h = h + model.position(twice(pos))                                       # R, C
     rope = model.rope_of(twice(pos), last)
     for block, cache in zip(model.content_stack, caches[len(model.position_stack):]):
@@ -920,11 +919,11 @@ def start(model, label, options, seed, given, first, slots, end):
 
 
 def check_given(model, pos, code):
-    """UserError unless the given pairs (n, L) begin with a valid prefix, and their contents are in the codebook."""
+    """Raise UserError unless the given pairs (n, L) begin with a valid prefix, with contents of the codebook."""
     layout, V = model.layout, model.config.codebook_size
     in_range = -1 <= pos.min() and pos.max() <= layout.end and -1 <= code.min() and code.max() < V
     require(in_range, f"given positions must be below {layout.n_positions} and contents below {V} (-1: sampled)")
-    for pos in pos.unique(dim=0).split(8):                                   # the mask takes much memory
+    for pos in pos.unique(dim=0).split(8):                                   # in parts: the mask is large
         known = pos >= 0
         require((known.int().diff(dim=1) <= 0).all(), "given positions must form a prefix of the sequence")
         pos = torch.where(known, pos, layout.end)
@@ -1012,7 +1011,7 @@ def save_checkpoint(path, kind, config, model, **state):
 
 
 def load_checkpoint(path, kind):
-    """-> the dict that was saved, on the CPU. UserError when the file is not a checkpoint of this kind."""
+    """-> the dict that was saved, on the CPU. Raises UserError if the file is not a checkpoint of this kind."""
     maker = "train_transformer.py" if kind == "dq-transformer" else "train_vae.py"
     require(os.path.isfile(path), f"no such file: {path} ({maker} writes it)")
     try:
@@ -1092,7 +1091,7 @@ def sample_global(fill, shape, device):
 def sample_vectors(z, weight, n):
     """Sample up to n vectors of z (m, D) over all ranks, by weight (m,), without replacement. -> (up to n, D)"""
     (rank, world), m = rank_world(), len(z)
-    weights = all_gather(weight.nan_to_num(1.0))                             # world m; the trainer reports a NaN
+    weights = all_gather(weight.nan_to_num(1.0))                             # world m; trainers report a NaN
     chosen = torch.multinomial(weights, min(n, world * m))                   # n
     mine = (chosen // m == rank)[:, None]                                    # n, 1
     return all_reduce_sum(torch.where(mine, z[chosen % m], 0))               # n, D: each came from one rank

@@ -101,7 +101,7 @@ def several_steps(rank, world):
     dial = dq.DQVAE(dq.VAEConfig(size=16, router="dial"))                    # its quantiles are those of all images
     gate = torch.stack([dial(mine).gate for _ in range(3)], dim=1)           # of three steps
     gates, cost = dq.all_gather(gate), torch.rand(8, *gate.shape[1:], generator=torch.Generator().manual_seed(2))
-    gradient = torch.autograd.grad((gate * cost.chunk(world)[rank]).sum(), dial.router.gate.mlp[2].weight)[0]
+    gradient = torch.autograd.grad((gate * cost.chunk(world)[rank]).sum(), dial.router.scorer.mlp[2].weight)[0]
     return dict(codes=model.codebook.codes, uses=model.codebook.uses, losses=torch.stack(losses), gates=gates,
                 thresholds=dial.router.thresholds, gradient=dq.all_reduce_sum(gradient))
 
