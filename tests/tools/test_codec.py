@@ -222,6 +222,6 @@ def test_what_the_commands_refuse(files):
     command = ["--model", folder / "model.pt"]
     assert "not a file of codec.py" in call(codec.main, "unpack", folder / "in.png", folder / "out.png", *command)
     assert "no such file" in call(codec.main, "unpack", folder / "none.dq", folder / "out.png", *command)
-    assert "no such file" in call(codec.main, "pack", folder / "none.png", folder / "file.dq", *command)
-    assert "write RGB images as .xyz" in call(codec.main, "unpack", folder / "in.png", folder / "out.xyz", *command)
+    assert "No such file" in call(codec.main, "pack", folder / "none.png", folder / "file.dq", *command)
+    assert "the name must end in .png" in call(codec.main, "unpack", folder / "in.png", folder / "out.xyz", *command)
     assert not list(folder.glob("out.*")) and not (folder / "file.dq").exists()
