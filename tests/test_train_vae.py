@@ -322,7 +322,8 @@ def test_the_picture_shows_originals_first(tmp_path):
 def test_all_classes_are_evaluated(tmp_path):
     """The 512 images are always the same, and a random sample of all."""
     val = ImageFolder(tmp_path, [(f"{i}.png", i // 16) for i in range(1600)], [str(i) for i in range(100)], 8)
-    val.strips = reading.Kept(lambda path: np.full((8, 8, 3), [*divmod(int(path.split("/")[-1][:-4]), 256), 0], np.uint8))
+    val.strips = reading.Kept(
+        lambda path: np.full((8, 8, 3), [*divmod(int(path.split("/")[-1][:-4]), 256), 0], np.uint8))
     shown = []
     for _ in range(2):
         x = train_vae.validation_images(val, dq.VAEConfig(size=8, factors=(4,), ratios=(1.0,)))[0][..., 0, 0]

@@ -152,8 +152,8 @@ def dial(out, checkpoints, trained):
         """(codes per image, dB) with these fine fractions; None: the ratios of the checkpoint. Of more than two
         granularities, a fraction f of the path from all coarse to all fine is a binomial distribution."""
         saved, vae = dq.load_checkpoint(path, "dq-vae"), dq.load_vae(path, torch.device("cpu"))
-        folders, size, n = saved["folders"], vae.config.size, len(vae.config.factors) - 1
-        train, val = reading.open_data(folders["data"], size, skip=path.parent, held_out=folders["held_out"])
+        folders, size, n = saved.get("folders", {}), vae.config.size, len(vae.config.factors) - 1
+        train, val = reading.open_data(folders.get("data"), size, skip=path.parent, held_out=folders.get("held_out"))
         images, detailed = train_vae.validation_images(val, vae.config)
         chosen = dq.numpy_rng(0).permutation(len(train))[:2048].tolist()
         for f in fractions:
