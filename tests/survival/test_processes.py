@@ -170,6 +170,8 @@ def test_two_processes_write_the_codes_that_one_writes(vae_run, images, tmp_path
 def test_codebook_router_and_budget_are_those_of_the_global_batch(tmp_path):
     alone = several_steps(0, 1)
     first, second = in_two_processes(several_steps, tmp_path)
+    wanted, gradient = alone.pop("gradient"), first.pop("gradient")          # sums of many terms that nearly cancel
+    assert (gradient - wanted).norm() < 1e-3 * wanted.norm()
     same(first["codes"], second["codes"])                                    # bit-identical
     same(alone, first, atol=1e-6, rtol=1e-4)
 
