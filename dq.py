@@ -205,7 +205,9 @@ class DialRouter(ThresholdRouter):
         score, ratios = self.score(x, maps), self.ratios.to(x.device)        # B, h, w; K
         self.thresholds.lerp_(all_gather(score).quantile(ratios.cumsum(0)[:-1]), 0.1)
         uniform = sample_global(torch.Tensor.uniform_, score.shape, x.device)
-        score = 3 * standardise(score) + noise * uniform.logit(eps=1e-6)     # logistic noise, as two Gumbels differ
+        mean, square = moments(score)
+        score = 3 * (score - mean) * (square - mean ** 2 + 1e-12).rsqrt()    # else it could outgrow the noise
+        score = score + noise * uniform.logit(eps=1e-6)                      # logistic noise, as two Gumbels differ
         normal = sample_global(torch.Tensor.normal_, (len(x), len(ratios)), x.device)  # B, K
         coarser = (ratios.log() + 0.6 * normal).softmax(1).cumsum(1)[:, :-1].clamp(max=1)  # B, K - 1; mostly 0.2 to 0.8
         cuts = all_gather(score).quantile(coarser.flatten()).view(len(x), -1, 1, 1)  # B, K - 1, 1, 1
@@ -492,10 +494,10 @@ class DQVAE(nn.Module):
     def set_ratios(self, ratios, images):
         """Route by other ratios from now on, without training. images: batches of training images (B, 3, S, S), whose
         scores give the thresholds. A learned router becomes a DialRouter: the same MLP with thresholds."""
-        if self.config.router == "learned":
-            self.router = DialRouter(ratios, self.router).to(self.codebook.codes.device)
-        router = "dial" if self.config.router == "learned" else self.config.router
-        self.config = replace(self.config, ratios=ratios, router=router)
+        self.config = replace(self.config, ratios=ratios)
+        if self.config.router in ("learned", "dial"):
+            scorer, self.config.router = getattr(self.router, "scorer", self.router), "dial"
+            self.router = DialRouter(ratios, scorer).to(self.codebook.codes.device)
         self.router.train(self.training).calibrate(ratios, images, self.encoder)
 
     def forward(self, x, noise=1.0):
@@ -1069,16 +1071,15 @@ def all_reduce_sum(x):
 def all_gather(x):
     """The tensors (B, ...) of all ranks, without gradient. -> (world B, ...)"""
     rank, world = rank_world()
-    parts = torch.zeros(world, *x.shape, device=x.device)
+    parts = x.new_zeros(world, *x.shape)
     parts[rank] = x.detach()
     return all_reduce_sum(parts).flatten(0, 1)
 
 
-def standardise(x):
-    """Mean 0 and standard deviation 1 over the tensors of all ranks, with gradient."""
-    moments = torch.stack([x.mean(), x.square().mean()])
-    mean, square = all_reduce(moments) / rank_world()[1] if rank_world()[1] > 1 else moments
-    return (x - mean) * (square - mean ** 2 + 1e-12).rsqrt()
+def moments(x, dim=None):
+    """Mean and mean square over these dimensions (None: all) and over all ranks, with gradient. -> (2, ...)"""
+    own, world = torch.stack([x.mean(dim), x.square().mean(dim)]), rank_world()[1]
+    return all_reduce(own) / world if world > 1 else own
 
 
 def sample_global(fill, shape, device):

@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.distributed.nn.functional import all_reduce
 from tqdm import tqdm
 
 import dq
@@ -288,9 +287,8 @@ def encode_dataset(vae, data, device, autocast, workers, mirrored, stop, batch_s
             encoded = [vae.encode(view) for view in views(x.to(device), cropped, mirrored)]
         codes, grains = (torch.stack(each, dim=1) for each in zip(*encoded))  # n, views, H, W; n, views, h, w
         for name, part in dict(codes=codes, grains=grains, label=label).items():
-            of_all = torch.zeros(world, *part.shape, dtype=torch.int, device=device)
-            of_all[rank] = part
-            of_all = dq.all_reduce_sum(of_all).transpose(0, 1).flatten(0, 1)  # n world, ...
+            by_rank = dq.all_gather(part.to(device, torch.int)).unflatten(0, (world, -1))  # world, n, ...
+            of_all = by_rank.transpose(0, 1).flatten(0, 1)                   # n world, ...
             if rank == 0:
                 if name not in rows:
                     rows[name] = torch.empty(M, *part.shape[1:], dtype=kinds[name])
@@ -442,10 +440,10 @@ def recall(args):
     return known | dict(preset=recipe(saved.get("preset"), saved.get("config", {})), saved=saved)
 
 
-def calibration_images(train, args, device):
-    """Up to 2,048 training images, the same each time, in batches (n, 3, S, S), for the thresholds of a router."""
-    chosen = next(shuffled_indices(len(train), 2048, args.seed))
-    return (x.to(device) for x, _ in loader(train, args.workers, batch_size=args.part, sampler=chosen))
+def calibration_images(train, device, seed, batch_size=64, workers=0):
+    """2,048 views of training images, the same each time, in batches (n, 3, S, S): for the thresholds of a router."""
+    chosen = next(shuffled_indices(len(train), 2048, seed))
+    return (x.to(device) for x, _ in loader(train, workers, batch_size=batch_size, sampler=chosen))
 
 
 def encode_only(args):
@@ -457,7 +455,8 @@ def encode_only(args):
     path = args.out / "codes.pt"
     if args.ratios:
         with autocast():
-            vae.set_ratios(tuple(args.ratios), calibration_images(train, args, device))
+            images = calibration_images(train, device, args.seed, args.part, args.workers)
+            vae.set_ratios(tuple(args.ratios), images)
         args.preset = recipe(args.preset, asdict(vae.config))
     set_aside(path, hint="")
     metrics = evaluate(vae, *validation_images(val, vae.config), autocast, batch_size=args.part)[0]
@@ -488,7 +487,8 @@ def main(argv=None):
     memory_format = torch.channels_last if device.type == "cuda" else torch.contiguous_format
     model = dq.DQVAE(config).to(device, memory_format=memory_format)
     if config.router == "entropy":
-        model.router.calibrate(config.ratios, calibration_images(train, args, device))
+        sample = calibration_images(train, device, args.seed, args.part, args.workers)
+        model.router.calibrate(config.ratios, sample)
     adam = dict(lr=schedule.lr, betas=schedule.betas, fused=True)
     optimizers = parts = dict(optimizer=torch.optim.Adam(model.parameters(), **adam))
     if schedule.gan_weight:
@@ -566,8 +566,7 @@ class BatchNorm(nn.BatchNorm2d):
         world = dq.rank_world()[1]
         if world == 1 or not self.training:
             return super().forward(x)
-        sums = torch.stack([x.float().mean(dim=(0, 2, 3)), x.float().square().mean(dim=(0, 2, 3))])  # 2, C
-        mean, square = all_reduce(sums) / world                              # each C; differentiable
+        mean, square = dq.moments(x.float(), (0, 2, 3))                      # each C
         var = square - mean ** 2                                             # C
         n = world * x.numel() / x.shape[1]                                   # values in each mean
         with torch.no_grad():

@@ -202,6 +202,8 @@ def test_other_ratios_without_training(router, ratios):
     kept = dq.upsample(grains == other_grains, config.size // config.factors[-1])
     assert torch.equal(codes[kept], other_codes[kept]) and kept.any()
     assert vae.config.ratios == ratios and config.ratios != ratios           # a checkpoint's config is not changed
+    if router in ("learned", "dial"):                                        # further training is around them, too
+        assert vae.router.ratios.tolist() == pytest.approx(ratios)
     again = dq.DQVAE(vae.config).eval()
     again.load_state_dict(vae.state_dict())
     assert torch.equal(again.encode(images)[1], other_grains), "the checkpoint does not carry the thresholds"

@@ -219,7 +219,7 @@ def test_batch_norm_of_two_processes_is_that_of_one(monkeypatch):
     mine, other = x.chunk(2)
     sums = torch.stack([other.mean(dim=(0, 2, 3)), other.square().mean(dim=(0, 2, 3))])
     monkeypatch.setattr(dq, "rank_world", lambda: (0, 2))
-    monkeypatch.setattr(train_vae, "all_reduce", lambda own: own + sums)
+    monkeypatch.setattr(dq, "all_reduce", lambda own: own + sums)
     torch.testing.assert_close(two(mine), expected[:2], atol=1e-5, rtol=1e-5)
     for name, value in one.state_dict().items():
         torch.testing.assert_close(two.state_dict()[name], value, atol=1e-5, rtol=1e-5)

@@ -155,11 +155,10 @@ def dial(out, checkpoints, trained):
         folders, size, n = saved.get("folders", {}), vae.config.size, len(vae.config.factors) - 1
         train, val = reading.open_data(folders.get("data"), size, skip=path.parent, held_out=folders.get("held_out"))
         images, detailed = train_vae.validation_images(val, vae.config)
-        chosen = dq.numpy_rng(0).permutation(len(train))[:2048].tolist()
         for f in fractions:
             if f is not None:
-                batches = (torch.stack([train[i][0] for i in chosen[j:j + 64]]) for j in range(0, len(chosen), 64))
-                vae.set_ratios(tuple(math.comb(n, k) * f ** k * (1 - f) ** (n - k) for k in range(n + 1)), batches)
+                ratios = tuple(math.comb(n, k) * f ** k * (1 - f) ** (n - k) for k in range(n + 1))
+                vae.set_ratios(ratios, train_vae.calibration_images(train, torch.device("cpu"), seed=0))
             metrics, *_ = train_vae.evaluate(vae, images, detailed, contextlib.nullcontext)
             print(f"| {path} | {'its own' if f is None else f} | {metrics['codes_per_image']:.1f} | "
                   f"{metrics['psnr']:.2f} | {metrics.get('auc', math.nan):.3f} |", flush=True)
