@@ -113,6 +113,11 @@ def machine(device, autocast):
     return dict(device=f"{device.type} ({name})", dtype=dtype, torch=str(torch.__version__))
 
 
+def limit(psnr):
+    """What reconstructions of this PSNR, in dB, mean for samples, as the end of a line; nothing if it is not known."""
+    return f"; reconstructions limit them at {psnr:.1f} dB, which more --steps of train_vae.py raise" if psnr else ""
+
+
 # What to do about an error, by a pattern in its traceback, where only types and messages begin a line
 HINTS = {
     r"^(?! ).*(out of memory|allocate memory|MemoryError|bad_alloc|ALLOC_FAILED)":

@@ -14,8 +14,8 @@ from PIL import Image
 from tqdm import tqdm
 
 import dq
-from common import (Stop, draw_grains, lock, machine, natural, number, path, pick_device, positive, run, save_grid,
-                    save_picture, to_picture)
+from common import (Stop, draw_grains, limit, lock, machine, natural, number, path, pick_device, positive, run,
+                    save_grid, save_picture, to_picture)
 from data import load_image, open_image
 
 OLD_OPTIONS = dict(temperature=0.7, cfg=2.0)                                 # for checkpoints without options
@@ -70,7 +70,7 @@ def check_ending(flag, path, endings=(".png", ".jpg", ".jpeg", ".webp", ".gif", 
 
 
 def load(path, device, **given):
-    """-> DQTransformer, its DQVAE, and SampleOptions: the `given` ones, and the checkpoint's for the others."""
+    """-> DQTransformer, its DQVAE, SampleOptions (the `given` ones, else the checkpoint's), the PSNR of the DQVAE."""
     dq.SampleOptions(**given).check()
     saved = dq.load_checkpoint(path, "dq-transformer")
     model, vae = dq.load_transformer(saved, device)
@@ -80,7 +80,7 @@ def load(path, device, **given):
     options = saved.get("sample_options", OLD_OPTIONS) | ({} if guided else dict(cfg=1.0)) | given
     dq.require(guided or options["cfg"] == 1, f"--cfg {options['cfg']:g}: {path} was trained without "
                f"{'label dropout' if model.config.classes else 'classes'}, so it has no guidance; leave --cfg out")
-    return model, vae, dq.SampleOptions(**options)
+    return model, vae, dq.SampleOptions(**options), saved.get("psnr")
 
 
 def label_number(label, classes):
@@ -136,8 +136,8 @@ def main(argv=None):
     args = parse(argv)
     device, autocast = pick_device(args.device, args.dtype)
     chosen = {name: getattr(args, name) for name in dq.SampleOptions._fields if name in args}
-    model, vae, options = load(args.checkpoint, device, **chosen)
-    layout, classes, given = model.layout, model.config.classes, None
+    model, vae, options, psnr = load(args.checkpoint, device, **chosen)
+    layout, classes, given, n_done = model.layout, model.config.classes, None, 0  # n_done: images
     label = torch.arange(args.n, device=device) % max(1, len(classes))
     if args.label is not None:
         label.fill_(label_number(args.label, classes))
@@ -157,7 +157,6 @@ def main(argv=None):
         labels = {f"{i:06d}.png": classes[k] for i, k in enumerate(label.tolist())} if classes else {}
         told = json.dumps(vars(args) | options._asdict() | dict(labels=labels, written_by="dq"), indent=1, default=str)
         dq.write_file(args.save_dir / "samples.json", lambda file: file.write(told.encode()))
-    n_done = 0                                                               # images
 
     def decode(codes):
         """codes (n, H, W) -> images (n, 3, S, S), a batch at a time"""
@@ -190,8 +189,9 @@ def main(argv=None):
         if args.gif:
             save_gif(args.gif, layout, decode, pos[:1], code[:1])
         save_grid(args.out, sum(tiles, ()), columns=8, captions=sum(zip(names, counts), ()))
-        print("wrote " + ", ".join(str(path) for path in (args.out, args.save_dir, args.gif) if path) + " with "
-              + ", ".join(f"{name.replace('_', '-')} {value:g}" for name, value in options._asdict().items()))
+        wrote = ", ".join(str(path) for path in (args.out, args.save_dir, args.gif) if path)
+        used = ", ".join(f"{name.replace('_', '-')} {value:g}" for name, value in options._asdict().items())
+        print(f"wrote {wrote} with {used}{limit(psnr)}")
     if stop.number:
         stop.leave(stop.number, f"when {n_done} of {args.n} images were sampled", "")
 

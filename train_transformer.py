@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 import dq
-from common import (Record, Schedule, Stop, distribute, draw_grains, flag, machine, number, on_gpu, override,
+from common import (Record, Schedule, Stop, distribute, draw_grains, flag, limit, machine, number, on_gpu, override,
                     path, positive, prepare, run, save_grid, say, seed_all, shuffled_indices, to_picture, trainer_flags)
 
 
@@ -281,9 +281,8 @@ def main(argv=None):
                 record.add(step + 1, terms)
             schedule.update(model, optimizers, step)
     metrics = record.metrics
-    limit = f"; reconstructions limit them at {psnr:.1f} dB, which more --steps of train_vae.py raise" if psnr else ""
     say(f"done: validation loss {metrics['nats_per_image']:.1f} nats per image (lowest: {record.best:.1f}), "
-        f"{metrics['bits_per_code']:.2f} bits per code; samples: {args.out / 'transformer.png'}{limit}; "
+        f"{metrics['bits_per_code']:.2f} bits per code; samples: {args.out / 'transformer.png'}{limit(psnr)}; "
         f"next: python sample.py {shlex.quote(str(args.out))}")
 
 

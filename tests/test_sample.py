@@ -269,6 +269,10 @@ def test_options_that_are_not_given_are_those_of_the_checkpoint(tmp_path, monkey
     assert call(sample.main, path, "--n", 1, "--cfg", 1, "--device", DEVICE, "--out", tmp_path / "x.png") is None
     assert capsys.readouterr().out == (
         f"wrote {tmp_path / 'x.png'} with temperature 1.25, top-k 3, top-p 0.75, cfg 1\n")
+    torch.save(torch.load(path, weights_only=True) | dict(psnr=21.46), path)  # as train_transformer.py does
+    assert call(sample.main, path, "--n", 1, "--device", DEVICE, "--out", tmp_path / "x.png") is None
+    assert capsys.readouterr().out.endswith(
+        "cfg 1.5; reconstructions limit them at 21.5 dB, which more --steps of train_vae.py raise\n")
 
 
 @pytest.mark.parametrize("carried", [None, dict(temperature=0.9, cfg=2.0)])

@@ -645,7 +645,7 @@ def neighbours(args):
     columns = min(args.n, args.columns)
     dq.require(args.n % columns == 0, f"--n {args.n} is not a multiple of --columns {columns}")
     given = {name: getattr(args, name) for name in ("temperature", "cfg") if getattr(args, name) is not None}
-    model, vae, options = sample.load(args.checkpoint, "cpu", **given)
+    model, vae, options, _ = sample.load(args.checkpoint, "cpu", **given)
     classes, size = model.config.classes, vae.config.size
     parts = []
     for data in reading.open_data(args.data, size, skip=args.checkpoint.parent, held_out=args.held_out):

@@ -67,7 +67,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     given = {name: value for name in dq.SampleOptions._fields if (value := getattr(args, name)) is not None}
     sample.check_ending("OUT", args.out)
-    model, vae, options = sample.load(args.checkpoint, torch.device("cpu"), **given)
+    model, vae, options, _ = sample.load(args.checkpoint, torch.device("cpu"), **given)
     side, half = model.layout.side, model.layout.side // 2
     dq.require(side % 2 == 0, f"an image of this model has {side} regions per row, an odd number that can't be halved")
     label = -1 if args.label is None else sample.label_number(args.label, model.config.classes)
