@@ -153,7 +153,8 @@ def dial(out, checkpoints, trained):
         granularities, a fraction f of the path from all coarse to all fine is a binomial distribution."""
         saved, vae = dq.load_checkpoint(path, "dq-vae"), dq.load_vae(path, torch.device("cpu"))
         folders, size, n = saved.get("folders", {}), vae.config.size, len(vae.config.factors) - 1
-        train, val = reading.open_data(folders.get("data"), size, skip=path.parent, held_out=folders.get("held_out"))
+        train, val = reading.open_data(folders.get("data"), size, seed=saved.get("settings", {}).get("seed", 0),
+                                       skip=path.parent, held_out=folders.get("held_out"))
         images, detailed = train_vae.validation_images(val, vae.config)
         for f in fractions:
             if f is not None:
