@@ -46,8 +46,7 @@ class Kept(dict):
         return image
 
 
-# ------------------------------------------------------------------------------------------------
-# The toy shapes
+# ---- The toy shapes ----------------------------------------------------------------------------
 
 
 class ToyShapes(Dataset):
@@ -112,9 +111,7 @@ class ToyShapes(Dataset):
         return torch.from_numpy((image.transpose(2, 0, 1) * 2 - 1).astype(np.float32))  # 3, S, S
 
 
-# ------------------------------------------------------------------------------------------------
-# A folder of images
-
+# ---- A folder of images ------------------------------------------------------------------------
 
 BROKEN = -2                              # label of an image that can't be decoded
 # names that systems hide, beside those with a leading dot, and the figures that this project draws
@@ -172,8 +169,8 @@ def find_images(root, skip=()):
     """
     dq.require(not os.path.isfile(root), f"{root} is a file; a folder of images is needed (unpack an archive first)")
     dq.require(os.path.isdir(root), f"no such folder: {root}")
-    endings = {ending for ending, kind in Image.registered_extensions().items()  # those left out need other programs
-               if kind in Image.OPEN and kind not in {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}} | {".mpo"}
+    endings = {ending for ending, kind in Image.registered_extensions().items()  # FITS needs a scale, others a program
+               if kind in Image.OPEN and kind not in {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "MPEG", "WMF"}} | {".mpo"}
     seen = {os.path.realpath(folder) for folder in skip if folder} - {os.path.realpath(root)}
     rows, left_out, bar = [], Counter(), progress(f"searching {root}")
     todo, links = [(Path(os.path.realpath(root)), "")], []                   # entries, and their names below root
@@ -337,9 +334,7 @@ def image_side(found, n=64):
     return int(np.median(sides or [0]))
 
 
-# ------------------------------------------------------------------------------------------------
-# One file
-
+# ---- One file ----------------------------------------------------------------------------------
 
 BYTES = 2 ** 29                          # a larger file is not read: 6 bytes for each of the pixels that Pillow allows
 LONGEST = 32                             # of a longer panorama, this many squares in its middle
@@ -380,13 +375,15 @@ def open_image(path, size=2 ** 30):
         with Image.open(io.BytesIO(data)) as image:
             dq.require(np.prod(image.size) <= (Image.MAX_IMAGE_PIXELS or np.inf), f"too many pixels: {image.size}")
             image.draft(None, (2 * size, 2 * size))
-            packing = image.tile[0][3] if image.tile else ""                 # load() forgets it
+            codec, *_, packing = image.tile[0] if image.tile else ("", "")   # load() forgets it
+            misread = codec == "libtiff" and packing[0].endswith(("BS", "BF"))  # libtiff returns native byte order
+            dq.require(not misread, "compressed big-endian numbers, whose bytes Pillow would swap")
             image.load()
             with contextlib.suppress(Exception):
                 ImageOps.exif_transpose(image, in_place=True)                # turns the pixels, then corrects the EXIF
             return to_rgb(image, packing)
     except Exception as error:                                               # decoders raise nearly everything
-        raise dq.UserError(f"{path}: {first_line(error)}") from None
+        raise dq.UserError(f"{path}: {first_line(error).split(' <_io.')[0]}") from None
 
 
 # errors of one file; None: of memory. All others are the system's, as of a file server that does not answer
@@ -422,17 +419,20 @@ def to_srgb(profile, mode):
 def to_rgb(image, packing=""):
     """A Pillow image of any mode -> RGB. In this order: all depths to 8 bits; transparency over white; colours to sRGB.
 
-    Floats and 32 bits do not declare which level is white: it is the first of 1, 255 and 65535 that is at least half of
-    the 90th percentile of the positive pixels, so that outliers do not make the rest black.
+    Floats and signed or 32-bit integers do not declare which level is white: it is the first of 1, 255, 65535 and the
+    largest integer of so many bits that is at least half of the 90th percentile of the positive pixels, so that
+    outliers do not make the rest black.
     packing: Pillow's name for the layout of the pixels in the file, as "RGB;16B".
     """
     key, profile = image.info.get("transparency"), image.info.get("icc_profile")  # key: a transparent colour
-    if image.mode[0] in "IF":                                                # greys of more than 8 bits
-        x, tags = np.asarray(image), getattr(image, "tag_v2", {})            # of TIFF: 258 is bits, 262 what zero means
-        white = 2 ** tags.get(258, (16,))[0] - 1
-        if not image.mode.startswith("I;16"):
+    tags = getattr(image, "tag_v2", {})                                      # of TIFF; 262: what zero means
+    bits, kind = tags.get(258, (16,))[0], tags.get(339, (1,))[0]             # kind 1: unsigned, 2: signed, 3: floats
+    if image.mode[0] in "IF" or kind == 2:                                   # greys of more than 8 bits, or signed ones
+        x, white = np.asarray(image), 2 ** (bits - (kind == 2)) - 1
+        x = x.view({(8, 2): np.int8, (32, 1): np.uint32}.get((bits, kind), x.dtype))  # which Pillow does not know
+        if image.mode == "F" or image.mode == "I" and image.format != "PPM":  # white is not declared
             bright = np.quantile(np.append(x[np.isfinite(x) & (x > 0)], 0), 0.9)
-            white = next((scale for scale in (1, 255) if bright <= 2 * scale), 65535)
+            white = next((scale for scale in (1, 255, 65535) if scale < white and bright <= 2 * scale), white)
         levels = np.nan_to_num(x / np.float32(white)).clip(0, 1) * 255       # NaN becomes black
         levels = 255 - levels if tags.get(262) == 0 else levels              # Pillow inverts 8 bits only
         image = Image.fromarray(np.dstack([np.uint8(levels.round()), np.uint8(255) * (x != key)]))  # LA
