@@ -214,7 +214,7 @@ def find_images(root, skip=()):
 def holds_samples(path):
     """Is this the file that sample.py writes beside its samples? Other programs use the name, too."""
     with contextlib.suppress(OSError), open(path, "rb") as file:
-        return b'"grain_map":' in file.read(4096)
+        return b'"grain_map":' in file.read(2 ** 20)                         # long paths can precede it
 
 
 def progress(title, items=None, total=None):
@@ -327,9 +327,9 @@ def identity(data):
 
 def image_side(found, n=64):
     """Median short side, in pixels, of up to n of the images that `find_images` found; 0 if no header can be read."""
-    sides = []
-    for k in np.linspace(0, len(found.files) - 1, min(n, len(found.files))).astype(int):
-        with contextlib.suppress(Exception), Image.open(os.path.join(found.root, found.files[k].name)) as image:
+    sides, files = [], [file for file in found.files if file.size <= BYTES]  # some decoders read all of the file
+    for k in np.linspace(0, len(files) - 1, min(n, len(files))).astype(int):
+        with contextlib.suppress(Exception), Image.open(os.path.join(found.root, files[k].name)) as image:
             sides.append(min(image.size))
     return int(np.median(sides or [0]))
 

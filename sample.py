@@ -153,10 +153,10 @@ def main(argv=None):
             lock(folder, ".sample.lock")                                     # not .lock: a run may be training there
     if args.dtype == "bf16" or (device.type == "cuda" and machine(device, autocast)["dtype"] == "bf16"):
         model.to(torch.bfloat16)                                             # on CPUs it is no faster for few rows
-    if args.save_dir:                                                        # marks its images as output, not data
+    if folder := args.save_dir:                                              # marks its images as output, not data
         labels = {f"{i:06d}.png": classes[k] for i, k in enumerate(label.tolist())} if classes else {}
-        told = json.dumps(vars(args) | options._asdict() | dict(labels=labels, written_by="dq"), indent=1, default=str)
-        dq.write_file(args.save_dir / "samples.json", lambda file: file.write(told.encode()))
+        told = vars(args) | options._asdict() | machine(device, autocast) | dict(labels=labels, written_by="dq")
+        dq.write_file(folder / "samples.json", lambda out: out.write(json.dumps(told, indent=1, default=str).encode()))
 
     def decode(codes):
         """codes (n, H, W) -> images (n, 3, S, S), a batch at a time"""
@@ -178,7 +178,7 @@ def main(argv=None):
         n_done = n_complete
         return stop.number
 
-    with Stop(patience=None) as stop, tqdm(total=args.n, desc="sampling", unit="image", disable=None) as bar:
+    with Stop(patience=None) as stop, tqdm(None, f"sampling on {device}", args.n, unit="image", disable=None) as bar:
         pos, code = dq.generate(model, label, options, args.seed, given and [x.expand(args.n, -1) for x in given],
                                 slots=args.batch_size, compile=args.compile, progress=save_complete)
     if n := min(n_done, 32):

@@ -87,7 +87,8 @@ def hidden_folders(root, outside):
 def output_of_this_project(root, outside):
     put(root, *numbered(4), "run/vae.png", "former/vae.png", "samples/000000.png", "samples.png")
     put(root, "photos/5.png", "older/000000.png")
-    (root / "samples/samples.json").write_text('{\n "n": 1,\n "grain_map": null,\n "written_by": "dq"\n}')
+    long = "\\u540d" * 4000                                                  # a folder with a long name
+    (root / "samples/samples.json").write_text(f'{{\n "out": "{long}",\n "grain_map": null,\n "written_by": "dq"\n}}')
     (root / "older/samples.json").write_text('{\n "checkpoint": "x", "n": 1,\n "grain_map": null\n}')
     (root / "photos/samples.json").write_text('{"samples": [{"filepath": "5.png"}]}')  # of another program
     return numbered(4) + ["photos/5.png"], (), "6 hidden, of the system or of this project, 1 .json"
@@ -743,8 +744,12 @@ def test_image_side(tmp_path):
     for i, size in enumerate([(30, 50), (60, 40), (300, 90), (10, 10), (45, 45)]):
         Image.new("RGB", size).save(tmp_path / f"{i}.png")
     (tmp_path / "broken.png").touch()
+    Image.new("RGB", (999, 999)).save(tmp_path / "huge.png")
+    os.truncate(tmp_path / "huge.png", reading.BYTES + 1)                    # it will not be read
     found = reading.find_images(tmp_path)
     assert reading.image_side(found) == 40
+    (tmp_path / "huge.png").unlink()
+    found = reading.find_images(tmp_path)
     assert reading.image_side(found._replace(files=found.files[-1:])) == 0   # no header can be read
     assert reading.image_side(found._replace(files=found.files[:2]), n=1) == 30
 

@@ -322,6 +322,7 @@ def test_samples_json_describes_the_job(run, tmp_path):
     assert sample_from(run, "--n", 3, "--temperature", 0.9, "--out", tmp_path, "--save-dir", tmp_path / "all") is None
     told = json.loads((tmp_path / "all/samples.json").read_text())
     assert (told["n"], told["temperature"], told["compile"], told["label"]) == (3, 0.9, False, None)
+    assert told["device"].startswith(f"{DEVICE.partition(':')[0]} (") and told["dtype"] in ("fp32", "bf16")
     assert told["checkpoint"] == str(run / "transformer.pt") and told["written_by"] == "dq" and told["cfg"] == 1.5
     names = dq.load_transformer(run / "transformer.pt", "cpu")[0].config.classes
     assert told["labels"] == {f"00000{i}.png": names[i] for i in range(3)}

@@ -704,6 +704,9 @@ STAGE_1_DATA = of(
     ("hidden files are data", 'each.name.startswith(".")', "False", "test_which_files_are_images"),
     ("own images are data", "each.name in NO_DATA", "False", "test_which_files_are_images"),
     ("own samples are data", "holds_samples(each)", "False", "test_which_files_are_images[output_of_this_project]"),
+    ("samples.json with long paths", "file.read(2 ** 20)", "file.read(4096)",
+     "test_which_files_are_images[output_of_this_project]"),
+    ("huge files are opened at the start", "file.size <= BYTES", "True", "test_image_side", "image_side"),
     ("samples.json of other programs", "holds_samples(each)", "True",
      "test_which_files_are_images[output_of_this_project]"),
     ("links are not followed", "(links if ... else todo).append(...)", "each.is_symlink() or todo.append(...)",
@@ -1243,7 +1246,7 @@ SAMPLE = of(
      "test_sample.py::test_progress_of_a_generation"),
     ("images are reported as complete too early", "state.image.min()", "state.image.max()",
      "test_sample.py::test_progress_of_a_generation"),
-    ("no samples.json beside the images", 'dq.write_file(args.save_dir / "samples.json", ...)', "pass",
+    ("no samples.json beside the images", 'dq.write_file(folder / "samples.json", ...)', "pass",
      "test_a_large_job_saves_what_one_batch_would"),
 )
 
