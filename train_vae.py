@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import dq
-from common import (Record, Schedule, Stop, distribute, draw_grains, flag, machine, natural, on_gpu, override,
+from common import (Record, Schedule, Stop, distribute, draw_grains, flag, natural, override,
                     path, positive, prepare, run, save_grid, say, seed_all, set_aside, shuffled_indices, to_picture,
                     trainer_flags, weight)
 from data import BROKEN, ImageFolder, ToyShapes, describe, find_images, identity, image_side, loader, open_data, stream
@@ -383,7 +383,7 @@ def parse(argv=None):
     elif args.resume and not args.preset:
         with contextlib.suppress(Exception):                                 # Record.begin says what is wrong with it
             args.preset = torch.load(args.out / "vae.pt", mmap=True, weights_only=True)["preset"]
-    gpu, side, args.found = on_gpu(args.device), None, None
+    gpu, side, args.found = args.device != "cpu" and torch.cuda.is_available(), None, None
     if args.data and not args.encode and not args.preset:
         args.found = find_images(args.data, [args.out, args.held_out])
         side = image_side(args.found) or 32                                  # 0: no header can be read
@@ -446,9 +446,9 @@ def calibration_images(train, device, seed, batch_size=64, workers=0):
     return (x.to(device) for x, _ in loader(train, workers, batch_size=batch_size, sampler=chosen))
 
 
-def encode_only(args):
+def encode_only(args, schedule):
     """--encode: write codes.pt with a DQ-VAE that is already trained."""
-    device, autocast = prepare(args, trains=False)
+    device, autocast, _ = prepare(args, schedule, trains=False)
     vae = dq.rebuild(dq.DQVAE, dq.VAEConfig, args.saved.get("config"), args.saved.get("weights"), device)
     train, val = open_data(args.data, vae.config.size, seed=args.seed, skip=args.out, held_out=args.held_out)
     say(describe(train, val))
@@ -470,8 +470,8 @@ def encode_only(args):
 def main(argv=None):
     args, config, schedule = parse(argv)
     if args.encode:
-        return encode_only(args)
-    device, autocast = prepare(args)
+        return encode_only(args, schedule)
+    device, autocast, machine = prepare(args, schedule)
     train, val = open_data(args.data, config.size, augment=True, seed=args.seed, skip=args.out, flip=not args.no_flip,
                            held_out=args.held_out, found=args.found)
     say(describe(train, val))
@@ -497,7 +497,7 @@ def main(argv=None):
         optimizers["critic_optimizer"] = torch.optim.Adam(discriminator.parameters(), **adam)
         parts = dict(critic=discriminator, **optimizers)                     # these names are in checkpoints
     settings = dict(data=identity(train), held_out=identity(val), no_flip=args.no_flip, seed=args.seed)
-    settings |= asdict(schedule) | machine(device, autocast)
+    settings |= asdict(schedule) | machine
     folders = {name: getattr(args, name) and os.path.abspath(getattr(args, name)) for name in ("data", "held_out")}
     extra = dict(preset=args.preset, folders=folders)
     record = Record(args, args.out / "vae.pt", config, settings, model, parts, extra)

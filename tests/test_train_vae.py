@@ -29,6 +29,7 @@ import train_transformer
 import train_vae
 from conftest import DEVICE, TRANSFORMER, VAE, call, plain
 from data import ImageFolder, ToyShapes
+from runs import read_log
 from test_data import put, folder_with_broken_files
 from train_vae import Discriminator, Perceptual, adaptive_weight, backward, hinge_loss
 
@@ -512,7 +513,7 @@ def test_encode_uses_the_toy_shapes_of_the_same_seed(tmp_path, monkeypatch):
 
 def test_the_last_line_has_the_psnr_and_the_next_command(images, tmp_path, capsys):
     assert call(train_vae.main, "--data", images, "--out", tmp_path / "my run", *VAE, "--steps", 1) is None
-    metrics = common.read_log(tmp_path / "my run/vae.jsonl")[-1]
+    metrics = read_log(tmp_path / "my run/vae.jsonl")[-1]
     assert capsys.readouterr().out.splitlines()[-1] == (
         f"{metrics['psnr']:.1f} dB PSNR on the validation images at {metrics['codes_per_image']:.1f} codes per image; "
         f"next: python train_transformer.py --out '{tmp_path}/my run'")

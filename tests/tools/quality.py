@@ -38,7 +38,7 @@ import train_transformer  # noqa: E402
 import train_vae  # noqa: E402
 from benchmark import hardware  # noqa: E402
 from common import natural, number, positive  # noqa: E402
-from runs import flags_to_end  # noqa: E402
+from runs import flags_to_end, read_log  # noqa: E402
 from data import ToyShapes  # noqa: E402
 
 TRAIN, TEST, REAL, OTHER = range(2_000_003, 2_000_007)                       # seeds of toy images, plus --seed
@@ -276,7 +276,7 @@ def take_speeds(folders, device, autocast):
 
 def of_first_stage(folder):
     """-> the columns that come from the last evaluation of stage 1"""
-    log = [line for line in common.read_log(folder / "vae.jsonl") if "psnr" in line]
+    log = [line for line in read_log(folder / "vae.jsonl") if "psnr" in line]
     dq.require(log, f"{folder / 'vae.jsonl'} holds no evaluation")
     return {"bits per pixel": log[-1]["bits_per_pixel"], "dB": log[-1]["psnr"]}
 
@@ -335,7 +335,7 @@ def table(argv):
     add("--steps", type=positive, default=train_transformer.PRESETS["toy"][1].steps, help="steps of each stage 2")
     add("--speed", action="store_true", help="measure the speeds again")
     args = parser.parse_args(argv)
-    device, autocast = common.pick_device("auto", "auto")
+    device, autocast, _ = common.pick_device("auto", "auto")
     args.out.mkdir(parents=True, exist_ok=True)
     size, path = train_vae.PRESETS["toy"][0].size, args.out / "classifier.pt"
     classifier = kept_classifier(path, size, device)
@@ -386,7 +386,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     options = dq.SampleOptions(*(getattr(args, name) for name in dq.SampleOptions._fields))
     options.check()
-    device, autocast = common.pick_device("auto", "auto")
+    device, autocast, _ = common.pick_device("auto", "auto")
     model, vae = dq.load_transformer(args.checkpoint, device)
     dq.require(model.config.classes == ToyShapes.classes,
                f"{args.checkpoint} was not trained on the classes of the built-in toy shapes")
