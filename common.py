@@ -396,8 +396,7 @@ class Record:
         steps = max(first, self.settings["steps"])
         due, began, self.log = {steps, *range(every, steps, every)}, None, self.path.with_suffix(".jsonl")
         bar = tqdm(range(first, steps + 1), title, steps, initial=first, disable=True if dq.rank_world()[0] else None)
-        if self.news:
-            self.write_log(first, self.news)
+        self.write_log(first, self.news)
         for step in bar:
             if step in due:          # after saving, because it can fail; a run that resumes here evaluates again
                 self.metrics, loss = validate(step)
@@ -446,12 +445,12 @@ class Record:
 
     def require_finite(self, done, what, values):
         bad = ", ".join(name for name, x in values.items() if not torch.as_tensor(x).isfinite().all())
-        last = f"{self.path} is of step {self.step}" if self.step else "there is no checkpoint yet"
+        last = f"the checkpoint of step {self.step} is still good" if self.step else "there is no checkpoint yet"
         dq.require(not bad, f"step {done}: not finite in the {what}: {bad}; {last}; a new run may need a lower --lr")
 
     def write_log(self, done, values):
         """Append one JSON object, in place of what a killed run has written after its last checkpoint."""
-        if dq.rank_world()[0] > 0:
+        if dq.rank_world()[0] > 0 or not values:
             return
         rounded = {name: float(f"{x:.6g}") if isinstance(x, float) else x for name, x in values.items()}
         with explained(f"could not write {self.log}"), open(self.log, "ab") as file:

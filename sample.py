@@ -26,7 +26,7 @@ def parse(argv=None):
     add = parser.add_argument
     option = parser.add_argument_group("sampling options (default: the checkpoint's)",
                                        argument_default=argparse.SUPPRESS).add_argument
-    add("checkpoint", nargs="?", type=path, default=Path("out"), help="checkpoint, or a folder: its best, else its last")
+    add("checkpoint", nargs="?", type=path, default=Path("out"), help="checkpoint, or a folder: its best or last one")
     add("--n", type=positive, default=32, help="number of images")
     add("--batch-size", type=positive, default=64, help="number of images that are sampled at the same time")
     add("--label", metavar="CLASS", help="name or number of a class; without it the images cycle through all classes")

@@ -8,7 +8,6 @@ import contextlib
 import math
 import shlex
 from dataclasses import asdict, dataclass, replace
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -107,21 +106,16 @@ def read_codes(path):
                            f"{path.with_name('vae.pt')} --out {path.parent}") from None
 
 
-class Images(NamedTuple):
-    """The codes of M images, on the CPU, in small integers."""
-    codes: torch.Tensor                  # M, H, W
-    grains: torch.Tensor                 # M, h, w
-    label: torch.Tensor                  # M; -1 without a class
-    length: torch.Tensor                 # M; sequence length, EOS tokens included
+class Images:
+    """A part of codes.pt (codes (n, views, H, W), grains, label (n,)) as M images: all views of the first one, ..."""
 
-
-def views(part, factors, uncond):
-    """A part of codes.pt (codes (n, views, H, W), grains, label (n,)) -> Images, all views of an image in sequence."""
-    codes, grains = part["codes"].flatten(0, 1), part["grains"].flatten(0, 1)
-    label = part["label"].repeat_interleave(part["codes"].shape[1])
-    cells = torch.tensor([(factors[0] // f) ** 2 for f in factors])          # K; codes per region
-    length = torch.cat([cells[each.long()].sum(dim=(1, 2)) for each in grains.split(65_536)]) + len(factors)
-    return Images(codes, grains, torch.full_like(label, -1, dtype=torch.int8) if uncond else label, length)
+    def __init__(self, part, factors, uncond=False):
+        label = part["label"].repeat_interleave(part["codes"].shape[1])
+        cells = [(factors[0] // f) ** 2 for f in factors]                    # K; codes per region
+        self.codes, self.grains = part["codes"].flatten(0, 1), part["grains"].flatten(0, 1)  # M, H, W; M, h, w
+        self.label = torch.full_like(label, -1) if uncond else label         # M; -1 without a class
+        codes = sum((self.grains == k).sum(dim=(1, 2)) * n for k, n in enumerate(cells))
+        self.length = codes + len(factors)                                   # M; EOS tokens included
 
 
 def batches(length, batch_size, seed, start=0):
@@ -135,12 +129,11 @@ def batches(length, batch_size, seed, start=0):
 def sequences(images, index, layout, device):
     """The images of these indices (B,) -> pos, code, each (B, L), and label (B,), on the device. L is the longest
     length among them, rounded up to a multiple of 8 on GPUs and of 2 on CPUs: fewer shapes to compile."""
-    batch = [x[index] for x in (images.codes, images.grains, images.label)]
-    if device.type == "cuda":
-        batch = [x.pin_memory() for x in batch]                              # otherwise the copy would synchronise
+    gpu, parts = device.type == "cuda", (images.codes, images.grains, images.label)
+    batch = [x[index].pin_memory() if gpu else x[index] for x in parts]      # otherwise the copy would synchronise
     codes, grains, label = (x.to(device, non_blocking=True).long() for x in batch)
     pos, code = layout.pack(codes, grains)                                   # B, max_len
-    multiple = 8 if device.type == "cuda" else 2
+    multiple = 8 if gpu else 2
     columns = -(-int(images.length[index].max()) // multiple) * multiple
     return pos[:, :columns], code[:, :columns], label
 
@@ -153,17 +146,16 @@ def evaluate(model, held_out, device, autocast, batch_size=64, limit=None):
     images. limit: how many images at most, always the same; None: all."""
     model.eval()
     rank, world = dq.rank_world()
-    if limit and len(held_out.label) > limit:
-        held_out = Images(*(x[dq.numpy_rng(0).permutation(len(x))[:limit]] for x in held_out))
-    sums = torch.zeros(2, device=device)
-    for index in held_out.length.argsort().split(batch_size)[rank::world]:   # similar lengths, so little padding
+    chosen = torch.from_numpy(np.sort(dq.numpy_rng(0).permutation(len(held_out.label))[:limit]))
+    length, sums = held_out.length[chosen], torch.zeros(2, device=device)
+    for index in chosen[length.argsort()].split(batch_size)[rank::world]:    # similar lengths, so little padding
         pos, code, label = sequences(held_out, index, model.layout, device)  # B, L; B, L; B
         with autocast():
             nll = model(pos, code, label)
         sums += torch.stack([nll["position"].sum(), nll["content"].sum()])
     model.train()
-    position, content = (dq.all_reduce_sum(sums) / len(held_out.label)).tolist()
-    codes = (held_out.length - len(model.config.factors)).float().mean().item()
+    position, content = (dq.all_reduce_sum(sums) / len(chosen)).tolist()
+    codes = (length - len(model.config.factors)).float().mean().item()
     bits = (position + content) / math.log(2)
     return dict(nats_per_image=position + content, position_nats=position, content_nats=content,
                 bits_per_code=bits / codes, bits_per_pixel=bits / model.config.size ** 2, codes_per_image=codes)
@@ -231,10 +223,9 @@ def main(argv=None):
     with explained(f"{args.codes} is damaged, or of another version"):
         vae = dq.rebuild(dq.DQVAE, dq.VAEConfig, stored["config"], stored["weights"], device)
         factors, classes, name = vae.config.factors, stored["classes"], stored["name"]
-        train, held_out = (views(stored[part], factors, args.uncond) for part in ("train", "held_out"))
-        n, per_image = stored["train"]["codes"].shape[:2]
-    say(f"codes: {args.codes}, {name}, {n} to train on (views of each: {per_image}), "
-        f"{len(held_out.label)} for validation; {len(classes)} classes; preset {args.preset}")
+        train, held_out = (Images(stored[part], factors, args.uncond) for part in ("train", "held_out"))
+    say(f"codes: {args.codes}, {name}, {len(train.label)} views of them to train on, "
+        f"{len(held_out.label)} images for validation; {len(classes)} classes; preset {args.preset}")
     config = replace(config, size=vae.config.size, factors=factors, codebook_size=vae.config.codebook_size,
                      classes=() if args.uncond else classes)
 
@@ -259,7 +250,6 @@ def main(argv=None):
             save_samples(args.out / "transformer.png", model, vae, options, args.seed, autocast, batch_size=args.part)
         return metrics, metrics["nats_per_image"]
 
-    model.train()
     with Stop() as stop:
         for step in record.steps("DQ-Transformer", stop, validate):
             seed_all(args.seed, step, rank)                                  # a different dropout mask on each rank
@@ -271,8 +261,8 @@ def main(argv=None):
                 position, content = (nll[name].sum() * world / schedule.batch_size for name in ("position", "content"))
                 loss = (position + content) / codes_per_image                # nats per code; long images count for more
                 loss.backward()
-                terms = dict(bits_per_code=loss / math.log(2), position_nats=position, content_nats=content)
-                record.add(step + 1, terms)
+                bits = loss / math.log(2)
+                record.add(step + 1, dict(bits_per_code=bits, position_nats=position, content_nats=content))
             schedule.update(model, optimizers, step)
     say(f"done: validation loss {record.metrics['nats_per_image']:.1f} nats per image (lowest: {record.best:.1f}), "
         f"samples: {args.out / 'transformer.png'}; next: python sample.py {shlex.quote(str(args.out))}")

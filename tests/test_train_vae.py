@@ -361,7 +361,7 @@ def test_encoding_keeps_every_image_and_its_mirror_image():
         part = train_vae.encode_dataset(model, data, device, plain, workers=0, mirrored=True, stop=stop)
     assert part["codes"].shape == (10, 2, 4, 4) and part["grains"].shape == (10, 2, 2, 2)
     assert [part[name].dtype for name in ("codes", "grains", "label")] == [torch.uint8, torch.uint8, torch.int32]
-    images = train_transformer.views(part, (8, 4), uncond=False)
+    images = train_transformer.Images(part, (8, 4))
     with torch.no_grad():
         for v, view in enumerate((x, x.flip(3))):
             codes, grains = model.encode(view)

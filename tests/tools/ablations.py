@@ -379,7 +379,7 @@ def main(argv=None):
         for name in names:
             runs[name].append(train(known[name], args.out / f"{name}-{seed}", args.codes, seed, flags))
     uncond = train_transformer.parse(flags)[0].uncond
-    held_out = train_transformer.views(codes["held_out"], codes["config"]["factors"], uncond)
+    held_out = train_transformer.Images(codes["held_out"], codes["config"]["factors"], uncond)
     device, autocast, _ = common.pick_device("auto", "auto")
     contents = {name: [content_nats(known[name], args.out / f"{name}-{seed}", held_out, device, autocast)
                        for seed in args.seeds] for name in names}

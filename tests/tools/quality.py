@@ -220,7 +220,7 @@ def step_seconds(model, vae, device, autocast, n_steps=40, warm_up=5):
     with common.Stop() as stop:
         data = ToyShapes(vae.config.size, n=512)
         part = train_vae.encode_dataset(vae, data, device, autocast, 0, mirrored=False, stop=stop)
-    images = train_transformer.views(part, vae.config.factors, uncond=False)
+    images = train_transformer.Images(part, vae.config.factors)
     optimizers = train_transformer.make_optimizers(model.train().requires_grad_(True), schedule).values()
     for batch in itertools.islice(train_transformer.batches(images.length.numpy(), schedule.batch_size, 0), n_steps):
         start = time.perf_counter()
