@@ -35,8 +35,8 @@ class VAESchedule(Schedule):
     perceptual_weight: float = flag(0.0, type=weight, help="weight of the perceptual loss (LPIPS); 0: off")
     gan_weight: float = flag(0.0, type=weight, help="factor on the adaptive weight of the adversarial loss; 0: off")
     gan_start: int = flag(0, metavar="STEP", type=natural, help="first step with the adversarial loss")
-    accumulate: int = flag(1, metavar="N", type=positive, help="gradient accumulation steps; more save memory but change "
-                           "the results, as budget loss, EMA updates and batch norm see one part at a time")
+    accumulate: int = flag(1, metavar="N", type=positive, help="gradient accumulation steps; more save memory and "
+                           "change the results, as budget loss, EMA updates and batch norm see one part at a time")
 
 
 # The paper's (section 4 and the released settings); the learning rate is 4.5e-6 per image of a batch of 120.
@@ -113,11 +113,9 @@ class Perceptual(nn.Module):
         """With the published weights, from `files`, or else from torch's cache or the internet."""
         lpips, published = cls(), {}
         try:
-            for url, name in zip(cls.urls, () if files else ("vgg16-397923af.pth", "lpips-vgg-0.1.pth")):
-                published |= torch.hub.load_state_dict_from_url(url, map_location="cpu", file_name=name,
-                                                                weights_only=True)
-            for file in files:
-                published |= torch.load(file, map_location="cpu", weights_only=True)
+            read = torch.load if files else torch.hub.load_state_dict_from_url
+            for source in files or cls.urls:
+                published |= read(source, map_location="cpu", weights_only=True)
             lpips.load_state_dict({name: published[re.sub(r"weights\.(\d)", r"lin\1.model.1.weight", name)]
                                    for name in lpips.state_dict()})          # VGG16's layers have the same names
         except Exception as error:                                           # no network, no file, a wrong one ...

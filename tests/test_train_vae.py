@@ -107,13 +107,21 @@ def test_lpips_has_finite_gradients_for_the_image_only(lpips, published, tmp_pat
     assert torch.isfinite(y.grad).all()
 
 
+def test_without_files_the_weights_are_downloaded(published, monkeypatch):
+    parts = dict(zip(Perceptual.urls, published))
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda url, **how: parts[url])
+    lpips = Perceptual.load(train_vae.parse([])[0].perceptual_weights)
+    assert torch.equal(lpips.weights[0], published[1]["lin0.model.1.weight"])
+
+
 def test_the_error_for_missing_weights_says_what_to_do(published, tmp_path, monkeypatch):
     def no_network(*args, **kwargs):
         raise OSError("no route to host")
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", no_network)
     torch.save(published[1], tmp_path / "half")
-    for files in ([], [tmp_path / "nowhere"], [tmp_path / "half"]):
-        with pytest.raises(dq.UserError) as error:
+    for files, reason in ((None, "no route to host"), ([tmp_path / "nowhere"], "No such file"),
+                          ([tmp_path / "half"], "features")):
+        with pytest.raises(dq.UserError, match=reason) as error:
             Perceptual.load(files)
         text = str(error.value)
         assert "\n" not in text and "--perceptual-weights" in text and "--perceptual-weight 0" in text
