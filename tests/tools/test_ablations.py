@@ -348,7 +348,7 @@ def test_samples_are_drawn_in_the_order_of_the_variant(tmp_path, monkeypatch, ca
     plain, (_, vae) = common.pick_device("cpu", "fp32")[1], small_models()
     classifier = quality.train_classifier(16, steps=10, batch_size=32)       # its accuracy does not matter
     monkeypatch.setattr(quality, "train_classifier", lambda size, device: classifier)
-    monkeypatch.setattr(common, "pick_device", lambda *names: (torch.device("cpu"), plain))
+    monkeypatch.setattr(common, "pick_device", lambda *names: (torch.device("cpu"), plain, {}))
     codes = tmp_path / "codes.pt"
     held_out = dict(codes=torch.zeros(1, 1, 4, 4), grains=torch.zeros(1, 1, 2, 2), label=torch.zeros(1))
     dq.save_checkpoint(codes, "dq-codes", vae.config, vae, version=1, classes=reading.ToyShapes.classes,
