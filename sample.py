@@ -147,15 +147,14 @@ def main(argv=None):
         x = load_image(args.input, vae.config.size)[None].to(device)         # 1, 3, S, S
         with autocast(), torch.inference_mode():
             given = given_coarse(layout, *vae.encode(x), 1 if args.keep is None else args.keep)
-    for folder in filter(None, (args.out.parent, args.save_dir, args.gif and args.gif.parent)):
-        folder.mkdir(parents=True, exist_ok=True)
-        if folder == args.save_dir or args.out == folder / "samples.png":
-            locks.append(lock(folder, ".sample.lock"))                       # not .lock: a run may be training there
+    for file in filter(None, (args.out, args.gif, args.save_dir and args.save_dir / "samples.json")):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        locks.append(lock(file.parent, f".{file.name}.lock"))                # not .lock: a run may be training there
     if args.dtype == "bf16" or (device.type == "cuda" and machine["dtype"] == "bf16"):
         model.to(torch.bfloat16)                                             # on CPUs it is no faster for few rows
     if folder := args.save_dir:                                              # marks its images as output, not data
         labels = {f"{i:06d}.png": classes[k] for i, k in enumerate(label.tolist())} if classes else {}
-        told = vars(args) | options._asdict() | machine(device, autocast) | dict(labels=labels, written_by="dq")
+        told = vars(args) | options._asdict() | machine | dict(labels=labels, written_by="dq")
         dq.write_file(folder / "samples.json", lambda out: out.write(json.dumps(told, indent=1, default=str).encode()))
 
     def decode(codes):

@@ -270,7 +270,7 @@ def test_codes_are_all_that_stage_2_reads(vae_run, tmp_path, monkeypatch):
     assert call(sample.main, "--n", 2, "--device", DEVICE) is None
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         ".lock", "codes.pt", "transformer.pt", "transformer.best.pt", "transformer.jsonl", "transformer.png",
-        ".sample.lock", "samples.png"}
+        ".samples.png.lock", "samples.png"}
     assert (tmp_path / "out/codes.pt").read_bytes() == before
 
 
