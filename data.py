@@ -114,9 +114,10 @@ class ToyShapes(Dataset):
 # ---- A folder of images ------------------------------------------------------------------------
 
 BROKEN = -2                              # label of an image that can't be decoded
-# names that systems hide, beside those with a leading dot, and the figures that this project draws
+# names that systems hide, beside those with a leading dot; and the figures that this project draws, beside these files
 NO_DATA = {"__MACOSX", "@eaDir", "@__thumb", "@Recycle", "#recycle", "#snapshot", "$RECYCLE.BIN", "lost+found",
-           "System Volume Information", "vae.png", "transformer.png", "samples.png"}
+           "System Volume Information"}
+FIGURES, BESIDE = {"vae.png", "transformer.png", "samples.png"}, {"vae.pt", "transformer.pt", ".samples.png.lock"}
 
 Found = namedtuple("Found", "root files left_out")       # left_out: {reason: number of files}
 File = namedtuple("File", "name size key")               # like "cat/1.png"; bytes; the same for two names of one file
@@ -183,8 +184,9 @@ def find_images(root, skip=()):
                 entries = [] if real in seen else patiently(path, lambda: list(os.scandir(real)))
                 seen.add(real)
                 ours = name and any(each.name == "samples.json" and holds_samples(each) for each in entries)
+                hidden = NO_DATA | FIGURES if BESIDE & {each.name for each in entries} else NO_DATA
                 for each in entries:
-                    if ours or each.name.startswith(".") or each.name in NO_DATA:
+                    if ours or each.name.startswith(".") or each.name in hidden:
                         left_out["hidden, of the system or of this project"] += 1
                     else:
                         (links if linked or each.is_symlink() else todo).append((each, posixpath.join(name, each.name)))
@@ -376,8 +378,7 @@ def open_image(path, size=2 ** 30):
             dq.require(np.prod(image.size) <= (Image.MAX_IMAGE_PIXELS or np.inf), f"too many pixels: {image.size}")
             image.draft(None, (2 * size, 2 * size))
             codec, *_, packing = image.tile[0] if image.tile else ("", "")   # load() forgets it
-            misread = codec == "libtiff" and packing[0].endswith(("BS", "BF"))  # libtiff returns native byte order
-            dq.require(not misread, "compressed big-endian numbers, whose bytes Pillow would swap")
+            dq.require(codec != "libtiff" or packing[0][-2:] not in ("BS", "BF"), "Pillow would swap its bytes")
             image.load()
             with contextlib.suppress(Exception):
                 ImageOps.exif_transpose(image, in_place=True)                # turns the pixels, then corrects the EXIF
@@ -419,9 +420,8 @@ def to_srgb(profile, mode):
 def to_rgb(image, packing=""):
     """A Pillow image of any mode -> RGB. In this order: all depths to 8 bits; transparency over white; colours to sRGB.
 
-    Floats and signed or 32-bit integers do not declare which level is white: it is the first of 1, 255, 65535 and the
-    largest integer of so many bits that is at least half of the 90th percentile of the positive pixels, so that
-    outliers do not make the rest black.
+    Floats and signed or 32-bit integers do not declare their white: it is the first of 1, 255, 65535 and the type's
+    maximum that is at least half of the 90th percentile of the positive pixels, as outliers must not darken the rest.
     packing: Pillow's name for the layout of the pixels in the file, as "RGB;16B".
     """
     key, profile = image.info.get("transparency"), image.info.get("icc_profile")  # key: a transparent colour
