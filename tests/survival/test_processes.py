@@ -56,7 +56,7 @@ def gradients(checkpoint):
 
 @pytest.mark.parametrize("stage, flags", [
     ("vae", [*VAE, *DISCRIMINATOR, "--router", "learned", "--clip", 1]),
-    ("vae", [*VAE, "--router", "entropy", "--accumulate", 2, "--batch-size", 16]),
+    ("vae", [*VAE, "--router", "entropy", "--accumulate", 2, "--batch-size", 16, "--workers", 2]),
     ("transformer", [*TRANSFORMER, "--dropout", 0, "--label-dropout", 0, "--clip", 0])],
     ids=["vae with a discriminator", "vae with the entropy router", "transformer"])
 def test_two_processes_compute_what_one_computes(stage, flags, vae_run, images, tmp_path):
