@@ -228,10 +228,10 @@ def decode_all(root, files, left_out, strips, size):
     """Decode all images, on all cores, if they fit into memory. -> the files, without those known to be broken"""
     if 3 * size ** 2 * len(files) > MEMORY:
         return files
-    with ThreadPool(torch.get_num_threads()) as pool:                        # Pillow's decoders release the GIL
-        decoded = pool.imap(lambda file: strips[os.path.join(root, file.name)], files)
-        decoded = zip(files, progress("reading images", decoded, len(files)))
-        sound = [file for file, strip in decoded if strip is not None]
+    world = dq.rank_world()[1]          # torchrun leaves each process one thread, but Pillow's decoders release the GIL
+    with ThreadPool(torch.get_num_threads() if world == 1 else max(1, os.cpu_count() // world)) as pool:
+        decoded = pool.imap(lambda file: strips[os.path.join(root, file.name)] is not None, files)
+        sound = list(itertools.compress(files, progress("reading images", decoded, len(files))))
     left_out["broken"] = len(files) - len(sound)
     dq.require(sound, f"none of the {len(files)} images below {root} can be decoded")
     return sound

@@ -555,6 +555,19 @@ def test_each_file_is_decoded_once(tmp_path, monkeypatch):
     assert sorted(read) == sorted(numbered(20))
 
 
+@pytest.mark.parametrize("world, cores, expected", [(1, 12, 3), (2, 12, 6), (16, 12, 1)])
+def test_processes_share_the_cores(world, cores, expected, tmp_path, monkeypatch):
+    """torchrun sets the number of torch's threads to 1 in each process."""
+    put(tmp_path, *numbered(3))
+    threads, real = [], reading.ThreadPool
+    monkeypatch.setattr(reading, "ThreadPool", lambda n: threads.append(n) or real(n))
+    monkeypatch.setattr(dq, "rank_world", lambda: (0, world))
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3 if world == 1 else 1)
+    open_data(tmp_path, 8)
+    assert threads == [expected]
+
+
 def test_jpegs_are_decoded_at_a_reduced_size(tmp_path):
     """With sides of at least twice the crop's; the result is close to that of the full size."""
     ramp = np.add.outer(np.arange(320), np.arange(640)) % 512

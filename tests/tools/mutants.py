@@ -718,6 +718,8 @@ STAGE_1_DATA = of(
     ("hidden files are data", 'each.name.startswith(".")', "False", "test_which_files_are_images"),
     ("a user's samples.png is a figure", "NO_DATA | FIGURES if ... else NO_DATA", "NO_DATA | FIGURES",
      "test_which_files_are_images[output_of_this_project]"),
+    ("one thread decodes under torchrun", "max(1, os.cpu_count() // world)", "torch.get_num_threads()",
+     "test_processes_share_the_cores"),
     ("own images are data", "each.name in hidden", "False", "test_which_files_are_images"),
     ("own samples are data", "holds_samples(each)", "False", "test_which_files_are_images[output_of_this_project]"),
     ("samples.json with long paths", "file.read(2 ** 20)", "file.read(4096)",
