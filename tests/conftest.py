@@ -6,12 +6,15 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")                              # tensors are small; read by torch's import
+import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 from data import ToyShapes  # noqa: E402
+from parallel import pytest_runtestloop  # noqa: E402, F401
 
 torch.backends.cudnn.allow_tf32 = False                                    # comparisons are in float32
 DEVICE = os.environ.get("DQ_TEST_DEVICE", "cpu")

@@ -1,0 +1,103 @@
+"""Runs many tests in several processes, one per core, a file of tests at a time.
+
+pytest collects all tests. Forks of it, the workers, then run them: each takes the next file from a queue and sends its
+reports to pytest, which prints them and counts the failures. DQ_TEST_PROCESSES=1 runs all tests in one process, as do
+options that follow single tests (-x, -s, --pdb), a few tests, and systems other than Linux.
+"""
+import contextlib
+import itertools
+import multiprocessing
+import os
+import sys
+from multiprocessing.connection import wait
+
+import pytest
+
+FORK = multiprocessing.get_context("fork") if sys.platform == "linux" else None
+FEW = 100
+
+
+class Reports:
+    """A worker's plugin, which sends what pytest prints."""
+
+    def __init__(self, config, pipe):
+        self.config, self.pipe = config, pipe
+
+    def pytest_runtest_logreport(self, report):
+        data = self.config.hook.pytest_report_to_serializable(config=self.config, report=report)
+        self.pipe.send(("pytest_runtest_logreport", dict(report=data)))
+
+    def pytest_runtest_logfinish(self, nodeid, location):
+        self.pipe.send(("pytest_runtest_logfinish", dict(nodeid=nodeid, location=location)))
+
+    def pytest_warning_recorded(self, warning_message, when, nodeid, location):
+        how = dict(warning_message=warning_message, when=when, nodeid=nodeid, location=location)
+        self.pipe.send(("pytest_warning_recorded", how))
+
+
+def work(config, files, queue, pipe):
+    """Run files of tests until the queue is empty."""
+    import warm                                                              # not on Windows
+    warm.inherit()
+    capture = config.pluginmanager.getplugin("capturemanager")
+    capture.stop_global_capturing()                                          # it shares a file with pytest's
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    capture.start_global_capturing()
+    config.pluginmanager.register(Reports(config, pipe))
+    tests = (test for number in iter(lambda: os.read(queue, 1), b"") for test in files[number[0]])
+    test = next(tests, None)
+    with contextlib.suppress(KeyboardInterrupt):                             # pytest reports it
+        while test:
+            following = next(tests, None)                                    # fixtures that it needs are kept
+            config.hook.pytest_runtest_protocol(item=test, nextitem=following)
+            test = following
+        pipe.send(None)
+    warm.kill_all()                                                          # if a test failed
+
+
+def number_of_processes(session):
+    option = session.config.option
+    cores = len(os.sched_getaffinity(0)) if FORK else 1
+    follows = option.maxfail or option.usepdb or option.capture == "no" or option.collectonly or session.testsfailed
+    wanted = int(os.environ.get("DQ_TEST_PROCESSES", cores))
+    return 1 if follows or len(session.items) < FEW or not FORK else wanted
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session):
+    n, config = number_of_processes(session), session.config
+    if n < 2:
+        return None                                                          # pytest's own loop
+    files = [list(tests) for _, tests in itertools.groupby(session.items, key=lambda test: test.path)]
+    files.sort(key=lambda tests: -tests[0].path.stat().st_size)              # short files last, so all end together
+    config._tmp_path_factory.getbasetemp()                                   # one folder for all
+    queue, numbers = os.pipe()
+    os.write(numbers, bytes(range(len(files))))
+    os.close(numbers)
+    running = {}
+    try:
+        for _ in range(n):
+            receiver, sender = FORK.Pipe(duplex=False)
+            process = FORK.Process(target=work, args=(config, files, queue, sender))
+            process.start()
+            sender.close()
+            running[receiver] = process
+        while running:
+            for pipe in wait(running):
+                try:
+                    message = pipe.recv()
+                except EOFError:
+                    raise RuntimeError("a process that ran tests has died; DQ_TEST_PROCESSES=1 shows where") from None
+                if message is None:
+                    running.pop(pipe).join()
+                    continue
+                name, how = message
+                if "report" in how:
+                    data = how["report"]
+                    how["report"] = config.hook.pytest_report_from_serializable(config=config, data=data)
+                hook = getattr(config.hook, name)
+                hook.call_historic(kwargs=how) if hook.is_historic() else hook(**how)
+    finally:
+        for process in running.values():
+            process.kill()
+    return True
