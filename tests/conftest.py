@@ -50,6 +50,13 @@ def script(name, *args):
     return subprocess.run([sys.executable, str(ROOT / name), *map(str, args)], capture_output=True, text=True)
 
 
+@pytest.fixture
+def few_for_thresholds(monkeypatch):
+    """The thresholds of a router come from 130 images instead of 2,048. (test_wiring.py tests the number.)"""
+    monkeypatch.setattr(importlib.import_module("train_vae"), "shuffled_indices",
+                        lambda n, size, seed: common.shuffled_indices(n, min(size, 130), seed))
+
+
 @pytest.fixture(scope="session")
 def images(tmp_path_factory):
     """A folder with a sub-folder of toy images per class: 13 for training, and 13, 31 and 47 for validation.
