@@ -1,8 +1,8 @@
-"""Runs many tests in several processes, one per core, a file of tests at a time.
+"""Runs the tests in several processes, one per core, a file of tests at a time.
 
 pytest collects all tests. Forks of it, the workers, then run them: each takes the next file from a queue and sends its
-reports to pytest, which prints them and counts the failures. DQ_TEST_PROCESSES=1 runs all tests in one process, as do
-options that follow single tests (-x, -s, --pdb), a few tests, and systems other than Linux.
+reports to pytest, which prints them and counts the failures. pytest alone runs the tests if these are few, if -x, -s or
+--pdb is given, on systems other than Linux, and with DQ_TEST_PROCESSES=1.
 """
 import contextlib
 import itertools
@@ -25,14 +25,14 @@ class Reports:
 
     def pytest_runtest_logreport(self, report):
         data = self.config.hook.pytest_report_to_serializable(config=self.config, report=report)
-        self.pipe.send(("pytest_runtest_logreport", dict(report=data)))
+        self.pipe.send(("report", dict(nodeid=report.nodeid, data=data)))
 
     def pytest_runtest_logfinish(self, nodeid, location):
-        self.pipe.send(("pytest_runtest_logfinish", dict(nodeid=nodeid, location=location)))
+        self.pipe.send(("end", dict(nodeid=nodeid, location=location)))
 
     def pytest_warning_recorded(self, warning_message, when, nodeid, location):
         how = dict(warning_message=warning_message, when=when, nodeid=nodeid, location=location)
-        self.pipe.send(("pytest_warning_recorded", how))
+        self.pipe.send(("warning", how))
 
 
 def work(config, files, queue, pipe):
@@ -57,10 +57,10 @@ def work(config, files, queue, pipe):
 
 def number_of_processes(session):
     option = session.config.option
-    cores = len(os.sched_getaffinity(0)) if FORK else 1
-    follows = option.maxfail or option.usepdb or option.capture == "no" or option.collectonly or session.testsfailed
-    wanted = int(os.environ.get("DQ_TEST_PROCESSES", cores))
-    return 1 if follows or len(session.items) < FEW or not FORK else wanted
+    one_by_one = option.maxfail or option.usepdb or option.capture == "no" or option.collectonly
+    if FORK is None or one_by_one or session.testsfailed or len(session.items) < FEW:
+        return 1                                                             # testsfailed: files that have errors
+    return int(os.environ.get("DQ_TEST_PROCESSES", len(os.sched_getaffinity(0))))
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -74,7 +74,7 @@ def pytest_runtestloop(session):
     queue, numbers = os.pipe()
     os.write(numbers, bytes(range(len(files))))
     os.close(numbers)
-    running = {}
+    running, last = {}, {}                                                   # {pipe: process}, {pipe: its last test}
     try:
         for _ in range(n):
             receiver, sender = FORK.Pipe(duplex=False)
@@ -87,16 +87,21 @@ def pytest_runtestloop(session):
                 try:
                     message = pipe.recv()
                 except EOFError:
-                    raise RuntimeError("a process that ran tests has died; DQ_TEST_PROCESSES=1 shows where") from None
+                    running[pipe].join()
+                    status, test = running[pipe].exitcode, last.get(pipe)
+                    raise RuntimeError(f"a process ended with status {status}; its last test was {test}") from None
                 if message is None:
                     running.pop(pipe).join()
                     continue
                 name, how = message
-                if "report" in how:
-                    data = how["report"]
-                    how["report"] = config.hook.pytest_report_from_serializable(config=config, data=data)
-                hook = getattr(config.hook, name)
-                hook.call_historic(kwargs=how) if hook.is_historic() else hook(**how)
+                last[pipe] = how["nodeid"]
+                if name == "report":
+                    report = config.hook.pytest_report_from_serializable(config=config, data=how["data"])
+                    config.hook.pytest_runtest_logreport(report=report)
+                elif name == "end":
+                    config.hook.pytest_runtest_logfinish(**how)
+                else:
+                    config.hook.pytest_warning_recorded.call_historic(kwargs=how)
     finally:
         for process in running.values():
             process.kill()
