@@ -1,5 +1,6 @@
 """parallel.py: what several processes report is what pytest alone would report."""
 import os
+import runpy
 import subprocess
 import sys
 
@@ -69,3 +70,12 @@ def test_a_process_that_dies_is_an_error(tmp_path):
     assert status == pytest.ExitCode.INTERNAL_ERROR, out
     assert "a process ended with status -9; its last test was test_one.py::test_many[10]" in out
     assert not (tmp_path / "late").exists()
+
+
+def test_a_students_copy_has_no_parallel_py(monkeypatch):
+    """Its conftest.py is the same, and pytest alone runs its tests."""
+    conftest = str(ROOT / "tests/conftest.py")
+    monkeypatch.setattr(sys, "path", [*sys.path])                            # conftest.py adds to it
+    assert "pytest_runtestloop" in runpy.run_path(conftest)
+    monkeypatch.setitem(sys.modules, "parallel", None)                       # as if there were no such file
+    assert "pytest_runtestloop" not in runpy.run_path(conftest)
