@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")                              # tensors are small; read when torch is imported
+os.environ.setdefault("OMP_NUM_THREADS", "1")                              # tensors are small; read by torch's import
 import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]

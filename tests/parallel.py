@@ -2,7 +2,7 @@
 
 pytest collects all tests. Forks of it, the workers, then run them: each takes the next file from a queue and sends its
 reports to pytest, which prints them and counts the failures. pytest alone runs the tests if these are few, if -x, -s or
---pdb is given, on systems other than Linux, and with DQ_TEST_PROCESSES=1.
+--pdb is given, on a GPU, on systems other than Linux, and with DQ_TEST_PROCESSES=1.
 """
 import contextlib
 import itertools
@@ -58,8 +58,10 @@ def work(config, files, queue, pipe):
 def number_of_processes(session):
     option = session.config.option
     one_by_one = option.maxfail or option.usepdb or option.capture == "no" or option.collectonly
-    if FORK is None or one_by_one or session.testsfailed or len(session.items) < FEW:
-        return 1                                                             # testsfailed: files that have errors
+    on_gpu = os.environ.get("DQ_TEST_DEVICE", "cpu") != "cpu"                # it can't be used after a fork
+    broken = session.testsfailed                                             # files of tests that can't be imported
+    if FORK is None or on_gpu or one_by_one or broken or len(session.items) < FEW:
+        return 1
     return int(os.environ.get("DQ_TEST_PROCESSES", len(os.sched_getaffinity(0))))
 
 
