@@ -1,4 +1,4 @@
-"""Runs the tests in several processes, one per core, a file of tests at a time.
+"""Runs the tests in several processes, one per core (at most 8), a file of tests at a time.
 
 pytest collects all tests. Forks of it, the workers, then run them: each takes the next file from a queue and sends its
 reports to pytest, which prints them and counts the failures. pytest alone runs the tests if these are few, if -x, -s or
@@ -62,7 +62,7 @@ def number_of_processes(session):
     broken = session.testsfailed                                             # files of tests that can't be imported
     if FORK is None or on_gpu or one_by_one or broken or len(session.items) < FEW:
         return 1
-    return int(os.environ.get("DQ_TEST_PROCESSES", len(os.sched_getaffinity(0))))
+    return int(os.environ.get("DQ_TEST_PROCESSES", min(8, len(os.sched_getaffinity(0)))))
 
 
 @pytest.hookimpl(tryfirst=True)
