@@ -107,14 +107,13 @@ def read_codes(path):
 
 
 class Images:
-    """A part of codes.pt (codes (n, views, H, W), grains, label (n,)) as M images: all views of the first one, ..."""
+    """A part of codes.pt, {codes (n, views, H, W), grains, label (n,)}, as M = n * views images."""
 
     def __init__(self, part, factors, uncond=False):
         label = part["label"].repeat_interleave(part["codes"].shape[1])
-        cells = [(factors[0] // f) ** 2 for f in factors]                    # K; codes per region
         self.codes, self.grains = part["codes"].flatten(0, 1), part["grains"].flatten(0, 1)  # M, H, W; M, h, w
         self.label = torch.full_like(label, -1) if uncond else label         # M; -1 without a class
-        codes = sum((self.grains == k).sum(dim=(1, 2)) * n for k, n in enumerate(cells))
+        codes = sum((self.grains == k).sum(dim=(1, 2)) * (factors[0] // f) ** 2 for k, f in enumerate(factors))
         self.length = codes + len(factors)                                   # M; EOS tokens included
 
 
@@ -142,19 +141,17 @@ def sequences(images, index, layout, device):
 
 @torch.no_grad()
 def evaluate(model, held_out, device, autocast, batch_size=64, limit=None):
-    """Validation metrics: the negative log-likelihood per image, code and pixel. Each rank evaluates its part of the
-    images. limit: how many images at most, always the same; None: all."""
+    """The negative log-likelihood per image, code and pixel, of all images or of `limit`, which are always the same."""
     model.eval()
-    rank, world = dq.rank_world()
     chosen = torch.from_numpy(np.sort(dq.numpy_rng(0).permutation(len(held_out.label))[:limit]))
     length, sums = held_out.length[chosen], torch.zeros(2, device=device)
-    for index in chosen[length.argsort()].split(batch_size)[rank::world]:    # similar lengths, so little padding
+    for index in chosen[length.argsort()].split(batch_size):                 # similar lengths, so little padding
         pos, code, label = sequences(held_out, index, model.layout, device)  # B, L; B, L; B
         with autocast():
             nll = model(pos, code, label)
         sums += torch.stack([nll["position"].sum(), nll["content"].sum()])
     model.train()
-    position, content = (dq.all_reduce_sum(sums) / len(chosen)).tolist()
+    position, content = (sums / len(chosen)).tolist()
     codes = (length - len(model.config.factors)).float().mean().item()
     bits = (position + content) / math.log(2)
     return dict(nats_per_image=position + content, position_nats=position, content_nats=content,
