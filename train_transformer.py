@@ -196,9 +196,9 @@ class Muon(torch.optim.Muon):
                 p.add_(x if x.shape == p.shape else x.T, alpha=-0.2 * group["lr"] * max(p.shape) ** 0.5)
 
 
-def make_optimizers(model, schedule, bf16=False):
+def make_optimizers(model, schedule, muon=Muon):
     """-> {name: optimizer}. Muon (Jordan et al., 2024) orthogonalises the momentum of a matrix. Its updates are scaled
-    to the size of AdamW's, so that both take the same learning rate. bf16: is bfloat16 fast here?"""
+    to the size of AdamW's, so that both take the same learning rate. muon: its class"""
     stacks = [*model.position_stack.parameters(), *model.content_stack.parameters()]
     inside = [p for p in stacks if p.dim() == 2] if schedule.optimizer == "muon" else []
     outside = [p for p in model.parameters() if p not in {*inside}]
@@ -206,7 +206,6 @@ def make_optimizers(model, schedule, bf16=False):
               dict(params=[p for p in outside if p.dim() <= 1], weight_decay=0.0)]
     optimizers = dict(optimizer=torch.optim.AdamW(groups, lr=schedule.lr, betas=schedule.betas, fused=True))
     if inside:
-        muon = torch.optim.Muon if bf16 else Muon
         optimizers["muon"] = muon(inside, lr=schedule.lr, weight_decay=schedule.weight_decay,
                                   adjust_lr_fn="match_rms_adamw")
     return optimizers
@@ -228,7 +227,7 @@ def main(argv=None):
 
     seed_all(args.seed)
     model = dq.DQTransformer(config).to(device)
-    optimizers = make_optimizers(model, schedule, bf16=machine["dtype"] == "bf16")
+    optimizers = make_optimizers(model, schedule, torch.optim.Muon if machine["dtype"] == "bf16" else Muon)
     settings = dict(codes=name, seed=args.seed) | asdict(schedule) | machine
     options = settings.pop("sampling")
     if not (config.classes and config.label_dropout):                        # guidance needs the vector "no label"
