@@ -21,7 +21,7 @@ from common import (Record, Schedule, Stop, distribute, draw_grains, explained, 
 class TransformerSchedule(Schedule):
     """Hyperparameters of training, and the sampling options that checkpoints carry: by default those for photos."""
     decay: str = "linear"                # 3 nats better than a cosine, on the toy data
-    optimizer: str = flag("muon", choices=["muon", "adamw"], help="muon: of the blocks' matrices; AdamW has the rest")
+    optimizer: str = flag("muon", choices=["muon", "adamw"], help="muon: for the blocks' matrices, AdamW elsewhere")
     sampling: dq.SampleOptions = dq.SampleOptions(temperature=1.0, cfg=1.5)
 
 
@@ -67,7 +67,7 @@ def fit(stored, device):
     codes = sum(ratio * (vae["size"] // factor) ** 2 for ratio, factor in zip(vae["ratios"], vae["factors"]))
     name = ("folder256" if codes * images >= 5e6 else "folder64-large") if gpu else "folder64"
     config, schedule = PRESETS[name]
-    if codes > 100 and not gpu:                                              # per image; as many per step as of fewer
+    if codes > 100 and not gpu:                                              # long sequences: fewer images per step
         schedule = replace(schedule, batch_size=8)
     return name, replace(config, dropout=0.3) if images < 500 else config, schedule
 
@@ -159,7 +159,7 @@ def evaluate(model, held_out, device, autocast, batch_size=64, limit=None):
 
 
 def save_samples(path, model, vae, options, seed, autocast, n=16, batch_size=64):
-    """Save a grid of samples, each beside the boxes of its codes."""
+    """Save a grid of samples, each beside its granularity map."""
     model.eval()
     label = torch.arange(n, device=vae.codebook.codes.device) % max(1, len(model.config.classes))
     codes, grains = model.layout.unpack(*dq.generate(model, label, options, seed, slots=batch_size))
@@ -173,7 +173,7 @@ def save_samples(path, model, vae, options, seed, autocast, n=16, batch_size=64)
 # ---- Training ----------------------------------------------------------------------------------
 
 class Muon(torch.optim.Muon):
-    """The same in float32. torch's computes in bfloat16, which takes 15 times as long on CPUs that emulate it."""
+    """torch.optim.Muon in float32. The original uses bfloat16, which takes 15 times as long on CPUs that emulate it."""
 
     @torch.no_grad()
     def step(self):
