@@ -26,7 +26,7 @@ def parse(argv=None):
     add = parser.add_argument
     option = parser.add_argument_group("sampling options (default: the checkpoint's)",
                                        argument_default=argparse.SUPPRESS).add_argument
-    add("checkpoint", nargs="?", type=path, default=Path("out"), help="checkpoint, or a folder: its best or last one")
+    add("checkpoint", nargs="?", type=path, default=Path("out"), help="checkpoint, or a folder with one")
     add("--n", type=positive, default=32, help="number of images")
     add("--batch-size", type=positive, default=64, help="number of images that are sampled at the same time")
     add("--label", metavar="CLASS", help="name or number of a class; without it the images cycle through all classes")
@@ -38,7 +38,7 @@ def parse(argv=None):
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 where it is fast")
     add("--compile", action="store_true", help="compile the sampling step with torch.compile")
-    add("--out", metavar="PATH", type=path, help="folder or file for a grid of images; None: the checkpoint's folder")
+    add("--out", metavar="PATH", type=path, help="folder or file for a grid of images; None: beside the checkpoint")
     add("--save-dir", metavar="DIR", type=path, help="also save each image as a PNG file in this folder")
     add("--gif", metavar="FILE", type=path, help="also save an animation of how the first image is sampled")
     given = parser.add_mutually_exclusive_group().add_argument

@@ -1060,8 +1060,6 @@ STAGE_2_DATA = of(
      "dq.numpy_rng(0).permutation(...)", "test_a_limited_evaluation_takes_the_same_images"),
     ("an evaluation of the first images", "dq.numpy_rng(0).permutation(...)", "np.arange(...)",
      "test_a_limited_evaluation_takes_the_same_images", "train_transformer.evaluate"),
-    ("every rank evaluates all images", "chosen[length.argsort()].split(batch_size)[rank::world]",
-     "chosen[length.argsort()].split(batch_size)", "test_processes_share_an_evaluation"),
 )
 
 STAGE_2_MAIN = of(
