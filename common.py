@@ -255,8 +255,13 @@ def prepare(args, schedule, trains=True):
         env_number("RANK", number(int, 0, below=world))                      # torch would wait for ever
         env_number("MASTER_PORT", number(int, 1, below=65_536))
         backend, bound = ("cpu:gloo,cuda:nccl", device) if device.type == "cuda" else ("gloo", None)
+        # when torchrun restarts a job, its store still has the addresses of the dead processes: use keys of its own
+        # (with several nodes, each has a count of its own)
+        attempt = env_number("TORCHELASTIC_RESTART_COUNT") if env_number("LOCAL_WORLD_SIZE") == world else 0
         with explained(f"could not join the {world} processes of this job"):  # no MASTER_ADDR, a port in use, ...
-            dist.init_process_group(backend, device_id=bound)                # barriers then know their device
+            store, rank, _ = next(dist.rendezvous("env://"))
+            store = dist.PrefixStore(f"attempt {attempt}", store)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world, device_id=bound)
     args.out.mkdir(parents=True, exist_ok=True)
     if dq.rank_world()[0] == 0:
         args.lock = lock(args.out)                                           # until main ends
@@ -309,10 +314,8 @@ def shuffled_indices(n, batch_size, seed, start=0):
 
 class Stop(contextlib.ExitStack):
     """with Stop() as stop: the first termination signal is deferred to the end of the step, a second one exits at once.
-
     A loader, a file server or another rank may block a step for ever, and then Python may not run its signal handlers.
-    So a thread ends the process if the step takes `patience` more seconds. Batch systems wait for 30.
-    """
+    So a thread ends the process if the step takes `patience` more seconds. Batch systems wait for 30."""
     # Ctrl-C and the signals of batch systems; not every system has all of them
     signals = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
 

@@ -922,9 +922,10 @@ def start(model, label, options, seed, given, first, slots, end):
     return Job(F.pad(labels, (0, 0, 0, 1)), torch.from_numpy(np.stack(uniform)).to(device), given, options), state
 
 
-def check_given(model, pos, code):
+def check_given(model, n, pos, code):
     """Raise UserError unless the given pairs (n, L) form a valid prefix, with codebook ids as contents."""
     layout, V = model.layout, model.config.codebook_size
+    require(pos.shape == code.shape == (n, layout.max_len), f"given tensors must have the shape {n}, {layout.max_len}")
     in_range = -1 <= pos.min() and pos.max() <= layout.end and -1 <= code.min() and code.max() < V
     require(in_range, f"given positions must be below {layout.n_positions} and contents below {V} (-1: sampled)")
     for pos in pos.unique(dim=0).split(8):                                   # in parts: the mask is large
@@ -949,7 +950,7 @@ def generate(model, label, options=SampleOptions(), seed=0, given=None, slots=No
     last = max(0, model.n_classes - 1)                                       # without classes, 0 means no label, too
     require(((label >= -1) & (label <= last)).all(), f"labels must be -1 (none) to {last}")
     if given is not None:
-        check_given(model, *given)
+        check_given(model, n, *given)
     graphs = device.type == "cuda" if graphs is None else graphs
     bucket, sync_every = bucket or (128 if graphs else 32), sync_every or (32 if graphs else 1)
     step, slots = torch.compile(decode_one) if compile else decode_one, max(1, min(n, slots or n))

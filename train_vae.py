@@ -299,6 +299,8 @@ def encode_dataset(vae, data, device, autocast, workers, mirrored, stop, batch_s
     if rank:
         return None
     sound = rows["label"] != BROKEN
+    if not sound.all():                                                      # each rank has warned of its own only
+        say(f"note: {(~sound).sum()} of {M} images can't be decoded; they have no codes")
     dq.require(sound.any(), "none of the images can be read")
     return rows if sound.all() else {name: x[sound] for name, x in rows.items()}
 
@@ -436,6 +438,9 @@ def recall(args):
     known = {name: settings[name] for name in ("seed", "no_flip", "dtype") if name in settings}
     if args.data is None or os.path.realpath(args.data) == os.path.realpath(folders.get("data") or ""):
         known |= folders
+    trained_on = settings.get("data", "the toy shapes")
+    dq.require(args.data or folders or trained_on == "the toy shapes",
+               f"{args.encode} does not name the folder of its {trained_on}; name it after --data")
     return known | dict(preset=recipe(saved.get("preset"), saved.get("config", {})), saved=saved)
 
 

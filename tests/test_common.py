@@ -563,6 +563,21 @@ def test_every_variable_of_torchrun_is_checked(name, value, tmp_path, monkeypatc
     assert line.startswith("error: ") and name in line and value in line and "\n" not in line
 
 
+def test_a_restarted_job_reads_no_address_of_the_first_one(tmp_path, monkeypatch):
+    """torchrun keeps its store when it restarts a job. With several nodes, their counts of restarts can differ."""
+    store, joined = common.dist.HashStore(), []
+    monkeypatch.setattr(common.dist, "rendezvous", lambda url: iter([(store, 0, 2)]))
+    monkeypatch.setattr(common.dist, "init_process_group", lambda *args, store, **how: joined.append(store))
+    variables = dict(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="29999")
+    for count, local in (("0", "2"), ("1", "2"), ("1", "1")):
+        for name, value in (variables | dict(TORCHELASTIC_RESTART_COUNT=count, LOCAL_WORLD_SIZE=local)).items():
+            monkeypatch.setenv(name, value)
+        common.prepare(SimpleNamespace(device="cpu", dtype="fp32", out=tmp_path),
+                       SimpleNamespace(accumulate=1, batch_size=2))
+    joined[0].set("rank 1", "an address")
+    assert [each.check(["rank 1"]) for each in joined] == [True, False, True]
+
+
 def test_a_port_in_use_gives_one_line(tmp_path, monkeypatch):
     with socket.socket() as taken:
         taken.bind(("", 0))

@@ -194,6 +194,16 @@ def test_given_positions_that_are_no_valid_prefix_are_refused(row, column, value
         generate(model, label, given=(pos, code))
 
 
+def test_given_pairs_of_another_shape_are_refused(device):
+    """Fewer rows left the last images without given pairs."""
+    model, label = tiny(8, (4, 2), V=5, device=device), torch.full((3,), -1, device=device)
+    none = torch.full((3, model.layout.max_len), -1, device=device)
+    generate(model, label, given=(none, none))
+    for pos, code in ((none[:2], none[:2]), (none[:, :3], none[:, :3]), (none, none[:2])):
+        with pytest.raises(dq.UserError, match="given tensors must have the shape 3, 18"):
+            generate(model, label, given=(pos, code))
+
+
 def test_given_contents_outside_the_codebook_are_refused(device):
     model, label = tiny(8, (4, 2), V=5, device=device), torch.full((1,), -1, device=device)
     pos = torch.full((1, 18), -1, device=device)

@@ -386,6 +386,7 @@ def test_broken_images_have_no_codes(tmp_path, monkeypatch, capfd):
         part = train_vae.encode_dataset(model, data, torch.device("cpu"), plain, workers=0, mirrored=False, stop=stop)
     with torch.no_grad():
         codes, grains = model.encode(torch.stack([data[i][0] for i in sound]))
+    assert f"note: {len(data) - len(sound)} of {len(data)} images can't be decoded" in capfd.readouterr().out
     assert torch.equal(part["codes"][:, 0], codes) and torch.equal(part["grains"][:, 0], grains)
     assert part["label"].tolist() == [-1] * len(sound) and len(sound) < len(data)
 
@@ -467,6 +468,16 @@ def test_encode_takes_what_the_checkpoint_knows(images, tmp_path, monkeypatch):
                 "--preset", "emoji64") is None
     other = dq.load_checkpoint(out / "codes.pt", "dq-codes")
     assert len(other["train"]["label"]) + len(other["held_out"]["label"]) == 4 and other["preset"] == "emoji64"
+
+
+def test_a_checkpoint_of_unknown_images_is_not_used_on_the_toy_shapes(vae_run, images, tmp_path):
+    """Older checkpoints do not name their folder."""
+    saved = torch.load(vae_run / "vae.pt", weights_only=True)
+    torch.save({name: x for name, x in saved.items() if name != "folders"}, tmp_path / "vae.pt")
+    flags = ["--encode", tmp_path / "vae.pt", "--out", tmp_path, "--device", DEVICE]
+    line = call(train_vae.main, *flags)
+    assert "vae.pt does not name the folder of its 13 files (checksum" in line and "name it after --data" in line
+    assert call(train_vae.main, *flags, "--data", images) is None
 
 
 @pytest.mark.usefixtures("few_for_thresholds")
