@@ -75,10 +75,10 @@ def connect():
 
 
 def message(value):
-    """-> bytes for a worker, and the packer that knows their tensors and functions"""
+    """-> bytes for a worker, and the tensors in them"""
     packer = worker.Packer()
     packer.dump(value)
-    return packer.file.getvalue(), packer
+    return packer.file.getvalue(), packer.tensors
 
 
 class NotGraded(Exception):
@@ -99,8 +99,8 @@ class Nursery:
         self.close()
         self.control, theirs = socket.socketpair()
         environment = {name: os.environ[name] for name in KEPT if name in os.environ} | {"OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen([sys.executable, str(HERE / "worker.py")], stdin=theirs, cwd="/",
-                                        env=environment)
+        self.process = subprocess.Popen([sys.executable, "-c", "import worker; worker.nursery()"], stdin=theirs,
+                                        cwd=HERE, env=environment)
         theirs.close()
 
     def close(self):
@@ -136,7 +136,7 @@ CHANGES = {"Codebook.update": 0, "Codebook.restart": 0, "decode_one": 2}     # t
 
 
 class Remote:
-    """Calls a function of dq.py in a worker, as if it were here: with gradients, changes in place, and callbacks.
+    """Calls a function of dq.py in a worker, as if it were here: with gradients and changes in place.
 
     base: the text of dq.py; submission: what the worker adds to it; functions: of these, what replaces ours
     """
@@ -165,38 +165,28 @@ class Remote:
         return self.waited
 
     def ask(self, **order):
-        """-> the tensors that were sent, and the reply; meanwhile the worker may call functions of the test"""
-        data, packer = message(order)
-        tensors, functions = packer.tensors, packer.functions
-        while True:
-            start = time.perf_counter()
-            kind, *reply = self.exchange(data)
-            self.waited += time.perf_counter() - start
-            if kind != "callback":
-                return tensors, reply
-            number, arguments = reply
-            data, packer = message(functions[number](*arguments))
-            tensors = tensors + packer.tensors
-
-    def exchange(self, data):
-        left = self.deadline - time.monotonic()
+        """-> the tensors that were sent, and the reply"""
+        data, tensors = message(order)
+        start = time.monotonic()
         try:
             self.connection.send_bytes(data)
+            left = self.deadline - start
             if left <= 0 or not self.connection.poll(left):
                 raise Lost(NOT_RUN if self.deadline == self.until else f"not done after {10 * self.limit:g} seconds")
             kind, *reply = worker.read_answer(self.connection.recv_bytes(worker.MAX_BYTES))
         except (EOFError, OSError):
-            raise Lost("its process died") from None
-        except Fault:
+            late = self.waited + time.monotonic() - start >= self.limit      # then the kernel has ended the process
+            raise Lost(f"not done after {self.limit:g} seconds of computing" if late else "its process died") from None
+        except Lost:
             raise
         except Exception as error:
             raise Fault(f"an answer that can't be read ({type(error).__name__})") from None
+        self.waited += time.monotonic() - start
         if kind == "unfenced":
             raise NotGraded(f"the worker could not be fenced ({reply[0]})")
         if kind == "error":
-            late = reply[0] == worker.LATE
-            raise Lost(f"not done after {self.limit:g} seconds of computing") if late else Fault(str(reply[0]))
-        return kind, *reply
+            raise Fault(str(reply[0]))
+        return tensors, reply
 
     def __call__(self, *args, **kwargs):
         self.count += 1
@@ -225,6 +215,7 @@ class Remote:
                 return None, *self.ask(number=number, grads=[grad])[1][0]
 
         return Gradient.apply(result, *inputs)
+
 
 @contextlib.contextmanager
 def in_place(function, remote):
