@@ -218,7 +218,7 @@ def main():
     path = f"picture-{args.number}.png"
     try:
         Pictures(dq).image(args.number - 1).save(path)
-    except NotImplementedError as error:
+    except dq.UserError as error:
         sys.exit(f"no picture yet: {error}")
     print(path)
 

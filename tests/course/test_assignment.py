@@ -17,7 +17,7 @@ import struct
 import sys
 import time
 import zipfile
-from concurrent.futures import Future
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,7 +31,6 @@ import dq
 import fence
 import handout
 import leaderboard
-import naive
 import picture
 import right_solutions
 import test_speed
@@ -47,7 +46,7 @@ begin()                                                                      # w
 ALL = "DQ_COURSE_ALL" in os.environ      # grade all exercises below, which takes minutes; else some
 SOURCE = (ROOT / "dq.py").read_text(encoding="utf-8")
 FUNCTIONS = [e.function for e in EXERCISES]
-OURS = {function: text_of(SOURCE, definitions(ast.parse(SOURCE))[function]) for function in FUNCTIONS}
+OURS = {function: text_of(SOURCE, function) for function in FUNCTIONS}
 STUBS = {function: stub(text) for function, text in OURS.items()}
 POINTS = {e.function: e.points for e in EXERCISES}
 
@@ -83,32 +82,23 @@ def wrong_text(function, old, new):
 @pytest.fixture(scope="module")
 def checker():
     """This process checks submissions, as one that `grade` starts."""
-    kept, threads = dict(vars(naive)), dq.torch.get_num_threads()
+    threads = dq.torch.get_num_threads()
     checks.prepare(ROOT)
     yield checks
     dq.torch.set_num_threads(threads)
-    vars(naive).update(kept)
     checks.nursery.close()
 
 
 @pytest.fixture
 def grade(checker, tmp_path, monkeypatch):
     """`grade` of some exercises without other processes of the grader -> as `points` does"""
-    def submit(check, *task):
-        future = Future()
-        try:
-            future.set_result(check(*task))
-        except checks.NotGraded as error:
-            future.set_exception(error)
-        return future
-
     def run(path, *only, minutes=8, **tables):
         only = only or range(1, len(EXERCISES) + 1)
         table = tmp_path / "graded.json"
         args = dict(paths=[path], only=only, limit=20, minutes=minutes, csv=None, json=table, gradescope=None)
         assignment.grade(SimpleNamespace(**args | dict(variant=None) | tables))
         return points(table)
-    monkeypatch.setattr(assignment, "checkers", lambda *_, **__: SimpleNamespace(submit=submit, shutdown=lambda: None))
+    monkeypatch.setattr(assignment, "checkers", lambda *_, **__: ThreadPoolExecutor(1))
     monkeypatch.setattr(checks.Nursery, "close", lambda self: None)          # other tests need it, too
     return run
 
@@ -343,7 +333,6 @@ def test_many_submissions_in_one_command(tmp_path):
         assert set(got["cheats/my_dq.py"].values()) == {0}, rows["cheats/my_dq.py"]
     for function, most in wanted.items():
         assert got["wrong/dq.py"][function] < most if function in lost else got["wrong/dq.py"][function] == most
-    assert checks.unwritten("def draws(): pass", "draw") == "missing"
     unread = {"syntax.py", "null.py", "none", "bad.ipynb", "text.py", "bob.zip"}
     assert {name for name, row in rows.items() if row["fault"]} == unread and "unpack" in rows["bob.zip"]["fault"]
     assert all(name in printed for name in rows)
