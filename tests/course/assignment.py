@@ -36,7 +36,7 @@ from exercises import (BONUS, EXERCISES, RULES, SECOND_WEEK, SOURCES, SPEED, TES
 ROOT = Path(__file__).resolve().parents[2]
 COURSE = Path("tests") / "course"
 KIT = ["assignment.py", "exercises.py", "checks.py", "worker.py", "fence.py", "picture.py"]
-VAE = COURSE / "vae.pt"                                                      # a small DQ-VAE, for pictures
+NAMES = [*SOURCES, *(f"tests/{name}" for name in TESTS), *(f"tests/course/{name}" for name in KIT)]
 HANDED_OUT = ROOT / COURSE / "handed_out.py"                                 # dq.py as it was, in a student's copy
 IS_COPY = HANDED_OUT.exists()
 HIDDEN = "DQ_COURSE_HIDDEN"                                                  # environment: the seed of hidden cases
@@ -66,8 +66,7 @@ def in_all():
 
 def write_project(folder, variant=None, hidden=None):
     """Write sources, the tests of the exercises and the kit into an empty folder, edited for a variant, if any."""
-    names = [*SOURCES, *(f"tests/{name}" for name in TESTS), *(f"tests/course/{name}" for name in KIT)]
-    for name, text in project(names, variant, hidden).items():
+    for name, text in project(NAMES, variant, hidden).items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text, encoding="utf-8")
 
@@ -98,9 +97,9 @@ def make(folder, variant):
     holes = with_holes(full)
     for name in ("dq.py", COURSE / "handed_out.py"):
         (folder / name).write_text(holes, encoding="utf-8")
-    for name in ("pyproject.toml", "LICENSE", ".gitignore", VAE):
+    for name in ("pyproject.toml", "LICENSE", ".gitignore", COURSE / "vae.pt"):
         shutil.copy(ROOT / name, folder / name)
-    handout.write(folder, full, in_all(), vars(executed(full, "dq")))
+    handout.write(folder, full, in_all(), executed(full, "dq"))
     print(f"{folder} is a copy with {len(EXERCISES)} functions to write; there, "
           f"python tests/course/assignment.py list names them in order.\n{RULES}")
     if variant is not None:
@@ -132,12 +131,10 @@ cd /autograder/source
 
 def make_autograder(path, variant):
     """What Gradescope takes: a zip with setup.sh, run_autograder and, beside them, the project with its answers."""
-    names = [*SOURCES, "pyproject.toml", *(f"tests/{name}" for name in TESTS),
-             *(f"tests/course/{name}" for name in [*KIT, "variants.py"])]
     run = RUN.format(hidden=HIDDEN, seed=secrets.randbelow(2 ** 31),
                      variant="" if variant is None else f" --variant {variant}")
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name in names:
+        for name in (*NAMES, "tests/course/variants.py"):
             archive.write(ROOT / name, name)
         for name, text in (("setup.sh", SETUP), ("run_autograder", run)):
             info = zipfile.ZipInfo(name, time.localtime()[:6])
@@ -246,18 +243,17 @@ def load(name, student, file):
     return submission
 
 
-def checkers(*args, n_tasks):
+def checkers(folder, text, n_tasks):
     """Processes that run tests, as many as there are cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     checks.connect()                                                         # imports torch once for all of them
-    return ProcessPoolExecutor(min(cores, -(-n_tasks // 4)), get_context("fork"), checks.prepare, args)
+    return ProcessPoolExecutor(min(cores, -(-n_tasks // 4)), get_context("fork"), checks.prepare, (folder, text))
 
 
 def run_tests(submissions, numbers, folder, args, seed, kind):
     """The tests of these exercises: one submission after the other, the exercises of each in parallel."""
-    def start():
-        return checkers(folder, submissions[0].text if IS_COPY else None, n_tasks=len(submissions) * len(numbers))
-    pool = start()
+    how = folder, submissions[0].text if IS_COPY else None, len(submissions) * len(numbers)
+    pool = checkers(*how)
     for each in submissions:
         begin, results, left = time.monotonic(), getattr(each, kind), list(numbers)
         until = begin + max(0.0, 60 * args.minutes - each.seconds)
@@ -267,7 +263,8 @@ def run_tests(submissions, numbers, folder, args, seed, kind):
             futures = {}
             with contextlib.suppress(BrokenExecutor):                        # one of the processes has died
                 for number in left:
-                    futures[number] = pool.submit(checks.check, number, each.text, args.limit, seed, until, each.helpers)
+                    task = number, each.text, args.limit, seed, until, each.helpers
+                    futures[number] = pool.submit(checks.check, *task)
             for number, future in futures.items():
                 try:
                     results[number] = future.result()
@@ -278,7 +275,7 @@ def run_tests(submissions, numbers, folder, args, seed, kind):
             if not left:
                 break
             pool.shutdown()
-            pool = start()
+            pool = checkers(*how)
         each.seconds += time.monotonic() - begin
     pool.shutdown()
 

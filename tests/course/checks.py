@@ -76,11 +76,6 @@ class Nursery:
     """Where workers come from: forks of a process that knows torch only."""
 
     def __init__(self):
-        self.process = None
-        self.start()
-
-    def start(self):
-        self.close()
         self.control, theirs = socket.socketpair()
         environment = {name: os.environ[name] for name in KEPT if name in os.environ} | {"OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen([sys.executable, "-c", "import worker; worker.nursery()"], stdin=theirs,
@@ -88,10 +83,9 @@ class Nursery:
         theirs.close()
 
     def close(self):
-        if self.process:
-            self.control.close()
-            self.process.kill()
-            self.process = None
+        self.control.close()
+        self.process.kill()
+        self.process.wait()
 
     def worker(self):
         """-> a connection to a new worker, its process id. After a failure, the next worker has a new nursery."""
@@ -103,7 +97,8 @@ class Nursery:
                 raise TimeoutError("not within a minute")
             return ours, worker.read_answer(ours.recv_bytes())[0]
         except (OSError, EOFError) as error:
-            self.start()
+            self.close()
+            self.__init__()
             raise NotGraded(f"no worker could be started ({type(error).__name__}: {error})") from None
 
 

@@ -100,11 +100,12 @@ def _board(config, weights, *batch):
 """
 
 
-class Foreign:
+class Foreign(torch.nn.Module):
     """A model of a student's own dq.py, as `evaluate` of train_transformer.py takes it."""
 
     def __init__(self, source, saved):
         import dq
+        super().__init__()
         checks.connect()
         known = dq.TransformerConfig.__dataclass_fields__
         self.config = dq.TransformerConfig(**{name: x for name, x in saved["config"].items() if name in known})
@@ -113,11 +114,6 @@ class Foreign:
         self.remote = checks.Remote(source + BRIDGE, "", [], "_board", 3600.0, self.folder.name)
         with torch.no_grad():
             self.remote(saved["config"], dict(saved["weights"]))
-
-    def train(self, mode=True):
-        return self
-
-    eval = train
 
     def logits(self, pos, code, label):
         """Those of the remote model, step by step, so that it can't know its answer or what comes later."""
@@ -134,7 +130,7 @@ class Foreign:
         legal = legal == legal.gather(2, pos[..., None])                     # what a variant says where all is well
         return position.masked_fill(~legal, -math.inf), content
 
-    def __call__(self, pos, code, label):
+    def forward(self, pos, code, label):
         """Nats of position and content, by our own dq.py from the model's logits."""
         import dq
         return dq.DQTransformer.forward(self, pos, code, label)

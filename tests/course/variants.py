@@ -17,6 +17,8 @@ import functools
 import random
 import re
 
+from exercises import definitions
+
 D, N, S = "dq.py", "tests/naive.py", "tests/course/test_speed.py"
 ROUTERS, CODEBOOK, VAE = "tests/test_routers.py", "tests/test_codebook.py", "tests/test_vae.py"
 LAYOUT, TRANSFORMER, SAMPLING = "tests/test_layout.py", "tests/test_transformer.py", "tests/test_sampling.py"
@@ -45,18 +47,12 @@ parse = functools.lru_cache(512)(ast.parse)
 DOC = "doc: "
 
 
-def part(tree, name):
-    """The class, method or function of this name, or the module; None if there is none."""
-    for each in filter(None, name.split(".")):
-        tree = next((node for node in tree.body if getattr(node, "name", "") == each), None) if tree else None
-    return tree
-
-
 def located(text, function, old, new):
     """-> [where an edit acts in a text, first and last byte, and what stands there then]. ValueError unless it is there
     once, or, where the function is "*", at least once. New code that brings a comment, or is empty, replaces the old
     comment, too."""
-    inside, data = part(parse(text), function.strip("*")), text.encode()
+    tree, data = parse(text), text.encode()
+    inside = definitions(tree).get(function, tree if function in ("", "*") else None)
     starts = [0, *(each.end() for each in re.finditer(b"\n", data))]
     if inside is None:
         raise ValueError(f"there is no {function}")
@@ -183,10 +179,8 @@ for k, cells in enumerate((1, 4, 16)):
         (D, "Layout", "doc: a f g -1 b c d e -1", "a  f  g  -1  b  d  c  e  -1"),
         (D, "Layout", "doc: region 0 1 2 3 4 0 0 1 1 0 0 1 1 2 2 3 3 2 2 3 3 4",
          "region     0  2  1  3   4    0  0  2  2   0  0  2  2   1  1  3  3   1  1  3  3   4"),
-        (D, "Layout.legal", "doc: prev 4 -> 7", "prev   4 -> 13"),
-        (D, "Layout.legal", "doc: 7 -> 8", "13 -> 14"),
-        (D, "Layout.legal", "doc: 8 -> 11", "14 -> 17"),
-        (D, "Layout.legal", "doc: 12 -> 21", "18 -> 21"),
+        (D, "Layout.legal", "doc: prev 4 -> 7 (the first uncovered) 7 -> 8 8 -> 11 (pending) 12 -> 21",
+         "prev   4 -> 13     (the first uncovered)      13 -> 14        14 -> 17 (pending)      18 -> 21"),
         (N, "where", "return k, (p - first) // side, (p - first) % side",
          "return k, (p - first) % side, (p - first) // side"),
         (N, "pack", "for y in range(side):\n    for x in range(side):\n        if _1 == k:\n"
@@ -280,23 +274,18 @@ def chosen(seed):
     return [draws.randrange(len(choices)) for _, choices, _ in VARIATIONS]
 
 
-def of_choice(variation, number):
-    """-> its edits"""
-    _, choices, edits = variation
-    words = choices[number] if isinstance(choices[number], tuple) else (choices[number],)
-    for file, function, old, new in edits:
-        for i, each in enumerate(words):
-            new = new.replace(f"<{i}>", each)
-        yield file, function, old, new
-
-
 def edits(seed):
-    return [each for variation, number in zip(VARIATIONS, chosen(seed)) for each in of_choice(variation, number)]
+    for (_, choices, rows), number in zip(VARIATIONS, chosen(seed)):
+        words = choices[number] if isinstance(choices[number], tuple) else (choices[number],)
+        for file, function, old, new in rows:
+            for i, each in enumerate(words):
+                new = new.replace(f"<{i}>", each)
+            yield file, function, old, new
 
 
 def edited(texts, seed, hidden=None):
     """{file: text} as a variant has it (seed None: as it is published), with the sizes of hidden cases where asked."""
-    texts = applied(texts, edits(seed)) if seed is not None else texts
+    texts = applied(texts, [*edits(seed)]) if seed is not None else texts
     return applied(texts, HIDDEN) if hidden is not None else texts
 
 
