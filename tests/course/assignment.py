@@ -213,17 +213,12 @@ def collect(path, one=False):
 
     one: the folder is one student's
     """
-    if not path.is_dir():
-        return [(str(path), path.parent.name if path.name == "dq.py" else path.stem, path)]
-    if one or (path / "dq.py").exists():
-        return [(str(file_in(path) or path), path.name, file_in(path))]
-    found = []
-    for each in sorted(path.iterdir()):
-        if not each.name.startswith((".", "__")):
-            file = file_in(each) if each.is_dir() else each
-            name = str(file.relative_to(path)) if file else each.name
-            found.append((name, each.name if each.is_dir() else each.stem, file))
-    return found
+    if path.is_dir() and not one and not (path / "dq.py").exists():
+        inside = [each for each in sorted(path.iterdir()) if not each.name.startswith((".", "__"))]
+        return [row for each in inside for row in collect(each, one=True)]
+    file = file_in(path) if path.is_dir() else path
+    student = path.name if path.is_dir() else path.parent.name if path.name == "dq.py" else path.stem
+    return [(str(file or path), student, file)]
 
 
 def load(name, student, file):
@@ -308,9 +303,11 @@ def grade(args):
         show_one(rows[0])
     else:
         show_many(rows, numbers, seconds)
-    for path, table in ((args.csv, in_csv), (args.json, in_json), (args.gradescope, for_gradescope)):
+    tables = {args.csv: in_csv(rows, numbers), args.json: json.dumps(dict(submissions=rows), indent=1),
+              args.gradescope: for_gradescope(rows[0], seconds)}
+    for path, text in tables.items():
         if path:
-            path.write_text(table(rows, numbers, seconds), encoding="utf-8", newline="")
+            path.write_text(text, encoding="utf-8", newline="")
     failed = [row["file"] for row in rows if row["fault"].startswith(NOT_GRADED)]
     if failed:
         sys.exit(f"the grader failed with exercises of {', '.join(failed)}; grade them again")
@@ -342,7 +339,7 @@ def show_many(rows, numbers, seconds):
     print(f"{len(rows)} submissions, {bad} of them can't be read, {seconds:.0f} seconds")
 
 
-def in_csv(rows, numbers, seconds):
+def in_csv(rows, numbers):
     file = io.StringIO(newline="")
     table = csv.writer(file)
     table.writerow(["student", "file", *(EXERCISES[number].function for number in numbers), "all", "bonus", "fault"])
@@ -353,13 +350,9 @@ def in_csv(rows, numbers, seconds):
     return file.getvalue()
 
 
-def in_json(rows, numbers, seconds):
-    return json.dumps(dict(seconds=round(seconds, 1), submissions=rows), indent=1)
-
-
-def for_gradescope(rows, numbers, seconds):
+def for_gradescope(row, seconds):
     """results.json of one submission, by the names of Gradescope's autograder specification."""
-    row, tests = rows[0], []
+    tests = []
     for each in row["exercises"]:
         for hidden, (got, most, fault) in enumerate(each["parts"]):
             name = f"{EXERCISES[each['number'] - 1].name}: {each['function']}" + ", hidden cases" * hidden
@@ -397,12 +390,9 @@ def main():
     grading.add_argument("--gradescope", type=Path, metavar="FILE", help="also write results.json, of one submission")
     splitting = commands.add_parser("split", help="codes to hand out, and a private part that ranks")
     splitting.add_argument("codes", type=Path, metavar="CODES", help="what train_vae.py wrote")
-    splitting.add_argument("--public", type=Path, metavar="FILE", default=Path("public.pt"))
-    splitting.add_argument("--private", type=Path, metavar="FILE", default=Path("private.pt"))
     ranking = commands.add_parser("leaderboard", help="the open part")
     ranking.add_argument("folder", type=Path, metavar="FOLDER", help="a transformer.pt in each student's folder")
-    ranking.add_argument("--codes", type=Path, metavar="FILE", default=Path("out/codes.pt"), help="those handed out")
-    ranking.add_argument("--private", type=Path, metavar="FILE", help="the part that `split` kept back, which ranks")
+    ranking.add_argument("--codes", type=Path, metavar="FILE", default=Path("private.pt"), help="of `split`")
     for command in (making, grading, ranking):
         command.add_argument("--variant", type=int, metavar="SEED",
                              help="a specification that the published dq.py does not solve")
@@ -428,9 +418,9 @@ def main():
     else:
         import leaderboard
         if args.command == "split":
-            leaderboard.split(args.codes, args.public, args.private)
+            leaderboard.split(args.codes, Path("public.pt"), Path("private.pt"))
         else:
-            leaderboard.show(args.folder, args.codes, args.private, args.variant)
+            leaderboard.show(args.folder, args.codes, args.variant)
 
 
 if __name__ == "__main__":

@@ -67,8 +67,8 @@ def kit(*args, root=ROOT, **environment):
 
 
 def points(table):
-    """What `grade` wrote with --json -> {file: {function: points}}, and its rows by file"""
-    rows = {row["file"]: row for row in json.loads(table.read_text())["submissions"]}
+    """What `grade` wrote with --json -> {student: {function: points}}, and its rows by student"""
+    rows = {row["student"]: row for row in json.loads(table.read_text())["submissions"]}
     return {name: {each["function"]: each["points"] for each in row["exercises"]} for name, row in rows.items()}, rows
 
 
@@ -242,9 +242,9 @@ def budget_loss(gate, ratios):
     folder, table = write(tmp_path / "in", {"mine.py": text, "stubs.py": stubs}), tmp_path / "all.json"
     kit("grade", folder, "--json", table, root=copy)
     for got, rows in (points(table), grade(folder)):
-        assert {function for function in FUNCTIONS if got["mine.py"][function]} == {"budget_loss", "straight_through"}
-        assert rows["mine.py"]["unused"] == ["one_hot"] and set(got["stubs.py"].values()) == {0}
-        assert {each["fault"] for each in rows["stubs.py"]["exercises"]} == {"not written yet"}
+        assert {function for function in FUNCTIONS if got["mine"][function]} == {"budget_loss", "straight_through"}
+        assert rows["mine"]["unused"] == ["one_hot"] and set(got["stubs"].values()) == {0}
+        assert {each["fault"] for each in rows["stubs"]["exercises"]} == {"not written yet"}
     grade(folder / "mine.py", 3, 4, 5)
     printed = capsys.readouterr().out.splitlines()
     assert [line.split()[2] for line in printed[-5:-2]] == ["4", "4", "0"] and printed[-1].endswith("not used: one_hot")
@@ -252,14 +252,10 @@ def budget_loss(gate, ratios):
 
 SUBMISSION = """\
 from __future__ import annotations
-import os, json as j
+import os
 import no_such_package
 from math import *
 from math import tau, e as F
-try:
-    import numpy as fast
-except ImportError:
-    fast = None
 os.getcwd = None
 print(1 / 0)
 
@@ -281,7 +277,7 @@ def helper(x, tau=tau):
 
 RandomRouter.volume = lambda self: 8
 ThresholdRouter.forward = lambda self: 9
-draw = lambda x: 3 * helper(x) * (fast is not None)
+draw = lambda x: 3 * helper(x)
 """
 
 
@@ -320,18 +316,18 @@ def test_many_submissions_in_one_command(grade, tmp_path, capsys):
     got, rows = grade(folder, *numbers, limit=5, csv=tmp_path / "all.csv")
     printed = capsys.readouterr().out
     assert not (tmp_path / "target").exists() and len(right_solutions.RIGHT) >= 10
-    assert got["ours.py"] == got["right.py"] == wanted, rows["right.py"]
+    assert got["ours"] == got["right"] == wanted, rows["right"]
     if fence.landlock_version():                                             # else `grade` says that there is no fence
-        assert set(got["cheats/my_dq.py"].values()) == {0}, rows["cheats/my_dq.py"]
+        assert set(got["cheats"].values()) == {0}, rows["cheats"]
     for function, most in wanted.items():
-        assert got["wrong/dq.py"][function] < most if function in lost else got["wrong/dq.py"][function] == most
-    unread = {"syntax.py", "null.py", "none", "bad.ipynb", "text.py", "bob.zip"}
-    assert {name for name, row in rows.items() if row["fault"]} == unread and "unpack" in rows["bob.zip"]["fault"]
-    assert all(name in printed for name in rows)
+        assert got["wrong"][function] < most if function in lost else got["wrong"][function] == most
+    unread = {"syntax", "null", "none", "bad", "text", "bob"}
+    assert {name for name, row in rows.items() if row["fault"]} == unread and "unpack" in rows["bob"]["fault"]
+    assert all(row["file"] in printed for row in rows.values())
     with open(tmp_path / "all.csv", newline="", encoding="utf-8") as file:
         table = {row["student"]: row for row in csv.DictReader(file)}
     assert table["ours"]["all"] == str(sum(wanted.values()) - 20 * ALL) and table["ours"]["bonus"] == str(20 * ALL)
-    assert table["wrong"]["file"] == "wrong/dq.py" and table["syntax"]["fault"] and not table["syntax"]["all"]
+    assert table["wrong"]["file"].endswith("wrong/dq.py") and table["syntax"]["fault"] and not table["syntax"]["all"]
 
 
 def test_commands_that_end_with_a_line(grade, tmp_path, monkeypatch, capsys):
@@ -356,9 +352,8 @@ def test_commands_that_end_with_a_line(grade, tmp_path, monkeypatch, capsys):
 
 
 def graded(checker, function, text, **kwargs):
-    """-> what the tests of an exercise say of a file, or of one with this text of the function"""
-    text = text if "\nimport" in text else replaced(SOURCE, function, text)
-    return checker.check(FUNCTIONS.index(function), text, **kwargs)
+    """-> what the tests of an exercise say of a file with this text of the function"""
+    return checker.check(FUNCTIONS.index(function), replaced(SOURCE, function, text), **kwargs)
 
 
 def test_one_closed_folder_of_python_is_noticed(tmp_path, monkeypatch):
@@ -417,7 +412,7 @@ def test_faults_in_starting_workers_cost_no_points(grade, checker, tmp_path, mon
     write(tmp_path, {"dq.py": replaced(SOURCE, "Codebook.assign", "def assign(self, z):\n    import os\n"
                                        "    raise ValueError('MY_TOKEN' in os.environ, len(os.environ))")})
     got, rows = grade(tmp_path / "dq.py", 4, 5)
-    fault = rows[str(tmp_path / "dq.py")]["exercises"][1]["fault"]
+    fault = rows[tmp_path.name]["exercises"][1]["fault"]
     assert [*got.values()] == [{"straight_through": 4, "Codebook.assign": 0}]
     assert "ValueError: (False, " in fault and int(re.search(r"False, (\d+)", fault)[1]) < 9
     started = []
@@ -466,8 +461,8 @@ def test_what_students_hand_in(checker, tmp_path):
         "lea.ipynb": json.dumps(dict(cells=[dict(cell_type="code", source=source) for source in cells]))})
     rows = {each.student: each for each in (assignment.load(*each) for each in assignment.collect(tmp_path))}
     assert {name for name, row in rows.items() if row.fault} == {"eve"}
-    said = {name: set(graded(checker, "straight_through", "\nimport os\n" + rows[name].text,
-                             helpers=rows[name].helpers).values()) for name in ("ann", "lea", "tom")}
+    said = {name: set(checker.check(3, rows[name].text, helpers=rows[name].helpers).values())
+            for name in ("ann", "lea", "tom")}
     assert said["ann"] == said["lea"] == {""} and "No module named 'naive'" in str(said["tom"])
 
 
@@ -536,18 +531,18 @@ def test_no_text_of_a_variant_has_the_published_rule(choice, tmp_path, monkeypat
 
 
 def test_the_example_of_the_docstring_is_that_of_the_variant():
-    space = vars(executed(project(["dq.py"], 5)["dq.py"], "variant"))
-    layout, torch = space["Layout"](4, (2, 1)), dq.torch
+    of_variant, torch = executed(project(["dq.py"], 5)["dq.py"], "variant").Layout, dq.torch
+    layout = of_variant(4, (2, 1))
     codes = torch.tensor([["abcdefg".index(c) for c in row] for row in ("aabc", "aade", "ffgg", "ffgg")])
     pos, code = layout.pack(codes[None], torch.tensor([[[0, 1], [0, 0]]]))
     n = int(layout.lengths(pos)[0])
     said = {name: re.findall(r"[\w-]+", row)[:n] for name, row in re.findall(
-        r"(position|content) +([\w -]+)", space["Layout"].__doc__.split("Example")[1])}
+        r"(position|content) +([\w -]+)", of_variant.__doc__.split("Example")[1])}
     assert said["position"] == [str(p) for p in pos[0, :n].tolist()]
     assert said["content"] == ["-1" if c < 0 else "abcdefg"[c] for c in code[0, :n].tolist()]
-    tables = dict(re.findall(r"(grain|region|first_id) +([\d ]+)", space["Layout"].__doc__))
+    tables = dict(re.findall(r"(grain|region|first_id) +([\d ]+)", of_variant.__doc__))
     assert all(getattr(layout, name).tolist() == [int(x) for x in row.split()] for name, row in tables.items())
-    follows = re.findall(r"(-?\d+) -> (\d+(?: \d+)*)", space["Layout"].legal.__doc__)
+    follows = re.findall(r"(-?\d+) -> (\d+(?: \d+)*)", of_variant.legal.__doc__)
     assert len(tables) == 3 and len(follows) == 7
     for prev, ids in follows:                                                # grains: the final ones, as in training
         may = layout.legal(torch.tensor([int(prev)]), layout.grains(pos))[0]
@@ -561,8 +556,8 @@ def test_a_variant_is_solved_by_its_reference_alone(tmp_path):
     numbers, environment = ([1, 4, 7, 8, 10, 15], {}) if not ALL else (range(1, 18), dict(DQ_COURSE_HIDDEN="3"))
     kit("grade", folder, "--variant", 5, "--only", *numbers, "--json", tmp_path / "all.json", **environment)
     got, rows = points(tmp_path / "all.json")
-    assert got["this.py"] == {function: POINTS[function] for function in got["this.py"]}, rows["this.py"]
-    assert set(got["public.py"].values()) == {0}, rows["public.py"]
+    assert got["this"] == {function: POINTS[function] for function in got["this"]}, rows["this"]
+    assert set(got["public"].values()) == {0}, rows["public"]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -584,13 +579,11 @@ def test_the_leaderboard_ranks_by_nats_and_lets_nobody_look_ahead(run, checker, 
         write(folder, {f"{name}/dq.py": variants.applied(dict(dq=SOURCE), edit)["dq"]})
     parts = [tmp_path / "public.pt", tmp_path / "private.pt"]
     leaderboard.split(run / "codes.pt", *parts)
-    public, private = (dq.load_checkpoint(path, "dq-codes") for path in parts)
-    whole = dq.load_checkpoint(run / "codes.pt", "dq-codes")["held_out"]["codes"]
-    both = [*public["held_out"]["codes"], *private["held_out"]["codes"]]
-    assert sorted(map(str, both)) == sorted(map(str, whole)) and len(private["held_out"]["codes"]) >= 1
-    assert dq.torch.equal(private["train"]["codes"], private["held_out"]["codes"])  # nothing else is in it
+    whole, public, private = ([str(each) for each in dq.load_checkpoint(path, "dq-codes")["held_out"]["codes"]]
+                              for path in (run / "codes.pt", *parts))
+    assert private and sorted(public + private) == sorted(whole)
     capsys.readouterr()
-    leaderboard.rank(folder, *parts)
+    leaderboard.rank(folder, parts[1])
     printed, errors = capsys.readouterr()
     rows = {line.split()[1]: line for line in printed.splitlines()[1:]}
     assert rows.keys() == {"plain", "damaged", "none", *answers} and not errors
