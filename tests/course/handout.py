@@ -1,6 +1,6 @@
-"""What is written for students alone: the README of their copy, a page with a picture for each exercise, questions.
+"""What is written for students alone: the README of their copy, and a handout on each exercise, with a picture.
 
-The pages come from the file that is handed out, so they follow a variant: docstrings are from its text, and pictures
+The handouts come from the file that students get, so they follow a variant: docstrings are from its text, and pictures
 from its functions. The formulas below leave open what a variant may change, and refer to the docstring for it.
 """
 import ast
@@ -23,10 +23,10 @@ python3 -m venv .venv && .venv/bin/pip install torch numpy pillow tqdm pytest
 1. Read the docstring at the top of `dq.py`, then `pack` in `tests/naive.py`. That file explains the method a second
    time, by loops, for one image. A function of `dq.py` computes the same for whole batches.
 2. Take the exercises in the order of the table. The tests of an exercise need those that the table names.
-3. For each exercise read its page in `handout/` (`handout/all.md` has all of them), its docstring, and the comments in
-   its body. Most of these give the shape of a variable of our solution; yours may differ.
+3. For each exercise read its section in `handout/all.md`, its docstring, and the comments in its body. Most of these
+   give the shape of a variable of our solution; yours may differ.
 4. Run its tests: `python -m pytest -q` and the paths that `list` names. `python tests/course/picture.py 2` draws what
-   your exercise 2 computes; the page shows the same picture by our solution.
+   your exercise 2 computes; the handout shows the same picture by our solution.
 5. `assignment.py grade dq.py --only 3` prints your points of exercise 3 alone. It needs Linux, macOS or WSL.
 
 | | exercise | function | points | minutes | difficulty | needs |
@@ -145,29 +145,23 @@ def write(folder, full, in_all, dq):
     pictures, pages = picture.Pictures(dq), []
     (folder / "README.md").write_text(README.format(
         n=len(EXERCISES), last=SECOND_WEEK - 1, rules=RULES, in_all=in_all, table="\n".join(
-            f"| {n} | [{e.name}](handout/{file_name(n, e)}) | `{e.function}` | {e.points} | {e.minutes} | {e.level} | "
-            f"{', '.join(e.needs.split())} |" for n, e in enumerate(EXERCISES, 1))), encoding="utf-8")
+            f"| {n} | {e.name} | `{e.function}` | {e.points} | {e.minutes} | {e.level} | {', '.join(e.needs.split())} |"
+            for n, e in enumerate(EXERCISES, 1))), encoding="utf-8")
     (folder / "handout").mkdir()
     functions = definitions(ast.parse(full))
     for number, e in enumerate(EXERCISES, 1):
-        node, name, (facts, *tests) = functions[e.function], file_name(number, e), described(e)
-        text = [f"# {number}. {e.name[0].upper() + e.name[1:]}", "", facts, "", "## Statement", "",
+        node, (facts, *tests) = functions[e.function], described(e)
+        pages += [f"# {number}. {e.name[0].upper() + e.name[1:]}", "", facts, "", "## Statement", "",
                 f"`{e.function}({ast.unparse(node.args)})`", "",
                 *(line.strip() for line in ast.get_docstring(node).splitlines()), "", "## Mathematics", "",
-                MATHEMATICS[e.function], "", f"![picture {number}]({name.replace('.md', '.png')})", "",
+                MATHEMATICS[e.function], "", f"![picture {number}]({number:02}.png)", "",
                 "## What to deliver", "",
                 f"The function in `dq.py`. {'Each of these tests counts by itself:' if e.parts else 'All must pass:'}",
                 "", "```", *tests, "```", ""]
-        pages.append("\n".join(text))
-        (folder / "handout" / name).write_text(pages[-1], encoding="utf-8")
-        pictures.image(number - 1).save(folder / "handout" / name.replace(".md", ".png"))
+        pictures.image(number - 1).save(folder / "handout" / f"{number:02}.png")
     for title, rows in (("Questions", QUESTIONS), ("Experiments", EXPERIMENTS)):
         pages += [f"# {title}\n", *(f"{n}. {row[0]}" for n, row in enumerate(rows, 1)), ""]
     (folder / "handout" / "all.md").write_text("\n".join(pages), encoding="utf-8")
-
-
-def file_name(number, e):
-    return f"{number:02}-{e.function.replace('.', '-')}.md"
 
 
 def for_assistants():

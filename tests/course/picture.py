@@ -1,6 +1,6 @@
 """A picture for each exercise, by the functions of dq.py as they are: python tests/course/picture.py 2
 
-The images are toy shapes, their DQ-VAE is tests/course/vae.pt. The pages in handout/ show the same pictures, by our
+The images are toy shapes, their DQ-VAE is tests/course/vae.pt. handout/all.md shows the same pictures, by our
 functions; yours should look like them.
 """
 import argparse
