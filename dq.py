@@ -10,13 +10,14 @@ with Dynamic Vector Quantization", CVPR 2023 (arXiv 2305.11718). The file follow
     6  DQ-Transformer                 a position stack and, on top of it, a content stack
     7  sampling                       the simple loop first, then one decoding step with a KV cache, for many images
     8  checkpoints                    atomic writes, safe loading
-    9  distributed training           helpers for several processes; skip them on a first reading
+    9  distributed training           helpers; with one process, all_gather(x) and all_reduce_sum(x) return x
 
 Notation used throughout:
     B batch size   K granularities, k = 0 the coarsest   N regions = cells of the coarsest grid, h x w
     s_k codes per region at granularity k (1, 4, 16)   H x W the finest grid   S image side
     Z encoder channels   D code dimension   V codebook size   P position ids   L sequence length   C transformer width
-    d channels per attention head   M length of a KV cache   -1 marks "none": no label, start, EOS content
+    d channels per attention head   M length of a KV cache   R = B rows, or 2 B with guidance   n number of items
+    -1 marks "none": no label, start, EOS content, unknown granularity
     grains (B, h, w) granularity of each region   codes (B, H, W) codebook ids on the finest grid, coarse ones repeated
 """
 import itertools
@@ -50,7 +51,7 @@ def check_factors(size, factors):
     """Raise UserError unless the factors are powers of two, coarse to fine, and fit an image of this size."""
     powers = factors and all(f >= 1 and f & (f - 1) == 0 for f in factors)
     require(powers, f"factors must be powers of two, not {factors}")
-    require(all(a > b for a, b in zip(factors, factors[1:])), f"factors must fall from coarse to fine, not {factors}")
+    require(all(a > b for a, b in zip(factors, factors[1:])), f"factors must decrease, coarse to fine, not {factors}")
     require(size > 0 and size % factors[0] == 0, f"size {size} is not a multiple of the largest factor {factors[0]}")
 
 
@@ -64,11 +65,11 @@ class VAEConfig:
     codebook_size: int = 256             # V
     code_dim: int = 8                    # D
     channels: int = 64                   # Z, channels of the encoder's maps and of the decoder's input
-    width: int = 32                      # channels at full resolution
+    width: int = 32                      # base number of channels; see multipliers
     multipliers: tuple = (1, 1, 2)       # channel multiplier at downsampling factor 1, 2, 4, ...; the last one repeats
     encoder_blocks: int = 1              # residual blocks per level
     decoder_blocks: int = 1
-    attention_from: int = 4              # self-attention at factors >= this one; output heads always have it
+    attention_from: int = 4              # self-attention at factors >= this; always in Encoder.heads, Decoder.mid
 
     def __post_init__(self):
         self.factors, self.ratios, self.multipliers = tuple(self.factors), tuple(self.ratios), tuple(self.multipliers)
@@ -80,7 +81,7 @@ class VAEConfig:
         require(self.router in ROUTERS, f"router must be {' or '.join(ROUTERS)}, not {self.router!r}")
         require(min(self.codebook_size, self.code_dim) >= 1, "codebook_size and code_dim must be at least 1")
         require(self.channels % 32 == self.width % 32 == 0, "channels and width must be multiples of 32, for GroupNorm")
-        # one region: on its 1 x 1 map, GroupNorm needs two channels per group. [-2:]: the last level's input and output
+        # on a 1 x 1 map, GroupNorm with one channel per group outputs 0. [-2:]: the last level's input and output
         narrowest = min(self.channels, *map(self.level_width, range(self.factors[0].bit_length())[-2:]))
         require(self.size > self.factors[0] or narrowest > 32, "an image of one region needs more than 32 channels")
 
@@ -102,18 +103,18 @@ class TransformerConfig:
     dropout: float = 0.0
     label_dropout: float = 0.1           # probability of dropping the label, for classifier-free guidance
     rotary: bool = True                  # 2-D RoPE; not in the paper
-    qk_norm: bool = False                # QK-norm as in ViT-22B, but without learned scales; not in the paper
+    qk_norm: bool = False                # QK-norm (ViT-22B) without learned scales, in most presets; not in the paper
 
     def __post_init__(self):
         self.factors, self.classes = tuple(self.factors), tuple(self.classes)
         check_factors(self.size, self.factors)
         unit = self.heads * (4 if self.rotary else 1)
-        require(unit > 0 and self.width % unit == 0, f"width {self.width} must be a multiple of {unit}, for its heads")
+        require(unit > 0 and self.width % unit == 0, f"width {self.width} must be a multiple of {unit} (heads, RoPE)")
 
 
 # ---- 2  Dynamic grained coding and the budget loss ----------------------------------------------
-# Every router has score(x, maps) -> (B, h, w), which is higher where finer codes should go, and
-# forward(x, maps, noise) -> gate (B, K, h, w), which is one-hot over K.
+# Every router has score(x, maps) -> (B, h, w), higher where finer codes should go, and forward(x, maps, noise) -> gate
+# (B, K, h, w), one-hot over K. x: images (B, 3, S, S); maps: the encoder's K feature maps; noise: scale of the noise.
 
 def norm(channels):
     return nn.GroupNorm(32, channels, eps=1e-6)
@@ -152,7 +153,7 @@ class GrainRouter(nn.Module):
         logits = self.logits(maps)                                           # B, K, h, w
         if not self.training:
             return one_hot(logits.argmax(dim=1), logits.shape[1])
-        exponential = sample_global(torch.Tensor.exponential_, logits.shape, logits.device)  # B, K, h, w
+        exponential = sample_global(torch.Tensor.exponential_, logits.shape, logits.device)  # B, K, h, w; see section 9
         soft = (logits - noise * exponential.log()).softmax(dim=1)           # B, K, h, w; -log E is Gumbel noise
         hard = one_hot(soft.argmax(dim=1), logits.shape[1])
         return hard + (soft - soft.detach())                                 # B, K, h, w: exactly one-hot
@@ -164,7 +165,7 @@ def gumbel_scale(step, steps):
 
 
 class ThresholdRouter(nn.Module):
-    """Turns a score into granularities by K - 1 thresholds."""
+    """Base class: turns the score of a subclass into granularities by K - 1 thresholds."""
     def __init__(self, thresholds):
         super().__init__()
         self.register_buffer("thresholds", thresholds)                       # K - 1
@@ -191,29 +192,29 @@ class DialRouter(ThresholdRouter):
         self.ratios, self.scorer = torch.tensor(ratios), scorer
 
     def score(self, x, maps):
-        """The log-odds of m / (K - 1), where m is the expected granularity; for K = 2, of being fine. -> (B, h, w)"""
+        """The log-odds of the finest against the coarsest granularity, (B, h, w)."""
         logits = self.scorer.logits(maps)                                    # B, K, h, w
-        k = torch.arange(logits.shape[1], device=logits.device)[:, None, None]  # K, 1, 1
-        return (logits + k.log()).logsumexp(1) - (logits + k.flip(0).log()).logsumexp(1)  # B, h, w
+        return logits[:, -1] - logits[:, 0]                                  # B, h, w
 
     def forward(self, x, maps, noise=1.0):
-        """In training, each image has random ratios around the target. Its thresholds are quantiles of the batch's
-        noisy scores, so no budget loss is needed. The gate is straight-through, as in GrainRouter. For evaluation,
-        the thresholds are moving averages of the quantiles at the target ratios."""
+        """In training, each image has ratios of its own, a mixture of the target and random ones. Its thresholds are
+        quantiles of the batch's noisy scores, so no budget loss is needed. The gate is straight-through, as in
+        GrainRouter. For evaluation, the thresholds are moving averages of the quantiles at the target ratios."""
         if not self.training:
             return super().forward(x, maps)
         score, ratios = self.score(x, maps), self.ratios.to(x.device)        # B, h, w; K
-        self.thresholds.lerp_(all_gather(score).quantile(ratios.cumsum(0)[:-1]), 0.1)
+        all_scores = all_gather(score)                                       # world B, h, w
+        self.thresholds.lerp_(all_scores.detach().quantile(ratios.cumsum(0)[:-1]), 0.1)
         uniform = sample_global(torch.Tensor.uniform_, score.shape, x.device)
-        mean, square = moments(score)
-        score = 3 * (score - mean) * (square - mean ** 2 + 1e-12).rsqrt()    # else it could outgrow the noise
-        score = score + noise * uniform.logit(eps=1e-6)                      # logistic noise, as two Gumbels differ
-        normal = sample_global(torch.Tensor.normal_, (len(x), len(ratios)), x.device)  # B, K
-        coarser = (ratios.log() + 0.6 * normal).softmax(1).cumsum(1)[:, :-1].clamp(max=1)  # B, K - 1; mostly 0.2 to 0.8
-        cuts = all_gather(score).quantile(coarser.flatten()).view(len(x), -1, 1, 1)  # B, K - 1, 1, 1
+        score = 3 * (score - all_scores.mean()) * (all_scores.var() + 1e-12).rsqrt()  # or it could outgrow the noise
+        score = score + noise * uniform.logit(eps=1e-6)                      # logistic: a difference of Gumbels
+        exponential = sample_global(torch.Tensor.exponential_, (len(x), len(ratios)), x.device)  # B, K
+        ratios = 0.4 * ratios + 0.6 * F.normalize(exponential, p=1)          # B, K; target 0.5: from 0.2 to 0.8
+        cuts = all_gather(score.detach()).quantile(ratios.cumsum(1)[:, :-1].clamp(max=1).flatten())  # B (K - 1)
+        cuts = cuts.view(len(x), -1, 1, 1)                                   # B, K - 1, 1, 1
         above = (score[:, None] - cuts).sigmoid()                            # B, K - 1, h, w: P(granularity > k)
         soft = F.pad(above, (0, 0, 0, 0, 1, 0), value=1.0) - F.pad(above, (0, 0, 0, 0, 0, 1))  # P(>= k) - P(> k)
-        hard = one_hot((score[:, None] > cuts).sum(1), len(ratios))
+        hard = one_hot((score[:, None] > cuts).sum(1), ratios.shape[1])
         return hard + (soft - soft.detach())                                 # B, K, h, w: exactly one-hot
 
 
@@ -260,11 +261,9 @@ ROUTERS = {
 
 
 def budget_loss(gate, ratios):
-    """Sum over k of (fraction of granularity k in the batch - ratio k)^2: single images may deviate from the budget,
-    the batch may not. gate: (B, K, h, w), one-hot; ratios: K target fractions -> scalar"""
-    fraction = gate.mean(dim=(0, 2, 3))                                      # K
-    # value: the fraction in the global batch; gradient: the local one, which DDP averages over the ranks
-    fraction = fraction + (all_reduce_sum(fraction) / rank_world()[1] - fraction).detach()
+    """Sum over k of (fraction of granularity k in the batch - ratio k)^2: only the batch as a whole is penalised,
+    not single images. gate: (B, K, h, w), one-hot; ratios: K target fractions -> scalar"""
+    fraction = all_gather(gate).mean(dim=(0, 2, 3))                          # K
     return sum((fraction[k] - ratio) ** 2 for k, ratio in enumerate(ratios))
 
 
@@ -284,13 +283,13 @@ class Codebook(nn.Module):
     def __init__(self, size, dim, decay=0.99, commitment=0.25, dead_below=0.1):
         super().__init__()
         self.decay, self.commitment, self.dead_below = decay, commitment, dead_below
-        self.register_buffer("codes", torch.zeros(size, dim))                # the entries: vectors, not ids
+        self.register_buffer("codes", torch.zeros(size, dim))                # the entries: vectors; elsewhere: ids
         self.register_buffer("uses", torch.zeros(size))                      # EMA of the assignments per batch
         self.register_buffer("sums", torch.zeros(size, dim))                 # EMA of the sum of assigned vectors
         self.register_buffer("age", torch.tensor(0.0))                       # batches seen
 
     def assign(self, z):
-        """z: (n, D) -> ids of the nearest entries e (n,), by |z - e|^2 without |z|^2, which is the same for every e."""
+        """z: (n, D) -> ids (n,) of the nearest entries e, by |z - e|^2 without |z|^2, which is the same for every e."""
         centre = self.codes.mean(0)                                          # subtracted to reduce rounding error
         codes = self.codes - centre                                          # V, D
         return (codes.square().sum(1) - 2 * (z - centre) @ codes.t()).argmin(dim=1)
@@ -328,9 +327,10 @@ class Codebook(nn.Module):
         """Entries are dead if their usage is below dead_below times the mean (batch weight / V). They are replaced by
         vectors of the batch, sampled by weight, plus noise of 1 % of the standard deviation per dimension. Their
         usage becomes the mean. z: (n, D); weight: (n,)"""
-        mean_uses = all_reduce_sum(weight.sum()) / len(self.uses)
+        z, weight = all_gather(z), all_gather(weight).nan_to_num(1.0)        # all ranks; trainers report NaNs later
+        mean_uses = weight.sum() / len(self.uses)
         dead = self.uses < self.dead_below * mean_uses                       # V
-        vectors = sample_vectors(z, weight, len(self.uses))                  # up to V, D
+        vectors = z[torch.multinomial(weight, min(len(self.uses), len(z)))]  # up to V, D
         fresh = vectors[(dead.cumsum(0) - 1) % len(vectors)]                 # V, D: the i-th dead one gets vectors[i]
         fresh = fresh + 0.01 * fresh.std(0, correction=0) * torch.randn_like(fresh)  # so that equal vectors don't tie
         self.codes.copy_(torch.where(dead[:, None], fresh, self.codes))
@@ -590,7 +590,7 @@ class Layout(nn.Module):
         grains = self.grains(pos).view(-1, self.side, self.side)             # B, h, w
         blocks = [canvas[:, o:o + side ** 2].view(-1, side, side) for o, side in zip(self.offsets, self.sides)]
         codes = torch.stack([upsample(block, self.fine_side) for block in blocks], dim=1)  # B, K, H, W
-        pick = upsample(grains, self.fine_side).clamp(min=0)[:, None]        # B, 1, H, W; uncovered: all K hold -1
+        pick = upsample(grains, self.fine_side).clamp(min=0)[:, None]        # B, 1, H, W; uncovered: any k, all hold -1
         return codes.gather(1, pick)[:, 0], grains
 
     def grains(self, pos):
@@ -604,10 +604,10 @@ class Layout(nn.Module):
     def legal(self, prev, grains):
         """The mask of valid next position ids. (tests/naive.py has the same rules as a loop.) prev: (B,) or (B, L) ids,
         -1 at the start; grains: (B, N) granularities known so far, -1 elsewhere -> (B, P) or (B, L, P), bool.
-        Candidates are the ids after prev in the granularity that is being written. Writing a region's first cell opens
-        it; its other cells are then pending, and must follow in order. The valid ids are the next pending cell and the
-        first cell of every uncovered region with a lower id. If no cell is pending, the EOS is valid too. The finest
-        granularity can't skip a region: there only the lowest of these ids is valid. In the class's example:
+        Candidates are the ids after prev in the granularity of id prev + 1. Writing a region's first cell opens it;
+        its other cells are then pending, and must follow in order. If a cell is pending, the valid ids are the next
+        pending one and all lower ones that open an uncovered region. If not, all that open one are valid, and the EOS.
+        The finest granularity can't skip a region: there only the lowest of these ids is valid. In the class's example:
             prev  -1 -> 0 1 2 3 4      0 -> 1 2 3 4      3 -> 4        coarse codes may skip regions
             prev   4 -> 7     (the first uncovered)      7 -> 8        8 -> 11 (pending)      12 -> 21
         Training calls this with the *final* grains and gets the same mask, for all steps at once: a region that is not
@@ -639,7 +639,7 @@ def attention(q, k, v, mask=None, dropout=0.0):
 def rope_table(coordinates, d):
     """2-D rotary position embedding (RoPE; Su et al., "RoFormer", 2021): (n, 2) -> cosines and sines (n, 2, d), the
     first half of the sines negated. Half of the channel pairs rotate with the row, half with the column, at frequencies
-    from 1 to 1/10, as grids of codes are small. Attention then sees offsets only. (0, 0) is not rotated."""
+    from 1 to about 1/10, as grids of codes are small. RoPE itself sees offsets only. (0, 0) is not rotated."""
     frequency = 10.0 ** -(torch.arange(d // 4) / (d // 4))                   # d/4
     angle = (coordinates[:, :, None] * frequency).flatten(1)                 # n, d/2: by the row, by the column
     return torch.stack([angle.cos().repeat(1, 2), torch.cat([-angle.sin(), angle.sin()], dim=1)], dim=1)
@@ -677,11 +677,11 @@ class Block(nn.Module):
         x = x + self.drop(self.proj(y.transpose(1, 2).reshape(x.shape)))     # B, L, C
         return x + self.drop(self.down(F.gelu(self.up(self.norm2(x)))))
 
-    def step(self, x, rope, cache, at, mask):
+    def step(self, x, rope, cache, rows, steps, mask):
         """One token per row: (B, C) -> (B, C). cache (2, B, heads, M, d) holds keys and values; those of x are stored
-        at the rows at[0] (B,) and the steps at[1] (B,). mask (B, heads, 1, M): -inf at masked entries"""
+        at these rows (B,) and steps (B,). mask (B, heads, 1, M): -inf at masked entries"""
         qkv = self.queries_keys_values(x, rope)                              # B, 3, heads, d
-        cache[:, at[0], :, at[1]] = qkv[:, 1:]                               # B, 2, heads, d: indexing puts B first
+        cache[:, rows, :, steps] = qkv[:, 1:]                                # B, 2, heads, d: indexing puts B first
         y = attention(qkv[:, 0, :, None], *cache, mask)                      # B, heads, 1, d
         x = torch.addmm(x, y.flatten(1), self.proj.weight.t())               # B, C: x + proj(y) in one kernel
         return torch.addmm(x, F.gelu(self.up(self.norm2(x))), self.down.weight.t())  # B, C
@@ -720,8 +720,8 @@ class DQTransformer(nn.Module):
 
     def rope_of(self, queries, keys):
         """RoPE tables for queries and keys at the ids (...), -1 for the start -> (..., 3, 1, 2, d), or None."""
-        if self.config.rotary:                                               # v: -1, the last row: no rotation
-            ids = torch.stack([queries, keys, torch.full_like(keys, -1)], dim=-1)  # ..., 3
+        if self.config.rotary:
+            ids = torch.stack([queries, keys, torch.full_like(keys, -1)], dim=-1)  # ..., 3; values are not rotated
             return self.rope[ids].unsqueeze(-3)                              # ..., 3, 1, 2, d
 
     def logits(self, pos, code, label=None):
@@ -742,7 +742,7 @@ class DQTransformer(nn.Module):
         legal = self.layout.legal(prev, self.layout.grains(pos))             # B, L, P
         position_logits = self.position_head(self.position_norm(h)).float()  # B, L, P
         h = h + self.position(pos)                                           # h now includes the chosen position;
-        rope = self.rope_of(pos, prev)                                       # queries rotate by it, keys by prev
+        rope = self.rope_of(pos, prev)                                       # queries: the chosen cell; keys: prev
         for block in self.content_stack:
             h = block(h, rope)
         content_logits = self.content_head(self.content_norm(h)).float()     # B, L, V
@@ -774,11 +774,12 @@ class SampleOptions(NamedTuple):
 
 
 def apply_guidance(logits, options, B):
-    """Logits (R, n) of B conditional and, with guidance, B unconditional rows -> (B, n), divided by the temperature."""
+    """Logits (R, n) of B conditional and, with guidance, B unconditional rows (R = B or 2 B) -> (B, n), divided by the
+    temperature."""
     logits = logits.float()
     if len(logits) > B:
-        labelled, unlabelled = logits.chunk(2)
-        logits = unlabelled + options.cfg * (labelled - unlabelled)
+        cond, uncond = logits.chunk(2)
+        logits = uncond + options.cfg * (cond - uncond)
     return logits / options.temperature                                      # B, n
 
 
@@ -804,7 +805,7 @@ def draw(logits, u):
 
 @torch.no_grad()
 def generate_one(model, label=-1, options=SampleOptions(), seed=0, index=0):
-    """The simplest sampler: one image and no cache, so every step reads the whole sequence again. label: class, or -1.
+    """The simplest sampler: one image and no cache, so every step recomputes the whole sequence. label: class, or -1.
     Returns pos and code (L,), up to and including the last EOS: the same as image `index` of `generate`."""
     layout, device = model.layout, model.order.weight.device
     labels = torch.tensor([label] if options.cfg == 1 else [label, -1], device=device)  # R = 1, or 2 with guidance
@@ -814,7 +815,7 @@ def generate_one(model, label=-1, options=SampleOptions(), seed=0, index=0):
         pos, code = F.pad(pos, (0, 1), value=layout.end), F.pad(code, (0, 1), value=-1)  # each 1, t + 1; placeholders
         valid = layout.legal(F.pad(pos, (1, 0), value=-1)[:, t], layout.grains(pos))  # 1, P
         logits, _ = model.logits(pos.expand(len(labels), -1), code.expand(len(labels), -1), labels)  # R, t + 1, P
-        logits = apply_guidance(logits[:, t], options, 1).masked_fill(~valid, -math.inf)  # 1, P
+        logits = apply_guidance(logits[:, t], options, 1).masked_fill(~valid, -math.inf)  # 1, P; guidance: -inf -> NaN
         pos[:, t] = draw(logits, u[t, :1])
         _, logits = model.logits(pos.expand(len(labels), -1), code.expand(len(labels), -1), labels)  # R, t + 1, V
         logits = filter_logits(apply_guidance(logits[:, t], options, 1), options.top_k, options.top_p)  # 1, V
@@ -823,8 +824,8 @@ def generate_one(model, label=-1, options=SampleOptions(), seed=0, index=0):
             return pos[0], code[0]
 
 
-# Fast sampling of many images: continuous batching with a KV cache. B slots (batch rows) decode one pair per step. A
-# slot whose image is complete starts the next one, so the cost scales with the mean length.
+# Fast sampling of many images: continuous batching with a KV cache. B slots (images in progress) decode one pair per
+# step. A slot whose image is complete starts the next one, so the cost scales with the mean length.
 
 class Job(NamedTuple):
     """The constant inputs of a sampling run for n images. Row n is a dummy for idle slots."""
@@ -843,44 +844,44 @@ class State(NamedTuple):
     last: torch.Tensor                   # B: position of the previous pair, -1 at the start
     last_code: torch.Tensor              # B: its content
     grains: torch.Tensor                 # B, N + 1: granularities known so far; EOS ids write to the last column
-    pos: torch.Tensor                    # n + 1, L: the images; `end` where nothing is written
+    pos: torch.Tensor                    # n + 1, L: the images; `layout.end` where nothing is written
     code: torch.Tensor                   # n + 1, L
 
 
-def decode_one(model, job, state, end):
-    """Sample one pair in every slot. Attention reads the first `end` entries of the cache; all t are below.
+def decode_one(model, job, state, M):
+    """Sample one pair in every slot. Attention reads the first M entries of the cache; all t are below M.
     It changes only `state`, in place. It never synchronises host and device, so CUDA graphs can capture it."""
     options, image, t = job.options, state.image, state.t
     B, R = len(t), state.cache[0].shape[1]
     u = job.uniform[image, t].unbind(1)                                      # 2 x (B,)
     given = (None, None) if job.given is None else job.given[image, t].unbind(1)  # 2 x (B,)
 
-    def twice(x):
+    def per_row(x):
         return torch.cat([x, x]) if R > B else x                             # R, ...: conditional, unconditional rows
     def unless_given(sampled, given):
         return sampled if given is None else torch.where(given < 0, sampled, given)  # B
     # embed the previous pair, or the condition at the start
     condition = model.condition(job.condition[image].t().flatten())          # R, C
-    at, last = (torch.arange(R, device=t.device), twice(t)), twice(state.last)  # at: rows, steps, each R; last: R
-    h = torch.where((at[1] == 0)[:, None], condition, twice(model.embed(state.last.clamp(min=0), state.last_code)))
-    h = h + model.order(at[1])                                               # R, C
-    future = torch.arange(end, device=t.device) > at[1][:, None, None, None]  # R, 1, 1, M
-    mask = h.new_zeros(R, model.config.heads, 1, end).masked_fill(future, -math.inf)
-    caches = [cache[..., :end, :] for cache in state.cache]
+    rows, steps, last = torch.arange(R, device=t.device), per_row(t), per_row(state.last)  # each R
+    h = torch.where((steps == 0)[:, None], condition, per_row(model.embed(state.last.clamp(min=0), state.last_code)))
+    h = h + model.order(steps)                                               # R, C
+    future = torch.arange(M, device=t.device) > steps[:, None, None, None]   # R, 1, 1, M
+    mask = h.new_zeros(R, model.config.heads, 1, M).masked_fill(future, -math.inf)
+    caches = [cache[..., :M, :] for cache in state.cache]
 
     # where: the position stack, then sample one of the valid ids
     rope = model.rope_of(last, last)                                         # R, 3, 1, 2, d
     for block, cache in zip(model.position_stack, caches):
-        h = block.step(h, rope, cache, at, mask)                             # R, C
+        h = block.step(h, rope, cache, rows, steps, mask)                             # R, C
     logits = apply_guidance(model.position_head(model.position_norm(h)), options, B)  # B, P
     logits = logits.masked_fill(~model.layout.legal(state.last, state.grains[:, :-1]), -math.inf)
     pos = unless_given(draw(logits, u[0]), given[0])                         # B
 
     # what: the content stack, then sample a codebook id
-    h = h + model.position(twice(pos))                                       # R, C
-    rope = model.rope_of(twice(pos), last)
+    h = h + model.position(per_row(pos))                                       # R, C
+    rope = model.rope_of(per_row(pos), last)
     for block, cache in zip(model.content_stack, caches[len(model.position_stack):]):
-        h = block.step(h, rope, cache, at, mask)
+        h = block.step(h, rope, cache, rows, steps, mask)
     logits = apply_guidance(model.content_head(model.content_norm(h)), options, B)  # B, V
     code = draw(filter_logits(logits, options.top_k, options.top_p), u[1])   # B
     code = unless_given(code, given[1]).masked_fill(model.layout.is_eos[pos], -1)
@@ -921,7 +922,7 @@ def start(model, label, options, seed, given, first, slots, end):
 
 
 def check_given(model, pos, code):
-    """Raise UserError unless the given pairs (n, L) begin with a valid prefix, with contents of the codebook."""
+    """Raise UserError unless the given pairs (n, L) form a valid prefix, with codebook ids as contents."""
     layout, V = model.layout, model.config.codebook_size
     in_range = -1 <= pos.min() and pos.max() <= layout.end and -1 <= code.min() and code.max() < V
     require(in_range, f"given positions must be below {layout.n_positions} and contents below {V} (-1: sampled)")
@@ -938,9 +939,10 @@ def generate(model, label, options=SampleOptions(), seed=0, given=None, slots=No
     """Sample images. label: (n,) classes, -1 for none -> pos, code, each (n, max_len); Layout.unpack reads them. Image
     i depends on its label, the seed and its index first + i alone. given: optional (pos, code), each (n, max_len), -1
     where sampled; given positions must form a prefix of the sequence. slots: images decoded concurrently (None: all).
-    progress: called with (n_complete, pos, code) at host synchronisations, the last time with n; returning True ends
-    sampling. For speed only: the cache length grows in steps of `bucket` pairs; graphs (None: on GPUs) captures a CUDA
-    graph for each of these lengths; sync_every: steps between synchronisations; compile: torch.compile the step."""
+    progress: called with (i, pos, code) at host synchronisations, where images below i are complete; the last time, i
+    is n. Returning True ends sampling. For speed only: the length that attention reads grows in steps of `bucket`
+    pairs; graphs (None: on GPUs) captures a CUDA graph for each of these lengths; sync_every: steps between these
+    synchronisations; compile: torch.compile the step."""
     options.check()
     n, L, device = len(label), model.layout.max_len, label.device
     last = max(0, model.n_classes - 1)                                       # without classes, 0 means no label, too
@@ -1047,7 +1049,7 @@ def load_vae(path, device):
 
 
 def load_transformer(path, device):
-    """-> DQTransformer and the DQVAE of a checkpoint: of a file, or of what `load_checkpoint` returned."""
+    """-> DQTransformer and DQVAE. path: a checkpoint, or what `load_checkpoint` returned"""
     saved = path if isinstance(path, dict) else load_checkpoint(path, "dq-transformer")
     return (rebuild(DQTransformer, TransformerConfig, saved.get("config"), saved.get("weights"), device),
             rebuild(DQVAE, VAEConfig, saved.get("vae_config"), saved.get("vae_weights"), device))
@@ -1061,25 +1063,16 @@ def rank_world():
 
 
 def all_reduce_sum(x):
-    """Sum of a tensor over the ranks, without gradient."""
-    if rank_world()[1] > 1:
-        x = x.detach().clone()
-        dist.all_reduce(x)
-    return x
+    """Sum of a tensor over the ranks, with gradient."""
+    return all_reduce(x) if rank_world()[1] > 1 else x
 
 
 def all_gather(x):
-    """The tensors (B, ...) of all ranks, without gradient. -> (world B, ...)"""
+    """The tensors (B, ...) of all ranks, with gradient. -> (world B, ...)"""
     rank, world = rank_world()
     parts = x.new_zeros(world, *x.shape)
-    parts[rank] = x.detach()
+    parts[rank] = x
     return all_reduce_sum(parts).flatten(0, 1)
-
-
-def moments(x, dim=None):
-    """Mean and mean square over these dimensions (None: all) and over all ranks, with gradient. -> (2, ...)"""
-    own, world = torch.stack([x.mean(dim), x.square().mean(dim)]), rank_world()[1]
-    return all_reduce(own) / world if world > 1 else own
 
 
 def sample_global(fill, shape, device):
@@ -1089,15 +1082,6 @@ def sample_global(fill, shape, device):
     return fill(torch.empty(world * shape[0], *shape[1:], device=device)).chunk(world)[rank]
 
 
-def sample_vectors(z, weight, n):
-    """Sample up to n vectors of z (m, D) over all ranks, by weight (m,), without replacement. -> (up to n, D)"""
-    (rank, world), m = rank_world(), len(z)
-    weights = all_gather(weight.nan_to_num(1.0))                             # world m; trainers report a NaN
-    chosen = torch.multinomial(weights, min(n, world * m))                   # n
-    mine = (chosen // m == rank)[:, None]                                    # n, 1
-    return all_reduce_sum(torch.where(mine, z[chosen % m], 0))               # n, D: each came from one rank
-
-
 def numpy_rng(*seeds):
-    """A NumPy generator that is seeded by integers below 2**64, as 32-bit words: distinct seeds, distinct streams."""
+    """A NumPy generator that is seeded by integers below 2**64, as 32-bit words: no two give the same stream."""
     return np.random.default_rng([seed % 2 ** 32 for seed in seeds] + [seed >> 32 for seed in seeds])

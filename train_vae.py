@@ -35,8 +35,8 @@ class VAESchedule(Schedule):
     perceptual_weight: float = flag(0.0, type=weight, help="weight of the perceptual loss (LPIPS); 0: off")
     gan_weight: float = flag(0.0, type=weight, help="factor on the adaptive weight of the adversarial loss; 0: off")
     gan_start: int = flag(0, metavar="STEP", type=natural, help="first step with the adversarial loss")
-    accumulate: int = flag(1, metavar="N", type=positive, help="gradient accumulation steps; more need less memory "
-                           "and give other results, as budget loss, EMA updates and batch norm are per part")
+    accumulate: int = flag(1, metavar="N", type=positive, help="gradient accumulation steps; more save memory and "
+                           "change the results, as budget loss, EMA updates and batch norm see one part at a time")
 
 
 # The paper's (section 4 and the released settings); the learning rate is 4.5e-6 per image of a batch of 120.
@@ -113,11 +113,9 @@ class Perceptual(nn.Module):
         """With the published weights, from `files`, or else from torch's cache or the internet."""
         lpips, published = cls(), {}
         try:
-            for url, name in zip(cls.urls, () if files else ("vgg16-397923af.pth", "lpips-vgg-0.1.pth")):
-                published |= torch.hub.load_state_dict_from_url(url, map_location="cpu", file_name=name,
-                                                                weights_only=True)
-            for file in files:
-                published |= torch.load(file, map_location="cpu", weights_only=True)
+            read = torch.load if files else torch.hub.load_state_dict_from_url
+            for source in files or cls.urls:
+                published |= read(source, map_location="cpu", weights_only=True)
             lpips.load_state_dict({name: published[re.sub(r"weights\.(\d)", r"lin\1.model.1.weight", name)]
                                    for name in lpips.state_dict()})          # VGG16's layers have the same names
         except Exception as error:                                           # no network, no file, a wrong one ...
@@ -138,6 +136,14 @@ class Perceptual(nn.Module):
             a, b = (F.normalize(maps.float(), dim=1, eps=1e-10) for maps in (x, y))
             distance = distance + (weight * (a - b).square()).sum(1).mean(dim=(1, 2))  # B
         return distance
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """Batch norm over the images of all ranks. (torch's SyncBatchNorm needs GPUs.)"""
+
+    def forward(self, x):
+        rank, world = dq.rank_world()
+        return super().forward(dq.all_gather(x)).chunk(world)[rank]          # B, C, H, W
 
 
 class Discriminator(nn.Module):
@@ -165,33 +171,28 @@ def hinge_loss(real, fake):
     return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
 
 
-def adaptive_weight(y, last, recon_grad, gan_grad, cap=0.75):
-    """Weight of the adversarial loss that gives it a gradient as large as that of the reconstruction loss at the
-    decoder's last layer, at most `cap` (Esser et al., "Taming Transformers", 2021, equation 7). y: reconstruction;
-    last: weight of the last convolution; recon_grad, gan_grad: gradients of the two losses with respect to y."""
-    at_last = [torch.autograd.grad(y, last, gradient, retain_graph=True)[0] for gradient in (recon_grad, gan_grad)]
-    recon, gan = (dq.all_reduce_sum(each).norm() / dq.rank_world()[1] for each in at_last)
-    return (recon / (gan + 1e-4)).clamp(max=cap)
-
-
 def backward(y, last, recon_loss, gan_loss, code_loss, gan_weight=1.0, scale=1.0):
     """Accumulate the gradients of scale * (recon_loss + weight * gan_loss + code_loss); -> the weight, or None.
 
-    y: reconstruction (B, 3, S, S). recon_loss, gan_loss (or None): scalars that depend on the model through y only.
-    code_loss: a scalar of what precedes y (commitment, budget). The gradients of the first two are added up at y, so
-    VGG and the discriminator are backpropagated once each, and their parameters receive no gradient.
+    y: reconstruction (B, 3, S, S); last: weight of the last convolution. recon_loss, gan_loss (or None): scalars that
+    depend on the model through y only; code_loss: a scalar of what precedes y (commitment, budget). The weight makes
+    the gradient of gan_loss at `last` as large as that of recon_loss, at most 0.75 times gan_loss, and is multiplied by
+    gan_weight (Esser et al., "Taming Transformers", 2021, equation 7). The gradients are added up at y, so VGG and the
+    discriminator are backpropagated once each, and their parameters receive no gradient.
     """
     at_y, weight = torch.autograd.grad(recon_loss, y)[0], None               # B, 3, S, S
     if gan_loss is not None:
-        gan_grad, = torch.autograd.grad(gan_loss, y)                         # B, 3, S, S
-        weight = gan_weight * adaptive_weight(y, last, at_y, gan_grad)
-        at_y = at_y + weight * gan_grad
+        gan_at_y, = torch.autograd.grad(gan_loss, y)                         # B, 3, S, S
+        at_last = [torch.autograd.grad(y, last, each, retain_graph=True)[0] for each in (at_y, gan_at_y)]
+        recon, gan = (dq.all_reduce_sum(each).norm() / dq.rank_world()[1] for each in at_last)
+        weight = gan_weight * (recon / (gan + 1e-4)).clamp(max=0.75)
+        at_y = at_y + weight * gan_at_y
     torch.autograd.backward([y, code_loss], [scale * at_y, torch.full_like(code_loss, scale)])
     return weight
 
 
 def compiled(model, **how):
-    """torch.compile all of a DQVAE but its last convolution: `adaptive_weight` runs its backward pass twice, and a
+    """torch.compile all of a DQVAE but its last convolution: `backward` runs its backward pass twice, and a
     compiled graph allows only one."""
     last = model.decoder.out[-1]
     last.forward = torch.compiler.disable(last.forward)
@@ -326,8 +327,8 @@ def write_codes(path, vae, train, val, args, device, autocast, stop, psnr):
     for x in (*weights.values(), *parts[0].values(), *parts[1].values()):
         checksum = zlib.crc32(x.contiguous().flatten().view(torch.uint8).numpy(), checksum)
     codes = dict(kind="dq-codes", version=1, name=f"{len(parts[0]['label'])} images (checksum {checksum:08x})",
-                 preset=args.preset, psnr=psnr, classes=train.classes, config=asdict(vae.config),
-                 weights=weights, train=parts[0], held_out=parts[1])
+                 preset=recipe(args.preset, asdict(vae.config)), psnr=psnr, classes=train.classes,
+                 config=asdict(vae.config), weights=weights, train=parts[0], held_out=parts[1])
     dq.write_file(path, lambda file: torch.save(codes, file))
 
 
@@ -367,8 +368,8 @@ def parse(argv=None):
     replacing("--factors", type=positive, nargs="+",
               help="downsampling factors, coarse to fine; a single one gives fixed-length codes")
     replacing("--ratios", type=weight, nargs="+",
-              help="target fraction of the regions for each factor; equal ones for more or fewer --factors. With "
-              "--encode: other ones than the DQ-VAE was trained for")
+              help="target fraction of the regions for each factor; default: equal, if --factors changes their number. "
+              "With --encode: these may differ from those of training")
     replacing("--router", choices=dq.ROUTERS, help="how the granularity of a region is chosen; dial: learned for every "
               "budget at once, which --encode with --ratios then sets")
     replacing("--codebook-size", type=positive, help="number of codebook entries")
@@ -437,7 +438,7 @@ def recall(args):
     known = {name: settings[name] for name in ("seed", "no_flip", "dtype") if name in settings}
     if args.data is None or os.path.realpath(args.data) == os.path.realpath(folders.get("data") or ""):
         known |= folders
-    return known | dict(preset=recipe(saved.get("preset"), saved.get("config", {})), saved=saved)
+    return known | dict(preset=saved.get("preset"), saved=saved)
 
 
 def calibration_images(train, device, seed, batch_size=64, workers=0):
@@ -446,18 +447,13 @@ def calibration_images(train, device, seed, batch_size=64, workers=0):
     return (x.to(device) for x, _ in loader(train, workers, batch_size=batch_size, sampler=chosen))
 
 
-def encode_only(args):
+def encode_only(args, vae, train, val, device, autocast):
     """--encode: write codes.pt with a DQ-VAE that is already trained."""
-    device, autocast = prepare(args, trains=False)
-    vae = dq.rebuild(dq.DQVAE, dq.VAEConfig, args.saved.get("config"), args.saved.get("weights"), device)
-    train, val = open_data(args.data, vae.config.size, seed=args.seed, skip=args.out, held_out=args.held_out)
-    say(describe(train, val))
     path = args.out / "codes.pt"
     if args.ratios:
         with autocast():
             images = calibration_images(train, device, args.seed, args.part, args.workers)
             vae.set_ratios(tuple(args.ratios), images)
-        args.preset = recipe(args.preset, asdict(vae.config))
     set_aside(path, hint="")
     metrics = evaluate(vae, *validation_images(val, vae.config), autocast, batch_size=args.part)[0]
     say(f"ratios {' '.join(f'{ratio:g}' for ratio in metrics['share'])} on the validation images, which makes "
@@ -469,12 +465,15 @@ def encode_only(args):
 
 def main(argv=None):
     args, config, schedule = parse(argv)
+    device, autocast = prepare(args, trains=not args.encode)
     if args.encode:
-        return encode_only(args)
-    device, autocast = prepare(args)
-    train, val = open_data(args.data, config.size, augment=True, seed=args.seed, skip=args.out, flip=not args.no_flip,
-                           held_out=args.held_out, found=args.found)
+        vae = dq.rebuild(dq.DQVAE, dq.VAEConfig, args.saved.get("config"), args.saved.get("weights"), device)
+        config = vae.config
+    train, val = open_data(args.data, config.size, augment=not args.encode, seed=args.seed, skip=args.out,
+                           flip=not args.no_flip, held_out=args.held_out, found=args.found)
     say(describe(train, val))
+    if args.encode:
+        return encode_only(args, vae, train, val, device, autocast)
     say(args.plan)
     if isinstance(train, ImageFolder) and len(train) < FEW:
         say(f"note: with only {len(train)} images, expect samples that repeat or blend them; a few thousand images "
@@ -547,35 +546,12 @@ def main(argv=None):
                 record.add(step + 1, dict(loss=recon_loss + code_loss) | terms, scale)
             schedule.update(model, optimizers, step)
         train.augment = False                                                # encode each image once, without crops
-        args.preset = recipe(args.preset, asdict(config))
         write_codes(codes, model, train, val, args, device, autocast, stop, record.metrics.get("psnr"))
     say(f"done: {record.path}, {codes}, {args.out / 'vae.png'} and {record.log}")
     if metrics := record.metrics:
         out = "" if args.out == Path("out") else f" --out {shlex.quote(str(args.out))}"
         say(f"{metrics['psnr']:.1f} dB PSNR on the validation images at {metrics['codes_per_image']:.1f} codes per "
             f"image; next: python train_transformer.py{out}")
-
-
-# ---- Several processes -------------------------------------------------------------------------
-
-
-class BatchNorm(nn.BatchNorm2d):
-    """Batch norm over the batches of all ranks (torch's SyncBatchNorm needs GPUs)."""
-
-    def forward(self, x):
-        world = dq.rank_world()[1]
-        if world == 1 or not self.training:
-            return super().forward(x)
-        mean, square = dq.moments(x.float(), (0, 2, 3))                      # each C
-        var = square - mean ** 2                                             # C
-        n = world * x.numel() / x.shape[1]                                   # values in each mean
-        with torch.no_grad():
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var * n / (n - 1), self.momentum)
-            self.num_batches_tracked += 1
-        scale = self.weight * (var + self.eps).rsqrt()                       # C
-        shift = self.bias - mean * scale                                     # C
-        return (x * scale[:, None, None] + shift[:, None, None]).to(x.dtype)  # B, C, H, W
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
     Codebook.assign     test_nearest_code_equals_a_loop, test_the_nearest_code_is_found_far_from_the_origin
     Codebook.forward    test_commitment_counts_every_code_once_and_pulls_only_the_encoder and three more
     Codebook.update     test_ema_update_equals_a_loop_over_codes
-    Codebook.restart    test_restart_revives_dead_codes_and_leaves_the_others and three more
-    sample_vectors      test_restart_draws_by_weight; with several ranks: survival/test_processes.py
+    Codebook.restart    test_restart_revives_dead_codes_and_leaves_the_others and three more;
+                        with several ranks: survival/test_processes.py
 """
 import itertools
 import operator

@@ -138,11 +138,14 @@ def dial_router(K, logits):
 
 
 @pytest.mark.parametrize("K", [2, 3, 4])
-def test_the_dial_score_is_the_log_odds_of_the_expected_granularity(K):
-    """So a learned router and the dial that it becomes order all regions alike."""
+def test_the_dial_score_is_the_log_odds_of_finest_and_coarsest(K):
+    """For two granularities, a learned router and the dial that it becomes thus order all regions in the same way."""
     logits = torch.randn(3, K, 2, 2)
-    mean = GrainRouter.score(dial_router(K, logits).scorer, None, None) / (K - 1)  # B, h, w
-    torch.testing.assert_close(dial_router(K, logits).score(None, None), (mean / (1 - mean)).log())
+    p = logits.exp() / logits.exp().sum(1, keepdim=True)
+    torch.testing.assert_close(dial_router(K, logits).score(None, None), (p[:, -1] / p[:, 0]).log())
+    if K == 2:
+        mean = dial_router(K, logits).scorer.score(None, None)               # B, h, w
+        torch.testing.assert_close(dial_router(K, logits).score(None, None), (mean / (1 - mean)).log())
 
 
 @pytest.mark.parametrize("K", [2, 3])
@@ -157,8 +160,9 @@ def test_the_dial_gate_equals_a_loop_over_regions(K):
 
     torch.manual_seed(1)
     uniform = torch.rand(B, 3, 3)
-    budgets = (0.6 * torch.randn(B, K)).softmax(1).tolist()                 # around equal ratios
-    deviation = (scores - scores.mean()).square().mean().sqrt()
+    exponential = torch.empty(B, K).exponential_()
+    budgets = (0.4 / K + 0.6 * exponential / exponential.sum(1, keepdim=True)).tolist()  # around equal ratios
+    deviation = ((scores - scores.mean()).square().sum() / (scores.numel() - 1)).sqrt()
     noisy = 3 * (scores - scores.mean()) / deviation + 0.7 * (uniform / (1 - uniform)).log()
     in_order, total = sorted(noisy.flatten().tolist()), 0.0
     for i, y, x in itertools.product(range(B), range(3), range(3)):

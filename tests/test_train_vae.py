@@ -1,7 +1,7 @@
 """train_vae.py: losses, evaluation, codes.pt, and the script as a whole.
 
     Perceptual                       test_lpips_is_the_published_formula and the next two tests
-    adaptive_weight, backward        test_adaptive_weight_is_the_ratio_of_gradients_at_the_last_layer and the next two
+    backward                         test_backward_gives_the_gradients_of_the_weighted_sum and the next test
     Discriminator, hinge_loss        test_discriminator_is_the_usual_patchgan and three more
     BatchNorm                        test_batch_norm_of_two_processes_is_that_of_one, survival/test_processes.py
     auc, evaluate                    test_auc_equals_counting_pairs, test_evaluation_of_a_dq_vae
@@ -30,7 +30,7 @@ import train_vae
 from conftest import DEVICE, TRANSFORMER, VAE, call, plain
 from data import ImageFolder, ToyShapes
 from test_data import put, folder_with_broken_files
-from train_vae import Discriminator, Perceptual, adaptive_weight, backward, hinge_loss
+from train_vae import Discriminator, Perceptual, backward, hinge_loss
 
 
 # ------------------------------------------------------------------------------------------------
@@ -107,13 +107,21 @@ def test_lpips_has_finite_gradients_for_the_image_only(lpips, published, tmp_pat
     assert torch.isfinite(y.grad).all()
 
 
+def test_without_files_the_weights_are_downloaded(published, monkeypatch):
+    parts = dict(zip(Perceptual.urls, published))
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda url, **how: parts[url])
+    lpips = Perceptual.load(train_vae.parse([])[0].perceptual_weights)
+    assert torch.equal(lpips.weights[0], published[1]["lin0.model.1.weight"])
+
+
 def test_the_error_for_missing_weights_says_what_to_do(published, tmp_path, monkeypatch):
     def no_network(*args, **kwargs):
         raise OSError("no route to host")
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", no_network)
     torch.save(published[1], tmp_path / "half")
-    for files in ([], [tmp_path / "nowhere"], [tmp_path / "half"]):
-        with pytest.raises(dq.UserError) as error:
+    for files, reason in ((None, "no route to host"), ([tmp_path / "nowhere"], "No such file"),
+                          ([tmp_path / "half"], "features")):
+        with pytest.raises(dq.UserError, match=reason) as error:
             Perceptual.load(files)
         text = str(error.value)
         assert "\n" not in text and "--perceptual-weights" in text and "--perceptual-weight 0" in text
@@ -134,26 +142,19 @@ class Toy(torch.nn.Module):
         return y, (y - target).abs().mean(), -self.discriminator(y).tanh().mean(), h.square().mean()
 
 
-@pytest.mark.parametrize("cap", [0.75, 1e-3, 1e3])
-def test_adaptive_weight_is_the_ratio_of_gradients_at_the_last_layer(cap):
-    model, z, target = Toy(), torch.randn(2, 2, 5, 5), torch.randn(2, 3, 5, 5) * 0.1
-    y, loss, gan, _ = model(z, target)
-    a, b = (torch.autograd.grad(each, model.last.weight, retain_graph=True)[0] for each in (loss, gan))
-    at_y = [torch.autograd.grad(each, y, retain_graph=True)[0] for each in (loss, gan)]
-    ratio = float(a.norm() / (b.norm() + 1e-4))
-    assert adaptive_weight(y, model.last.weight, *at_y, cap).item() == pytest.approx(min(ratio, cap), rel=1e-5)
-
-
-def test_backward_gives_the_gradients_of_the_weighted_sum():
+@pytest.mark.parametrize("steep", [1, 100])
+def test_backward_gives_the_gradients_of_the_weighted_sum(steep):
+    """A steep adversarial loss gets a smaller weight than 0.75."""
     model, z, target = Toy(), torch.randn(2, 2, 5, 5), torch.randn(2, 3, 5, 5) * 0.1
     y, loss, gan, other = model(z, target)
-    weight = backward(y, model.last.weight, loss, gan, other, gan_weight=0.3, scale=0.5)
+    weight = backward(y, model.last.weight, loss, steep * gan, other, gan_weight=0.3, scale=0.5)
     ours = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     y, loss, gan, other = model(z, target)
-    a, b = (torch.autograd.grad(each, model.last.weight, retain_graph=True)[0].norm() for each in (loss, gan))
+    a, b = (torch.autograd.grad(each, model.last.weight, retain_graph=True)[0].norm() for each in (loss, steep * gan))
+    assert (a / b < 0.75) == (steep > 1)
     assert weight.item() == pytest.approx(0.3 * min(0.75, float(a / (b + 1e-4))), rel=1e-5)
-    (0.5 * (loss + weight * gan + other)).backward()
+    (0.5 * (loss + weight * steep * gan + other)).backward()
     assert set(ours) == {"first.weight", "first.bias", "last.weight", "last.bias"}  # none for the discriminator
     for name, gradient in ours.items():
         torch.testing.assert_close(gradient, model.get_parameter(name).grad)
@@ -212,14 +213,13 @@ def test_discriminator_equals_its_layers():
 
 
 def test_batch_norm_of_two_processes_is_that_of_one(monkeypatch):
-    """Here all_reduce adds what a second process would contribute."""
+    """Here all_reduce adds what the second process would contribute."""
     x = torch.randn(4, 3, 5, 5) * torch.tensor([1.0, 2.0, 3.0])[:, None, None] + 1
     one, two = (train_vae.BatchNorm(3) for _ in range(2))
     expected = one(x)
     mine, other = x.chunk(2)
-    sums = torch.stack([other.mean(dim=(0, 2, 3)), other.square().mean(dim=(0, 2, 3))])
     monkeypatch.setattr(dq, "rank_world", lambda: (0, 2))
-    monkeypatch.setattr(dq, "all_reduce", lambda own: own + sums)
+    monkeypatch.setattr(dq, "all_reduce", lambda parts: parts + torch.stack([0 * other, other]))
     torch.testing.assert_close(two(mine), expected[:2], atol=1e-5, rtol=1e-5)
     for name, value in one.state_dict().items():
         torch.testing.assert_close(two.state_dict()[name], value, atol=1e-5, rtol=1e-5)
@@ -560,7 +560,6 @@ def test_losses_of_weight_zero_are_not_computed(images, tmp_path, monkeypatch):
         raise AssertionError
     monkeypatch.setattr(train_vae, "Discriminator", never)
     monkeypatch.setattr(train_vae, "Perceptual", never)
-    monkeypatch.setattr(train_vae, "adaptive_weight", never)
     train_vae.main(["--data", str(images), "--out", str(tmp_path), "--steps", "1", *VAE])
     assert "critic" not in dq.load_checkpoint(tmp_path / "vae.pt", "dq-vae")
 

@@ -220,10 +220,10 @@ def test_a_block_decodes_step_by_step_what_it_computes_at_once(rotary, qk_norm, 
     rope = model.rope_of(pos, pos)
     cache = torch.zeros(2, B, heads, L, C // heads, device=device)
     for t in range(L):
-        at = torch.arange(B, device=device), torch.full((B,), t, device=device)
+        rows, steps = torch.arange(B, device=device), torch.full((B,), t, device=device)
         mask = torch.zeros(B, heads, 1, L, device=device)
         mask[..., t + 1:] = -math.inf
-        y = block.step(x[:, t], rope if rope is None else rope[:, t], cache, at, mask)
+        y = block.step(x[:, t], rope if rope is None else rope[:, t], cache, rows, steps, mask)
         torch.testing.assert_close(y, block(x, rope)[:, t], atol=1e-4, rtol=1e-4)
 
 

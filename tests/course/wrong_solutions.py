@@ -48,7 +48,7 @@ WRONG = {
         ("at the next update the code jumps back, since its sum is the old one",
          "self.sums.copy_(torch.where(dead[:, None], fresh * mean_uses, self.sums))", "pass"),
         ("a vector without weight may be drawn",
-         "sample_vectors(z, weight,", "sample_vectors(z, torch.ones_like(weight),"),
+         "torch.multinomial(weight,", "torch.multinomial(torch.ones_like(weight),"),
     ],
     "DQVAE.mix": [
         ("the coarse map for every k", "upsample(m, side)", "upsample(maps[0], side)"),
@@ -109,7 +109,7 @@ WRONG = {
     "decode_one": [
         ("guidance towards the label, away from the label",
          "job.condition[image].t()", "job.condition[image, :1].expand(-1, R // B).t()"),
-        ("the content does not know its place", "h = h + model.position(twice(pos))", "pass"),
+        ("the content does not know its place", "h = h + model.position(per_row(pos))", "pass"),
         ("what is given is drawn all the same", "code = unless_given(code, given[1])", "code = code"),
     ],
 }

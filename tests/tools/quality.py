@@ -1,4 +1,4 @@
-"""Measures the quality of samples of the toy data.
+"""Measures the quality of samples.
 
 python tests/tools/quality.py [out/transformer.pt] [--n N] [--seed S] [sample.py's options]
     Trains a small classifier of shapes and textures on real toy images. Then compares three sets with N real images:
@@ -15,6 +15,10 @@ python tests/tools/quality.py table OUT [--rows NAME ...] [--seeds S ...] [--n N
     resumes and keeps what is finished.
     images/s and seconds per step are wall-clock times. They are measured at the end, one row after the other, with the
     first seed. If the machine was busy, measure them again with --speed.
+
+python tests/tools/quality.py folder CHECKPOINT --data DIR [--n N] [--seed S] [--temperatures T ...] [--guidance G ...]
+    Compares sampling options on a folder of images: FD of N samples, with the classes of N training images, to these.
+    Features: those of a classifier of the folder's classes, if it has classes, and pixels, averaged to 8 x 8.
 """
 import argparse
 import contextlib
@@ -33,6 +37,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import common  # noqa: E402
+import data as reading  # noqa: E402
 import dq  # noqa: E402
 import train_transformer  # noqa: E402
 import train_vae  # noqa: E402
@@ -52,26 +57,26 @@ several = number(int, NEIGHBOURS + 1)
 
 
 class Classifier(nn.Module):
-    """Images (B, 3, S, S) -> logits (B, 12) of all kinds, linear in 64 features, each a mean over the image.
+    """Images (B, 3, S, S) -> logits (B, n_kinds), linear in 64 features, each a mean over the image.
 
-    A kind is a shape with a texture. Features trained on shapes alone do not notice lost textures: with them, 16
+    A kind of toy image is a shape with a texture. Features trained on shapes alone do not notice lost textures: with them, 16
     blurred codes scored best of all models. There are only 64 features, so 2,000 images are enough to estimate their
     covariance, and the FD between two sets of real images is near 0.
     """
 
-    def __init__(self):
+    def __init__(self, n_kinds=len(ToyShapes.classes) * TEXTURES):
         super().__init__()
         layers, c = [], 3
         for width in (32, 64, 64):
             layers += [nn.Conv2d(c, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(2)]
             c = width
-        self.body, self.head = nn.Sequential(*layers), nn.Linear(c, len(ToyShapes.classes) * TEXTURES)
+        self.body, self.head = nn.Sequential(*layers), nn.Linear(c, n_kinds)
 
     def features(self, x):
         return self.body(x).mean(dim=(2, 3))                                 # B, 64
 
     def forward(self, x):
-        return self.head(self.features(x))                                   # B, 12
+        return self.head(self.features(x))                                   # B, n_kinds
 
     def shape(self, features):
         """Features (n, 64) -> labels (n,) of the predicted shapes."""
@@ -88,12 +93,17 @@ def toy_images(size, n, seed, device="cpu"):
 
 def train_classifier(size, seed=0, device="cpu", steps=400, batch_size=64):
     """-> a Classifier of toy images, in evaluation mode."""
+    images, kinds = toy_images(size, steps * batch_size, seed + TRAIN, device)
+    return fit(zip(images.split(batch_size), kinds.split(batch_size)), steps, seed, device)
+
+
+def fit(batches, steps, seed, device, **how):
+    """Train a Classifier on (images, kinds), in evaluation mode afterwards. how: as for Classifier"""
     torch.manual_seed(seed)
-    classifier = Classifier().to(device)
+    classifier = Classifier(**how).to(device)
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=2e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
-    images, kinds = toy_images(size, steps * batch_size, seed + TRAIN, device)
-    for step, (x, y) in enumerate(zip(images.split(batch_size), kinds.split(batch_size))):
+    for step, (x, y) in enumerate(batches):
         x = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1) if step % 2 else x  # half are blurred, all
         x = x + 0.1 * torch.randn_like(x)                                    # noisy, so that fine detail counts less
         optimizer.zero_grad()
@@ -153,6 +163,15 @@ def precision_recall(real, fake, k=NEIGHBOURS):
     return among(fake, real), among(real, fake)
 
 
+@torch.inference_mode()
+def sampled(model, vae, label, options, seed, autocast):
+    """-> samples of these classes (n, 3, S, S), and their contents (n, L)"""
+    pos, code = dq.generate(model, label, options, seed, slots=SLOTS)        # each n, L
+    codes, _ = model.layout.unpack(pos, code)                                # n, H, W
+    with autocast():
+        return torch.cat([vae.decode(part).float().clamp(-1, 1) for part in codes.split(SLOTS)]), code
+
+
 class Evaluator:
     """A classifier and n real images, with which every set is compared."""
 
@@ -186,10 +205,7 @@ class Evaluator:
     def of_samples(self, model, vae, options, autocast):
         """Metrics of n samples, including their mean number of codes."""
         label = torch.arange(self.n, device=self.device) % len(ToyShapes.classes)  # n
-        pos, code = dq.generate(model, label, options, self.seed, slots=SLOTS)  # each n, L
-        codes, _ = model.layout.unpack(pos, code)                            # n, H, W
-        with autocast():
-            images = torch.cat([vae.decode(part).float().clamp(-1, 1) for part in codes.split(SLOTS)])
+        images, code = sampled(model, vae, label, options, self.seed, autocast)
         return self.measure(images, label) | dict(codes=(code >= 0).sum().item() / self.n)
 
 
@@ -372,10 +388,60 @@ def table(argv):
 # One checkpoint
 
 
+# ------------------------------------------------------------------------------------------------
+# Sampling options for a folder of images
+
+
+def folder(argv, steps=400, batch_size=64):
+    parser = argparse.ArgumentParser(prog="quality.py folder")
+    add = parser.add_argument
+    add("checkpoint")
+    add("--data", type=common.path, required=True, help="the folder that the model was trained on")
+    add("--n", type=several, default=1000, help="images per set; default: %(default)s")
+    add("--seed", type=number(int, 0, below=2 ** 63), default=0, help="seed of the classifier and the samples")
+    add("--temperatures", type=float, nargs="+", default=[0.7, 0.85, 1.0])
+    add("--guidance", type=float, nargs="+", default=[1.0, 1.5, 2.0])
+    args = parser.parse_args(argv)
+    device, autocast = common.pick_device("auto", "auto")
+    model, vae = dq.load_transformer(args.checkpoint, device)
+    data, _ = reading.open_data(args.data, vae.config.size)
+    classes = model.config.classes
+    dq.require(not classes or tuple(data.classes) == classes,
+               f"{args.checkpoint} was not trained on the classes of {args.data}")
+    dq.require(len(data) >= 2 * args.n, f"{args.data} has {len(data)} training images; two sets of --n are needed")
+    rows = torch.from_numpy(dq.numpy_rng(args.seed).permutation(len(data))[:8000])
+    images, label = zip(*(data[i] for i in rows.tolist()))
+    images, label = torch.stack(images).to(device), torch.tensor(label, device=device)  # M, 3, S, S; M
+    extract = {"pixels": lambda x: F.adaptive_avg_pool2d(x, 8).flatten(1)}   # n, 192
+    if classes:
+        batches = (rows % len(images) for rows in torch.arange(steps * batch_size).split(batch_size))
+        classifier = fit(((images[rows], label[rows]) for rows in batches), steps, args.seed, device,
+                         n_kinds=len(classes))
+        extract["classifier"] = functools.partial(features, classifier)
+    else:
+        label = torch.full_like(label, -1)
+    real, other = images[:args.n], images[args.n:2 * args.n]
+    print("| " + " | ".join(["", "codes per image", *(f"FD, {name}" for name in extract)]) + " |")
+
+    def report(name, x, codes=None):
+        fds = [f"{frechet_distance(of(real), of(x)):.3f}" for of in extract.values()]
+        print("| " + " | ".join([name, "" if codes is None else f"{codes:.1f}", *fds]) + " |", flush=True)
+    report("other real images", other)
+    with torch.inference_mode(), autocast():
+        report("reconstructions of these",
+               torch.cat([vae.decode(vae.encode(x)[0]).float().clamp(-1, 1) for x in other.split(SLOTS)]))
+    for temperature, cfg in itertools.product(args.temperatures, args.guidance if classes else [1.0]):
+        options = dq.SampleOptions(temperature=temperature, cfg=cfg)
+        x, code = sampled(model, vae, label[:args.n], options, args.seed, autocast)
+        report(f"temperature {temperature:g}, guidance {cfg:g}", x, (code >= 0).sum().item() / args.n)
+
+
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["table"]:
         return table(argv[1:])
+    if argv[:1] == ["folder"]:
+        return folder(argv[1:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("checkpoint", nargs="?", default="out/transformer.pt")

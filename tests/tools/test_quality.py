@@ -6,9 +6,11 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import common
+import data as reading
 import dq
 import quality
 import train_transformer
@@ -312,3 +314,27 @@ def test_a_timed_step_is_a_training_step():
     before = {name: x.clone() for name, x in model.state_dict().items()}
     assert quality.step_seconds(model, vae, torch.device("cpu"), plain, n_steps=3, warm_up=1) > 0
     assert all(not torch.equal(x, before[name]) for name, x in model.named_parameters() if x.dim() > 1)
+
+
+def test_sampling_options_for_a_folder(run, images, capsys):
+    """The FD of two rows, from images that are read and sampled here."""
+    path, sizes = run / "transformer.pt", ["--n", "6", "--temperatures", "0.5", "1", "--guidance", "1", "2"]
+    quality.folder([str(path), "--data", str(images), *sizes], steps=4, batch_size=4)
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    names = ["", "other real images", "reconstructions of these"]
+    names += [f"temperature {t}, guidance {g}" for t in ("0.5", "1") for g in (1, 2)]
+    assert [row[0].strip("| ") for row in rows] == names
+    model, vae = dq.load_transformer(path, torch.device("cpu"))
+    data, _ = reading.open_data(images, vae.config.size)
+    order = dq.numpy_rng(0).permutation(len(data))
+    x, label = zip(*(data[int(i)] for i in order[:12]))
+
+    def pixels(x):
+        return torch.stack([F.interpolate(each[None], 8, mode="area").flatten() for each in x])
+    real = pixels(x[:6])
+    assert float(rows[1][2]) == pytest.approx(frechet_distance(real, pixels(x[6:])), abs=2e-3)
+    pos, code = dq.generate(model, torch.tensor(label[:6]), dq.SampleOptions(temperature=0.5, cfg=2.0), seed=0)
+    samples = vae.decode(model.layout.unpack(pos, code)[0]).clamp(-1, 1)
+    assert float(rows[4][2]) == pytest.approx(frechet_distance(real, pixels(samples)), abs=2e-3)
+    with pytest.raises(dq.UserError, match="two sets of --n are needed"):
+        quality.folder([str(path), "--data", str(images), "--n", "7"])
