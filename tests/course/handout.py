@@ -173,8 +173,6 @@ def for_assistants():
         lines += [f"## {number}. {e.name}: {e.function}", ""]
         lines += [f"* {why}: `{' '.join(new.split())}` instead of `{' '.join(old.split())}`"
                   for why, old, new in WRONG[e.function]] + [""]
-    lines += ["## Questions, 3 points each", ""]
-    lines += [f"{n}. {question} *{rubric}*" for n, (question, rubric) in enumerate(QUESTIONS, 1)]
-    lines += ["", "## Experiments", ""]
-    lines += [f"{n}. {task} *{expected}*" for n, (task, expected) in enumerate(EXPERIMENTS, 1)]
+    for title, rows in (("Questions, 3 points each", QUESTIONS), ("Experiments", EXPERIMENTS)):
+        lines += [f"## {title}\n", *(f"{n}. {task} *{answer}*" for n, (task, answer) in enumerate(rows, 1)), ""]
     return "\n".join(lines) + "\n"

@@ -9,8 +9,7 @@ solution, docstrings, naive loops, tests and pages change together. An edit is o
     (file, function, "doc: words", words)   in a docstring, wherever its lines break; "..." is its rest. No text of the
                                             variant may contain the old words
 
-HIDDEN are other sizes for the same tests; other seeds go with them. Whoever has this file can solve a variant, just as
-whoever has dq.py can solve the exercises. A course that fears this adds variations of its own to a private copy.
+HIDDEN are other sizes for the same tests; other seeds go with them.
 """
 import ast
 import functools
