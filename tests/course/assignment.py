@@ -99,7 +99,7 @@ def make(folder, variant):
         (folder / name).write_text(holes, encoding="utf-8")
     for name in ("pyproject.toml", "LICENSE", ".gitignore", COURSE / "vae.pt"):
         shutil.copy(ROOT / name, folder / name)
-    handout.write(folder, full, in_all(), executed(full, "dq"))
+    handout.write(folder, full, in_all(), executed(full, "solution"))
     print(f"{folder} is a copy with {len(EXERCISES)} functions to write; there, "
           f"python tests/course/assignment.py list names them in order.\n{RULES}")
     if variant is not None:

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from PIL import Image, ImageDraw
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1]))
 BLUE, ORANGE, GREY, WHITE = "#a8c8f0", "#f6c28b", "#dddddd", "#ffffff"
 LETTERS = "abcdefg-"                                                         # contents 0 to 6, and that of an EOS, -1
 
@@ -208,7 +209,6 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("number", type=int, choices=range(1, 18), help="the exercise")
     args = parser.parse_args()
-    sys.path.insert(0, str(HERE.parents[1]))
     import dq
     path = f"picture-{args.number}.png"
     try:
