@@ -41,6 +41,7 @@ HANDED_OUT = ROOT / COURSE / "handed_out.py"                                 # d
 IS_COPY = HANDED_OUT.exists()
 HIDDEN = "DQ_COURSE_HIDDEN"                                                  # environment: the seed of hidden cases
 CODE = (".py", ".ipynb")
+NOT_GRADED = "not graded: "
 
 
 def show():
@@ -148,9 +149,6 @@ def make_autograder(path, variant):
 # Grading
 
 
-NOT_GRADED = "not graded: "
-
-
 @dataclass
 class Submission:
     """A file, the reason if it could not be read, and for each exercise what its tests said."""
@@ -209,10 +207,7 @@ def file_in(folder):
 
 
 def collect(path, one=False):
-    """-> [(name, student, file or None)]: a file; a student's folder; or a folder of files and of students' folders.
-
-    one: the folder is one student's
-    """
+    """-> [(name, student, file or None)] of a file, of one student's folder, or of a folder of files and folders."""
     if path.is_dir() and not one and not (path / "dq.py").exists():
         inside = [each for each in sorted(path.iterdir()) if not each.name.startswith((".", "__"))]
         return [row for each in inside for row in collect(each, one=True)]

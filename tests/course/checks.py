@@ -69,15 +69,13 @@ class NotGraded(Exception):
     """A fault of the grader or its machine, which must not cost a student points."""
 
 
-KEPT = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH")                         # of the environment: no secrets
-
-
 class Nursery:
     """Where workers come from: forks of a process that knows torch only."""
 
     def __init__(self):
         self.control, theirs = socket.socketpair()
-        environment = {name: os.environ[name] for name in KEPT if name in os.environ} | {"OMP_NUM_THREADS": "1"}
+        kept = {"PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH"} & os.environ.keys()  # no secrets
+        environment = {name: os.environ[name] for name in kept} | {"OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen([sys.executable, "-c", "import worker; worker.nursery()"], stdin=theirs,
                                         cwd=HERE, env=environment)
         theirs.close()

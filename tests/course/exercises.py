@@ -129,8 +129,8 @@ def comments(text):
 def stub(text, what="it is to be written"):
     """The hole that an exercise leaves: signature, docstring, comments. A script then ends with the line `what`."""
     node, lines = ast.parse(text).body[0], text.split("\n")
-    n_kept = node.body[0].end_lineno if ast.get_docstring(node) is not None else node.body[0].lineno - 1
-    return "\n".join(lines[:n_kept] + ["    " + line for line in [*comments(text), f'raise UserError("{what}")']])
+    hole = [*comments(text), f'raise UserError("{what}")']
+    return "\n".join(lines[:node.body[0].end_lineno] + ["    " + line for line in hole])
 
 
 def with_holes(source, functions=None):
@@ -155,7 +155,6 @@ def read(path):
         text = "\n".join(python_of("".join(cell["source"])) for cell in cells)
     else:
         text = data.decode(tokenize.detect_encoding(io.BytesIO(data).readline)[0])
-        text = text.replace("\r\n", "\n").replace("\r", "\n")
     ast.parse(text)
     return text
 

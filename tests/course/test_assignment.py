@@ -331,7 +331,6 @@ def test_commands_that_end_with_a_line(grade, tmp_path, monkeypatch, capsys):
             grade(write(tmp_path, files) / "dq.py", 4)
         said = capsys.readouterr().err
         assert len(said.splitlines()) == 1 and said.startswith("0 points")
-    assert fence.gap(ROOT) == "" or "Landlock" in fence.gap(ROOT)
     with monkeypatch.context() as patch:
         patch.setattr(fence, "landlock_version", lambda: 0)
         patch.setattr(os, "geteuid", lambda: 1000, raising=False)
@@ -508,7 +507,7 @@ def test_no_text_of_a_variant_has_the_published_rule(choice, tmp_path, monkeypat
         found = [name for name, text in texts.items() if " ".join(words.split()) in text]
         assert not found, f"{words} is still in {found}"
     if not choice:
-        for number in (3, 4, 6, 8, 10, 12, 13, 15, 16):
+        for number in (3, 4, 6, 8, 9, 10, 12, 13, 15, 16):
             theirs = Image.open(folder / "handout" / f"{number:02}.png")
             ours = image(picture.Pictures(dq), number - 1)
             assert ours.tobytes() != theirs.tobytes(), f"picture {number} does not show the variant"

@@ -12,11 +12,10 @@ solution, docstrings, naive loops, tests and pages change together. An edit is o
 HIDDEN are other sizes for the same tests; other seeds go with them.
 """
 import ast
-import functools
 import random
 import re
 
-from exercises import definitions
+from exercises import definitions, parsed
 
 D, N, S = "dq.py", "tests/naive.py", "tests/course/test_speed.py"
 ROUTERS, CODEBOOK, VAE = "tests/test_routers.py", "tests/test_codebook.py", "tests/test_vae.py"
@@ -42,7 +41,6 @@ def matches(pattern, node, found):
     return pattern == node
 
 
-parse = functools.lru_cache(512)(ast.parse)
 DOC = "doc: "
 
 
@@ -50,7 +48,7 @@ def located(text, function, old, new):
     """-> [where an edit acts in a text, first and last byte, and what stands there then]. ValueError unless it is there
     once, or, where the function is "*", at least once. New code that brings a comment, or is empty, replaces the old
     comment, too."""
-    tree, data = parse(text), text.encode()
+    tree, data = parsed(text), text.encode()
     inside = definitions(tree).get(function, tree if function in ("", "*") else None)
     starts = [0, *(each.end() for each in re.finditer(b"\n", data))]
     if inside is None:
@@ -64,7 +62,7 @@ def located(text, function, old, new):
         found = [*re.finditer(pattern, data[first:last - 3], re.S)]
         where = [(inside.body[0], {}, first + each.start(), first + each.end()) for each in found]
     else:
-        pattern = parse(old).body[0]
+        pattern = ast.parse(old).body[0]
         pattern = pattern.value if isinstance(pattern, ast.Expr) else pattern
         where = [(node, found, *span(node)) for node in ast.walk(inside) if type(node) is type(pattern)
                  for found in [{}] if matches(pattern, node, found)]
@@ -149,18 +147,14 @@ VARIATIONS = [
         (D, "DQVAE.mix", "upsample(_1, side) * upsample(_2, side)", "<0> * upsample(_1, side) * upsample(_2, side)"),
         (D, "DQVAE.mix", "doc: sum_k gate_k map_k", "sum_k <0> gate_k map_k"),
         (N, "mix", "gate[_1, _2, _3] * _4", "<0> * gate[_1, _2, _3] * _4")]),
-    ("DQVAE.cell_weight", ["1.0", "0.5"], [                                  # gradient
-        (D, "DQVAE.cell_weight", "gate.detach()[_1]", "(<0> * gate + (1 - <0>) * gate.detach())[:, k:k + 1]"),
+    ("DQVAE.cell_weight", ["1", "3"], [                                      # power of a code's side
+        (D, "DQVAE.cell_weight", "(_1 / _2) ** 2", "(_1 / _2) ** <0>"),
         (D, "DQVAE.cell_weight", "doc: 1 / (number of finest cells that share a code), without gradient",
-         "1 / cells_k, where cells_k is the number of finest cells that share a code. The gate gets <0> times\n"
-         "the gradient of gate_k / cells_k, summed over k"),
-        (VAE, "test_cell_weight_equals_a_loop", "assert not weight.requires_grad, _1", """\
-gate = one_hot(grains, 3).requires_grad_()
-model.cell_weight(gate).sum().backward()
-assert gate.grad is not None, "no gradient reaches the gate through the weights"
-for k, cells in enumerate((1, 4, 16)):
-    torch.testing.assert_close(gate.grad[:, k], torch.full_like(gate.grad[:, k], <0> * cells), msg=lambda why: (
-        f"through the weights, the gate gets another gradient than <0> times theirs: {why}"))""")]),
+         "1 / s^<0>, where s is the number of finest cells in the side of a code, without gradient"),
+        (N, "cell_weight", "1 / (_1 // _2) ** 2", "1 / (_1 // _2) ** <0>"),
+        (N, "cell_weight", "doc: a code that fills n cells gives each of them 1 / n",
+         "a code that fills s x s cells gives each of them 1 / s^<0>"),
+        (VAE, "test_cell_weight_equals_a_loop", "lambda why: _1", 'lambda why: f"not the documented weight: {why}"')]),
     ("Layout.pack Layout.unpack", [""], [                                    # order of cells
         (D, "Layout.__init__", "row, column = cells // side, cells % side",
          "row, column = cells % side, cells // side"),

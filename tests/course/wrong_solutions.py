@@ -95,8 +95,7 @@ WRONG = {
         ("u = 1 is never reached, and the first entry taken", "cdf >= u[:, None]", "cdf > u[:, None]"),
     ],
     "decode_one": [
-        ("guidance towards the label, away from the label",
-         "job.condition[image].t()", "job.condition[image, :1].expand(-1, R // B).t()"),
+        ("guidance by two labelled rows", "_1[image].t()", "job.condition[image, :1].expand(-1, R // B).t()"),
         ("the content does not know its place", "h = h + model.position(per_row(pos))", "pass"),
         ("what is given is drawn all the same", "code = unless_given(code, given[1])", "code = code"),
     ],
