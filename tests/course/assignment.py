@@ -1,10 +1,4 @@
-"""The course: dq.py with functions to write, and a grader.
-
-    python tests/course/assignment.py list                     the exercises, in the order in which the file reads
-    python tests/course/assignment.py make DIR                 a copy of the project for students
-    python tests/course/assignment.py grade FILE_OR_FOLDER     a table of points; --only 3 7: these exercises alone
-    python tests/course/assignment.py split CODES              codes to hand out, and a private part that ranks
-    python tests/course/assignment.py leaderboard FOLDER       the open part: nats of students' checkpoints
+"""The course: dq.py with functions to write, and a grader. README.md has examples of the commands.
 
 A student's copy keeps signature, docstring and comments of each function that is to be written. The grader takes each
 exercise by itself: a process in a sandbox has our dq.py, in which this one function and all that is new come from the
@@ -279,8 +273,7 @@ def grade(args):
     if not submissions:
         sys.exit(f"no files in {', '.join(map(str, args.paths))}")
     good = [each for each in submissions if not each.fault]
-    gap = fence.gap(ROOT) if good and not IS_COPY else ""
-    if gap:
+    if good and not IS_COPY and (gap := fence.gap(ROOT)):
         print(f"submissions are not fenced: {gap}", file=sys.stderr)
     base = HANDED_OUT.read_text(encoding="utf-8") if IS_COPY else project(["dq.py"], args.variant)["dq.py"]
     for each in good:
@@ -369,7 +362,7 @@ def for_gradescope(row, seconds):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands, numbers = parser.add_subparsers(dest="command", required=True), range(1, len(EXERCISES) + 1)
-    commands.add_parser("list", help="the exercises and the rules")
+    commands.add_parser("list", help="the exercises, in the order in which the file reads, and the rules")
     making = commands.add_parser("make", help="a copy for students")
     making.add_argument("folder", type=Path, metavar="DIR", nargs="?")
     making.add_argument("--autograder", type=Path, metavar="ZIP", help="the archive that Gradescope takes")
@@ -385,7 +378,7 @@ def main():
     grading.add_argument("--gradescope", type=Path, metavar="FILE", help="also write results.json, of one submission")
     splitting = commands.add_parser("split", help="codes to hand out, and a private part that ranks")
     splitting.add_argument("codes", type=Path, metavar="CODES", help="what train_vae.py wrote")
-    ranking = commands.add_parser("leaderboard", help="the open part")
+    ranking = commands.add_parser("leaderboard", help="the open part: nats of students' checkpoints")
     ranking.add_argument("folder", type=Path, metavar="FOLDER", help="a transformer.pt in each student's folder")
     ranking.add_argument("--codes", type=Path, metavar="FILE", default=Path("private.pt"), help="of `split`")
     for command in (making, grading, ranking):

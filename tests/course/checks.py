@@ -120,7 +120,7 @@ class Remote:
 
     def __init__(self, base, submission, functions, name, limit, folder, until=math.inf):
         self.connection, self.pid = nursery.worker()
-        self.limit, self.count, self.waited, self.until = limit, 0, 0.0, until
+        self.limit, self.waited, self.until = limit, 0.0, until
         self.deadline = min(time.monotonic() + 10 * limit, until)            # by the clock: others use the cores too
         self.changed = CHANGES.get(name)
         try:
@@ -166,10 +166,8 @@ class Remote:
         return tensors, reply
 
     def __call__(self, *args, **kwargs):
-        self.count += 1
-        number = self.count
-        tensors, (result, changed, has_gradient) = self.ask(
-            args=args, kwargs=kwargs, number=number, changed=self.changed, grad=torch.is_grad_enabled(),
+        tensors, (result, changed, number) = self.ask(
+            args=args, kwargs=kwargs, changed=self.changed, grad=torch.is_grad_enabled(),
             seed=int(torch.randint(2 ** 62, ())))
         if self.changed is not None:
             for was, now in zip(worker.contents(args[self.changed]), changed, strict=True):
@@ -179,7 +177,7 @@ class Remote:
         elif result is None:
             raise Fault("it returns nothing")
         inputs = [x for x in tensors if x.requires_grad]
-        if not (has_gradient and inputs and torch.is_grad_enabled()):
+        if number is None or not inputs or not torch.is_grad_enabled():
             return result
 
         class Gradient(torch.autograd.Function):

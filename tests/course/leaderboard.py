@@ -22,6 +22,8 @@ def split(codes, public, private):
     import dq
     import train_transformer
     stored = train_transformer.read_codes(codes)
+    for path in (public, private):
+        dq.require(not path.exists(), f"{path} exists; a second split would rank by images that students have")
     torch.seed()
     order = torch.randperm(len(stored["held_out"]["label"]))
     halves = [{name: x[part] for name, x in stored["held_out"].items()} for part in order.chunk(2)]

@@ -258,7 +258,6 @@ def upsample(x, side):
     return 2
 
 class RandomRouter(ThresholdRouter):
-    training = 2
     corners: int = 4
 
     def score(self, x) -> Missing:
@@ -401,10 +400,7 @@ def test_faults_in_starting_workers_cost_no_points(grade, checker, tmp_path, mon
     assert [*got.values()] == [{"straight_through": 4, "Codebook.assign": 0}]
     assert "ValueError: (False, " in fault and int(re.search(r"False, (\d+)", fault)[1]) < 9
     started = []
-
-    def no_pipe():
-        raise OSError("too many open files")
-    monkeypatch.setattr(checks, "Pipe", no_pipe)
+    monkeypatch.setattr(checks, "Pipe", lambda: os.open(tmp_path / "none", os.O_RDONLY))  # an OSError
     monkeypatch.setattr(checks.Nursery, "__init__", lambda self: started.append(self))
     with pytest.raises(SystemExit, match="failed with exercises"):
         grade(tmp_path / "dq.py", 4, csv=tmp_path / "all.csv")
@@ -565,6 +561,8 @@ def test_the_leaderboard_ranks_by_nats_and_lets_nobody_look_ahead(run, checker, 
     whole, public, private = ([str(each) for each in dq.load_checkpoint(path, "dq-codes")["held_out"]["codes"]]
                               for path in (run / "codes.pt", *parts))
     assert private and sorted(public + private) == sorted(whole)
+    with pytest.raises(dq.UserError, match="public.pt exists"):              # another half would rank
+        leaderboard.split(run / "codes.pt", *parts)
     capsys.readouterr()
     leaderboard.rank(folder, parts[1])
     printed, errors = capsys.readouterr()
