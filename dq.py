@@ -197,9 +197,10 @@ class DialRouter(ThresholdRouter):
         return logits[:, -1] - logits[:, 0]                                  # B, h, w
 
     def forward(self, x, maps, noise=1.0):
-        """In training, each image has ratios of its own, a mixture of the target and random ones. Its thresholds are
-        quantiles of the batch's noisy scores, so no budget loss is needed. The gate is straight-through, as in
-        GrainRouter. For evaluation, the thresholds are moving averages of the quantiles at the target ratios."""
+        """In training, each image has ratios of its own: 0.3 of the target, 0.6 of random ones and 0.1 of the coarsest.
+        Its thresholds are quantiles of the batch's noisy scores, so no budget loss is needed. The gate is
+        straight-through, as in GrainRouter. For evaluation, the thresholds are moving averages of the quantiles at the
+        target ratios."""
         if not self.training:
             return super().forward(x, maps)
         score, ratios = self.score(x, maps), self.ratios.to(x.device)        # B, h, w; K
@@ -209,9 +210,9 @@ class DialRouter(ThresholdRouter):
         score = 3 * (score - all_scores.mean()) * (all_scores.var() + 1e-12).rsqrt()  # or it could outgrow the noise
         score = score + noise * uniform.logit(eps=1e-6)                      # logistic: a difference of Gumbels
         exponential = sample_global(torch.Tensor.exponential_, (len(x), len(ratios)), x.device)  # B, K
-        ratios = 0.4 * ratios + 0.6 * F.normalize(exponential, p=1)          # B, K; target 0.5: from 0.2 to 0.8
-        cuts = all_gather(score.detach()).quantile(ratios.cumsum(1)[:, :-1].clamp(max=1).flatten())  # B (K - 1)
-        cuts = cuts.view(len(x), -1, 1, 1)                                   # B, K - 1, 1, 1
+        ratios = 0.3 * ratios + 0.6 * F.normalize(exponential, p=1)          # B, K
+        coarser = (0.1 + ratios.cumsum(1)[:, :-1]).clamp(max=1)              # B, K - 1; target 0.5: from 0.25 to 0.85
+        cuts = all_gather(score.detach()).quantile(coarser.flatten()).view(len(x), -1, 1, 1)  # B, K - 1, 1, 1
         above = (score[:, None] - cuts).sigmoid()                            # B, K - 1, h, w: P(granularity > k)
         soft = F.pad(above, (0, 0, 0, 0, 1, 0), value=1.0) - F.pad(above, (0, 0, 0, 0, 0, 1))  # P(>= k) - P(> k)
         hard = one_hot((score[:, None] > cuts).sum(1), ratios.shape[1])

@@ -14,11 +14,9 @@ from PIL import Image
 from tqdm import tqdm
 
 import dq
-from common import (Stop, draw_grains, limit, lock, machine, natural, number, path, pick_device, positive, run,
-                    save_grid, save_picture, to_picture)
+from common import (Stop, draw_grains, explained, lock, natural, number, path, pick_device, positive, run, save_grid,
+                    save_picture, say, to_picture)
 from data import load_image, open_image
-
-OLD_OPTIONS = dict(temperature=0.7, cfg=2.0)                                 # for checkpoints without options
 
 
 def parse(argv=None):
@@ -28,8 +26,7 @@ def parse(argv=None):
     add = parser.add_argument
     option = parser.add_argument_group("sampling options (default: the checkpoint's)",
                                        argument_default=argparse.SUPPRESS).add_argument
-    add("checkpoint", nargs="?", type=path, default=Path("out"),
-        help="checkpoint, or a folder: its transformer.best.pt, of the lowest validation loss, else transformer.pt")
+    add("checkpoint", nargs="?", type=path, default=Path("out"), help="checkpoint, or a folder: its best or last one")
     add("--n", type=positive, default=32, help="number of images")
     add("--batch-size", type=positive, default=64, help="number of images that are sampled at the same time")
     add("--label", metavar="CLASS", help="name or number of a class; without it the images cycle through all classes")
@@ -41,8 +38,7 @@ def parse(argv=None):
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 where it is fast")
     add("--compile", action="store_true", help="compile the sampling step with torch.compile")
-    add("--out", metavar="PATH", type=path,
-        help="folder for samples.png, a grid of up to 32 images, or a file name for it; None: the checkpoint's folder")
+    add("--out", metavar="PATH", type=path, help="folder or file for a grid of images; None: the checkpoint's folder")
     add("--save-dir", metavar="DIR", type=path, help="also save each image as a PNG file in this folder")
     add("--gif", metavar="FILE", type=path, help="also save an animation of how the first image is sampled")
     given = parser.add_mutually_exclusive_group().add_argument
@@ -70,17 +66,21 @@ def check_ending(flag, path, endings=(".png", ".jpg", ".jpeg", ".webp", ".gif", 
 
 
 def load(path, device, **given):
-    """-> DQTransformer, its DQVAE, SampleOptions (the `given` ones, else the checkpoint's), the PSNR of the DQVAE."""
+    """-> DQTransformer, its DQVAE, SampleOptions (the `given` ones, else the checkpoint's), what limits the samples."""
     dq.SampleOptions(**given).check()
     saved = dq.load_checkpoint(path, "dq-transformer")
-    model, vae = dq.load_transformer(saved, device)
-    if path.name == "transformer.best.pt":
-        print(f"sampling from {path}: step {saved['step']}, lowest validation loss, {saved['best']:.1f} nats per image")
-    guided = bool(model.config.classes) and model.config.label_dropout > 0   # was the vector "no label" trained?
-    options = saved.get("sample_options", OLD_OPTIONS) | ({} if guided else dict(cfg=1.0)) | given
-    dq.require(guided or options["cfg"] == 1, f"--cfg {options['cfg']:g}: {path} was trained without "
-               f"{'label dropout' if model.config.classes else 'classes'}, so it has no guidance; leave --cfg out")
-    return model, vae, dq.SampleOptions(**options), saved.get("psnr")
+    with explained(f"{path} is damaged, or of another version"):
+        model, vae = dq.load_transformer(saved, device)
+        if path.name == "transformer.best.pt":
+            say(f"sampling from {path}: step {saved['step']}, lowest validation loss, {saved['best']:.1f} nats")
+        guided = bool(model.config.classes) and model.config.label_dropout > 0  # was the vector "no label" trained?
+        of_file = saved.get("sample_options", dict(temperature=0.7, cfg=2.0))  # older ones have no options ...
+        options = dq.SampleOptions(**of_file | ({} if guided else dict(cfg=1.0)) | given)
+        options.check()
+        psnr = float(saved.get("psnr") or 0)                                 # ... and no PSNR
+    dq.require(guided or options.cfg == 1, f"--cfg {options.cfg:g} needs classes and label dropout, which {path} lacks")
+    limit = f"; reconstructions limit them at {psnr:.1f} dB, which more --steps of train_vae.py raise" if psnr else ""
+    return model, vae, options, limit
 
 
 def label_number(label, classes):
@@ -134,10 +134,10 @@ def save_gif(path, layout, decode, pos, code, frames=80):
 
 def main(argv=None):
     args = parse(argv)
-    device, autocast = pick_device(args.device, args.dtype)
+    device, autocast, machine = pick_device(args.device, args.dtype)
     chosen = {name: getattr(args, name) for name in dq.SampleOptions._fields if name in args}
-    model, vae, options, psnr = load(args.checkpoint, device, **chosen)
-    layout, classes, given, n_done = model.layout, model.config.classes, None, 0  # n_done: images
+    model, vae, options, limit = load(args.checkpoint, device, **chosen)
+    layout, classes, given, locks, n_done = model.layout, model.config.classes, None, [], 0  # n_done: images
     label = torch.arange(args.n, device=device) % max(1, len(classes))
     if args.label is not None:
         label.fill_(label_number(args.label, classes))
@@ -150,8 +150,8 @@ def main(argv=None):
     for folder in filter(None, (args.out.parent, args.save_dir, args.gif and args.gif.parent)):
         folder.mkdir(parents=True, exist_ok=True)
         if folder == args.save_dir or args.out == folder / "samples.png":
-            lock(folder, ".sample.lock")                                     # not .lock: a run may be training there
-    if args.dtype == "bf16" or (device.type == "cuda" and machine(device, autocast)["dtype"] == "bf16"):
+            locks.append(lock(folder, ".sample.lock"))                       # not .lock: a run may be training there
+    if args.dtype == "bf16" or (device.type == "cuda" and machine["dtype"] == "bf16"):
         model.to(torch.bfloat16)                                             # on CPUs it is no faster for few rows
     if args.save_dir:                                                        # marks its images as output, not data
         labels = {f"{i:06d}.png": classes[k] for i, k in enumerate(label.tolist())} if classes else {}
@@ -191,7 +191,7 @@ def main(argv=None):
         save_grid(args.out, sum(tiles, ()), columns=8, captions=sum(zip(names, counts), ()))
         wrote = ", ".join(str(path) for path in (args.out, args.save_dir, args.gif) if path)
         used = ", ".join(f"{name.replace('_', '-')} {value:g}" for name, value in options._asdict().items())
-        print(f"wrote {wrote} with {used}{limit(psnr)}")
+        say(f"wrote {wrote} with {used}{limit}")
     if stop.number:
         stop.leave(stop.number, f"when {n_done} of {args.n} images were sampled", "")
 

@@ -8,22 +8,20 @@ import contextlib
 import math
 import shlex
 from dataclasses import asdict, dataclass, replace
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
 import dq
-from common import (Record, Schedule, Stop, distribute, draw_grains, flag, limit, machine, number, on_gpu, override,
-                    path, positive, prepare, run, save_grid, say, seed_all, shuffled_indices, to_picture, trainer_flags)
+from common import (Record, Schedule, Stop, distribute, draw_grains, explained, flag, number, override, path, positive,
+                    prepare, run, save_grid, say, seed_all, shuffled_indices, to_picture, trainer_flags)
 
 
 @dataclass
 class TransformerSchedule(Schedule):
     """Hyperparameters of training, and the sampling options that checkpoints carry: by default those for photos."""
     decay: str = "linear"                # 3 nats better than a cosine, on the toy data
-    optimizer: str = flag("muon", choices=["muon", "adamw"],
-                          help="muon: Muon for the matrices of the blocks, AdamW for the rest; adamw: AdamW for all")
+    optimizer: str = flag("muon", choices=["muon", "adamw"], help="muon: of the blocks' matrices; AdamW has the rest")
     sampling: dq.SampleOptions = dq.SampleOptions(temperature=1.0, cfg=1.5)
 
 
@@ -51,8 +49,7 @@ PRESETS = {                                                                  # t
     "emoji128": (replace(OURS, width=384, position_layers=3, content_layers=9, dropout=0.1),
                  replace(LONG, steps=20_000, lr=2e-3, betas=(0.9, 0.95), weight_decay=0.05, eval_every=1000)),
     "ffhq256": (LARGE, replace(PAPER, steps=27_700, eval_every=1000)),       # 100 epochs of 66,500 images
-    "imagenet256": (LARGE, PAPER),
-    "imagenet256-triple": (LARGE, PAPER),
+    **dict.fromkeys(["imagenet256", "imagenet256-triple"], (LARGE, PAPER)),
     # for codes of the preset toy: without what is ours, RoPE, QK-norm, Muon and the linear decay
     "toy-paper": (dq.TransformerConfig(rotary=False), replace(TOY, lr=1.5e-3, decay="cosine", optimizer="adamw")),
 }
@@ -60,11 +57,11 @@ PRESETS = {                                                                  # t
 
 # ---- Flags and data ----------------------------------------------------------------------------
 
-
-def fit(stored, gpu):
-    """Choose a preset for codes.pt and a GPU or a CPU -> its name, config and schedule. The codes of a recipe, such as
+def fit(stored, device):
+    """Choose a preset for codes.pt and a --device -> its name, config and schedule. The codes of a recipe, such as
     earth64, get the preset of that name. Other codes get one by their number per image and the number of images."""
     name, vae, images = stored["preset"], stored["config"], len(stored["train"]["label"])
+    gpu = device != "cpu" and torch.cuda.is_available()
     if name in PRESETS and not name.startswith("folder"):
         return name, *PRESETS[name]
     codes = sum(ratio * (vae["size"] // factor) ** 2 for ratio, factor in zip(vae["ratios"], vae["factors"]))
@@ -86,16 +83,15 @@ def parse(argv=None):
     replacing("--width", type=positive, help="embedding width")
     replacing("--heads", type=positive, help="number of attention heads")
     replacing("--dropout", type=fraction, help="dropout probability")
-    replacing("--label-dropout", type=fraction,
-              help="probability of hiding a label, which classifier-free guidance needs; 0: sampling without guidance")
+    replacing("--label-dropout", type=fraction, help="probability of hiding a label; 0: no classifier-free guidance")
     args = parser.parse_args(argv)
-    args.codes, name = args.codes or args.out / "codes.pt", args.preset or "toy"
-    chosen = name, *PRESETS[name]
+    args.codes, preset = args.codes or args.out / "codes.pt", args.preset or "toy"
+    config, schedule = PRESETS[preset]
     if not args.preset:
         with contextlib.suppress(Exception):                                 # `read_codes` reports what is wrong
-            chosen = fit(torch.load(args.codes, mmap=True, weights_only=True), on_gpu(args.device))
-    args.preset, config, schedule = chosen
-    args.save_every = args.save_every or schedule.eval_every
+            stored = torch.load(args.codes, mmap=True, weights_only=True)
+            preset, config, schedule = fit(stored, args.device)
+    args.preset, args.save_every = preset, args.save_every or schedule.eval_every
     return args, override(config, args), override(schedule, args)
 
 
@@ -110,27 +106,21 @@ def read_codes(path):
                            f"{path.with_name('vae.pt')} --out {path.parent}") from None
 
 
-class Images(NamedTuple):
-    """The codes of M images, on the CPU, in small integers."""
-    codes: torch.Tensor                  # M, H, W
-    grains: torch.Tensor                 # M, h, w
-    label: torch.Tensor                  # M; -1 without a class
-    length: torch.Tensor                 # M; sequence length, EOS tokens included
+class Images:
+    """A part of codes.pt (codes (n, views, H, W), grains, label (n,)) as M images: all views of the first one, ..."""
 
-
-def views(part, factors, uncond):
-    """A part of codes.pt (codes (n, views, H, W), grains, label (n,)) -> Images, all views of an image in sequence."""
-    codes, grains = part["codes"].flatten(0, 1), part["grains"].flatten(0, 1)
-    label = part["label"].repeat_interleave(part["codes"].shape[1])
-    cells = torch.tensor([(factors[0] // f) ** 2 for f in factors])          # K; codes per region
-    length = torch.cat([cells[each.long()].sum(dim=(1, 2)) for each in grains.split(65_536)]) + len(factors)
-    return Images(codes, grains, torch.full_like(label, -1, dtype=torch.int8) if uncond else label, length)
+    def __init__(self, part, factors, uncond=False):
+        label = part["label"].repeat_interleave(part["codes"].shape[1])
+        cells = [(factors[0] // f) ** 2 for f in factors]                    # K; codes per region
+        self.codes, self.grains = part["codes"].flatten(0, 1), part["grains"].flatten(0, 1)  # M, H, W; M, h, w
+        self.label = torch.full_like(label, -1) if uncond else label         # M; -1 without a class
+        codes = sum((self.grains == k).sum(dim=(1, 2)) * n for k, n in enumerate(cells))
+        self.length = codes + len(factors)                                   # M; EOS tokens included
 
 
 def batches(length, batch_size, seed, start=0):
-    """Endless batches of image indices (batch_size,) in the order of `shuffled_indices`, from batch `start` on. Each
-    batch is sorted by sequence length (M,), so that its parts need little padding. (Batches of images of similar length
-    would need less padding, but learned less: by AdamW, 168 against 164 nats after 600 steps on the toy data.)"""
+    """Endless batches of image indices (batch_size,) in the order of `shuffled_indices`, from batch `start` on. Each is
+    sorted by sequence length (M,), so that its parts need little padding. (Batches of one length learned less.)"""
     for batch in shuffled_indices(len(length), batch_size, seed, start):
         index = np.array(batch) % len(length)
         yield torch.from_numpy(index[np.argsort(length[index], kind="stable")])
@@ -139,18 +129,16 @@ def batches(length, batch_size, seed, start=0):
 def sequences(images, index, layout, device):
     """The images of these indices (B,) -> pos, code, each (B, L), and label (B,), on the device. L is the longest
     length among them, rounded up to a multiple of 8 on GPUs and of 2 on CPUs: fewer shapes to compile."""
-    batch = [x[index] for x in (images.codes, images.grains, images.label)]
-    if device.type == "cuda":
-        batch = [x.pin_memory() for x in batch]                              # otherwise the copy would synchronise
+    gpu, parts = device.type == "cuda", (images.codes, images.grains, images.label)
+    batch = [x[index].pin_memory() if gpu else x[index] for x in parts]      # otherwise the copy would synchronise
     codes, grains, label = (x.to(device, non_blocking=True).long() for x in batch)
     pos, code = layout.pack(codes, grains)                                   # B, max_len
-    multiple = 8 if device.type == "cuda" else 2
+    multiple = 8 if gpu else 2
     columns = -(-int(images.length[index].max()) // multiple) * multiple
     return pos[:, :columns], code[:, :columns], label
 
 
 # ---- Evaluation --------------------------------------------------------------------------------
-
 
 @torch.no_grad()
 def evaluate(model, held_out, device, autocast, batch_size=64, limit=None):
@@ -158,17 +146,16 @@ def evaluate(model, held_out, device, autocast, batch_size=64, limit=None):
     images. limit: how many images at most, always the same; None: all."""
     model.eval()
     rank, world = dq.rank_world()
-    if limit and len(held_out.label) > limit:
-        held_out = Images(*(x[dq.numpy_rng(0).permutation(len(x))[:limit]] for x in held_out))
-    sums = torch.zeros(2, device=device)
-    for index in held_out.length.argsort().split(batch_size)[rank::world]:   # similar lengths, so little padding
+    chosen = torch.from_numpy(np.sort(dq.numpy_rng(0).permutation(len(held_out.label))[:limit]))
+    length, sums = held_out.length[chosen], torch.zeros(2, device=device)
+    for index in chosen[length.argsort()].split(batch_size)[rank::world]:    # similar lengths, so little padding
         pos, code, label = sequences(held_out, index, model.layout, device)  # B, L; B, L; B
         with autocast():
             nll = model(pos, code, label)
         sums += torch.stack([nll["position"].sum(), nll["content"].sum()])
     model.train()
-    position, content = (dq.all_reduce_sum(sums) / len(held_out.label)).tolist()
-    codes = (held_out.length - len(model.config.factors)).float().mean().item()
+    position, content = (dq.all_reduce_sum(sums) / len(chosen)).tolist()
+    codes = (length - len(model.config.factors)).float().mean().item()
     bits = (position + content) / math.log(2)
     return dict(nats_per_image=position + content, position_nats=position, content_nats=content,
                 bits_per_code=bits / codes, bits_per_pixel=bits / model.config.size ** 2, codes_per_image=codes)
@@ -187,7 +174,6 @@ def save_samples(path, model, vae, options, seed, autocast, n=16, batch_size=64)
 
 
 # ---- Training ----------------------------------------------------------------------------------
-
 
 class Muon(torch.optim.Muon):
     """The same in float32. torch's computes in bfloat16, which takes 15 times as long on CPUs that emulate it."""
@@ -231,28 +217,27 @@ def make_optimizers(model, schedule, bf16=False):
 
 def main(argv=None):
     args, config, schedule = parse(argv)
-    device, autocast = prepare(args)
+    device, autocast, machine = prepare(args, schedule)
     rank, world = dq.rank_world()
     stored = read_codes(args.codes)
-    vae = dq.rebuild(dq.DQVAE, dq.VAEConfig, stored["config"], stored["weights"], device)
-    factors, classes = vae.config.factors, stored["classes"]
-    train, held_out = (views(stored[part], factors, args.uncond) for part in ("train", "held_out"))
-    n, per_image = stored["train"]["codes"].shape[:2]
-    say(f"codes: {args.codes}, {stored['name']}, {n} to train on (views of each: {per_image}), "
-        f"{len(held_out.label)} for validation; {len(classes)} classes; preset {args.preset}")
+    with explained(f"{args.codes} is damaged, or of another version"):
+        vae = dq.rebuild(dq.DQVAE, dq.VAEConfig, stored["config"], stored["weights"], device)
+        factors, classes, name = vae.config.factors, stored["classes"], stored["name"]
+        train, held_out = (Images(stored[part], factors, args.uncond) for part in ("train", "held_out"))
+    say(f"codes: {args.codes}, {name}, {len(train.label)} views of them to train on, "
+        f"{len(held_out.label)} images for validation; {len(classes)} classes; preset {args.preset}")
     config = replace(config, size=vae.config.size, factors=factors, codebook_size=vae.config.codebook_size,
                      classes=() if args.uncond else classes)
 
     seed_all(args.seed)
     model = dq.DQTransformer(config).to(device)
-    settings = dict(codes=stored["name"], seed=args.seed) | asdict(schedule) | machine(device, autocast)
-    optimizers = make_optimizers(model, schedule, bf16=settings["dtype"] == "bf16")
+    optimizers = make_optimizers(model, schedule, bf16=machine["dtype"] == "bf16")
+    settings = dict(codes=name, seed=args.seed) | asdict(schedule) | machine
     options = settings.pop("sampling")
     if not (config.classes and config.label_dropout):                        # guidance needs the vector "no label"
         options = options._replace(cfg=1.0)
-    psnr = stored.get("psnr")                                                # of the DQ-VAE; older files lack it
-    extra = dict(sample_options=options._asdict(), psnr=psnr)
-    extra |= dict(vae_config=asdict(vae.config), vae_weights=vae.state_dict())
+    extra = dict(vae_config=asdict(vae.config), vae_weights=vae.state_dict(), psnr=stored.get("psnr"),
+                 sample_options=options._asdict())
     record = Record(args, args.out / "transformer.pt", config, settings, model, optimizers, extra)
     record.begin()
     forward = distribute(torch.compile(model) if args.compile else model)
@@ -265,7 +250,6 @@ def main(argv=None):
             save_samples(args.out / "transformer.png", model, vae, options, args.seed, autocast, batch_size=args.part)
         return metrics, metrics["nats_per_image"]
 
-    model.train()
     with Stop() as stop:
         for step in record.steps("DQ-Transformer", stop, validate):
             seed_all(args.seed, step, rank)                                  # a different dropout mask on each rank
@@ -277,13 +261,11 @@ def main(argv=None):
                 position, content = (nll[name].sum() * world / schedule.batch_size for name in ("position", "content"))
                 loss = (position + content) / codes_per_image                # nats per code; long images count for more
                 loss.backward()
-                terms = dict(bits_per_code=loss / math.log(2), position_nats=position, content_nats=content)
-                record.add(step + 1, terms)
+                bits = loss / math.log(2)
+                record.add(step + 1, dict(bits_per_code=bits, position_nats=position, content_nats=content))
             schedule.update(model, optimizers, step)
-    metrics = record.metrics
-    say(f"done: validation loss {metrics['nats_per_image']:.1f} nats per image (lowest: {record.best:.1f}), "
-        f"{metrics['bits_per_code']:.2f} bits per code; samples: {args.out / 'transformer.png'}{limit(psnr)}; "
-        f"next: python sample.py {shlex.quote(str(args.out))}")
+    say(f"done: validation loss {record.metrics['nats_per_image']:.1f} nats per image (lowest: {record.best:.1f}), "
+        f"samples: {args.out / 'transformer.png'}; next: python sample.py {shlex.quote(str(args.out))}")
 
 
 if __name__ == "__main__":

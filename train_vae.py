@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import dq
-from common import (Record, Schedule, Stop, distribute, draw_grains, flag, machine, natural, on_gpu, override,
+from common import (Record, Schedule, Stop, distribute, draw_grains, flag, natural, override,
                     path, positive, prepare, run, save_grid, say, seed_all, set_aside, shuffled_indices, to_picture,
                     trainer_flags, weight)
 from data import BROKEN, ImageFolder, ToyShapes, describe, find_images, identity, image_side, loader, open_data, stream
@@ -156,11 +156,9 @@ class Discriminator(nn.Module):
             blocks += [nn.Conv2d(c, c_out, 4, stride, padding=1, bias=False), BatchNorm(c_out), nn.LeakyReLU(0.2)]
             c = c_out
         self.blocks = nn.Sequential(*blocks, nn.Conv2d(c, 1, 4, padding=1))
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.normal_(module.weight, 0, 0.02)
-            elif isinstance(module, nn.BatchNorm2d):
-                nn.init.normal_(module.weight, 1, 0.02)
+        for name, p in self.named_parameters():
+            if name.endswith("weight"):
+                nn.init.normal_(p, 1 if p.dim() == 1 else 0, 0.02)           # those of batch norm are around 1
 
     def forward(self, x):
         return self.blocks(x).float()                                        # B, 1, S/8 - 2, S/8 - 2
@@ -327,8 +325,8 @@ def write_codes(path, vae, train, val, args, device, autocast, stop, psnr):
     for x in (*weights.values(), *parts[0].values(), *parts[1].values()):
         checksum = zlib.crc32(x.contiguous().flatten().view(torch.uint8).numpy(), checksum)
     codes = dict(kind="dq-codes", version=1, name=f"{len(parts[0]['label'])} images (checksum {checksum:08x})",
-                 preset=recipe(args.preset, asdict(vae.config)), psnr=psnr, classes=train.classes,
-                 config=asdict(vae.config), weights=weights, train=parts[0], held_out=parts[1])
+                 preset=args.preset, psnr=psnr, classes=train.classes, config=asdict(vae.config),
+                 weights=weights, train=parts[0], held_out=parts[1])
     dq.write_file(path, lambda file: torch.save(codes, file))
 
 
@@ -370,8 +368,8 @@ def parse(argv=None):
     replacing("--ratios", type=weight, nargs="+",
               help="target fraction of the regions for each factor; default: equal, if --factors changes their number. "
               "With --encode: these may differ from those of training")
-    replacing("--router", choices=dq.ROUTERS, help="how the granularity of a region is chosen; dial: learned for every "
-              "budget at once, which --encode with --ratios then sets")
+    replacing("--router", choices=dq.ROUTERS, help="what chooses the granularity of a region: a learned gate, the "
+              "entropy of its grey levels, chance, or a learned score for every budget, set by --encode --ratios: dial")
     replacing("--codebook-size", type=positive, help="number of codebook entries")
     replacing("--code-dim", type=positive, help="dimension of a codebook entry")
     args = parser.parse_args(argv)
@@ -384,7 +382,7 @@ def parse(argv=None):
     elif args.resume and not args.preset:
         with contextlib.suppress(Exception):                                 # Record.begin says what is wrong with it
             args.preset = torch.load(args.out / "vae.pt", mmap=True, weights_only=True)["preset"]
-    gpu, side, args.found = on_gpu(args.device), None, None
+    gpu, side, args.found = args.device != "cpu" and torch.cuda.is_available(), None, None
     if args.data and not args.encode and not args.preset:
         args.found = find_images(args.data, [args.out, args.held_out])
         side = image_side(args.found) or 32                                  # 0: no header can be read
@@ -438,7 +436,7 @@ def recall(args):
     known = {name: settings[name] for name in ("seed", "no_flip", "dtype") if name in settings}
     if args.data is None or os.path.realpath(args.data) == os.path.realpath(folders.get("data") or ""):
         known |= folders
-    return known | dict(preset=saved.get("preset"), saved=saved)
+    return known | dict(preset=recipe(saved.get("preset"), saved.get("config", {})), saved=saved)
 
 
 def calibration_images(train, device, seed, batch_size=64, workers=0):
@@ -454,6 +452,7 @@ def encode_only(args, vae, train, val, device, autocast):
         with autocast():
             images = calibration_images(train, device, args.seed, args.part, args.workers)
             vae.set_ratios(tuple(args.ratios), images)
+        args.preset = recipe(args.preset, asdict(vae.config))
     set_aside(path, hint="")
     metrics = evaluate(vae, *validation_images(val, vae.config), autocast, batch_size=args.part)[0]
     say(f"ratios {' '.join(f'{ratio:g}' for ratio in metrics['share'])} on the validation images, which makes "
@@ -465,7 +464,7 @@ def encode_only(args, vae, train, val, device, autocast):
 
 def main(argv=None):
     args, config, schedule = parse(argv)
-    device, autocast = prepare(args, trains=not args.encode)
+    device, autocast, machine = prepare(args, schedule, trains=not args.encode)
     if args.encode:
         vae = dq.rebuild(dq.DQVAE, dq.VAEConfig, args.saved.get("config"), args.saved.get("weights"), device)
         config = vae.config
@@ -486,8 +485,7 @@ def main(argv=None):
     memory_format = torch.channels_last if device.type == "cuda" else torch.contiguous_format
     model = dq.DQVAE(config).to(device, memory_format=memory_format)
     if config.router == "entropy":
-        sample = calibration_images(train, device, args.seed, args.part, args.workers)
-        model.router.calibrate(config.ratios, sample)
+        model.set_ratios(config.ratios, calibration_images(train, device, args.seed, args.part, args.workers))
     adam = dict(lr=schedule.lr, betas=schedule.betas, fused=True)
     optimizers = parts = dict(optimizer=torch.optim.Adam(model.parameters(), **adam))
     if schedule.gan_weight:
@@ -496,7 +494,7 @@ def main(argv=None):
         optimizers["critic_optimizer"] = torch.optim.Adam(discriminator.parameters(), **adam)
         parts = dict(critic=discriminator, **optimizers)                     # these names are in checkpoints
     settings = dict(data=identity(train), held_out=identity(val), no_flip=args.no_flip, seed=args.seed)
-    settings |= asdict(schedule) | machine(device, autocast)
+    settings |= asdict(schedule) | machine
     folders = {name: getattr(args, name) and os.path.abspath(getattr(args, name)) for name in ("data", "held_out")}
     extra = dict(preset=args.preset, folders=folders)
     record = Record(args, args.out / "vae.pt", config, settings, model, parts, extra)
@@ -546,6 +544,7 @@ def main(argv=None):
                 record.add(step + 1, dict(loss=recon_loss + code_loss) | terms, scale)
             schedule.update(model, optimizers, step)
         train.augment = False                                                # encode each image once, without crops
+        args.preset = recipe(args.preset, asdict(config))
         write_codes(codes, model, train, val, args, device, autocast, stop, record.metrics.get("psnr"))
     say(f"done: {record.path}, {codes}, {args.out / 'vae.png'} and {record.log}")
     if metrics := record.metrics:

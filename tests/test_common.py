@@ -5,7 +5,8 @@
     run, say, printable                           test_how_a_script_ends, test_wrong_input_gives_one_line,
                                                   test_an_error_reaches_the_shell,
                                                   test_every_line_can_be_printed and the three below it
-    prepare, lock, variable, join                 test_child_processes_do_not_inherit_a_lock and all below it
+    prepare, lock, env_number                     test_child_processes_do_not_inherit_a_lock and all below it
+    explained                                     test_an_exception_becomes_a_user_error
     path                                          test_paths_of_flags, test_wrong_input_gives_one_line
     number                                        test_numbers_of_flags, test_wrong_input_gives_one_line
     trainer_flags, override                       test_wiring.py
@@ -139,6 +140,7 @@ def test_the_gpu_of_the_flag_becomes_the_current_one(monkeypatch):
     current, ones = [], torch.ones
     monkeypatch.setattr(torch, "ones", lambda *size, device: ones(*size))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **kwargs: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
     for name, numbered in (("cuda:1", "cuda:1"), ("cuda", "cuda:0"), ("cuda:0", "cuda:0"), ("cpu", "cpu")):
         assert common.pick_device(name, "auto")[0] == torch.device(numbered)
@@ -193,13 +195,22 @@ def test_how_a_script_ends(raised, status):
 def test_any_error_in_torch_compile_gives_one_line(raised, monkeypatch):
     def backend(*args):
         raise raised
-    monkeypatch.setattr(common, "LOCKS", [])
-
     def main():
         torch.compile(torch.nn.Linear(2, 2), backend=backend)(torch.zeros(1, 2))
     with pytest.raises(SystemExit) as end:
         common.run(main)
     assert end.value.code.startswith("error: --compile does not work here; leave it out") and "\n" not in end.value.code
+
+
+def test_an_exception_becomes_a_user_error():
+    """A user error keeps its own line, and a lack of memory the hint of `run`."""
+    for raised, kind, line in ((KeyError("step"), dq.UserError, "x.pt is damaged ('step')"),
+                               (TypeError("two\nlines"), dq.UserError, "x.pt is damaged (two)"),
+                               (dq.UserError("no such file"), dq.UserError, "no such file"),
+                               (MemoryError("8 GiB"), MemoryError, "8 GiB")):
+        with pytest.raises(kind) as end, common.explained("x.pt is damaged"):
+            raise raised
+        assert str(end.value) == line
 
 
 def test_numbers_of_flags():
@@ -434,21 +445,19 @@ def test_each_line_is_written_at_once(monkeypatch):
     assert seen == [["data"], ["data", "step", "250"]]
 
 
-@pytest.mark.parametrize("name", ["stdout", "stderr"])
-def test_a_reader_that_is_gone_is_no_error(name, monkeypatch):
-    """The reader is `| head -1`, or a terminal that was closed."""
+def test_a_reader_that_is_gone_is_no_error(monkeypatch):
+    """The reader is `| head -1`. The output can still be flushed, as at the end of the script."""
     reader, writer = os.pipe()
     os.close(reader)
-    stream = open(writer, "w")
-    monkeypatch.setattr(sys, name, stream)
+    monkeypatch.setattr(sys, "stdout", open(writer, "w"))
     said = []
 
     def main():
         for line in ("data", "step 250", "x" * 100_000):
-            print(line, file=getattr(sys, name))
             common.say(line)
             said.append(line)
     common.run(main)
+    sys.stdout.close()
     assert len(said) == 3
 
 
@@ -459,7 +468,7 @@ def test_a_closed_output_is_no_error(monkeypatch):
 
 
 def hold_lock(folder, done):
-    common.lock(folder)
+    kept = common.lock(folder)
     done.send("locked")
     time.sleep(60)
 
@@ -471,7 +480,7 @@ def test_child_processes_do_not_inherit_a_lock(tmp_path):
     fork = multiprocessing.get_context("fork")
 
     def parent():
-        common.lock(tmp_path)
+        kept = common.lock(tmp_path)
         loader = fork.Process(target=time.sleep, args=[60])
         loader.start()
         theirs.send(loader.pid)
@@ -481,9 +490,8 @@ def test_child_processes_do_not_inherit_a_lock(tmp_path):
     process.join()
     orphan = ours.recv()
     try:
-        common.lock(tmp_path)
+        common.lock(tmp_path).close()
     finally:
-        common.LOCKS.clear()
         os.kill(orphan, signal.SIGKILL)
 
 
@@ -511,12 +519,23 @@ def test_only_one_run_at_a_time_writes_into_a_folder(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
     other.kill()
     other.join()
-    common.lock(tmp_path)                                                    # the file of the other process is left
-    common.lock(tmp_path)                                                    # the same process, again
-    line = holds_lock(tmp_path)
-    assert "another run is writing into" in line
-    common.run(lambda: None)                                                 # releases the locks at its end
+    kept = common.lock(tmp_path)                                             # the file of the other process is left
+    assert "another run is writing into" in holds_lock(tmp_path)
+    kept.close()
     assert holds_lock(tmp_path) is None
+
+
+def test_a_run_holds_its_lock_until_it_ends(tmp_path, monkeypatch):
+    pytest.importorskip("fcntl")
+    lines = []
+
+    def open_data(*args, **kwargs):
+        lines.append(holds_lock(tmp_path))
+        raise dq.UserError("no data")
+    monkeypatch.setattr(train_vae, "open_data", open_data)
+    assert call(train_vae.main, "--out", tmp_path, *VAE, "--steps", 1) == "error: no data"
+    lines.append(holds_lock(tmp_path))
+    assert "another run is writing into" in lines[0] and lines[1] is None
 
 
 def test_a_folder_without_locks_is_used_with_a_note(tmp_path, monkeypatch, capsys):

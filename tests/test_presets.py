@@ -3,9 +3,10 @@
     choose, image_side, outline, parse    test_a_folder_chooses_its_preset and the next ten tests
     views, recipe, write_codes            the three tests under "codes.pt"
     fit                                   test_stage_2_fits_its_codes and the next four tests
-    common.on_gpu, Record.steps           test_on_gpu_depends_on_the_name_of_the_device, test_the_time_is_estimated_once
+    Record.steps                          test_the_time_is_estimated_once
 """
 import argparse
+import itertools
 import math
 from dataclasses import asdict, replace
 from types import SimpleNamespace
@@ -108,13 +109,10 @@ def test_without_a_folder_the_preset_is_toy(monkeypatch):
 
 
 def test_flags_that_are_not_given_take_the_values_of_the_preset():
-    """In the flags, too, where the run reads some of them. A value of 0 is given."""
-    for name, (config, schedule) in train_vae.PRESETS.items():
-        args = train_vae.parse(["--preset", name])[0]
-        flags = {flag: value for flag, value in vars(args).items() if flag in asdict(config) | asdict(schedule)}
-        assert {"size", "ratios", "router", "steps", "gan_start"} <= flags.keys()
-        assert flags.items() <= (asdict(config) | asdict(schedule)).items()
-        assert args.save_every == schedule.eval_every
+    """A value of 0 is given."""
+    for name, preset in train_vae.PRESETS.items():
+        args, *found = train_vae.parse(["--preset", name])
+        assert tuple(found) == preset and args.save_every == preset[1].eval_every
     args, config, schedule = train_vae.parse(["--preset", "emoji128", "--gan-weight", "0", "--eval-every", "7"])
     assert (schedule.gan_weight, schedule.gan_start, args.save_every) == (0.0, 2000, 250)
     assert train_transformer.parse(["--preset", "emoji64", "--dropout", "0"])[1].dropout == 0.0
@@ -223,7 +221,6 @@ def test_stage_2_fits_its_codes(size, factors, images, on_cpu, on_gpu, batch, tm
             args, config, schedule = train_transformer.parse(flags)
             assert (args.preset, config.width, schedule.batch_size) == (*expected, 64 if gpu else batch)
             assert config.dropout == (0.3 if images < 500 else train_transformer.PRESETS[args.preset][0].dropout)
-            assert (args.width, args.batch_size, args.dropout) == (config.width, schedule.batch_size, config.dropout)
     flags = stored(tmp_path / "codes.pt", "earth64", size, factors, 0.5, images)
     assert train_transformer.parse(flags)[1:] == train_transformer.PRESETS["earth64"]
 
@@ -241,7 +238,7 @@ def test_a_preset_by_name_is_that_preset(tmp_path):
     for name, preset in train_transformer.PRESETS.items():
         args, config, schedule = train_transformer.parse([*flags, "--preset", name])
         assert args.preset == name and (config, schedule) == preset
-    assert train_transformer.parse([*flags, "--dropout", "0", "--steps", "5"])[0].dropout == 0
+    assert train_transformer.parse([*flags, "--dropout", "0", "--steps", "5"])[1].dropout == 0
 
 
 def test_the_presets_for_folders_differ_in_size():
@@ -257,11 +254,15 @@ def test_the_presets_for_folders_differ_in_size():
 # Device and time
 
 
-def test_on_gpu_depends_on_the_name_of_the_device(monkeypatch):
-    for there in (False, True):
+def test_the_device_of_the_flag_chooses_the_preset(tmp_path, monkeypatch):
+    """Of both stages. A GPU that there is counts, unless the flag names the CPU."""
+    codes = stored(tmp_path / "codes.pt", "custom", 64, (16, 8), 0.5, 3000)
+    images = ["--data", str(folder(tmp_path / "images", {"": 2}, (64, 64)))]
+    for there, device in itertools.product((False, True), ("auto", "cpu", "cuda:1")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
-        known = {name: common.on_gpu(name) for name in ("auto", "cpu", "cuda", "cuda:1")}
-        assert known == {"auto": there, "cpu": False, "cuda": True, "cuda:1": True}
+        chosen = [main.parse([*flags, "--device", device])[0].preset
+                  for main, flags in ((train_vae, images), (train_transformer, codes))]
+        assert chosen == 2 * ["folder64-large" if there and device != "cpu" else "folder64"]
 
 
 def test_the_time_is_estimated_once(tmp_path, monkeypatch):

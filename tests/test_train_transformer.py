@@ -2,10 +2,11 @@
 
     parse                        test_the_preset_comes_with_the_codes; fit: test_presets.py
     read_codes                   test_the_error_for_invalid_codes_says_what_to_do
-    views, sequences             test_uncond_hides_the_labels, and in test_train_vae.py
+    Images, sequences            test_uncond_hides_the_labels, and in test_train_vae.py
                                  test_encoding_keeps_every_image_and_its_mirror_image
     batches                      test_batches_of_stage_2
     evaluate                     test_evaluation_of_a_transformer, test_evaluation_is_no_wider_than_needed,
+                                 test_a_limited_evaluation_takes_the_same_images,
                                  test_processes_share_an_evaluation
     save_samples                 test_samples_of_a_run
     Muon                         test_muon_in_float32_equals_that_of_torch_up_to_rounding
@@ -24,13 +25,13 @@ import pytest
 import torch
 from PIL import Image
 
-import common
 import data as reading
 import dq
 import sample
 import train_transformer
 import train_vae
 from conftest import DEVICE, TRANSFORMER, VAE, call, plain
+from runs import read_log
 from test_layout import random_image
 from test_transformer import tiny
 
@@ -39,12 +40,12 @@ def images_of(codes, grains, label=None):
     """-> Images, as train_transformer.py reads them. Without labels, no image has a class."""
     label = torch.full((len(codes),), -1) if label is None else label
     part = dict(codes=codes[:, None].byte(), grains=grains[:, None].byte(), label=label)
-    return train_transformer.views(part, (4, 2), uncond=False)
+    return train_transformer.Images(part, (4, 2))
 
 
 def test_uncond_hides_the_labels():
     part = dict(codes=torch.zeros(3, 2, 4, 4), grains=torch.zeros(3, 2, 2, 2), label=torch.tensor([5, 6, 7]))
-    labels = [train_transformer.views(part, (4, 2), uncond).label.tolist() for uncond in (False, True)]
+    labels = [train_transformer.Images(part, (4, 2), uncond).label.tolist() for uncond in (False, True)]
     assert labels == [[5, 5, 6, 6, 7, 7], [-1] * 6]
 
 
@@ -90,6 +91,23 @@ def test_evaluation_is_no_wider_than_needed(monkeypatch):
     monkeypatch.setattr(train_transformer, "sequences", sequences)
     train_transformer.evaluate(model, images, torch.device("cpu"), plain, batch_size=3)
     assert widths == [(3, 6), (2, 18)]
+
+
+def test_a_limited_evaluation_takes_the_same_images(monkeypatch):
+    """They are spread over all images."""
+    model, grains, taken, real = tiny(8, (4, 2), V=5), torch.randint(0, 2, (90, 2, 2)), [], train_transformer.sequences
+    images = images_of(random_image(model.layout, grains, 5), grains)
+    monkeypatch.setattr(train_transformer, "sequences", lambda all_images, index, *how: (
+        taken[-1].extend(index.tolist()), real(all_images, index, *how))[1])
+    metrics = []
+    for _ in range(2):
+        taken.append([])
+        metrics.append(train_transformer.evaluate(model, images, torch.device("cpu"), plain, limit=9))
+    assert sorted(taken[0]) == sorted(set(taken[1])) and len(taken[0]) == 9 and max(taken[0]) > 30
+    with torch.no_grad():
+        nll = model.eval()(*real(images, torch.tensor(taken[0]), model.layout, torch.device("cpu")))
+    expected = (nll["position"] + nll["content"]).mean().item()
+    assert metrics[0]["nats_per_image"] == metrics[1]["nats_per_image"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_processes_share_an_evaluation(monkeypatch):
@@ -206,11 +224,11 @@ def test_the_preset_comes_with_the_codes(vae_run, tmp_path, monkeypatch):
         os.replace("out/codes.pt", "elsewhere.pt")
         args, config, schedule = train_transformer.parse(["--codes", "elsewhere.pt", "--heads", "4"])
         preset, expected = train_transformer.PRESETS[found]
-        assert (args.preset, args.heads) == (found, 4) and (config, schedule) == (replace(preset, heads=4), expected)
+        assert args.preset == found and (config, schedule) == (replace(preset, heads=4), expected)
     torch.save(codes | dict(preset="emoji64"), "out/codes.pt")
-    assert train_transformer.parse([])[0].width == 160
-    args = train_transformer.parse(["--preset", "toy", "--steps", "3"])[0]   # flags take precedence
-    assert (args.preset, args.width, args.steps) == ("toy", 192, 3)
+    assert train_transformer.parse([])[1].width == 160
+    args, config, schedule = train_transformer.parse(["--preset", "toy", "--steps", "3"])  # flags take precedence
+    assert (args.preset, config.width, schedule.steps) == ("toy", 192, 3)
 
 
 def test_the_path_of_the_codes_may_begin_with_a_tilde(vae_run, tmp_path, monkeypatch):
@@ -272,7 +290,7 @@ def test_the_first_lines_name_the_device_and_the_data(images, tmp_path, capsys):
     settings = load_settings(tmp_path / "transformer.pt", "dq-transformer")
     assert device == "{device}, {dtype}, torch {torch}".format(**settings)
     assert first.startswith(f"codes: {tmp_path / 'codes.pt'}, {len(train)} images (checksum ")
-    assert f"{len(train)} to train on (views of each: 10), {len(held_out)} for validation; 4 classes" in first
+    assert f", {10 * len(train)} views of them to train on, {len(held_out)} images for validation; 4 classes" in first
 
 
 @pytest.mark.parametrize("flags, guided", [([], True), (["--label-dropout", 0.0], False), (["--uncond"], False)])
@@ -312,7 +330,7 @@ def test_the_papers_model_at_toy_size():
 
 
 @pytest.mark.parametrize("psnr", [None, 21.46])
-def test_the_last_line_has_the_loss_the_psnr_and_the_next_command(psnr, vae_run, tmp_path, capsys):
+def test_the_last_line_has_the_loss_and_the_next_command(psnr, vae_run, tmp_path, capsys):
     """A codes.pt of an earlier version has no PSNR. The checkpoint has that of the codes."""
     stored = torch.load(vae_run / "codes.pt", weights_only=True)
     assert stored.pop("psnr") > 5
@@ -321,12 +339,10 @@ def test_the_last_line_has_the_loss_the_psnr_and_the_next_command(psnr, vae_run,
     for more in ([], ["--resume"]):                                          # a finished run says it again
         assert call(train_transformer.main, *flags, *more) is None
         last = capsys.readouterr().out.splitlines()[-1]
-        log = common.read_log(tmp_path / "run/transformer.jsonl")[-1]
-        limit = "reconstructions limit them at 21.5 dB, which more --steps of train_vae.py raise; " if psnr else ""
+        log = read_log(tmp_path / "run/transformer.jsonl")[-1]
         assert last == (
             f"done: validation loss {log['nats_per_image']:.1f} nats per image (lowest: {log['nats_per_image']:.1f}), "
-            f"{log['bits_per_code']:.2f} bits per code; samples: {tmp_path / 'run/transformer.png'}; {limit}"
-            f"next: python sample.py {tmp_path / 'run'}")
+            f"samples: {tmp_path / 'run/transformer.png'}; next: python sample.py {tmp_path / 'run'}")
     assert dq.load_checkpoint(tmp_path / "run/transformer.pt", "dq-transformer")["psnr"] == psnr
     assert call(sample.main, tmp_path / "run", "--n", 1, "--device", DEVICE) is None  # the next command
 

@@ -29,6 +29,7 @@ import train_transformer
 import train_vae
 from conftest import DEVICE, TRANSFORMER, VAE, call, plain
 from data import ImageFolder, ToyShapes
+from runs import read_log
 from test_data import put, folder_with_broken_files
 from train_vae import Discriminator, Perceptual, backward, hinge_loss
 
@@ -360,7 +361,7 @@ def test_encoding_keeps_every_image_and_its_mirror_image():
         part = train_vae.encode_dataset(model, data, device, plain, workers=0, mirrored=True, stop=stop)
     assert part["codes"].shape == (10, 2, 4, 4) and part["grains"].shape == (10, 2, 2, 2)
     assert [part[name].dtype for name in ("codes", "grains", "label")] == [torch.uint8, torch.uint8, torch.int32]
-    images = train_transformer.views(part, (8, 4), uncond=False)
+    images = train_transformer.Images(part, (8, 4))
     with torch.no_grad():
         for v, view in enumerate((x, x.flip(3))):
             codes, grains = model.encode(view)
@@ -512,7 +513,7 @@ def test_encode_uses_the_toy_shapes_of_the_same_seed(tmp_path, monkeypatch):
 
 def test_the_last_line_has_the_psnr_and_the_next_command(images, tmp_path, capsys):
     assert call(train_vae.main, "--data", images, "--out", tmp_path / "my run", *VAE, "--steps", 1) is None
-    metrics = common.read_log(tmp_path / "my run/vae.jsonl")[-1]
+    metrics = read_log(tmp_path / "my run/vae.jsonl")[-1]
     assert capsys.readouterr().out.splitlines()[-1] == (
         f"{metrics['psnr']:.1f} dB PSNR on the validation images at {metrics['codes_per_image']:.1f} codes per image; "
         f"next: python train_transformer.py --out '{tmp_path}/my run'")

@@ -442,7 +442,6 @@ def test_only_rank_0_writes_files(stage, stage_1, images, tmp_path, monkeypatch)
     monkeypatch.setattr(dq, "rank_world", lambda: (1, 2))
     monkeypatch.setattr(dq, "all_reduce_sum", lambda x: x)
     monkeypatch.setattr(module, "distribute", lambda model: model)
-    monkeypatch.setattr(common.dist, "new_group", lambda backend: None)
     flags += ["--batch-size", 4, "--steps", 2, "--eval-every", 1, "--save-every", 1, "--out", tmp_path, *CPU]
     module.main([str(flag) for flag in flags])
     assert list(tmp_path.iterdir()) == []

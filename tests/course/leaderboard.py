@@ -69,14 +69,14 @@ def rank(folder, codes):
 def evaluated(student, stored):
     """-> nats and what belongs to them"""
     import dq
-    from train_transformer import evaluate, views
+    from train_transformer import Images, evaluate
     checkpoint = student / "transformer.pt"
     saved = dq.load_checkpoint(checkpoint, "dq-transformer")
     config = saved["config"]
     mine = saved["vae_weights"]                                              # codes of another DQ-VAE are other codes
     dq.require(all(name in mine and torch.equal(mine[name], each) for name, each in stored["weights"].items()),
                f"{checkpoint.name} was trained on other codes")
-    held_out = views(stored["held_out"], tuple(stored["config"]["factors"]), not config["classes"])
+    held_out = Images(stored["held_out"], tuple(stored["config"]["factors"]), not config["classes"])
     if (student / "dq.py").exists():
         model = Foreign((student / "dq.py").read_text(encoding="utf-8"), saved)
     else:

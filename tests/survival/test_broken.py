@@ -11,9 +11,9 @@ import dq
 import sample
 import train_transformer
 import train_vae
-from common import read_log
 from conftest import ROOT, TRANSFORMER, VAE, call
 from helpers import load
+from runs import read_log
 from train_vae import open_data
 from warm import Script
 
@@ -34,7 +34,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run(bad_step, images, tmp_path, m
         train_vae.main(["--data", str(images), "--out", str(tmp_path), "--steps", "30", "--save-every", "10", *VAE])
     assert f"step {bad_step}: not finite in the loss: loss, budget;" in str(error.value)
     if bad_step > 10:
-        assert "that of step 10" in str(error.value) and load(tmp_path, "vae")["step"] == 10
+        assert "the checkpoint of step 10 is still good" in str(error.value) and load(tmp_path, "vae")["step"] == 10
     else:
         assert "no checkpoint yet" in str(error.value) and not (tmp_path / "vae.pt").exists()
 
@@ -121,6 +121,41 @@ def test_broken_checkpoints(how, run, tmp_path, monkeypatch):
     flags = ["--codes", run / "codes.pt", "--steps", 8, *TRANSFORMER]
     line = call(train_transformer.main, *flags, "--resume")
     assert line.startswith("error: ") and "\n" not in line
+
+
+@pytest.mark.parametrize("changes", [
+    dict(sample_options=dict(temperature=1.0, top_q=3)), dict(sample_options=[1.0, 0]), dict(sample_options=7),
+    dict(sample_options=dict(temperature="warm")), dict(psnr="good"), dict(psnr=[1]), dict(config=None),
+    dict(vae_config=dict(size=16, colour="red")), dict(vae_weights=3)], ids=str)
+def test_a_checkpoint_with_other_entries_cannot_be_sampled_from(changes, run, tmp_path):
+    path = tmp_path / "transformer.pt"
+    torch.save(load(run, "transformer") | changes, path)
+    line = call(sample.main, path, "--n", 1, "--out", tmp_path)
+    assert line.startswith("error: ") and "\n" not in line
+    assert {each.name for each in tmp_path.iterdir()} == {"transformer.pt"}
+
+
+@pytest.mark.parametrize("changes", [
+    dict(config=7), dict(settings=["steps", 2]), dict(optimizer=None), dict(muon={}), dict(weights=[]), dict(best=...),
+    dict(step=...)], ids=str)
+def test_a_checkpoint_with_other_entries_cannot_be_resumed(changes, run, tmp_path):
+    """... stands for an entry that is missing."""
+    saved = load(run, "transformer") | changes
+    torch.save({name: value for name, value in saved.items() if value is not ...}, tmp_path / "transformer.pt")
+    line = call(train_transformer.main, "--codes", run / "codes.pt", "--out", tmp_path, *TRANSFORMER, "--resume")
+    assert line.startswith(f"error: {tmp_path / 'transformer.pt'} is damaged, or of another command; leave --resume out")
+    assert "\n" not in line and {each.name for each in tmp_path.iterdir()} == {".lock", "transformer.pt"}
+
+
+@pytest.mark.parametrize("changes", [
+    dict(config=[]), dict(weights=None), dict(train=None), dict(held_out=dict(codes=3)), dict(classes=...),
+    dict(name=...), dict(train=dict(label=torch.zeros(2)))], ids=str)
+def test_codes_with_other_entries_are_not_trained_on(changes, run, tmp_path):
+    stored = torch.load(run / "codes.pt", weights_only=True) | changes
+    torch.save({name: value for name, value in stored.items() if value is not ...}, tmp_path / "codes.pt")
+    line = call(train_transformer.main, "--out", tmp_path, *TRANSFORMER, "--steps", 1)
+    assert line.startswith("error: ") and "\n" not in line
+    assert {each.name for each in tmp_path.iterdir()} == {".lock", "codes.pt"}
 
 
 def test_images_that_are_odd_or_broken(tmp_path, capfd):

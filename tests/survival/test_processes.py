@@ -11,10 +11,10 @@ from torch.distributed import run
 import common
 import dq
 import train_vae
-from common import read_log
 from conftest import DEVICE, ROOT, TRANSFORMER, VAE, call
 from helpers import DISCRIMINATOR, HANGS, STAGES, load, same, wait_for
 from data import ToyShapes
+from runs import read_log
 from warm import FORKS, Script
 
 

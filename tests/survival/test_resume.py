@@ -11,9 +11,9 @@ from PIL import Image
 import dq
 import train_transformer
 import train_vae
-from common import read_log
 from conftest import TRANSFORMER, VAE, call
 from helpers import STAGES, Killed, load, same
+from runs import read_log
 
 
 @pytest.mark.parametrize("stage", ["vae with a discriminator", "transformer"])

@@ -45,7 +45,7 @@ import data as reading  # noqa: E402
 import dq  # noqa: E402
 import quality  # noqa: E402
 import train_transformer  # noqa: E402
-from runs import flags_to_end, refuse, split_flags  # noqa: E402
+from runs import flags_to_end, read_log, refuse, split_flags  # noqa: E402
 
 
 # ------------------------------------------------------------------------------------------------
@@ -276,9 +276,9 @@ def variants(flags):
              "no-order": Variant(model=NoOrder), "single-stack": Variant(model=SingleStack),
              "adamw": Variant(flags=ADAMW),
              "former": Variant(RegionFirstLayout, Former, (*ADAMW, "--steps", "1200"))}
-    args = train_transformer.parse(flags)[0]
-    depth = args.position_layers + args.content_layers
-    for n in sorted({1, depth // 2, depth - 1} - {args.position_layers}):
+    config = train_transformer.parse(flags)[1]
+    depth = config.position_layers + config.content_layers
+    for n in sorted({1, depth // 2, depth - 1} - {config.position_layers}):
         known[f"{n}+{depth - n}"] = Variant(flags=("--position-layers", f"{n}", "--content-layers", f"{depth - n}"))
     return known
 
@@ -286,14 +286,14 @@ def variants(flags):
 def train(variant, out, codes, seed, flags):
     """Train a variant, or resume it, unless it is finished. -> the evaluations in its log"""
     argv = [*flags, *variant.flags, "--out", str(out), "--codes", str(codes), "--seed", str(seed)]
-    steps = train_transformer.parse(argv)[0].steps
+    steps = train_transformer.parse(argv)[2].steps
     with variant.classes():
         more = flags_to_end(out / "transformer.pt", steps)
         if more is not None:
             print(f"{out}:")
             train_transformer.main([*argv, *more])
     log = out / "transformer.jsonl"
-    evaluations = [line for line in common.read_log(log) if "nats_per_image" in line]
+    evaluations = [line for line in read_log(log) if "nats_per_image" in line]
     dq.require(evaluations and evaluations[-1]["step"] == steps, f"the evaluation of step {steps} is missing in {log}")
     return evaluations
 
@@ -379,8 +379,8 @@ def main(argv=None):
         for name in names:
             runs[name].append(train(known[name], args.out / f"{name}-{seed}", args.codes, seed, flags))
     uncond = train_transformer.parse(flags)[0].uncond
-    held_out = train_transformer.views(codes["held_out"], codes["config"]["factors"], uncond)
-    device, autocast = common.pick_device("auto", "auto")
+    held_out = train_transformer.Images(codes["held_out"], codes["config"]["factors"], uncond)
+    device, autocast, _ = common.pick_device("auto", "auto")
     contents = {name: [content_nats(known[name], args.out / f"{name}-{seed}", held_out, device, autocast)
                        for seed in args.seeds] for name in names}
     print("\n".join(table(runs, contents, args.seeds)))

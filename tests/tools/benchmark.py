@@ -333,7 +333,7 @@ def stage2(args):
     codes = torch.randint(config.codebook_size, (len(grains), layout.side, layout.side))  # one per region is enough
     codes = dq.upsample(codes[:, None].float(), layout.fine_side).short()    # M, 1, H, W
     part = dict(codes=codes, grains=grains[:, None].byte(), label=torch.full((len(codes),), -1))
-    images = train_transformer.views(part, config.factors, uncond=False)
+    images = train_transformer.Images(part, config.factors)
     pos, code = layout.pack(codes[:, 0].long(), grains)
     length, label = images.length, images.label
     pos, code = pos[:, :length.max()], code[:, :length.max()]

@@ -35,8 +35,8 @@ import data as reading  # noqa: E402
 import dq  # noqa: E402
 import sample  # noqa: E402
 import train_vae  # noqa: E402
-from common import natural, positive, read_log  # noqa: E402
-from runs import flags_to_end, refuse, split_flags  # noqa: E402
+from common import natural, positive  # noqa: E402
+from runs import flags_to_end, read_log, refuse, split_flags  # noqa: E402
 
 BUDGETS = (0.1, 0.3, 0.5, 0.7, 0.9)
 DIALS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -98,7 +98,7 @@ RD_ROWS = ["fixed-coarse", "fixed-fine", *(f"{router}-{budget}" for router in RO
 
 def rate_distortion(out, names, seeds, flags, jobs, factors):
     """Train the missing runs, print the table of all runs, and draw it."""
-    steps = train_vae.parse(flags)[0].steps
+    steps = train_vae.parse(flags)[2].steps
 
     def train(name, seed):
         folder = out / name / f"seed-{seed}"

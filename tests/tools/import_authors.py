@@ -154,7 +154,7 @@ def main(argv=None):
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 where the hardware has it")
     args = parser.parse_args(argv)
-    device, autocast = pick_device(args.device, args.dtype)
+    device, autocast, _ = pick_device(args.device, args.dtype)
     config, weights = read_authors(args.file)
     model = dq.rebuild(dq.DQVAE, dq.VAEConfig, asdict(config), weights, device)
     millions = sum(p.numel() for p in model.parameters()) / 1e6

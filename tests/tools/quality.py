@@ -43,7 +43,7 @@ import train_transformer  # noqa: E402
 import train_vae  # noqa: E402
 from benchmark import hardware  # noqa: E402
 from common import natural, number, positive  # noqa: E402
-from runs import flags_to_end  # noqa: E402
+from runs import flags_to_end, read_log  # noqa: E402
 from data import ToyShapes  # noqa: E402
 
 TRAIN, TEST, REAL, OTHER = range(2_000_003, 2_000_007)                       # seeds of toy images, plus --seed
@@ -236,7 +236,7 @@ def step_seconds(model, vae, device, autocast, n_steps=40, warm_up=5):
     with common.Stop() as stop:
         data = ToyShapes(vae.config.size, n=512)
         part = train_vae.encode_dataset(vae, data, device, autocast, 0, mirrored=False, stop=stop)
-    images = train_transformer.views(part, vae.config.factors, uncond=False)
+    images = train_transformer.Images(part, vae.config.factors)
     optimizers = train_transformer.make_optimizers(model.train().requires_grad_(True), schedule).values()
     for batch in itertools.islice(train_transformer.batches(images.length.numpy(), schedule.batch_size, 0), n_steps):
         start = time.perf_counter()
@@ -292,7 +292,7 @@ def take_speeds(folders, device, autocast):
 
 def of_first_stage(folder):
     """-> the columns that come from the last evaluation of stage 1"""
-    log = [line for line in common.read_log(folder / "vae.jsonl") if "psnr" in line]
+    log = [line for line in read_log(folder / "vae.jsonl") if "psnr" in line]
     dq.require(log, f"{folder / 'vae.jsonl'} holds no evaluation")
     return {"bits per pixel": log[-1]["bits_per_pixel"], "dB": log[-1]["psnr"]}
 
@@ -351,7 +351,7 @@ def table(argv):
     add("--steps", type=positive, default=train_transformer.PRESETS["toy"][1].steps, help="steps of each stage 2")
     add("--speed", action="store_true", help="measure the speeds again")
     args = parser.parse_args(argv)
-    device, autocast = common.pick_device("auto", "auto")
+    device, autocast, _ = common.pick_device("auto", "auto")
     args.out.mkdir(parents=True, exist_ok=True)
     size, path = train_vae.PRESETS["toy"][0].size, args.out / "classifier.pt"
     classifier = kept_classifier(path, size, device)
@@ -402,7 +402,7 @@ def folder(argv, steps=400, batch_size=64):
     add("--temperatures", type=float, nargs="+", default=[0.7, 0.85, 1.0])
     add("--guidance", type=float, nargs="+", default=[1.0, 1.5, 2.0])
     args = parser.parse_args(argv)
-    device, autocast = common.pick_device("auto", "auto")
+    device, autocast, _ = common.pick_device("auto", "auto")
     model, vae = dq.load_transformer(args.checkpoint, device)
     data, _ = reading.open_data(args.data, vae.config.size)
     classes = model.config.classes
@@ -452,7 +452,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     options = dq.SampleOptions(*(getattr(args, name) for name in dq.SampleOptions._fields))
     options.check()
-    device, autocast = common.pick_device("auto", "auto")
+    device, autocast, _ = common.pick_device("auto", "auto")
     model, vae = dq.load_transformer(args.checkpoint, device)
     dq.require(model.config.classes == ToyShapes.classes,
                f"{args.checkpoint} was not trained on the classes of the built-in toy shapes")

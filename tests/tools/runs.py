@@ -1,4 +1,6 @@
 """Shared by the tools that train many models, each in a separate folder, and that resume where they were stopped."""
+import json
+import re
 import sys
 from pathlib import Path
 
@@ -31,3 +33,9 @@ def flags_to_end(path, steps):
     planned = held.get("settings", {}).get("steps")
     dq.require(planned == steps, f"{path} is of a run of {planned} steps, not {steps}; name another folder")
     return None if held["step"] == steps else ["--resume"]
+
+
+def read_log(path):
+    """The lines of a log as dicts, without those that a crash or an editor damaged."""
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if re.fullmatch(r'\{"step": \d.*\}', line)]

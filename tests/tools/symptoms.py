@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 import data as reading  # noqa: E402
 import dq  # noqa: E402
-from common import read_log  # noqa: E402
+from runs import read_log  # noqa: E402
 
 
 @dataclass

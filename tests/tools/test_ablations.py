@@ -13,6 +13,7 @@ import naive
 import quality
 import train_transformer
 from conftest import ROOT, TRANSFORMER
+from runs import read_log
 from test_layout import grain_maps, padded, random_image
 from test_quality import save, small_models
 from test_sampling import draws_as_the_naive_loop
@@ -303,7 +304,7 @@ def test_the_metrics_are_nats_of_the_same_codes(argv, images, tmp_path, capsys):
             pos, code = model.layout.pack(codes, grains)
             p = model.logits(pos, code, label)[1].log_softmax(-1).gather(2, code.clamp(min=0)[..., None])[..., 0]
         assert abs(-p[pos < model.layout.eos[0]].sum() / len(pos) - coarse) < 0.05
-    assert common.read_log(tmp_path / "raster-0" / "transformer.jsonl")[-1]["step"] == 4
+    assert read_log(tmp_path / "raster-0" / "transformer.jsonl")[-1]["step"] == 4
     call(tmp_path, argv["codes"], "--seeds", 0, "--only", *names, flags=argv["flags"])
     again = capsys.readouterr().out
     assert again == shown[shown.index("Held-out"):]                          # nothing is trained
@@ -316,8 +317,8 @@ def test_a_stopped_run_resumes(argv, tmp_path, monkeypatch):
     call(tmp_path / "whole", argv["codes"], "--seeds", 0, "--only", "no-order", flags=argv["flags"])
     save = common.Record.save
 
-    def save_and_stop(self, done):
-        save(self, done)
+    def save_and_stop(self, *args, **how):
+        save(self, *args, **how)
         raise KeyboardInterrupt
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(common.Record, "save", save_and_stop)
@@ -347,7 +348,7 @@ def test_samples_are_drawn_in_the_order_of_the_variant(tmp_path, monkeypatch, ca
     plain, (_, vae) = common.pick_device("cpu", "fp32")[1], small_models()
     classifier = quality.train_classifier(16, steps=10, batch_size=32)       # its accuracy does not matter
     monkeypatch.setattr(quality, "train_classifier", lambda size, device: classifier)
-    monkeypatch.setattr(common, "pick_device", lambda *names: (torch.device("cpu"), plain))
+    monkeypatch.setattr(common, "pick_device", lambda *names: (torch.device("cpu"), plain, {}))
     codes = tmp_path / "codes.pt"
     held_out = dict(codes=torch.zeros(1, 1, 4, 4), grains=torch.zeros(1, 1, 2, 2), label=torch.zeros(1))
     dq.save_checkpoint(codes, "dq-codes", vae.config, vae, version=1, classes=reading.ToyShapes.classes,
@@ -376,8 +377,8 @@ def test_samples_are_drawn_in_the_order_of_the_variant(tmp_path, monkeypatch, ca
 def test_variants_of_the_toy_preset():
     assert list(KNOWN) == ["ours"] + ORDERS + MODELS + ["adamw", "former", "1+5", "3+3", "5+1"]
     assert list(ablations.variants(["--preset", "imagenet256"]))[-3:] == ["1+23", "12+12", "23+1"]
-    args = train_transformer.parse(KNOWN["5+1"].flags)[0]
-    assert (args.position_layers, args.content_layers) == (5, 1)
+    config = train_transformer.parse(KNOWN["5+1"].flags)[1]
+    assert (config.position_layers, config.content_layers) == (5, 1)
 
 
 def test_user_errors_are_one_line(vae_run, tmp_path):

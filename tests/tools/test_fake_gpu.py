@@ -85,7 +85,7 @@ def test_a_step_of_stage_2_never_waits(classes):
     model = tiny(8, (4, 2), V=5, classes=classes, dropout=0.1).to(META).train()
     record = common.Record(*[None] * 7)
     stored = dict(codes=torch.zeros(4, 1, 4, 4), grains=torch.zeros(4, 1, 2, 2), label=torch.zeros(4))
-    images = train_transformer.views({name: x.byte() for name, x in stored.items()}, (4, 2), uncond=False)
+    images = train_transformer.Images({name: x.byte() for name, x in stored.items()}, (4, 2))
     with rehearsal() as seen:
         for part in torch.arange(4).chunk(2):
             batch = train_transformer.sequences(images, part, model.layout, torch.device("cuda"))

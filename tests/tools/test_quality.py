@@ -144,7 +144,7 @@ def test_the_command_measures_other_images_reconstructions_and_samples(tmp_path,
     path = save(tmp_path / "transformer.pt", model, vae)
     classifier = quality.train_classifier(16, seed=3, steps=20, batch_size=32)
     monkeypatch.setattr(quality, "train_classifier", lambda size, seed, device: classifier)
-    monkeypatch.setattr(common, "pick_device", lambda *names: (torch.device("cpu"), plain))
+    monkeypatch.setattr(common, "pick_device", lambda *names: (torch.device("cpu"), plain, {}))
     quality.main([str(path), "--n", "60", "--seed", "3", "--temperature", "0.9", "--top-k", "5", "--cfg", "1.5"])
     said = capsys.readouterr().out
 
