@@ -359,7 +359,7 @@ def for_gradescope(row, seconds):
 # The command line
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands, numbers = parser.add_subparsers(dest="command", required=True), range(1, len(EXERCISES) + 1)
     commands.add_parser("list", help="the exercises, in the order in which the file reads, and the rules")
@@ -384,7 +384,7 @@ def main():
     for command in (making, grading, ranking):
         command.add_argument("--variant", type=int, metavar="SEED",
                              help="a specification that the published dq.py does not solve")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if IS_COPY and (args.command not in ("list", "grade") or getattr(args, "variant", None) is not None):
         parser.error("this is a student's copy; copies, variants and the leaderboard need the whole project")
     if args.command == "list":

@@ -387,9 +387,7 @@ def test_a_worker_of_root_is_another_user(tmp_path, monkeypatch):
 
 def test_faults_in_starting_workers_cost_no_points(grade, checker, tmp_path, monkeypatch, capsys):
     """A killed nursery is started again; if none can be started, the cell is not graded, and the status says so.
-
-    Nurseries and workers have nothing of the environment but what Python needs.
-    """
+    Workers have nothing of the environment but what Python needs."""
     monkeypatch.setenv("MY_TOKEN", "42")
     os.kill(checks.nursery.process.pid, signal.SIGKILL)
     checks.nursery.process.wait()
@@ -421,6 +419,10 @@ def test_time_is_limited(checker, grade, tmp_path):
     assert said("while True: pass", limit=1) == ["not done after 1 seconds of computing"]
     assert said("time.sleep(60)", until=time.monotonic() + 1) == [checks.NOT_RUN]
     assert [*checker.check(3, "def straight(): pass").values()] == ["missing"]
+    nearest = "min(range(len(self.codes)), key=lambda v: float((self.codes[v] - x).square().sum()))"
+    text = replaced(SOURCE, "Codebook.assign", f"def assign(self, z):\n    return torch.tensor([{nearest} for x in z])")
+    right, fast = checker.check(4, text).values()
+    assert right == "" and "as long as a loop" in fast                       # by the time that the worker computes
     got, rows = grade(write(tmp_path, {"dq.py": SOURCE}) / "dq.py", 4, minutes=0)
     assert [*got.values()] == [{"straight_through": 0}] and "not run" in str(rows)
 
@@ -446,11 +448,10 @@ def test_what_students_hand_in(checker, tmp_path):
     assert said["ann"] == said["lea"] == {""} and "No module named 'naive'" in str(said["tom"])
 
 
-def test_what_the_staff_gets(tmp_path, monkeypatch):
+def test_what_the_staff_gets(tmp_path):
     """A solution of the variant, and a page with every common mistake and rubric."""
-    monkeypatch.setattr(sys, "argv", ["assignment.py", "make", "--solution", str(tmp_path / "dq.py"), "--assistants",
-                                      str(tmp_path / "staff.md"), "--variant", "5"])
-    assignment.main()
+    assignment.main(["make", "--solution", str(tmp_path / "dq.py"), "--assistants", str(tmp_path / "staff.md"),
+                     "--variant", "5"])
     assert (tmp_path / "dq.py").read_text(encoding="utf-8") == project(["dq.py"], 5)["dq.py"]
     page = (tmp_path / "staff.md").read_text(encoding="utf-8")
     assert all(why in page for wrong in WRONG.values() for why, _, _ in wrong)
