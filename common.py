@@ -79,8 +79,8 @@ def save_grid(path, pictures, columns, captions=None):
 
 def pick_device(name, dtype):
     """--device and --dtype -> the torch.device, which becomes the current one; a function that opens an autocast
-    context; what computes, in words {"device", "dtype", "torch"}. UserError if there is no such device.
-    dtype auto: bfloat16 where the hardware computes in it, else float32."""
+    context; and what computes, in words: {"device", "dtype", "torch"}. dtype auto: bfloat16 where the hardware
+    computes in it, else float32. UserError if there is no such device."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"                # Apple's GPUs: with --device mps
     if name == "cuda":
@@ -127,7 +127,7 @@ def run(main):
     """Call a script's main and exit. User errors print one line, without a traceback, and exit with status 1."""
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # None if closed
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError):                            # notebooks have others
+        with contextlib.suppress(AttributeError):                            # streams of notebooks lack it
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
     status = None                                                            # as sys.exit takes it: a number or a line
     try:
@@ -286,7 +286,7 @@ def seed_all(*numbers):
 
 
 def say(line):
-    """Print a line on rank 0, above the progress bar. Nobody may read it any more, as in `| head -1`."""
+    """Print a line on rank 0, above the progress bar. Its reader may be gone, as with `| head -1`."""
     if dq.rank_world()[0] == 0:
         try:
             tqdm.write(printable(line))

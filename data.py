@@ -46,8 +46,7 @@ class Kept(dict):
         return image
 
 
-# ------------------------------------------------------------------------------------------------
-# The toy shapes
+# ---- The toy shapes ----------------------------------------------------------------------------
 
 
 class ToyShapes(Dataset):
@@ -112,14 +111,13 @@ class ToyShapes(Dataset):
         return torch.from_numpy((image.transpose(2, 0, 1) * 2 - 1).astype(np.float32))  # 3, S, S
 
 
-# ------------------------------------------------------------------------------------------------
-# A folder of images
-
+# ---- A folder of images ------------------------------------------------------------------------
 
 BROKEN = -2                              # label of an image that can't be decoded
-# names that systems hide, beside those with a leading dot, and the figures that this project draws
+# names that systems hide, beside those with a leading dot; and the figures that this project draws, beside these files
 NO_DATA = {"__MACOSX", "@eaDir", "@__thumb", "@Recycle", "#recycle", "#snapshot", "$RECYCLE.BIN", "lost+found",
-           "System Volume Information", "vae.png", "transformer.png", "samples.png"}
+           "System Volume Information"}
+FIGURES, BESIDE = {"vae.png", "transformer.png", "samples.png"}, {"vae.pt", "transformer.pt", ".samples.png.lock"}
 
 Found = namedtuple("Found", "root files left_out")       # left_out: {reason: number of files}
 File = namedtuple("File", "name size key")               # like "cat/1.png"; bytes; the same for two names of one file
@@ -172,8 +170,8 @@ def find_images(root, skip=()):
     """
     dq.require(not os.path.isfile(root), f"{root} is a file; a folder of images is needed (unpack an archive first)")
     dq.require(os.path.isdir(root), f"no such folder: {root}")
-    endings = {ending for ending, kind in Image.registered_extensions().items()  # those left out need other programs
-               if kind in Image.OPEN and kind not in {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}} | {".mpo"}
+    endings = {ending for ending, kind in Image.registered_extensions().items()  # FITS needs a scale, others a program
+               if kind in Image.OPEN and kind not in {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "MPEG", "WMF"}} | {".mpo"}
     seen = {os.path.realpath(folder) for folder in skip if folder} - {os.path.realpath(root)}
     rows, left_out, bar = [], Counter(), progress(f"searching {root}")
     todo, links = [(Path(os.path.realpath(root)), "")], []                   # entries, and their names below root
@@ -186,8 +184,9 @@ def find_images(root, skip=()):
                 entries = [] if real in seen else patiently(path, lambda: list(os.scandir(real)))
                 seen.add(real)
                 ours = name and any(each.name == "samples.json" and holds_samples(each) for each in entries)
+                hidden = NO_DATA | FIGURES if BESIDE & {each.name for each in entries} else NO_DATA
                 for each in entries:
-                    if ours or each.name.startswith(".") or each.name in NO_DATA:
+                    if ours or each.name.startswith(".") or each.name in hidden:
                         left_out["hidden, of the system or of this project"] += 1
                     else:
                         (links if linked or each.is_symlink() else todo).append((each, posixpath.join(name, each.name)))
@@ -217,7 +216,7 @@ def find_images(root, skip=()):
 def holds_samples(path):
     """Is this the file that sample.py writes beside its samples? Other programs use the name, too."""
     with contextlib.suppress(OSError), open(path, "rb") as file:
-        return b'"grain_map":' in file.read(4096)
+        return b'"grain_map":' in file.read(2 ** 20)                         # long paths can precede it
 
 
 def progress(title, items=None, total=None):
@@ -229,10 +228,10 @@ def decode_all(root, files, left_out, strips, size):
     """Decode all images, on all cores, if they fit into memory. -> the files, without those known to be broken"""
     if 3 * size ** 2 * len(files) > MEMORY:
         return files
-    with ThreadPool(torch.get_num_threads()) as pool:                        # Pillow's decoders release the GIL
-        decoded = pool.imap(lambda file: strips[os.path.join(root, file.name)], files)
-        decoded = zip(files, progress("reading images", decoded, len(files)))
-        sound = [file for file, strip in decoded if strip is not None]
+    world = dq.rank_world()[1]          # torchrun leaves each process one thread, but Pillow's decoders release the GIL
+    with ThreadPool(torch.get_num_threads() if world == 1 else max(1, os.cpu_count() // world)) as pool:
+        decoded = pool.imap(lambda file: strips[os.path.join(root, file.name)] is not None, files)
+        sound = list(itertools.compress(files, progress("reading images", decoded, len(files))))
     left_out["broken"] = len(files) - len(sound)
     dq.require(sound, f"none of the {len(files)} images below {root} can be decoded")
     return sound
@@ -330,16 +329,14 @@ def identity(data):
 
 def image_side(found, n=64):
     """Median short side, in pixels, of up to n of the images that `find_images` found; 0 if no header can be read."""
-    sides = []
-    for k in np.linspace(0, len(found.files) - 1, min(n, len(found.files))).astype(int):
-        with contextlib.suppress(Exception), Image.open(os.path.join(found.root, found.files[k].name)) as image:
+    sides, files = [], [file for file in found.files if file.size <= BYTES]  # some decoders read all of the file
+    for k in np.linspace(0, len(files) - 1, min(n, len(files))).astype(int):
+        with contextlib.suppress(Exception), Image.open(os.path.join(found.root, files[k].name)) as image:
             sides.append(min(image.size))
     return int(np.median(sides or [0]))
 
 
-# ------------------------------------------------------------------------------------------------
-# One file
-
+# ---- One file ----------------------------------------------------------------------------------
 
 BYTES = 2 ** 29                          # a larger file is not read: 6 bytes for each of the pixels that Pillow allows
 LONGEST = 32                             # of a longer panorama, this many squares in its middle
@@ -380,13 +377,14 @@ def open_image(path, size=2 ** 30):
         with Image.open(io.BytesIO(data)) as image:
             dq.require(np.prod(image.size) <= (Image.MAX_IMAGE_PIXELS or np.inf), f"too many pixels: {image.size}")
             image.draft(None, (2 * size, 2 * size))
-            packing = image.tile[0][3] if image.tile else ""                 # load() forgets it
+            codec, *_, packing = image.tile[0] if image.tile else ("", "")   # load() forgets it
+            dq.require(codec != "libtiff" or packing[0][-2:] not in ("BS", "BF"), "Pillow would swap its bytes")
             image.load()
             with contextlib.suppress(Exception):
                 ImageOps.exif_transpose(image, in_place=True)                # turns the pixels, then corrects the EXIF
             return to_rgb(image, packing)
     except Exception as error:                                               # decoders raise nearly everything
-        raise dq.UserError(f"{path}: {first_line(error)}") from None
+        raise dq.UserError(f"{path}: {first_line(error).split(' <_io.')[0]}") from None
 
 
 # errors of one file; None: of memory. All others are the system's, as of a file server that does not answer
@@ -422,17 +420,19 @@ def to_srgb(profile, mode):
 def to_rgb(image, packing=""):
     """A Pillow image of any mode -> RGB. In this order: all depths to 8 bits; transparency over white; colours to sRGB.
 
-    Floats and 32 bits do not declare which level is white: it is the first of 1, 255 and 65535 that is at least half of
-    the 90th percentile of the positive pixels, so that outliers do not make the rest black.
+    Floats and signed or 32-bit integers do not declare their white: it is the first of 1, 255, 65535 and the type's
+    maximum that is at least half of the 90th percentile of the positive pixels, as outliers must not darken the rest.
     packing: Pillow's name for the layout of the pixels in the file, as "RGB;16B".
     """
     key, profile = image.info.get("transparency"), image.info.get("icc_profile")  # key: a transparent colour
-    if image.mode[0] in "IF":                                                # greys of more than 8 bits
-        x, tags = np.asarray(image), getattr(image, "tag_v2", {})            # of TIFF: 258 is bits, 262 what zero means
-        white = 2 ** tags.get(258, (16,))[0] - 1
-        if not image.mode.startswith("I;16"):
+    tags = getattr(image, "tag_v2", {})                                      # of TIFF; 262: what zero means
+    bits, kind = tags.get(258, (16,))[0], tags.get(339, (1,))[0]             # kind 1: unsigned, 2: signed, 3: floats
+    if image.mode[0] in "IF" or kind == 2:                                   # greys of more than 8 bits, or signed ones
+        x, white = np.asarray(image), 2 ** (bits - (kind == 2)) - 1
+        x = x.view({(8, 2): np.int8, (32, 1): np.uint32}.get((bits, kind), x.dtype))  # which Pillow does not know
+        if image.mode == "F" or image.mode == "I" and image.format != "PPM":  # white is not declared
             bright = np.quantile(np.append(x[np.isfinite(x) & (x > 0)], 0), 0.9)
-            white = next((scale for scale in (1, 255) if bright <= 2 * scale), 65535)
+            white = next((scale for scale in (1, 255, 65535) if scale < white and bright <= 2 * scale), white)
         levels = np.nan_to_num(x / np.float32(white)).clip(0, 1) * 255       # NaN becomes black
         levels = 255 - levels if tags.get(262) == 0 else levels              # Pillow inverts 8 bits only
         image = Image.fromarray(np.dstack([np.uint8(levels.round()), np.uint8(255) * (x != key)]))  # LA

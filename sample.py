@@ -26,7 +26,7 @@ def parse(argv=None):
     add = parser.add_argument
     option = parser.add_argument_group("sampling options (default: the checkpoint's)",
                                        argument_default=argparse.SUPPRESS).add_argument
-    add("checkpoint", nargs="?", type=path, default=Path("out"), help="checkpoint, or a folder: its best or last one")
+    add("checkpoint", nargs="?", type=path, default=Path("out"), help="checkpoint, or a folder with one")
     add("--n", type=positive, default=32, help="number of images")
     add("--batch-size", type=positive, default=64, help="number of images that are sampled at the same time")
     add("--label", metavar="CLASS", help="name or number of a class; without it the images cycle through all classes")
@@ -38,7 +38,7 @@ def parse(argv=None):
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 where it is fast")
     add("--compile", action="store_true", help="compile the sampling step with torch.compile")
-    add("--out", metavar="PATH", type=path, help="folder or file for a grid of images; None: the checkpoint's folder")
+    add("--out", metavar="PATH", type=path, help="folder or file for a grid of images; None: beside the checkpoint")
     add("--save-dir", metavar="DIR", type=path, help="also save each image as a PNG file in this folder")
     add("--gif", metavar="FILE", type=path, help="also save an animation of how the first image is sampled")
     given = parser.add_mutually_exclusive_group().add_argument
@@ -147,16 +147,15 @@ def main(argv=None):
         x = load_image(args.input, vae.config.size)[None].to(device)         # 1, 3, S, S
         with autocast(), torch.inference_mode():
             given = given_coarse(layout, *vae.encode(x), 1 if args.keep is None else args.keep)
-    for folder in filter(None, (args.out.parent, args.save_dir, args.gif and args.gif.parent)):
-        folder.mkdir(parents=True, exist_ok=True)
-        if folder == args.save_dir or args.out == folder / "samples.png":
-            locks.append(lock(folder, ".sample.lock"))                       # not .lock: a run may be training there
+    for file in filter(None, (args.out, args.gif, args.save_dir and args.save_dir / "samples.json")):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        locks.append(lock(file.parent, f".{file.name}.lock"))                # not .lock: a run may be training there
     if args.dtype == "bf16" or (device.type == "cuda" and machine["dtype"] == "bf16"):
         model.to(torch.bfloat16)                                             # on CPUs it is no faster for few rows
-    if args.save_dir:                                                        # marks its images as output, not data
+    if folder := args.save_dir:                                              # marks its images as output, not data
         labels = {f"{i:06d}.png": classes[k] for i, k in enumerate(label.tolist())} if classes else {}
-        told = json.dumps(vars(args) | options._asdict() | dict(labels=labels, written_by="dq"), indent=1, default=str)
-        dq.write_file(args.save_dir / "samples.json", lambda file: file.write(told.encode()))
+        told = vars(args) | options._asdict() | machine | dict(labels=labels, written_by="dq")
+        dq.write_file(folder / "samples.json", lambda out: out.write(json.dumps(told, indent=1, default=str).encode()))
 
     def decode(codes):
         """codes (n, H, W) -> images (n, 3, S, S), a batch at a time"""
@@ -178,7 +177,7 @@ def main(argv=None):
         n_done = n_complete
         return stop.number
 
-    with Stop(patience=None) as stop, tqdm(total=args.n, desc="sampling", unit="image", disable=None) as bar:
+    with Stop(patience=None) as stop, tqdm(None, f"sampling on {device}", args.n, unit="image", disable=None) as bar:
         pos, code = dq.generate(model, label, options, args.seed, given and [x.expand(args.n, -1) for x in given],
                                 slots=args.batch_size, compile=args.compile, progress=save_complete)
     if n := min(n_done, 32):

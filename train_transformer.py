@@ -21,7 +21,7 @@ from common import (Record, Schedule, Stop, distribute, draw_grains, explained, 
 class TransformerSchedule(Schedule):
     """Hyperparameters of training, and the sampling options that checkpoints carry: by default those for photos."""
     decay: str = "linear"                # 3 nats better than a cosine, on the toy data
-    optimizer: str = flag("muon", choices=["muon", "adamw"], help="muon: of the blocks' matrices; AdamW has the rest")
+    optimizer: str = flag("muon", choices=["muon", "adamw"], help="muon: for the blocks' matrices, AdamW elsewhere")
     sampling: dq.SampleOptions = dq.SampleOptions(temperature=1.0, cfg=1.5)
 
 
@@ -67,7 +67,7 @@ def fit(stored, device):
     codes = sum(ratio * (vae["size"] // factor) ** 2 for ratio, factor in zip(vae["ratios"], vae["factors"]))
     name = ("folder256" if codes * images >= 5e6 else "folder64-large") if gpu else "folder64"
     config, schedule = PRESETS[name]
-    if codes > 100 and not gpu:                                              # per image; as many per step as of fewer
+    if codes > 100 and not gpu:                                              # long sequences: fewer images per step
         schedule = replace(schedule, batch_size=8)
     return name, replace(config, dropout=0.3) if images < 500 else config, schedule
 
@@ -107,14 +107,13 @@ def read_codes(path):
 
 
 class Images:
-    """A part of codes.pt (codes (n, views, H, W), grains, label (n,)) as M images: all views of the first one, ..."""
+    """A part of codes.pt, {codes (n, views, H, W), grains, label (n,)}, as M = n * views images."""
 
     def __init__(self, part, factors, uncond=False):
         label = part["label"].repeat_interleave(part["codes"].shape[1])
-        cells = [(factors[0] // f) ** 2 for f in factors]                    # K; codes per region
         self.codes, self.grains = part["codes"].flatten(0, 1), part["grains"].flatten(0, 1)  # M, H, W; M, h, w
         self.label = torch.full_like(label, -1) if uncond else label         # M; -1 without a class
-        codes = sum((self.grains == k).sum(dim=(1, 2)) * n for k, n in enumerate(cells))
+        codes = sum((self.grains == k).sum(dim=(1, 2)) * (factors[0] // f) ** 2 for k, f in enumerate(factors))
         self.length = codes + len(factors)                                   # M; EOS tokens included
 
 
@@ -142,19 +141,17 @@ def sequences(images, index, layout, device):
 
 @torch.no_grad()
 def evaluate(model, held_out, device, autocast, batch_size=64, limit=None):
-    """Validation metrics: the negative log-likelihood per image, code and pixel. Each rank evaluates its part of the
-    images. limit: how many images at most, always the same; None: all."""
+    """The negative log-likelihood per image, code and pixel, of all images or of `limit`, which are always the same."""
     model.eval()
-    rank, world = dq.rank_world()
     chosen = torch.from_numpy(np.sort(dq.numpy_rng(0).permutation(len(held_out.label))[:limit]))
     length, sums = held_out.length[chosen], torch.zeros(2, device=device)
-    for index in chosen[length.argsort()].split(batch_size)[rank::world]:    # similar lengths, so little padding
+    for index in chosen[length.argsort()].split(batch_size):                 # similar lengths, so little padding
         pos, code, label = sequences(held_out, index, model.layout, device)  # B, L; B, L; B
         with autocast():
             nll = model(pos, code, label)
         sums += torch.stack([nll["position"].sum(), nll["content"].sum()])
     model.train()
-    position, content = (dq.all_reduce_sum(sums) / len(chosen)).tolist()
+    position, content = (sums / len(chosen)).tolist()
     codes = (length - len(model.config.factors)).float().mean().item()
     bits = (position + content) / math.log(2)
     return dict(nats_per_image=position + content, position_nats=position, content_nats=content,
@@ -162,7 +159,7 @@ def evaluate(model, held_out, device, autocast, batch_size=64, limit=None):
 
 
 def save_samples(path, model, vae, options, seed, autocast, n=16, batch_size=64):
-    """Save a grid of samples, each beside the boxes of its codes."""
+    """Save a grid of samples, each beside its granularity map."""
     model.eval()
     label = torch.arange(n, device=vae.codebook.codes.device) % max(1, len(model.config.classes))
     codes, grains = model.layout.unpack(*dq.generate(model, label, options, seed, slots=batch_size))
@@ -176,7 +173,7 @@ def save_samples(path, model, vae, options, seed, autocast, n=16, batch_size=64)
 # ---- Training ----------------------------------------------------------------------------------
 
 class Muon(torch.optim.Muon):
-    """The same in float32. torch's computes in bfloat16, which takes 15 times as long on CPUs that emulate it."""
+    """torch.optim.Muon in float32. The original uses bfloat16, which takes 15 times as long on CPUs that emulate it."""
 
     @torch.no_grad()
     def step(self):
@@ -199,9 +196,9 @@ class Muon(torch.optim.Muon):
                 p.add_(x if x.shape == p.shape else x.T, alpha=-0.2 * group["lr"] * max(p.shape) ** 0.5)
 
 
-def make_optimizers(model, schedule, bf16=False):
+def make_optimizers(model, schedule, muon=Muon):
     """-> {name: optimizer}. Muon (Jordan et al., 2024) orthogonalises the momentum of a matrix. Its updates are scaled
-    to the size of AdamW's, so that both take the same learning rate. bf16: is bfloat16 fast here?"""
+    to the size of AdamW's, so that both take the same learning rate. muon: its class"""
     stacks = [*model.position_stack.parameters(), *model.content_stack.parameters()]
     inside = [p for p in stacks if p.dim() == 2] if schedule.optimizer == "muon" else []
     outside = [p for p in model.parameters() if p not in {*inside}]
@@ -209,7 +206,6 @@ def make_optimizers(model, schedule, bf16=False):
               dict(params=[p for p in outside if p.dim() <= 1], weight_decay=0.0)]
     optimizers = dict(optimizer=torch.optim.AdamW(groups, lr=schedule.lr, betas=schedule.betas, fused=True))
     if inside:
-        muon = torch.optim.Muon if bf16 else Muon
         optimizers["muon"] = muon(inside, lr=schedule.lr, weight_decay=schedule.weight_decay,
                                   adjust_lr_fn="match_rms_adamw")
     return optimizers
@@ -231,7 +227,7 @@ def main(argv=None):
 
     seed_all(args.seed)
     model = dq.DQTransformer(config).to(device)
-    optimizers = make_optimizers(model, schedule, bf16=machine["dtype"] == "bf16")
+    optimizers = make_optimizers(model, schedule, torch.optim.Muon if machine["dtype"] == "bf16" else Muon)
     settings = dict(codes=name, seed=args.seed) | asdict(schedule) | machine
     options = settings.pop("sampling")
     if not (config.classes and config.label_dropout):                        # guidance needs the vector "no label"

@@ -1,4 +1,5 @@
 """Fixtures and helpers of several test files: a device, a folder of images, runs of both stages, script calls."""
+import contextlib
 import importlib
 import os
 import subprocess
@@ -6,12 +7,17 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")                              # tensors are small; read by torch's import
+import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 from data import ToyShapes  # noqa: E402
+
+with contextlib.suppress(ModuleNotFoundError):                             # a student's copy has no such file
+    from parallel import pytest_runtestloop  # noqa: F401
 
 torch.backends.cudnn.allow_tf32 = False                                    # comparisons are in float32
 DEVICE = os.environ.get("DQ_TEST_DEVICE", "cpu")
@@ -45,6 +51,13 @@ def call(main, *args):
 
 def script(name, *args):
     return subprocess.run([sys.executable, str(ROOT / name), *map(str, args)], capture_output=True, text=True)
+
+
+@pytest.fixture
+def few_for_thresholds(monkeypatch):
+    """The thresholds of a router come from 130 images instead of 2,048. (test_wiring.py tests the number.)"""
+    monkeypatch.setattr(importlib.import_module("train_vae"), "shuffled_indices",
+                        lambda n, size, seed: common.shuffled_indices(n, min(size, 130), seed))
 
 
 @pytest.fixture(scope="session")

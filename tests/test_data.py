@@ -86,11 +86,15 @@ def hidden_folders(root, outside):
 
 def output_of_this_project(root, outside):
     put(root, *numbered(4), "run/vae.png", "former/vae.png", "samples/000000.png", "samples.png")
-    put(root, "photos/5.png", "older/000000.png")
-    (root / "samples/samples.json").write_text('{\n "n": 1,\n "grain_map": null,\n "written_by": "dq"\n}')
+    put(root, "photos/5.png", "photos/samples.png", "photos/vae.png", "older/000000.png")
+    (root / "former/vae.pt").touch()
+    (root / ".samples.png.lock").touch()
+    long = "\\u540d" * 4000                                                  # a folder with a long name
+    (root / "samples/samples.json").write_text(f'{{\n "out": "{long}",\n "grain_map": null,\n "written_by": "dq"\n}}')
     (root / "older/samples.json").write_text('{\n "checkpoint": "x", "n": 1,\n "grain_map": null\n}')
     (root / "photos/samples.json").write_text('{"samples": [{"filepath": "5.png"}]}')  # of another program
-    return numbered(4) + ["photos/5.png"], (), "6 hidden, of the system or of this project, 1 .json"
+    images = numbered(4) + ["photos/5.png", "photos/samples.png", "photos/vae.png"]
+    return images, (), "7 hidden, of the system or of this project, 1 .json, 1 .pt"
 
 
 def output_into_the_same_folder(root, outside):
@@ -128,9 +132,9 @@ def other_endings(root, outside):
     images = [name for name in ("a.jfif", "b.jp2", "c.avif", "d.PNG", "e.ppm")
               if os.path.splitext(name)[1].lower() in Image.registered_extensions()]
     put(root, *images)
-    for name in ("1.heic", "2.HEIC", "3.svg", "README", "4.eps"):
+    for name in ("1.heic", "2.HEIC", "3.svg", "README", "4.eps", "5.fits"):
         (root / name).write_text("no image")
-    return images, (), "2 .heic, 1 .eps, 1 .svg, 1 without an ending"
+    return images, (), "2 .heic, 1 .eps, 1 .fits, 1 .svg, 1 without an ending"
 
 
 def broken_files(root, outside):
@@ -551,6 +555,19 @@ def test_each_file_is_decoded_once(tmp_path, monkeypatch):
     assert sorted(read) == sorted(numbered(20))
 
 
+@pytest.mark.parametrize("world, cores, expected", [(1, 12, 3), (2, 12, 6), (16, 12, 1)])
+def test_processes_share_the_cores(world, cores, expected, tmp_path, monkeypatch):
+    """torchrun sets the number of torch's threads to 1 in each process."""
+    put(tmp_path, *numbered(3))
+    threads, real = [], reading.ThreadPool
+    monkeypatch.setattr(reading, "ThreadPool", lambda n: threads.append(n) or real(n))
+    monkeypatch.setattr(dq, "rank_world", lambda: (0, world))
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3 if world == 1 else 1)
+    open_data(tmp_path, 8)
+    assert threads == [expected]
+
+
 def test_jpegs_are_decoded_at_a_reduced_size(tmp_path):
     """With sides of at least twice the crop's; the result is close to that of the full size."""
     ramp = np.add.outer(np.arange(320), np.arange(640)) % 512
@@ -743,8 +760,12 @@ def test_image_side(tmp_path):
     for i, size in enumerate([(30, 50), (60, 40), (300, 90), (10, 10), (45, 45)]):
         Image.new("RGB", size).save(tmp_path / f"{i}.png")
     (tmp_path / "broken.png").touch()
+    Image.new("RGB", (999, 999)).save(tmp_path / "huge.png")
+    os.truncate(tmp_path / "huge.png", reading.BYTES + 1)                    # it will not be read
     found = reading.find_images(tmp_path)
     assert reading.image_side(found) == 40
+    (tmp_path / "huge.png").unlink()
+    found = reading.find_images(tmp_path)
     assert reading.image_side(found._replace(files=found.files[-1:])) == 0   # no header can be read
     assert reading.image_side(found._replace(files=found.files[:2]), n=1) == 30
 
@@ -823,24 +844,25 @@ def palette_with_transparency():
     return image
 
 
-def directory(tags, start):
+def directory(tags, start, order="<"):
     """(tag, type, values) -> the bytes of a TIFF directory, which begins at byte `start` of the file."""
-    head, tail = struct.pack("<H", len(tags)), b""
+    head, tail = struct.pack(f"{order}H", len(tags)), b""
     for tag, kind, values in sorted(tags):
-        data = struct.pack(f"<{len(values)}{ {3: 'H', 4: 'I', 8: 'h'}[kind]}", *values)
+        data = struct.pack(f"{order}{len(values)}{ {3: 'H', 4: 'I', 8: 'h'}[kind]}", *values)
         if len(data) > 4:                                                    # then the entry holds its place
             place = start + 2 + 12 * len(tags) + 4 + len(tail)
             tail += data
-            data = struct.pack("<I", place)
-        head += struct.pack("<HHI", tag, kind, len(values)) + data.ljust(4, b"\0")
+            data = struct.pack(f"{order}I", place)
+        head += struct.pack(f"{order}HHI", tag, kind, len(values)) + data.ljust(4, b"\0")
     return head + bytes(4) + tail
 
 
-def tif(data, bits, photometric=1):
-    """The bytes of a TIFF file with 4 x 4 unsigned greys."""
-    tags = [(256, 3, [4]), (257, 3, [4]), (258, 3, [bits]), (259, 3, [1]), (262, 3, [photometric]), (273, 4, [8]),
-            (277, 3, [1]), (278, 3, [4]), (279, 4, [len(data)])]
-    return b"II*\0" + struct.pack("<I", 8 + len(data)) + data + directory(tags, 8 + len(data))
+def tif(data, bits, photometric=1, kind=1, order="<", compression=1):
+    """The bytes of a TIFF file with 4 x 4 greys. kind: 1 for unsigned integers, 2 for signed ones, 3 for floats"""
+    tags = [(256, 3, [4]), (257, 3, [4]), (258, 3, [bits]), (259, 3, [compression]), (262, 3, [photometric]),
+            (273, 4, [8]), (277, 3, [1]), (278, 3, [4]), (279, 4, [len(data)]), (339, 3, [kind])]
+    head = {"<": b"II*\0", ">": b"MM\0*"}[order] + struct.pack(f"{order}I", 8 + len(data))
+    return head + data + directory(tags, 8 + len(data), order)
 
 
 def png(pixels, depth, color_type, *chunks):
@@ -867,6 +889,8 @@ MODES = {
     "16bit": (flat("I;16", 32896), "x.png", 128),
     "16bit-tif": (flat("I;16", 257), "x.tif", 1),
     "16bit-tif white is zero": (tif(struct.pack("<H", 257 * 55) * 16, 16, photometric=0), "x.tif", 200),
+    "16bit-pgm, dark": (b"P5 4 4 65535\n" + b"\1\1" * 16, "x.pgm", 1),
+    "10bit-pgm as text, dark": (b"P2 4 4 1000\n" + b"4 " * 16, "x.pgm", 1),
     "12bit-tif": (tif(b"\x40\x44\x04" * 8, 12), "x.tif", 64),               # 0x404 of 0xfff
     "32bit-tif": (flat("I", 100, first=255), "x.tif", 100),                  # NumPy integers from 0 to 255
     "32bit-tif of 16 bits": (flat("I", 32768), "x.tif", 127.5),
@@ -940,6 +964,27 @@ def test_images_of_every_mode(tmp_path, kind):
     save = dict(lossless=True) if name.endswith("webp") else {}
     pixels = read(tmp_path, image, name, **save)
     assert np.abs(pixels - expected)[1:, 1:].max() <= 1, pixels[1, 1]
+
+
+@pytest.mark.parametrize("compression", [1, 8], ids=["raw", "deflate"])
+@pytest.mark.parametrize("order", "<>")
+@pytest.mark.parametrize("kind, white", [
+    ("u1", 255), ("u2", 65535), ("u4", 2 ** 32 - 1), ("u4", 65535), ("u4", 255), ("i1", 127),
+    ("i2", 32767), ("i2", 255), ("i4", 2 ** 31 - 1), ("i4", 255), ("f4", 1), ("f4", 255), ("f4", 65535),
+    ("f4", 2 ** 32 - 1), ("f2", 1), ("f8", 1)])
+def test_greys_of_every_type(kind, white, order, compression, tmp_path):
+    """They give the same picture as 8 bits, or an error where Pillow can't read the type or would swap its bytes."""
+    expected = np.arange(0, 256, 17).reshape(4, 4)
+    levels = expected / 255 * white
+    data = (levels if kind[0] == "f" else levels.round()).astype(order + kind).tobytes()
+    data = zlib.compress(data) if compression == 8 else data
+    file = tif(data, 8 * int(kind[1]), 1, "uif".index(kind[0]) + 1, order, compression)
+    refused = kind in ("f2", "f8") or order == ">" and (kind == "u4" or compression == 8 and kind in ("i2", "i4", "f4"))
+    if refused:
+        with pytest.raises(dq.UserError, match="x.tif: (cannot identify image file$|Pillow would swap its bytes)"):
+            read(tmp_path, file, "x.tif")
+    else:
+        assert np.abs(read(tmp_path, file, "x.tif")[..., 0] - expected).max() < 1.5
 
 
 def test_premultiplied_grey(tmp_path):

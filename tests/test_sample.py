@@ -205,15 +205,18 @@ def locked(folder, name):
 
 
 def test_two_jobs_do_not_mix_their_images(run, tmp_path):
-    """The second job is refused, like a second trainer. A trainer in the same folder does not matter."""
+    """The second job is refused, like a second trainer. A trainer or other files in the same folder do not matter."""
     line = "error: another run is writing into "
     flags = ["--n", 1, "--out", tmp_path / "out"]
-    with locked(tmp_path / "all", ".sample.lock"):
+    with locked(tmp_path / "all", ".samples.json.lock"):
         assert sample_from(run, *flags, "--save-dir", tmp_path / "all").startswith(line + str(tmp_path / "all"))
         assert sample_from(run, *flags, "--save-dir", tmp_path / "other") is None
-    with locked(tmp_path / "out", ".sample.lock"):
-        assert sample_from(run, *flags).startswith(line + str(tmp_path / "out"))
-        assert sample_from(run, "--n", 1, "--out", tmp_path / "out/other.png") is None
+    for name, more in (("samples.png", []), ("x.gif", ["--gif", tmp_path / "out/x.gif"])):
+        with locked(tmp_path / "out", f".{name}.lock"):
+            assert sample_from(run, *flags, *more).startswith(line + str(tmp_path / "out"))
+            assert sample_from(run, "--n", 1, "--out", tmp_path / "out/other.png") is None
+    with locked(tmp_path / "out", ".other.png.lock"):
+        assert sample_from(run, "--n", 1, "--out", tmp_path / "out/other.png").startswith(line)
     with locked(tmp_path / "out", ".lock"):
         assert sample_from(run, *flags) is None
     assert not list((tmp_path / "all").glob("*.png"))
@@ -321,6 +324,7 @@ def test_samples_json_describes_the_job(run, tmp_path):
     assert sample_from(run, "--n", 3, "--temperature", 0.9, "--out", tmp_path, "--save-dir", tmp_path / "all") is None
     told = json.loads((tmp_path / "all/samples.json").read_text())
     assert (told["n"], told["temperature"], told["compile"], told["label"]) == (3, 0.9, False, None)
+    assert told["device"].startswith(f"{DEVICE.partition(':')[0]} (") and told["dtype"] in ("fp32", "bf16")
     assert told["checkpoint"] == str(run / "transformer.pt") and told["written_by"] == "dq" and told["cfg"] == 1.5
     names = dq.load_transformer(run / "transformer.pt", "cpu")[0].config.classes
     assert told["labels"] == {f"00000{i}.png": names[i] for i in range(3)}

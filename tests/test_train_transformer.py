@@ -6,8 +6,7 @@
                                  test_encoding_keeps_every_image_and_its_mirror_image
     batches                      test_batches_of_stage_2
     evaluate                     test_evaluation_of_a_transformer, test_evaluation_is_no_wider_than_needed,
-                                 test_a_limited_evaluation_takes_the_same_images,
-                                 test_processes_share_an_evaluation
+                                 test_a_limited_evaluation_takes_the_same_images
     save_samples                 test_samples_of_a_run
     Muon                         test_muon_in_float32_equals_that_of_torch_up_to_rounding
     make_optimizers              test_which_weights_decay
@@ -108,17 +107,6 @@ def test_a_limited_evaluation_takes_the_same_images(monkeypatch):
         nll = model.eval()(*real(images, torch.tensor(taken[0]), model.layout, torch.device("cpu")))
     expected = (nll["position"] + nll["content"]).mean().item()
     assert metrics[0]["nats_per_image"] == metrics[1]["nats_per_image"] == pytest.approx(expected, rel=1e-4)
-
-
-def test_processes_share_an_evaluation(monkeypatch):
-    model, grains = tiny(8, (4, 2), V=5), torch.randint(0, 2, (7, 2, 2))
-    images = images_of(random_image(model.layout, grains, 5), grains)
-
-    def nats(rank, world):
-        monkeypatch.setattr(dq, "rank_world", lambda: (rank, world))
-        monkeypatch.setattr(dq, "all_reduce_sum", lambda x: x)               # each rank returns its own sum
-        return train_transformer.evaluate(model, images, torch.device("cpu"), plain, batch_size=2)["nats_per_image"]
-    assert nats(0, 2) + nats(1, 2) == pytest.approx(nats(0, 1), rel=1e-4) and nats(0, 2) < nats(0, 1)
 
 
 def test_samples_of_a_run(tmp_path, monkeypatch):
@@ -270,7 +258,7 @@ def test_codes_are_all_that_stage_2_reads(vae_run, tmp_path, monkeypatch):
     assert call(sample.main, "--n", 2, "--device", DEVICE) is None
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         ".lock", "codes.pt", "transformer.pt", "transformer.best.pt", "transformer.jsonl", "transformer.png",
-        ".sample.lock", "samples.png"}
+        ".samples.png.lock", "samples.png"}
     assert (tmp_path / "out/codes.pt").read_bytes() == before
 
 

@@ -436,6 +436,7 @@ def test_an_exact_reconstruction_has_a_finite_psnr():
     assert metrics["l2"] == 0 and metrics["psnr"] == pytest.approx(58.92, abs=0.01)
 
 
+@pytest.mark.usefixtures("few_for_thresholds")
 def test_no_more_images_at_a_time_than_in_a_step(images, tmp_path, monkeypatch):
     """This bounds the memory of training, evaluation, calibration and encoding."""
     seen, score, encode = [], dq.EntropyRouter.score, dq.DQVAE.encode
@@ -468,6 +469,7 @@ def test_encode_takes_what_the_checkpoint_knows(images, tmp_path, monkeypatch):
     assert len(other["train"]["label"]) + len(other["held_out"]["label"]) == 4 and other["preset"] == "emoji64"
 
 
+@pytest.mark.usefixtures("few_for_thresholds")
 @pytest.mark.parametrize("router", ["learned", "dial", "entropy"])
 def test_encode_with_other_ratios(router, images, tmp_path, capsys):
     """Without training. codes.pt holds the DQ-VAE that routes this way, and so does all that is made from it."""
@@ -548,10 +550,11 @@ def test_encode_moves_previous_codes_aside(vae_run, images, tmp_path):
 # The script
 
 
+@pytest.mark.usefixtures("few_for_thresholds")
 def test_the_toy_data_needs_no_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(ToyShapes.__init__, "__defaults__", (32, 128, 0))    # 128 instead of 8192 images
-    assert call(train_vae.main, *VAE, "--steps", 2, "--router", "entropy") is None
+    assert call(train_vae.main, *VAE, "--steps", 2, "--router", "entropy", "--batch-size", 64) is None
     metrics = json.loads((tmp_path / "out/vae.jsonl").read_text().splitlines()[-1])
     assert 0 <= metrics["auc"] <= 1 and abs(metrics["share"][1] - 0.5) < 0.1
 

@@ -143,7 +143,7 @@ def test_a_checkpoint_with_other_entries_cannot_be_resumed(changes, run, tmp_pat
     saved = load(run, "transformer") | changes
     torch.save({name: value for name, value in saved.items() if value is not ...}, tmp_path / "transformer.pt")
     line = call(train_transformer.main, "--codes", run / "codes.pt", "--out", tmp_path, *TRANSFORMER, "--resume")
-    assert line.startswith(f"error: {tmp_path / 'transformer.pt'} is damaged, or of another command; leave --resume out")
+    assert line.startswith(f"error: {tmp_path / 'transformer.pt'} is damaged, or of another command; leave --resume ")
     assert "\n" not in line and {each.name for each in tmp_path.iterdir()} == {".lock", "transformer.pt"}
 
 

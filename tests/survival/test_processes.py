@@ -56,7 +56,7 @@ def gradients(checkpoint):
 
 @pytest.mark.parametrize("stage, flags", [
     ("vae", [*VAE, *DISCRIMINATOR, "--router", "learned", "--clip", 1]),
-    ("vae", [*VAE, "--router", "entropy", "--accumulate", 2, "--batch-size", 16]),
+    ("vae", [*VAE, "--router", "entropy", "--accumulate", 2, "--batch-size", 16, "--workers", 2]),
     ("transformer", [*TRANSFORMER, "--dropout", 0, "--label-dropout", 0, "--clip", 0])],
     ids=["vae with a discriminator", "vae with the entropy router", "transformer"])
 def test_two_processes_compute_what_one_computes(stage, flags, vae_run, images, tmp_path):
@@ -74,7 +74,7 @@ def test_two_processes_compute_what_one_computes(stage, flags, vae_run, images, 
     for name, wanted in alone.items():
         assert (together[name] - wanted).norm() < 0.01 * wanted.norm(), name
     held_out = [read_log(tmp_path / name / f"{stage}.jsonl")[-1] for name in ("one", "two")]
-    same(*held_out, atol=0, rtol=1e-4 if stage == "transformer" else 0)      # each rank evaluates a part
+    same(*held_out, atol=0, rtol=1e-4 if stage == "transformer" else 0)
 
 
 def job(what, rank, world, port, path):

@@ -19,12 +19,25 @@ from pathlib import Path
 ROOT = str(Path(__file__).resolve().parents[2])                              # whose folders pytest adds to sys.path
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["torch._dynamo", "torch.distributed.nn", "PIL.Image", "PIL.ImageCms", "tqdm", "pytest"])
-atexit.register(lambda: [process.kill() for process in multiprocessing.active_children()])  # if a test failed
 
 
 def begin():
     """Start the warm process in the background. Otherwise the first Script starts it and waits for it."""
     forkserver.ensure_running()
+
+
+def inherit():
+    """In a forked process: use the warm process that its parent has started, if any."""
+    server = forkserver.ensure_running.__self__
+    if server._forkserver_pid:
+        server.ensure_running = lambda: None                                 # it would wait for a child of its own
+
+
+@atexit.register
+def kill_all():
+    """End the scripts that a failed test has left."""
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
 def become(script, args, streams, cwd, environment, threads, largest_file, start_new_session):

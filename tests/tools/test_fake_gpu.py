@@ -167,13 +167,12 @@ class NoDouble(TorchDispatchMode):
         return out
 
 
+@pytest.mark.usefixtures("few_for_thresholds")
 def test_no_script_needs_double_precision(tmp_path, monkeypatch):
     """Runs both stages with their evaluations, all losses except LPIPS, and sampling with every option."""
     flags = ["--out", tmp_path, "--steps", 1, "--eval-every", 1, "--dtype", "fp32"]
     monkeypatch.setattr(reading.ToyShapes, "__len__", lambda toy: 8)
     monkeypatch.setattr(train_vae, "Discriminator", functools.partial(train_vae.Discriminator, width=8))
-    monkeypatch.setattr(train_vae, "shuffled_indices",                       # fewer images for the router's thresholds
-                        lambda n, size, seed: common.shuffled_indices(n, min(size, 32), seed))
     with NoDouble():
         assert call(train_vae.main, *flags, *VAE, "--router", "entropy", "--size", 24, "--gan-weight", 1) is None
         assert call(train_transformer.main, *flags, *TRANSFORMER) is None

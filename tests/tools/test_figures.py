@@ -386,14 +386,15 @@ def test_what_rd_sets_can_t_be_set_again(tmp_path, flag, name, flags):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.usefixtures("few_for_thresholds")
 @pytest.mark.parametrize("factors", [(8, 4), (8, 4, 2)])
 def test_the_curve_of_a_dial(factors, tmp_path, monkeypatch, capsys):
     """One row per fraction: the codes are those of the binomial ratios, and the checkpoint's own row comes first."""
     K, names = len(factors), ("one", "other")
-    monkeypatch.setattr(reading, "open_data", lambda *args, **kwargs: [reading.ToyShapes(32, n) for n in (48, 16)])
+    monkeypatch.setattr(reading, "open_data", lambda *args, **kwargs: [reading.ToyShapes(16, n) for n in (130, 64)])
     monkeypatch.setattr(figures, "DIALS", (0.25, 0.75))
     for name in names:
-        vae = dq.DQVAE(dq.VAEConfig(factors=factors, ratios=[1 / K] * K, router="dial", codebook_size=12))
+        vae = dq.DQVAE(dq.VAEConfig(size=16, factors=factors, ratios=[1 / K] * K, router="dial", codebook_size=12))
         vae.codebook.codes.normal_()
         (tmp_path / name).mkdir()
         dq.save_checkpoint(tmp_path / name / "vae.pt", "dq-vae", vae.config, vae,
@@ -404,7 +405,7 @@ def test_the_curve_of_a_dial(factors, tmp_path, monkeypatch, capsys):
     assert [row[:2] for row in rows] == [[str(one), "its own"], [str(one), "0.25"], [str(one), "0.75"],
                                          [str(other), "its own"]]
     for row, f in zip(rows[1:3], (0.25, 0.75)):                              # codes per region: 1, 4, 16
-        assert float(row[2]) == pytest.approx(16 * (1 + 3 * f) ** (K - 1), rel=0.15)
+        assert float(row[2]) == pytest.approx(4 * (1 + 3 * f) ** (K - 1), rel=0.15)
     assert Image.open(tmp_path / "dial.png").size == (560, 400)
 
 
