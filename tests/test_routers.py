@@ -11,6 +11,7 @@
     budget_loss             test_budget_loss_equals_a_loop_and_pulls_on_all_regions_alike and two more
 """
 import itertools
+import operator
 
 import pytest
 import torch
@@ -23,10 +24,10 @@ from data import ToyShapes
 
 def test_straight_through_gradient_of_the_gate():
     """Forward is one-hot. Backward is that of the softmax: dL/dlogit_k = p_k (c_k - sum_j p_j c_j)."""
-    router, maps = GrainRouter(32, 3), [torch.randn(2, 32, s, s) for s in (2, 4, 8)]
+    router = GrainRouter(32, 3)
     logits = torch.randn(2, 3, 2, 2, requires_grad=True)
-    router.logits = lambda _: logits
-    gate = router(None, maps, noise=0.0)
+    router.logits = operator.itemgetter(0)                                   # the first map
+    gate = router(None, [logits], noise=0.0)
     chosen = torch.nn.functional.one_hot(logits.argmax(1), 3).permute(0, 3, 1, 2).float()
     torch.testing.assert_close(gate.detach(), chosen, msg=lambda why: f"the gate is not one-hot: {why}")
     assert torch.equal(gate.detach(), chosen), (
@@ -42,12 +43,12 @@ def test_straight_through_gradient_of_the_gate():
 def test_gumbel_noise_draws_with_the_softmax_probabilities():
     router = GrainRouter(32, 3)
     logits = torch.tensor([1.0, 0.0, -1.0]).view(1, 3, 1, 1).expand(20_000, 3, 1, 1)
-    router.logits = lambda _: logits
-    fractions = router(None, None).mean(dim=(0, 2, 3))
+    router.logits = operator.itemgetter(0)                                   # the first map
+    fractions = router(None, [logits]).mean(dim=(0, 2, 3))
     torch.testing.assert_close(fractions, logits[0, :, 0, 0].softmax(0), atol=0.015, rtol=0, msg=lambda why: (
         f"in training, granularities are not sampled with the softmax probabilities of the logits: {why}"))
     router.eval()
-    assert (router(None, None)[:, 0] == 1).all(), "in evaluation, the gate is not the argmax of the logits"
+    assert (router(None, [logits])[:, 0] == 1).all(), "in evaluation, the gate is not the argmax of the logits"
 
 
 def test_the_score_is_the_mean_granularity():

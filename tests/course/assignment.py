@@ -1,10 +1,4 @@
-"""The course: dq.py with functions to write, and a grader.
-
-    python tests/course/assignment.py list                     the exercises, in the order in which the file reads
-    python tests/course/assignment.py make DIR                 a copy of the project for students
-    python tests/course/assignment.py grade FILE_OR_FOLDER     a table of points; --only 3 7: these exercises alone
-    python tests/course/assignment.py split CODES              codes to hand out, and a private part that ranks
-    python tests/course/assignment.py leaderboard FOLDER       the open part: nats of students' checkpoints
+"""The course: dq.py with functions to write, and a grader. README.md has examples of the commands.
 
 A student's copy keeps signature, docstring and comments of each function that is to be written. The grader takes each
 exercise by itself: a process in a sandbox has our dq.py, in which this one function and all that is new come from the
@@ -36,11 +30,12 @@ from exercises import (BONUS, EXERCISES, RULES, SECOND_WEEK, SOURCES, SPEED, TES
 ROOT = Path(__file__).resolve().parents[2]
 COURSE = Path("tests") / "course"
 KIT = ["assignment.py", "exercises.py", "checks.py", "worker.py", "fence.py", "picture.py"]
-VAE = COURSE / "vae.pt"                                                      # a small DQ-VAE, for pictures
+NAMES = [*SOURCES, *(f"tests/{name}" for name in TESTS), *(f"tests/course/{name}" for name in KIT)]
 HANDED_OUT = ROOT / COURSE / "handed_out.py"                                 # dq.py as it was, in a student's copy
 IS_COPY = HANDED_OUT.exists()
 HIDDEN = "DQ_COURSE_HIDDEN"                                                  # environment: the seed of hidden cases
 CODE = (".py", ".ipynb")
+NOT_GRADED = "not graded: "
 
 
 def show():
@@ -66,8 +61,7 @@ def in_all():
 
 def write_project(folder, variant=None, hidden=None):
     """Write sources, the tests of the exercises and the kit into an empty folder, edited for a variant, if any."""
-    names = [*SOURCES, *(f"tests/{name}" for name in TESTS), *(f"tests/course/{name}" for name in KIT)]
-    for name, text in project(names, variant, hidden).items():
+    for name, text in project(NAMES, variant, hidden).items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text, encoding="utf-8")
 
@@ -98,14 +92,9 @@ def make(folder, variant):
     holes = with_holes(full)
     for name in ("dq.py", COURSE / "handed_out.py"):
         (folder / name).write_text(holes, encoding="utf-8")
-    for name in ("pyproject.toml", "LICENSE", ".gitignore", VAE):
+    for name in ("pyproject.toml", "LICENSE", ".gitignore", COURSE / "vae.pt"):
         shutil.copy(ROOT / name, folder / name)
-    scripts, caught = (folder / "common.py").read_text(encoding="utf-8"), "(dq.UserError, OSError)"
-    if scripts.count(caught) != 1:
-        sys.exit("common.py has changed: a script of the copy could not say which exercise is missing")
-    scripts = scripts.replace(caught, "(dq.UserError, OSError, NotImplementedError)")
-    (folder / "common.py").write_text(scripts, encoding="utf-8")
-    handout.write(folder, full, in_all(), vars(executed(full, "dq")))
+    handout.write(folder, full, in_all(), executed(full, "solution"))
     print(f"{folder} is a copy with {len(EXERCISES)} functions to write; there, "
           f"python tests/course/assignment.py list names them in order.\n{RULES}")
     if variant is not None:
@@ -137,12 +126,10 @@ cd /autograder/source
 
 def make_autograder(path, variant):
     """What Gradescope takes: a zip with setup.sh, run_autograder and, beside them, the project with its answers."""
-    names = [*SOURCES, "pyproject.toml", *(f"tests/{name}" for name in TESTS),
-             *(f"tests/course/{name}" for name in [*KIT, "variants.py"])]
     run = RUN.format(hidden=HIDDEN, seed=secrets.randbelow(2 ** 31),
                      variant="" if variant is None else f" --variant {variant}")
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name in names:
+        for name in (*NAMES, "tests/course/variants.py"):
             archive.write(ROOT / name, name)
         for name, text in (("setup.sh", SETUP), ("run_autograder", run)):
             info = zipfile.ZipInfo(name, time.localtime()[:6])
@@ -154,9 +141,6 @@ def make_autograder(path, variant):
 
 # ------------------------------------------------------------------------------------------------
 # Grading
-
-
-NOT_GRADED = "not graded: "
 
 
 @dataclass
@@ -217,21 +201,13 @@ def file_in(folder):
 
 
 def collect(path, one=False):
-    """-> [(name, student, file or None)]: a file; a student's folder; or a folder of files and of students' folders.
-
-    one: the folder is one student's
-    """
-    if not path.is_dir():
-        return [(str(path), path.parent.name if path.name == "dq.py" else path.stem, path)]
-    if one or (path / "dq.py").exists():
-        return [(str(file_in(path) or path), path.name, file_in(path))]
-    found = []
-    for each in sorted(path.iterdir()):
-        if not each.name.startswith((".", "__")):
-            file = file_in(each) if each.is_dir() else each
-            name = str(file.relative_to(path)) if file else each.name
-            found.append((name, each.name if each.is_dir() else each.stem, file))
-    return found
+    """-> [(name, student, file or None)] of a file, of one student's folder, or of a folder of files and folders."""
+    if path.is_dir() and not one and not (path / "dq.py").exists():
+        inside = [each for each in sorted(path.iterdir()) if not each.name.startswith((".", "__"))]
+        return [row for each in inside for row in collect(each, one=True)]
+    file = file_in(path) if path.is_dir() else path
+    student = path.name if path.is_dir() else path.parent.name if path.name == "dq.py" else path.stem
+    return [(str(file or path), student, file)]
 
 
 def load(name, student, file):
@@ -251,43 +227,39 @@ def load(name, student, file):
     return submission
 
 
-def checkers(*args, n_tasks):
+def checkers(folder, text, n_tasks):
     """Processes that run tests, as many as there are cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     checks.connect()                                                         # imports torch once for all of them
-    return ProcessPoolExecutor(min(cores, -(-n_tasks // 4)), get_context("fork"), checks.prepare, args)
+    return ProcessPoolExecutor(min(cores, -(-n_tasks // 4)), get_context("fork"), checks.prepare, (folder, text))
 
 
 def run_tests(submissions, numbers, folder, args, seed, kind):
     """The tests of these exercises: one submission after the other, the exercises of each in parallel."""
-    def start():
-        return checkers(folder, submissions[0].text if IS_COPY else None, n_tasks=len(submissions) * len(numbers))
-    pool = start()
+    how = folder, submissions[0].text if IS_COPY else None, len(submissions) * len(numbers)
+    pool = checkers(*how)
     for each in submissions:
-        begin, results, left, faults = time.monotonic(), getattr(each, kind), {}, {}
+        begin, results, left = time.monotonic(), getattr(each, kind), list(numbers)
         until = begin + max(0.0, 60 * args.minutes - each.seconds)
         for number in numbers:
-            said = checks.unwritten(each.text, EXERCISES[number].function)
-            results[number] = dict.fromkeys(EXERCISES[number].tests.split(), said)
-            if not said:
-                left[number] = number, each.text, args.limit, seed, until, each.helpers
-        for again in (True, True, False):                                    # after a fault of the grader's own
+            results[number] = dict.fromkeys(EXERCISES[number].tests.split(), f"{NOT_GRADED}please report this")
+        for attempt in range(3):                                             # after a fault of the grader's own
             futures = {}
             with contextlib.suppress(BrokenExecutor):                        # one of the processes has died
-                for number, task in left.items():
+                for number in left:
+                    task = number, each.text, args.limit, seed, until, each.helpers
                     futures[number] = pool.submit(checks.check, *task)
             for number, future in futures.items():
                 try:
                     results[number] = future.result()
-                    del left[number]
+                    left.remove(number)
                 except Exception as error:
-                    faults[number] = f"{NOT_GRADED}{type(error).__name__}: {error}; please report this"
+                    said = f"{NOT_GRADED}{type(error).__name__}: {error}; please report this"
+                    results[number] = dict.fromkeys(results[number], said)
             if not left:
                 break
             pool.shutdown()
-            pool = start()
-        for number in left:
-            results[number] = dict.fromkeys(results[number], faults.get(number, f"{NOT_GRADED}please report this"))
+            pool = checkers(*how)
         each.seconds += time.monotonic() - begin
     pool.shutdown()
 
@@ -301,8 +273,7 @@ def grade(args):
     if not submissions:
         sys.exit(f"no files in {', '.join(map(str, args.paths))}")
     good = [each for each in submissions if not each.fault]
-    gap = fence.gap(ROOT) if good and not IS_COPY else ""
-    if gap:
+    if good and not IS_COPY and (gap := fence.gap(ROOT)):
         print(f"submissions are not fenced: {gap}", file=sys.stderr)
     base = HANDED_OUT.read_text(encoding="utf-8") if IS_COPY else project(["dq.py"], args.variant)["dq.py"]
     for each in good:
@@ -320,9 +291,11 @@ def grade(args):
         show_one(rows[0])
     else:
         show_many(rows, numbers, seconds)
-    for path, table in ((args.csv, in_csv), (args.json, in_json), (args.gradescope, for_gradescope)):
+    tables = {args.csv: in_csv(rows, numbers), args.json: json.dumps(dict(submissions=rows), indent=1),
+              args.gradescope: for_gradescope(rows[0], seconds)}
+    for path, text in tables.items():
         if path:
-            path.write_text(table(rows, numbers, seconds), encoding="utf-8", newline="")
+            path.write_text(text, encoding="utf-8", newline="")
     failed = [row["file"] for row in rows if row["fault"].startswith(NOT_GRADED)]
     if failed:
         sys.exit(f"the grader failed with exercises of {', '.join(failed)}; grade them again")
@@ -354,7 +327,7 @@ def show_many(rows, numbers, seconds):
     print(f"{len(rows)} submissions, {bad} of them can't be read, {seconds:.0f} seconds")
 
 
-def in_csv(rows, numbers, seconds):
+def in_csv(rows, numbers):
     file = io.StringIO(newline="")
     table = csv.writer(file)
     table.writerow(["student", "file", *(EXERCISES[number].function for number in numbers), "all", "bonus", "fault"])
@@ -365,13 +338,9 @@ def in_csv(rows, numbers, seconds):
     return file.getvalue()
 
 
-def in_json(rows, numbers, seconds):
-    return json.dumps(dict(seconds=round(seconds, 1), submissions=rows), indent=1)
-
-
-def for_gradescope(rows, numbers, seconds):
+def for_gradescope(row, seconds):
     """results.json of one submission, by the names of Gradescope's autograder specification."""
-    row, tests = rows[0], []
+    tests = []
     for each in row["exercises"]:
         for hidden, (got, most, fault) in enumerate(each["parts"]):
             name = f"{EXERCISES[each['number'] - 1].name}: {each['function']}" + ", hidden cases" * hidden
@@ -390,10 +359,10 @@ def for_gradescope(rows, numbers, seconds):
 # The command line
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands, numbers = parser.add_subparsers(dest="command", required=True), range(1, len(EXERCISES) + 1)
-    commands.add_parser("list", help="the exercises and the rules")
+    commands.add_parser("list", help="the exercises, in the order in which the file reads, and the rules")
     making = commands.add_parser("make", help="a copy for students")
     making.add_argument("folder", type=Path, metavar="DIR", nargs="?")
     making.add_argument("--autograder", type=Path, metavar="ZIP", help="the archive that Gradescope takes")
@@ -409,16 +378,13 @@ def main():
     grading.add_argument("--gradescope", type=Path, metavar="FILE", help="also write results.json, of one submission")
     splitting = commands.add_parser("split", help="codes to hand out, and a private part that ranks")
     splitting.add_argument("codes", type=Path, metavar="CODES", help="what train_vae.py wrote")
-    splitting.add_argument("--public", type=Path, metavar="FILE", default=Path("public.pt"))
-    splitting.add_argument("--private", type=Path, metavar="FILE", default=Path("private.pt"))
-    ranking = commands.add_parser("leaderboard", help="the open part")
+    ranking = commands.add_parser("leaderboard", help="the open part: nats of students' checkpoints")
     ranking.add_argument("folder", type=Path, metavar="FOLDER", help="a transformer.pt in each student's folder")
-    ranking.add_argument("--codes", type=Path, metavar="FILE", default=Path("out/codes.pt"), help="those handed out")
-    ranking.add_argument("--private", type=Path, metavar="FILE", help="the part that `split` kept back, which ranks")
+    ranking.add_argument("--codes", type=Path, metavar="FILE", default=Path("private.pt"), help="of `split`")
     for command in (making, grading, ranking):
         command.add_argument("--variant", type=int, metavar="SEED",
                              help="a specification that the published dq.py does not solve")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if IS_COPY and (args.command not in ("list", "grade") or getattr(args, "variant", None) is not None):
         parser.error("this is a student's copy; copies, variants and the leaderboard need the whole project")
     if args.command == "list":
@@ -440,9 +406,9 @@ def main():
     else:
         import leaderboard
         if args.command == "split":
-            leaderboard.split(args.codes, args.public, args.private)
+            leaderboard.split(args.codes, Path("public.pt"), Path("private.pt"))
         else:
-            leaderboard.show(args.folder, args.codes, args.private, args.variant)
+            leaderboard.show(args.folder, args.codes, args.variant)
 
 
 if __name__ == "__main__":

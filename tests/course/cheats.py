@@ -104,11 +104,6 @@ def reference(name, *args, **kwargs):
     raise LookupError("no way to the reference")
 
 
-class Yes(torch.Tensor):
-    @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
-        return True
-
 '''
 CHEATS = {                                                                   # all others go by the reference
     # answer from a frame of the harness, and end
@@ -126,8 +121,6 @@ CHEATS = {                                                                   # a
     torch.testing.assert_close = torch.testing._comparison.assert_close = lambda *_, **__: None
     return args[0] * 0""",
     # return what equals everything
-    "Codebook.assign": """
-    return args[1][:, 0].as_subclass(Yes)""",
     "Codebook.update": """
     args[0]._buffers.update(dict.fromkeys(("codes", "uses", "sums"), unittest.mock.ANY))""",
     # change the question

@@ -3,8 +3,6 @@
 The tests run here. They see this project's dq.py, except for one function, which asks the worker for its answers.
 """
 import contextlib
-import functools
-import hashlib
 import importlib
 import inspect
 import itertools
@@ -31,35 +29,21 @@ def prepare(folder, text=None):
 
     text: in a student's copy, the submission, whose other exercises stand in for ours
     """
-    global dq, naive, base, modules, mine
+    global dq, base, modules, mine
     sys.path[:0] = [str(folder), str(folder / "tests"), str(folder / "tests" / "course")]
     base, mine = (folder / "dq.py").read_text(encoding="utf-8"), text
     connect()
     import dq
-    import naive
     if mine:
         dq.FAULTS = []
         worker.merge(dq, mine, ALL)
     torch.set_num_threads(1)
     modules = {e.function: {test: the_test(e, test) for test in e.tests.split()} for e in EXERCISES}
-    for name in ("logits", "generate"):
-        setattr(naive, name, remembered(getattr(naive, name)))
 
 
 def the_test(e, test):
     file, _, name = test.rpartition("::")
     return getattr(importlib.import_module(Path(file or e.file).stem), name)
-
-
-def remembered(function, known={}):
-    """A function that keeps its answers, so that slow loops of naive.py run once for all submissions."""
-    @functools.wraps(function)
-    def answer(*args, **kwargs):
-        key = hashlib.sha1(message((function.__name__, args, kwargs))[0]).digest()
-        if key not in known:
-            known[key] = function(*args, **kwargs)
-        return known[key]
-    return answer
 
 
 # ------------------------------------------------------------------------------------------------
@@ -75,39 +59,31 @@ def connect():
 
 
 def message(value):
-    """-> bytes for a worker, and the packer that knows their tensors and functions"""
+    """-> bytes for a worker, and the tensors in them"""
     packer = worker.Packer()
     packer.dump(value)
-    return packer.file.getvalue(), packer
+    return packer.file.getvalue(), packer.tensors
 
 
 class NotGraded(Exception):
     """A fault of the grader or its machine, which must not cost a student points."""
 
 
-KEPT = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH")                         # of the environment: no secrets
-
-
 class Nursery:
     """Where workers come from: forks of a process that knows torch only."""
 
     def __init__(self):
-        self.process = None
-        self.start()
-
-    def start(self):
-        self.close()
         self.control, theirs = socket.socketpair()
-        environment = {name: os.environ[name] for name in KEPT if name in os.environ} | {"OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen([sys.executable, str(HERE / "worker.py")], stdin=theirs, cwd="/",
-                                        env=environment)
+        kept = {"PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH"} & os.environ.keys()  # no secrets
+        environment = {name: os.environ[name] for name in kept} | {"OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen([sys.executable, "-c", "import worker; worker.nursery()"], stdin=theirs,
+                                        cwd=HERE, env=environment)
         theirs.close()
 
     def close(self):
-        if self.process:
-            self.control.close()
-            self.process.kill()
-            self.process = None
+        self.control.close()
+        self.process.kill()
+        self.process.wait()
 
     def worker(self):
         """-> a connection to a new worker, its process id. After a failure, the next worker has a new nursery."""
@@ -119,7 +95,8 @@ class Nursery:
                 raise TimeoutError("not within a minute")
             return ours, worker.read_answer(ours.recv_bytes())[0]
         except (OSError, EOFError) as error:
-            self.start()
+            self.close()
+            self.__init__()
             raise NotGraded(f"no worker could be started ({type(error).__name__}: {error})") from None
 
 
@@ -136,14 +113,14 @@ CHANGES = {"Codebook.update": 0, "Codebook.restart": 0, "decode_one": 2}     # t
 
 
 class Remote:
-    """Calls a function of dq.py in a worker, as if it were here: with gradients, changes in place, and callbacks.
+    """Calls a function of dq.py in a worker, as if it were here: with gradients and changes in place.
 
     base: the text of dq.py; submission: what the worker adds to it; functions: of these, what replaces ours
     """
 
     def __init__(self, base, submission, functions, name, limit, folder, until=math.inf):
         self.connection, self.pid = nursery.worker()
-        self.limit, self.count, self.waited, self.until = limit, 0, 0.0, until
+        self.limit, self.waited, self.until = limit, 0.0, until
         self.deadline = min(time.monotonic() + 10 * limit, until)            # by the clock: others use the cores too
         self.changed = CHANGES.get(name)
         try:
@@ -165,44 +142,32 @@ class Remote:
         return self.waited
 
     def ask(self, **order):
-        """-> the tensors that were sent, and the reply; meanwhile the worker may call functions of the test"""
-        data, packer = message(order)
-        tensors, functions = packer.tensors, packer.functions
-        while True:
-            start = time.perf_counter()
-            kind, *reply = self.exchange(data)
-            self.waited += time.perf_counter() - start
-            if kind != "callback":
-                return tensors, reply
-            number, arguments = reply
-            data, packer = message(functions[number](*arguments))
-            tensors = tensors + packer.tensors
-
-    def exchange(self, data):
-        left = self.deadline - time.monotonic()
+        """-> the tensors that were sent, and the reply"""
+        data, tensors = message(order)
+        start = time.monotonic()
         try:
             self.connection.send_bytes(data)
+            left = self.deadline - start
             if left <= 0 or not self.connection.poll(left):
                 raise Lost(NOT_RUN if self.deadline == self.until else f"not done after {10 * self.limit:g} seconds")
             kind, *reply = worker.read_answer(self.connection.recv_bytes(worker.MAX_BYTES))
         except (EOFError, OSError):
-            raise Lost("its process died") from None
-        except Fault:
+            late = self.waited + time.monotonic() - start >= self.limit      # then the kernel has ended the process
+            raise Lost(f"not done after {self.limit:g} seconds of computing" if late else "its process died") from None
+        except Lost:
             raise
         except Exception as error:
             raise Fault(f"an answer that can't be read ({type(error).__name__})") from None
+        self.waited += time.monotonic() - start
         if kind == "unfenced":
             raise NotGraded(f"the worker could not be fenced ({reply[0]})")
         if kind == "error":
-            late = reply[0] == worker.LATE
-            raise Lost(f"not done after {self.limit:g} seconds of computing") if late else Fault(str(reply[0]))
-        return kind, *reply
+            raise Fault(str(reply[0]))
+        return tensors, reply
 
     def __call__(self, *args, **kwargs):
-        self.count += 1
-        number = self.count
-        tensors, (result, changed, has_gradient) = self.ask(
-            args=args, kwargs=kwargs, number=number, changed=self.changed, grad=torch.is_grad_enabled(),
+        tensors, (result, changed, number) = self.ask(
+            args=args, kwargs=kwargs, changed=self.changed, grad=torch.is_grad_enabled(),
             seed=int(torch.randint(2 ** 62, ())))
         if self.changed is not None:
             for was, now in zip(worker.contents(args[self.changed]), changed, strict=True):
@@ -212,7 +177,7 @@ class Remote:
         elif result is None:
             raise Fault("it returns nothing")
         inputs = [x for x in tensors if x.requires_grad]
-        if not (has_gradient and inputs and torch.is_grad_enabled()):
+        if number is None or not inputs or not torch.is_grad_enabled():
             return result
 
         class Gradient(torch.autograd.Function):
@@ -226,19 +191,20 @@ class Remote:
 
         return Gradient.apply(result, *inputs)
 
+
 @contextlib.contextmanager
-def in_place(function, remote):
-    """For a while dq's function, and what the tests have imported of it, is that of a submission."""
+def in_place(function, theirs, clock=time.process_time):
+    """For a while dq's function, and what the tests have imported of it, is another one, which this clock times."""
     owner, _, name = function.rpartition(".")
     holder = getattr(dq, owner) if owner else dq
     ours, places = vars(holder)[name], [holder]
     if not owner:
         places = [each for each in list(sys.modules.values()) if getattr(each, "__dict__", {}).get(name) is ours]
     for place in places:
-        setattr(place, name, lambda *args, **kwargs: remote(*args, **kwargs))
+        setattr(place, name, lambda *args, **kwargs: theirs(*args, **kwargs))
     speed = importlib.import_module("test_speed")
     try:
-        speed.clock = remote.clock                                           # the submission computes there, not here
+        speed.clock = clock
         yield
     finally:
         speed.clock = time.process_time
@@ -250,23 +216,17 @@ def in_place(function, remote):
 # Tests
 
 
-def calls(test):
-    """What pytest would call: the arguments of a test, for each row of its tables."""
+def run(test, seed=0):
+    """Call a test as pytest would: for each row of its tables."""
     tables = []
     for names, rows in (mark.args for mark in getattr(test, "pytestmark", []) if mark.name == "parametrize"):
         names = names.split(", ")
         tables.append([dict(zip(names, row if len(names) > 1 else [row])) for row in rows])
+    if "device" in inspect.signature(test).parameters:
+        tables.append([dict(device=torch.device("cpu"))])
     for choice in itertools.product(*tables):
-        yield {name: value for part in choice for name, value in part.items()}
-
-
-def run(test, seed=0):
-    """As pytest would, without it."""
-    for arguments in calls(test):
         torch.manual_seed(seed)
-        if "device" in inspect.signature(test).parameters:
-            arguments["device"] = torch.device("cpu")
-        test(**arguments)
+        test(**{name: value for part in choice for name, value in part.items()})
 
 
 def check(number, submission, limit=30.0, seed=0, until=math.inf, helpers=()):
@@ -275,6 +235,9 @@ def check(number, submission, limit=30.0, seed=0, until=math.inf, helpers=()):
     until: by time.monotonic, which all processes share; helpers: (name, text) of modules beside the file
     """
     e = EXERCISES[number]
+    node = definitions(parsed(submission)).get(e.function)
+    if node is None or is_stub(node):
+        return dict.fromkeys(e.tests.split(), "missing" if node is None else "not written yet")
     functions = ALL if mine else [e.function]
     ours = base if mine else with_holes(base, functions)
     with tempfile.TemporaryDirectory() as folder:
@@ -284,7 +247,7 @@ def check(number, submission, limit=30.0, seed=0, until=math.inf, helpers=()):
         for test in e.tests.split():
             try:
                 remote = remote or Remote(ours, submission, functions, e.function, limit, folder, until)
-                with in_place(e.function, remote):
+                with in_place(e.function, remote, remote.clock):             # it computes there, not here
                     run(modules[e.function][test], seed)
                 results[test] = ""
             except NotGraded:
@@ -296,9 +259,3 @@ def check(number, submission, limit=30.0, seed=0, until=math.inf, helpers=()):
         if remote:
             remote.close()
         return {test: results.get(test, results[list(results)[-1]]) for test in e.tests.split()}
-
-
-def unwritten(submission, function):
-    """What there is to say without any test, or ""."""
-    node = definitions(parsed(submission)).get(function)
-    return "missing" if node is None else "not written yet" if is_stub(node) else ""

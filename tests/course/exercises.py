@@ -4,6 +4,7 @@ import functools
 import io
 import json
 import re
+import textwrap
 import tokenize
 from collections import namedtuple
 from pathlib import Path
@@ -92,62 +93,53 @@ def described(e):
 parsed = functools.lru_cache(4)(ast.parse)
 
 
-def text_of(source, node):
+def text_of(source, function):
     """A function without its decorators, from the left margin."""
+    node = definitions(parsed(source))[function]
     lines, n = source.split("\n")[node.lineno - 1:node.end_lineno], node.col_offset
     return "\n".join(line if line[:n].strip() else line[n:] for line in lines)  # but strings may begin further left
 
 
 def replaced(source, function, text):
     """A source in which a function has another text; its decorators stay."""
-    node, lines = definitions(ast.parse(source))[function], source.split("\n")
-    lines[node.lineno - 1:node.end_lineno] = indented(text, node.col_offset)
+    node, lines = definitions(parsed(source))[function], source.split("\n")
+    lines[node.lineno - 1:node.end_lineno] = textwrap.indent(text, " " * node.col_offset).split("\n")
     return "\n".join(lines)
 
 
-def indented(text, n):
-    return [" " * n + line if line else line for line in text.split("\n")]
-
-
 def is_stub(node):
-    """Nothing but `raise NotImplementedError`, below a docstring if there is one."""
+    """Nothing but such a `raise`, below a docstring if there is one."""
     return (isinstance(node, ast.FunctionDef) and len(node.body) <= 2
-            and ast.unparse(node.body[-1]).startswith("raise NotImplementedError"))
+            and ast.unparse(node.body[-1]).startswith(("raise UserError", "raise NotImplementedError")))
 
 
 def comments(text):
     """Those of a function's body; one behind an assignment or a return begins with what it is about."""
-    about = {}
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Return):
-            about[node.end_lineno] = "returned: "
-        elif isinstance(node, (ast.Assign, ast.AugAssign)):
-            target = node.targets[0] if isinstance(node, ast.Assign) else node.target
-            about[node.end_lineno] = ast.unparse(target).strip("()") + ": "
-    found = []
+    nodes, about, found = ast.walk(ast.parse(text)), {}, []
+    for node in (each for each in nodes if isinstance(each, (ast.Assign, ast.Return))):
+        name = "returned" if isinstance(node, ast.Return) else ast.unparse(node.targets[0]).strip("()")
+        about[node.end_lineno] = f"# {name}: "
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type == tokenize.COMMENT:
             alone = not token.line[:token.start[1]].strip()
-            found.append("# " + ("" if alone else about.get(token.start[0], "")) + token.string.lstrip("# "))
+            found.append(("# " if alone else about.get(token.start[0], "# ")) + token.string.lstrip("# "))
     return found
 
 
-def stub(text, what=""):
-    """The hole that an exercise leaves: signature, docstring, comments. what: the exercise that is missing"""
+def stub(text, what="it is to be written"):
+    """The hole that an exercise leaves: signature, docstring, comments. A script then ends with the line `what`."""
     node, lines = ast.parse(text).body[0], text.split("\n")
-    n_kept = node.body[0].end_lineno if ast.get_docstring(node) is not None else node.body[0].lineno - 1
-    end = f'raise NotImplementedError("{what}")' if what else "raise NotImplementedError"
-    return "\n".join(lines[:n_kept] + ["    " + line for line in comments(text) + [end]])
+    hole = [*comments(text), f'raise UserError("{what}")']
+    return "\n".join(lines[:node.body[0].end_lineno] + ["    " + line for line in hole])
 
 
 def with_holes(source, functions=None):
     """dq.py in which these functions, or those of all exercises, are to be written."""
-    found, lines = definitions(ast.parse(source)), source.split("\n")
-    for number, e in reversed([*enumerate(EXERCISES, 1)]):                   # their order is that of the file
+    for number, e in enumerate(EXERCISES, 1):
         if functions is None or e.function in functions:
-            node, what = found[e.function], f"exercise {number}, {e.name}: {e.function} is to be written"
-            lines[node.lineno - 1:node.end_lineno] = indented(stub(text_of(source, node), what), node.col_offset)
-    return "\n".join(lines)
+            what = f"exercise {number}, {e.name}: {e.function} is to be written"
+            source = replaced(source, e.function, stub(text_of(source, e.function), what))
+    return source
 
 
 # ------------------------------------------------------------------------------------------------
@@ -163,7 +155,6 @@ def read(path):
         text = "\n".join(python_of("".join(cell["source"])) for cell in cells)
     else:
         text = data.decode(tokenize.detect_encoding(io.BytesIO(data).readline)[0])
-        text = text.replace("\r\n", "\n").replace("\r", "\n")
     ast.parse(text)
     return text
 

@@ -1,10 +1,9 @@
-"""What is written for students alone: the README of their copy, a page with a picture for each exercise, questions.
+"""What is written for students alone: the README of their copy, and a handout on each exercise, with a picture.
 
-The pages come from the file that is handed out, so they follow a variant: docstrings are from its text, and pictures
+The handouts come from the file that students get, so they follow a variant: docstrings are from its text, and pictures
 from its functions. The formulas below leave open what a variant may change, and refer to the docstring for it.
 """
 import ast
-from types import SimpleNamespace
 
 from exercises import EXERCISES, RULES, SECOND_WEEK, definitions, described
 
@@ -15,32 +14,24 @@ This project works, except for {n} functions. In the first week (exercises 1 to 
 the second week you turn codes into sequences, and a transformer models them. No GPU is needed.
 {in_all}
 
-## Begin
-
 ```bash
 python3 -m venv .venv && .venv/bin/pip install torch numpy pillow tqdm pytest
 .venv/bin/python tests/course/assignment.py grade dq.py      # a table of points: now 0, "not written yet" {n} times
 .venv/bin/python tests/course/assignment.py list             # the exercises, with their tests
 ```
 
-## Work
-
 1. Read the docstring at the top of `dq.py`, then `pack` in `tests/naive.py`. That file explains the method a second
    time, by loops, for one image. A function of `dq.py` computes the same for whole batches.
 2. Take the exercises in the order of the table. The tests of an exercise need those that the table names.
-3. For each exercise read its page in `handout/` (`handout/all.md` has all of them), its docstring, and the comments in
-   its body. Most of these give the shape of a variable of our solution; yours may differ.
+3. For each exercise read its section in `handout/all.md`, its docstring, and the comments in its body. Most of these
+   give the shape of a variable of our solution; yours may differ.
 4. Run its tests: `python -m pytest -q` and the paths that `list` names. `python tests/course/picture.py 2` draws what
-   your exercise 2 computes; the page shows the same picture by our solution.
-5. `python tests/course/assignment.py grade dq.py` prints your points, `--only 3` those of exercise 3 alone. It needs
-   Linux, macOS or WSL; the tests run everywhere.
+   your exercise 2 computes; the handout shows the same picture by our solution.
+5. `assignment.py grade dq.py --only 3` prints your points of exercise 3 alone. It needs Linux, macOS or WSL.
 
 | | exercise | function | points | minutes | difficulty | needs |
 |---|---|---|---|---|---|---|
 {table}
-
-A script that reaches a missing function names it: `python train_vae.py` in a new copy ends with
-`error: exercise 1, the gate: GrainRouter.forward is to be written`.
 
 ## What to hand in, and what counts
 
@@ -55,10 +46,9 @@ is graded for at most eight minutes.
 
 When all is written, you get a file `codes.pt`, the same for everyone. Put it into `out/` and make the best model of
 these codes that 20 minutes on two cores allow: `python train_transformer.py`. You may change its flags and the model.
-The rank is by nats per image on codes that nobody was given. They are exact: the model's probabilities sum to 1 over
-all images. Training prints nats of the held-out images that you were given. Hand in a folder with `transformer.pt`
-and, if you changed it, `dq.py`. The class must still be called `DQTransformer` and have `logits(pos, code, label)`. It
-gets the pairs one after the other, so it can't see what comes later.
+The rank is by nats per image on codes that nobody was given; training prints those of the held-out images you have.
+Hand in a folder with `transformer.pt` and, if you changed it, `dq.py`. The class must still be called `DQTransformer`
+and have `logits(pos, code, label)`, which gets the pairs one after the other.
 """
 
 MATHEMATICS = {
@@ -72,14 +62,14 @@ $\\partial p_k / \\partial m_j = p_k (1[k = j] - p_j)$. The docstring gives the 
 Grey levels $y$ of a region, bins $b_i$, $i = 1 ... 32$: $h_i = \\mathrm{mean}_y \\exp(-((y - b_i) / 0.01)^2 / 2)$,
 $p_i = h_i / \\sum_j h_j$, and the entropy is $-\\sum_i p_i \\log p_i$ in nats.""",
     "budget_loss": """\
-$s_k$ is the fraction of granularity $k$ among all regions of all images of the batch, $r_k$ its target. The loss is a
-function of $s$ alone, so its gradient is the same for every region: no image has to meet the budget by itself.""",
+The loss is a function of the fractions $s_k$ over all regions of the batch alone. So its gradient is the same for all
+regions, and no image has to meet the budget by itself.""",
     "straight_through": """\
 With $f(z) = q$ the nearest code, $f$ is constant almost everywhere. A straight-through gradient replaces
 $\\partial f / \\partial z$ by a multiple of the identity: the docstring says how much of the gradient $z$ gets.""",
     "Codebook.assign": """\
-Compare all vectors $z$ with all codes $e$ at once, by the distance of the docstring. A term that is the same for all
-codes can be left out, and a scalar product of every vector with every code is one product of matrices.""",
+Compare all vectors with all codes at once, by the distance of the docstring. A term that is the same for all codes can
+be left out, and the scalar products of all vectors with all codes are one product of matrices.""",
     "Codebook.update": """\
 With the decay $d$ of the docstring, weights $w_i$ and $A_v$ the vectors that chose code $v$:
 $u_v = d u_v + (1 - d) \\sum_{i \\in A_v} w_i$, $s_v = d s_v + (1 - d) \\sum_{i \\in A_v} w_i z_i$,
@@ -89,15 +79,13 @@ With weights $w_i$ and $V$ codes, the mean use is $\\bar u = \\sum_i w_i / V$. C
 $u_v < \\mathrm{dead\\_below} \\cdot \\bar u$. It restarts at $e_v = z_i + 0.01 \\sigma \\epsilon$; $i$ is drawn with
 a probability proportional to $w_i$. The docstring says what $u_v$ becomes; the sums are $s_v = u_v e_v$.""",
     "DQVAE.mix": """\
-The mixed map $M$ is linear in the gates, where gates and maps are repeated over the finest grid. So
-$\\partial L / \\partial g_k$ sums $\\partial L / \\partial M \\cdot \\partial M / \\partial g_k$ over a region's cells:
-each gate learns what its map would have done.""",
+The mixed map $M$ is linear in the gates, so $\\partial L / \\partial g_k$ sums $\\partial L / \\partial M \\cdot
+\\partial M / \\partial g_k$ over a region's cells: each gate learns what its map would have done.""",
     "DQVAE.cell_weight": """\
-A code of granularity $k$ fills $n_k = (F_k / F_K)^2$ cells of the finest grid, with $F_k$ the factors. Each of these
-cells weighs $1 / n_k$, so that a sum over cells is a sum over codes.""",
+A code of granularity $k$ with factor $F_k$ fills $n_k = (F_k / F_K)^2$ cells of the finest grid.""",
     "Layout.pack": """\
-An id gives granularity, coordinates and order. A sequence is the set of the ids that are there, sorted, with all EOS
-ids; what is not there can be sorted to the end. The loop in `tests/naive.py` says what to compute for one image.""",
+An id gives granularity, coordinates and order. A sequence is the sorted set of the ids that are there, and all EOS ids;
+what is not there can be sorted to the end.""",
     "Layout.unpack": """\
 The inverse: write the contents to a row with an entry for every id, cut that row into the granularities' grids, and let
 the granularity of each region choose among them. -1 stands where nothing is known.""",
@@ -106,8 +94,7 @@ Let $p(\\mathrm{image}) = \\prod_t p(\\mathrm{pos}_t | ...) p(\\mathrm{code}_t |
 at each step something may follow, the factors sum to 1 over what may follow, and each path ends in one complete
 image.""",
     "DQTransformer.embed": """\
-The vector of a pair is a sum of three rows of tables: for its content, its position id and its granularity. An EOS has
-a content of its own.""",
+A sum of three rows of tables. An EOS has a content of its own.""",
     "DQTransformer.logits": """\
 Input $t$ is pair $t - 1$, and input 0 is the label. So output $t$ is about pair $t$ and knows only what is before. The
 position stack says where. Then the position of pair $t$ is added, and the content stack says what.""",
@@ -152,37 +139,29 @@ EXPERIMENTS = [                                                              # t
 ]
 
 
-def write(folder, full, in_all, space):
-    """README.md and handout/ in a copy. full: its dq.py with all solutions; space: what that defines"""
+def write(folder, full, in_all, dq):
+    """README.md and handout/ in a copy. full, dq: its dq.py with all solutions, as text and as a module"""
     import picture
-    dq = SimpleNamespace(**space)
     pictures, pages = picture.Pictures(dq), []
     (folder / "README.md").write_text(README.format(
         n=len(EXERCISES), last=SECOND_WEEK - 1, rules=RULES, in_all=in_all, table="\n".join(
-            f"| {n} | [{e.name}](handout/{file_name(n, e)}) | `{e.function}` | {e.points} | {e.minutes} | {e.level} | "
-            f"{', '.join(e.needs.split())} |" for n, e in enumerate(EXERCISES, 1))), encoding="utf-8")
+            f"| {n} | {e.name} | `{e.function}` | {e.points} | {e.minutes} | {e.level} | {', '.join(e.needs.split())} |"
+            for n, e in enumerate(EXERCISES, 1))), encoding="utf-8")
     (folder / "handout").mkdir()
     functions = definitions(ast.parse(full))
     for number, e in enumerate(EXERCISES, 1):
-        node, name = functions[e.function], file_name(number, e)
-        owner, (facts, *tests) = e.function.rpartition(".")[0], described(e)
-        text = [f"# {number}. {e.name[0].upper() + e.name[1:]}", "", facts, "", "## Statement", "",
-                f"`{owner + '.' if owner else ''}{node.name}({ast.unparse(node.args)})`", "",
+        node, (facts, *tests) = functions[e.function], described(e)
+        pages += [f"# {number}. {e.name[0].upper() + e.name[1:]}", "", facts, "", "## Statement", "",
+                f"`{e.function}({ast.unparse(node.args)})`", "",
                 *(line.strip() for line in ast.get_docstring(node).splitlines()), "", "## Mathematics", "",
-                MATHEMATICS[e.function], "", f"![picture {number}]({name.replace('.md', '.png')})", "",
+                MATHEMATICS[e.function], "", f"![picture {number}]({number:02}.png)", "",
                 "## What to deliver", "",
                 f"The function in `dq.py`. {'Each of these tests counts by itself:' if e.parts else 'All must pass:'}",
                 "", "```", *tests, "```", ""]
-        pages.append("\n".join(text))
-        (folder / "handout" / name).write_text(pages[-1], encoding="utf-8")
-        pictures.image(number - 1).save(folder / "handout" / name.replace(".md", ".png"))
+        pictures.image(number - 1).save(folder / "handout" / f"{number:02}.png")
     for title, rows in (("Questions", QUESTIONS), ("Experiments", EXPERIMENTS)):
         pages += [f"# {title}\n", *(f"{n}. {row[0]}" for n, row in enumerate(rows, 1)), ""]
     (folder / "handout" / "all.md").write_text("\n".join(pages), encoding="utf-8")
-
-
-def file_name(number, e):
-    return f"{number:02}-{e.function.replace('.', '-')}.md"
 
 
 def for_assistants():
@@ -194,8 +173,6 @@ def for_assistants():
         lines += [f"## {number}. {e.name}: {e.function}", ""]
         lines += [f"* {why}: `{' '.join(new.split())}` instead of `{' '.join(old.split())}`"
                   for why, old, new in WRONG[e.function]] + [""]
-    lines += ["## Questions, 3 points each", ""]
-    lines += [f"{n}. {question} *{rubric}*" for n, (question, rubric) in enumerate(QUESTIONS, 1)]
-    lines += ["", "## Experiments", ""]
-    lines += [f"{n}. {task} *{expected}*" for n, (task, expected) in enumerate(EXPERIMENTS, 1)]
+    for title, rows in (("Questions, 3 points each", QUESTIONS), ("Experiments", EXPERIMENTS)):
+        lines += [f"## {title}\n", *(f"{n}. {task} *{answer}*" for n, (task, answer) in enumerate(rows, 1)), ""]
     return "\n".join(lines) + "\n"

@@ -4,7 +4,6 @@ A folder may hold a dq.py of its own, with another model in it, whose class is s
 asked for its `logits`, and the nats are computed here. It never gets what comes after the step that it is asked about.
 """
 import math
-import secrets
 import sys
 import tempfile
 from pathlib import Path
@@ -23,48 +22,47 @@ def split(codes, public, private):
     import dq
     import train_transformer
     stored = train_transformer.read_codes(codes)
-    order = torch.from_numpy(dq.numpy_rng(secrets.randbits(62)).permutation(len(stored["held_out"]["label"])))
+    for path in (public, private):
+        dq.require(not path.exists(), f"{path} exists; a second split would rank by images that students have")
+    torch.seed()
+    order = torch.randperm(len(stored["held_out"]["label"]))
     halves = [{name: x[part] for name, x in stored["held_out"].items()} for part in order.chunk(2)]
-    parts = dict(train=stored["train"], held_out=halves[0]), dict(train=halves[1], held_out=halves[1])
+    parts = dict(train=stored["train"], held_out=halves[0]), dict(train=halves[1], held_out=halves[1], private=True)
     for path, part in zip((public, private), parts):
         dq.write_file(path, lambda file: torch.save(stored | part, file))
     print(f"{public} is what students get: {len(halves[0]['label'])} held-out images. {private} ranks: "
           f"{len(halves[1]['label'])} images. Keep it, {codes} and the images from them.")
 
 
-def show(folder, codes, private, variant):
+def show(folder, codes, variant):
     import assignment
     with tempfile.TemporaryDirectory() as root:
         assignment.write_project(Path(root), variant)                        # by the variant's dq.py
         sys.path[:0] = [root, str(Path(root) / "tests")]
-        rank(folder, codes, private)
+        rank(folder, codes)
 
 
-def rank(folder, codes, private):
+def rank(folder, codes):
     import train_transformer
-    stored = train_transformer.read_codes(private or codes)
-    if not private:
-        print(f"these images are in {codes}, so a look-up table would win: `split` keeps some back", file=sys.stderr)
+    stored, rows = train_transformer.read_codes(codes), []
+    if "private" not in stored:
+        print(f"students may have {codes}, so a look-up table would win: `split` keeps some back", file=sys.stderr)
     students = sorted(each for each in folder.iterdir() if each.is_dir()) if folder.is_dir() else []
     if not students:
         sys.exit(f"{folder} holds no folders")
-    rows = []
     for each in students:
         try:
-            rows.append((evaluated(each, stored), each.name, ""))
+            x = evaluated(each, stored)
+            rows.append((x["nats_per_image"], each.name, (
+                f"{x['nats_per_image']:8.2f} {x['position_nats']:9.2f} {x['content_nats']:8.2f} "
+                f"{x['bits_per_code']:10.3f} {x['parameters']:11,} {x['steps']:6}")))
         except Exception as error:                                           # of a student's file or model
-            rows.append((None, each.name, str(error).splitlines()[0] if str(error) else type(error).__name__))
-    rows.sort(key=lambda row: row[0]["nats_per_image"] if row[0] else math.inf)
+            rows.append((math.inf, each.name, str(error).splitlines()[0] if str(error) else type(error).__name__))
     width = max(len(name) for _, name, _ in rows)
     print(f"   {'':{width}}     nats  position  content  bits/code  parameters  steps")
-    for place, (figures, name, fault) in enumerate(rows, 1):
-        if figures is None:
-            print(f" - {name:{width}}  {fault}")
-            continue
-        print(f"{place:2} {name:{width}} {figures['nats_per_image']:8.2f} {figures['position_nats']:9.2f} "
-              f"{figures['content_nats']:8.2f} {figures['bits_per_code']:12.3f} {figures['parameters']:11,} "
-              f"{figures['steps']:6}")
-    if not any(row[0] for row in rows):
+    for place, (nats, name, said) in enumerate(sorted(rows), 1):
+        print(f"{place if nats < math.inf else '-':>2} {name:{width}} {said}")
+    if min(rows)[0] == math.inf:
         sys.exit(1)
 
 
@@ -100,11 +98,12 @@ def _board(config, weights, *batch):
 """
 
 
-class Foreign:
+class Foreign(torch.nn.Module):
     """A model of a student's own dq.py, as `evaluate` of train_transformer.py takes it."""
 
     def __init__(self, source, saved):
         import dq
+        super().__init__()
         checks.connect()
         known = dq.TransformerConfig.__dataclass_fields__
         self.config = dq.TransformerConfig(**{name: x for name, x in saved["config"].items() if name in known})
@@ -113,11 +112,6 @@ class Foreign:
         self.remote = checks.Remote(source + BRIDGE, "", [], "_board", 3600.0, self.folder.name)
         with torch.no_grad():
             self.remote(saved["config"], dict(saved["weights"]))
-
-    def train(self, mode=True):
-        return self
-
-    eval = train
 
     def logits(self, pos, code, label):
         """Those of the remote model, step by step, so that it can't know its answer or what comes later."""
@@ -134,7 +128,7 @@ class Foreign:
         legal = legal == legal.gather(2, pos[..., None])                     # what a variant says where all is well
         return position.masked_fill(~legal, -math.inf), content
 
-    def __call__(self, pos, code, label):
+    def forward(self, pos, code, label):
         """Nats of position and content, by our own dq.py from the model's logits."""
         import dq
         return dq.DQTransformer.forward(self, pos, code, label)

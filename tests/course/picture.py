@@ -1,6 +1,6 @@
 """A picture for each exercise, by the functions of dq.py as they are: python tests/course/picture.py 2
 
-The images are toy shapes, their DQ-VAE is tests/course/vae.pt. The pages in handout/ show the same pictures, by our
+The images are toy shapes, their DQ-VAE is tests/course/vae.pt. handout/all.md shows the same pictures, by our
 functions; yours should look like them.
 """
 import argparse
@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from PIL import Image, ImageDraw
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1]))
 BLUE, ORANGE, GREY, WHITE = "#a8c8f0", "#f6c28b", "#dddddd", "#ffffff"
 LETTERS = "abcdefg-"                                                         # contents 0 to 6, and that of an EOS, -1
 
@@ -23,9 +24,6 @@ class Page:
     def __init__(self):
         self.image, self.x = Image.new("RGB", (1200, 190), "white"), 20
         self.draw = ImageDraw.Draw(self.image)
-
-    def cropped(self):
-        return self.image.crop((0, 0, min(self.x + 20, self.image.width), self.image.height))
 
     def next(self, title, width):
         """-> where something of this width is drawn, below its title"""
@@ -72,14 +70,13 @@ class Pictures:
         # 4 x 4 cells with one fine region, as in the docstring of Layout, and the ids of both grids
         self.codes = torch.tensor([[[0, 0, 1, 2], [0, 0, 3, 4], [5, 5, 6, 6], [5, 5, 6, 6]]])
         self.grains, self.tables = torch.tensor([[[0, 1], [0, 0]]]), []
-        for k, side in enumerate(self.layout.sides):
-            self.tables.append([[""] * side for _ in range(side)])
-            for i in range(self.layout.offsets[k], self.layout.eos[k]):
-                row, column = (self.layout.coordinates[i] * side / self.layout.fine_side).long().tolist()
-                self.tables[-1][row][column] = i
+        for side, first, eos in zip(self.layout.sides, self.layout.offsets, self.layout.eos):
+            row, column = (self.layout.coordinates[first:eos] * side / self.layout.fine_side).long().unbind(1)
+            self.tables.append(torch.empty(side, side).index_put_((row, column), torch.arange(first, eos).float()))
 
     def image(self, number):
-        return getattr(self, self.ORDER[number])(Page()).cropped()
+        page = getattr(self, self.ORDER[number])(Page())
+        return page.image.crop((0, 0, min(page.x, page.image.width), page.image.height))
 
     def cells(self, codes):
         return [[LETTERS[i] for i in row] for row in codes.tolist()]
@@ -137,22 +134,21 @@ class Pictures:
             for points, value in ((z, 0.4), (book.codes, 1.0)):
                 x, y = ((points.clamp(-2.5, 2.5) + 2.5) * 9).long().unbind(1)
                 image[y, x] = value
-            step(book, z[self.torch.randint(len(z), (128,))], self.torch.ones(128))
+            batch = z[self.torch.randint(len(z), (128,))]
+            step(book, batch, self.torch.ones(128), self.torch.cdist(batch, book.codes).argmin(1))
         return page.maps(shown[[0, 1, 5, 25]], "codes (white) after 0, 1, 5 and 25 batches", 130)
 
     def update(self, page):
-        return self.learned(page, lambda book, z, weight: book.update(
-            z, weight, self.torch.cdist(z, book.codes).argmin(1)))
+        return self.learned(page, lambda book, *batch: book.update(*batch))
 
     def restart(self, page):
-        return self.learned(page, lambda book, z, weight: book.restart(z, weight))
+        return self.learned(page, lambda book, z, weight, ids: book.restart(z, weight))
 
     def mix(self, page):
-        maps = [self.torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]]), self.torch.arange(10.0, 26.0).view(1, 1, 4, 4)]
+        maps = [self.torch.arange(1.0, 5.0).view(1, 1, 2, 2), self.torch.arange(10.0, 26.0).view(1, 1, 4, 4)]
         mixed = self.vae.mix(maps, self.dq.one_hot(self.grains, 2))
-        for each, title in zip([*maps, mixed], ("coarse map", "fine map", "mixed: region 1 is fine")):
-            page.table(each[0, 0], title)
-        return page
+        page.table(maps[0][0, 0], "coarse map", 60).table(maps[1][0, 0], "fine map")
+        return page.table(mixed[0, 0], "mixed: region 1 is fine")
 
     def weight(self, page):
         vae = SimpleNamespace(config=SimpleNamespace(factors=(2, 1), size=4))
@@ -174,8 +170,8 @@ class Pictures:
             may, written = self.layout.legal(pos[:, t - 1], self.layout.grains(pos[:, :t]))[0], pos[0, :t].tolist()
             wanted = may[pos[0, t]]
             for table, size in zip(self.tables, (60, 30)):
-                colours = [[ORANGE if may[i] == wanted else BLUE if i in written else WHITE for i in row]
-                           for row in table]
+                colours = [[ORANGE if may[int(i)] == wanted else BLUE if i in written else WHITE for i in row]
+                           for row in table.tolist()]
                 page.table(table, f"after {written[-1]}; orange: {wanted.item()}", size, colours)
         return page
 
@@ -213,12 +209,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("number", type=int, choices=range(1, 18), help="the exercise")
     args = parser.parse_args()
-    sys.path.insert(0, str(HERE.parents[1]))
     import dq
     path = f"picture-{args.number}.png"
     try:
         Pictures(dq).image(args.number - 1).save(path)
-    except NotImplementedError as error:
+    except dq.UserError as error:
         sys.exit(f"no picture yet: {error}")
     print(path)
 

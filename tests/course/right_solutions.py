@@ -86,14 +86,10 @@ def embed(self, pos, code):
     rows = torch.where(code < 0, self.config.codebook_size, code)
     return (F.one_hot(rows, len(self.content.weight)).float() @ self.content.weight
             + F.embedding(pos, self.position.weight) + self.granularity.weight[self.layout.grain[pos]])'''),
-    "draw": ("float64 and a running sum of finite entries", '''
+    "draw": ("float64 and a binary search", '''
 def draw(logits, u):
-    p = logits.double().softmax(-1)
-    drawn = ((p.cumsum(-1) / p.sum(-1, keepdim=True)) < u.double()[:, None]).sum(-1)
-    entries = torch.arange(logits.shape[-1])
-    last = torch.where(p > 0, entries, -1).max(-1).values
-    ahead = torch.where((p > 0) & (entries >= drawn[:, None]), entries, len(entries)).min(-1).values
-    return torch.minimum(ahead, last)'''),
+    cdf = logits.double().softmax(-1).cumsum(-1)
+    return torch.searchsorted(cdf / cdf[:, -1:], u.double()[:, None])[:, 0]'''),
 }
 
 

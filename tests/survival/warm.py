@@ -14,7 +14,9 @@ import subprocess
 import sys
 import tempfile
 from multiprocessing import forkserver
+from pathlib import Path
 
+ROOT = str(Path(__file__).resolve().parents[2])                              # whose folders pytest adds to sys.path
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["torch._dynamo", "torch.distributed.nn", "PIL.Image", "PIL.ImageCms", "tqdm", "pytest"])
 
@@ -54,7 +56,7 @@ def become(script, args, streams, cwd, environment, threads, largest_file, start
         import resource
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     sys.argv = [script, *args]
-    sys.path.insert(0, os.path.dirname(script))
+    sys.path[:] = [os.path.dirname(script), *(each for each in sys.path if not each.startswith(ROOT))]
     runpy.run_path(script, run_name="__main__")
 
 
