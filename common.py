@@ -255,9 +255,9 @@ def prepare(args, schedule, trains=True):
         env_number("RANK", number(int, 0, below=world))                      # torch would wait for ever
         env_number("MASTER_PORT", number(int, 1, below=65_536))
         backend, bound = ("cpu:gloo,cuda:nccl", device) if device.type == "cuda" else ("gloo", None)
-        # when torchrun restarts a job, its store still has the addresses of the dead processes: use keys of its own
-        # (with several nodes, each has a count of its own)
-        attempt = env_number("TORCHELASTIC_RESTART_COUNT") if env_number("LOCAL_WORLD_SIZE") == world else 0
+        # a restarted job needs keys of its own: torchrun's store keeps the addresses of the dead processes
+        one_node = env_number("LOCAL_WORLD_SIZE") == world                   # several count their restarts separately
+        attempt = env_number("TORCHELASTIC_RESTART_COUNT") if one_node else 0
         with explained(f"could not join the {world} processes of this job"):  # no MASTER_ADDR, a port in use, ...
             store, rank, _ = next(dist.rendezvous("env://"))
             store = dist.PrefixStore(f"attempt {attempt}", store)

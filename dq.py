@@ -33,7 +33,6 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.distributed.nn.functional import all_reduce
 
 
 # ---- 1  Configuration --------------------------------------------------------------------------
@@ -1064,9 +1063,21 @@ def rank_world():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
 
+class AllReduceSum(torch.autograd.Function):
+    """Sum of a tensor over the ranks. Its gradient is summed over the ranks, too."""
+    @staticmethod
+    def forward(ctx, x):
+        total = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return AllReduceSum.apply(gradient)
+
+
 def all_reduce_sum(x):
-    """Sum of a tensor over the ranks, with gradient."""
-    return all_reduce(x) if rank_world()[1] > 1 else x
+    return AllReduceSum.apply(x) if rank_world()[1] > 1 else x
 
 
 def all_gather(x):

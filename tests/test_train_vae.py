@@ -214,13 +214,13 @@ def test_discriminator_equals_its_layers():
 
 
 def test_batch_norm_of_two_processes_is_that_of_one(monkeypatch):
-    """Here all_reduce adds what the second process would contribute."""
+    """Here all_reduce_sum adds what the second process would contribute."""
     x = torch.randn(4, 3, 5, 5) * torch.tensor([1.0, 2.0, 3.0])[:, None, None] + 1
     one, two = (train_vae.BatchNorm(3) for _ in range(2))
     expected = one(x)
     mine, other = x.chunk(2)
     monkeypatch.setattr(dq, "rank_world", lambda: (0, 2))
-    monkeypatch.setattr(dq, "all_reduce", lambda parts: parts + torch.stack([0 * other, other]))
+    monkeypatch.setattr(dq, "all_reduce_sum", lambda parts: parts + torch.stack([0 * other, other]))
     torch.testing.assert_close(two(mine), expected[:2], atol=1e-5, rtol=1e-5)
     for name, value in one.state_dict().items():
         torch.testing.assert_close(two.state_dict()[name], value, atol=1e-5, rtol=1e-5)

@@ -272,7 +272,7 @@ def test_the_entropy_router_is_calibrated_on_2048_images(images, tmp_path, monke
         seen.data, seen.indices = data, how["sampler"]
         return [(torch.full((1,), float(i)), None) for i in range(5)]
     monkeypatch.setattr(train_vae, "loader", loader)
-    monkeypatch.setattr(dq.EntropyRouter, "calibrate", lambda self, ratios, images: seen.__dict__.update(
+    monkeypatch.setattr(dq.EntropyRouter, "calibrate", lambda self, ratios, images, encoder: seen.__dict__.update(
         ratios=ratios, images=torch.cat(list(images)).tolist()))
     flags = ["--size", 16, "--router", "entropy", "--ratios", 0.7, 0.3, "--seed", 3, "--out", tmp_path, *CPU]
     record_of(train_vae.main, monkeypatch, "--data", images, *flags)

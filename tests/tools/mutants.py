@@ -163,6 +163,8 @@ ROUTING = of(
     ("restarts at vectors of this rank", "all_gather(z), all_gather(weight).nan_to_num(1.0)",
      "z, weight.nan_to_num(1.0)",
      "survival/test_processes.py::test_codebook_router_and_budget_are_those_of_the_global_batch", "restart"),
+    ("a sum over the ranks with the gradient of one", "AllReduceSum.apply(gradient)", "gradient",
+     "survival/test_processes.py::test_codebook_router_and_budget_are_those_of_the_global_batch"),
     ("a gathered tensor without a gradient", "parts[rank] = x", "parts[rank] = x.detach()",
      "survival/test_processes.py::test_codebook_router_and_budget_are_those_of_the_global_batch"),
 )
