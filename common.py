@@ -100,6 +100,11 @@ def pick_device(name, dtype):
     return device, lambda: torch.autocast(device.type, torch.bfloat16, enabled=bf16), machine
 
 
+def on_gpu(name):
+    """True if there is a CUDA GPU and --device does not name the CPU: for defaults that depend on it."""
+    return name != "cpu" and torch.cuda.is_available()
+
+
 # What to do about an error, by a pattern in its traceback, where only types and messages begin a line
 HINTS = {
     r"^(?! ).*(out of memory|allocate memory|MemoryError|bad_alloc|ALLOC_FAILED)":

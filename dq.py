@@ -872,13 +872,13 @@ def decode_one(model, job, state, M):
     # where: the position stack, then sample one of the valid ids
     rope = model.rope_of(last, last)                                         # R, 3, 1, 2, d
     for block, cache in zip(model.position_stack, caches):
-        h = block.step(h, rope, cache, rows, steps, mask)                             # R, C
+        h = block.step(h, rope, cache, rows, steps, mask)                    # R, C
     logits = apply_guidance(model.position_head(model.position_norm(h)), options, B)  # B, P
     logits = logits.masked_fill(~model.layout.legal(state.last, state.grains[:, :-1]), -math.inf)
     pos = unless_given(draw(logits, u[0]), given[0])                         # B
 
     # what: the content stack, then sample a codebook id
-    h = h + model.position(per_row(pos))                                       # R, C
+    h = h + model.position(per_row(pos))                                     # R, C
     rope = model.rope_of(per_row(pos), last)
     for block, cache in zip(model.content_stack, caches[len(model.position_stack):]):
         h = block.step(h, rope, cache, rows, steps, mask)
@@ -1083,6 +1083,8 @@ def all_reduce_sum(x):
 def all_gather(x):
     """The tensors (B, ...) of all ranks, with gradient. -> (world B, ...)"""
     rank, world = rank_world()
+    if world == 1:
+        return x
     parts = x.new_zeros(world, *x.shape)
     parts[rank] = x
     return all_reduce_sum(parts).flatten(0, 1)
@@ -1096,5 +1098,5 @@ def sample_global(fill, shape, device):
 
 
 def numpy_rng(*seeds):
-    """A NumPy generator that is seeded by integers below 2**64, as 32-bit words: no two give the same stream."""
+    """A NumPy generator, seeded by integers below 2**64 as 32-bit words: other seeds, if as many, another stream."""
     return np.random.default_rng([seed % 2 ** 32 for seed in seeds] + [seed >> 32 for seed in seeds])

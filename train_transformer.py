@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 import dq
-from common import (Record, Schedule, Stop, distribute, draw_grains, explained, flag, number, override, path, positive,
-                    prepare, run, save_grid, say, seed_all, shuffled_indices, to_picture, trainer_flags)
+from common import (Record, Schedule, Stop, distribute, draw_grains, explained, flag, number, on_gpu, override, path,
+                    positive, prepare, run, save_grid, say, seed_all, shuffled_indices, to_picture, trainer_flags)
 
 
 @dataclass
@@ -61,7 +61,7 @@ def fit(stored, device):
     """Choose a preset for codes.pt and a --device -> its name, config and schedule. The codes of a recipe, such as
     earth64, get the preset of that name. Other codes get one by their number per image and the number of images."""
     name, vae, images = stored["preset"], stored["config"], len(stored["train"]["label"])
-    gpu = device != "cpu" and torch.cuda.is_available()
+    gpu = on_gpu(device)
     if name in PRESETS and not name.startswith("folder"):
         return name, *PRESETS[name]
     codes = sum(ratio * (vae["size"] // factor) ** 2 for ratio, factor in zip(vae["ratios"], vae["factors"]))

@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import dq
-from common import (Record, Schedule, Stop, distribute, draw_grains, flag, natural, override,
-                    path, positive, prepare, run, save_grid, say, seed_all, set_aside, shuffled_indices, to_picture,
-                    trainer_flags, weight)
+from common import (Record, Schedule, Stop, distribute, draw_grains, flag, natural, on_gpu, override, path, positive,
+                    prepare, run, save_grid, say, seed_all, set_aside, shuffled_indices, to_picture, trainer_flags,
+                    weight)
 from data import BROKEN, ImageFolder, ToyShapes, describe, find_images, identity, image_side, loader, open_data, stream
 
 
@@ -190,8 +190,8 @@ def backward(y, last, recon_loss, gan_loss, code_loss, gan_weight=1.0, scale=1.0
 
 
 def compiled(model, **how):
-    """torch.compile all of a DQVAE but its last convolution: `backward` runs its backward pass twice, and a
-    compiled graph allows only one."""
+    """torch.compile all of a DQVAE but its last convolution: `backward` differentiates that layer twice, and
+    a compiled graph allows it only once."""
     last = model.decoder.out[-1]
     last.forward = torch.compiler.disable(last.forward)
     return torch.compile(model, **how)
@@ -384,7 +384,7 @@ def parse(argv=None):
     elif args.resume and not args.preset:
         with contextlib.suppress(Exception):                                 # Record.begin says what is wrong with it
             args.preset = torch.load(args.out / "vae.pt", mmap=True, weights_only=True)["preset"]
-    gpu, side, args.found = args.device != "cpu" and torch.cuda.is_available(), None, None
+    gpu, side, args.found = on_gpu(args.device), None, None
     if args.data and not args.encode and not args.preset:
         args.found = find_images(args.data, [args.out, args.held_out])
         side = image_side(args.found) or 32                                  # 0: no header can be read

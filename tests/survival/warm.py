@@ -18,7 +18,7 @@ from pathlib import Path
 
 ROOT = str(Path(__file__).resolve().parents[2])                              # whose folders pytest adds to sys.path
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["torch._dynamo", "torch.distributed.nn", "PIL.Image", "PIL.ImageCms", "tqdm", "pytest"])
+FORKS.set_forkserver_preload(["torch._dynamo", "PIL.Image", "PIL.ImageCms", "tqdm", "pytest"])
 
 
 def begin():

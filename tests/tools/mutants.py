@@ -580,10 +580,10 @@ TRAINING_RUN = of(
      "test_presets.py::test_flags_that_are_not_given_take_the_values_of_the_preset", "override"),
     ("flags that are not given are None", "value is not None", "True",
      "test_presets.py::test_flags_that_are_not_given_take_the_values_of_the_preset", "override"),
-    ("a preset for a GPU on the CPU", 'args.device != "cpu" and torch.cuda.is_available()', "torch.cuda.is_available()",
-     "test_presets.py::test_the_device_of_the_flag_chooses_the_preset", "train_vae.parse"),
-    ("a preset for a GPU on the CPU in stage 2", 'device != "cpu" and torch.cuda.is_available()',
-     "torch.cuda.is_available()", "test_presets.py::test_the_device_of_the_flag_chooses_the_preset", "fit"),
+    ("a preset for a GPU on the CPU", 'name != "cpu" and torch.cuda.is_available()', "torch.cuda.is_available()",
+     "test_presets.py::test_the_device_of_the_flag_chooses_the_preset", "on_gpu"),
+    ("a preset for a GPU on the CPU in stage 2", "gpu = on_gpu(device)", 'gpu = on_gpu("auto")',
+     "test_presets.py::test_the_device_of_the_flag_chooses_the_preset", "fit"),
     ("--save-every ignored", "self.args.save_every", 'self.settings["eval_every"]',
      "survival/test_resume.py::test_ten_steps_killed_and_ten_more_are_twenty_steps"),
     ("batches that cannot be split equally", "schedule.batch_size % parts == 0", "True",
@@ -1576,7 +1576,6 @@ def main(argv=None):
         return 1 if found else 0
     import PIL.Image  # noqa: F401  (imported here once, for all forked processes)
     import torch._dynamo  # noqa: F401  (optimisers import it, which takes longest)
-    import torch.distributed.nn  # noqa: F401
     left = try_all(mutants, ROOT, args.jobs)
     print(f"{len(mutants) - left} of {len(mutants)} killed")
     return 1 if left else 0
