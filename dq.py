@@ -1,7 +1,7 @@
 """Dynamic vector quantization: images as variable-length sequences of codes (tokens), and a transformer for them.
 
 An implementation of Huang, Mao, Chen, Zhang, "Towards Accurate Image Coding: Improved Autoregressive Image Generation
-with Dynamic Vector Quantization", CVPR 2023 (arXiv 2305.11718). The file follows the data flow:
+with Dynamic Vector Quantization", CVPR 2023 (arXiv 2305.11718). The sections:
     1  configuration                  hyperparameters of the two models
     2  dynamic grained coding         routers choose a granularity for every region; the budget loss
     3  codebook                       shared by all granularities, EMA updates
@@ -80,9 +80,6 @@ class VAEConfig:
         require(self.router in ROUTERS, f"router must be {' or '.join(ROUTERS)}, not {self.router!r}")
         require(min(self.codebook_size, self.code_dim) >= 1, "codebook_size and code_dim must be at least 1")
         require(self.channels % 32 == self.width % 32 == 0, "channels and width must be multiples of 32, for GroupNorm")
-        # on a 1 x 1 map, GroupNorm with one channel per group outputs 0. [-2:]: the last level's input and output
-        narrowest = min(self.channels, *map(self.level_width, range(self.factors[0].bit_length())[-2:]))
-        require(self.size > self.factors[0] or narrowest > 32, "an image of one region needs more than 32 channels")
 
     def level_width(self, level):                                            # channels at downsampling factor 2**level
         return self.width * self.multipliers[min(level, len(self.multipliers) - 1)]
@@ -113,7 +110,7 @@ class TransformerConfig:
 
 # ---- 2  Dynamic grained coding and the budget loss ----------------------------------------------
 # Every router has score(x, maps) -> (B, h, w), higher where finer codes should go, and forward(x, maps, noise) -> gate
-# (B, K, h, w), one-hot over K. x: images (B, 3, S, S); maps: the encoder's K feature maps; noise: scale of the noise.
+# (B, K, h, w), one-hot over K. x: images (B, 3, S, S); maps: the encoder's K feature maps; noise: Gumbel noise scale.
 
 def norm(channels):
     return nn.GroupNorm(32, channels, eps=1e-6)
@@ -145,14 +142,14 @@ class GrainRouter(nn.Module):
 
     def forward(self, x, maps, noise=1.0):
         """In training, the gate is a hard Gumbel-softmax sample with scaled noise. In evaluation it is the argmax.
-        Why it learns: the gate multiplies the maps (DQVAE.mix), so the cost c_k = d loss / d gate_k is the effect on
-        the loss of moving a region towards granularity k. The backward pass uses p, the softmax of the noisy logits
+        Why it learns: the gate multiplies the maps (DQVAE.mix), so the cost c_k = d loss / d gate_k tells how the loss
+        changes as a region moves towards granularity k. The backward pass uses p, the softmax of the noisy logits
         (straight-through): d loss / d logit_k = p_k (c_k - sum_j p_j c_j), so granularities of below-average cost
         become more likely. Unless the noise is annealed to zero (gumbel_scale), the argmax may miss the budget."""
         logits = self.logits(maps)                                           # B, K, h, w
         if not self.training:
             return one_hot(logits.argmax(dim=1), logits.shape[1])
-        exponential = sample_global(torch.Tensor.exponential_, logits.shape, logits.device)  # B, K, h, w; see section 9
+        exponential = sample_global(torch.Tensor.exponential_, logits.shape, logits.device)  # B, K, h, w
         soft = (logits - noise * exponential.log()).softmax(dim=1)           # B, K, h, w; -log E is Gumbel noise
         hard = one_hot(soft.argmax(dim=1), logits.shape[1])
         return hard + (soft - soft.detach())                                 # B, K, h, w: exactly one-hot
@@ -164,7 +161,7 @@ def gumbel_scale(step, steps):
 
 
 class ThresholdRouter(nn.Module):
-    """Base class: turns the score of a subclass into granularities by K - 1 thresholds."""
+    """Base class: turns a subclass's score into granularities with K - 1 thresholds."""
     def __init__(self, thresholds):
         super().__init__()
         self.register_buffer("thresholds", thresholds)                       # K - 1
@@ -177,15 +174,15 @@ class ThresholdRouter(nn.Module):
     def calibrate(self, ratios, images, encoder=lambda x: None):
         """Set the thresholds to quantiles of the scores over batches of training images (B, 3, S, S)."""
         scores = torch.cat([self.score(x, encoder(x)).flatten() for x in images])
-        coarser = np.cumsum(ratios)[:-1].clip(0, 1)                          # K - 1
-        cuts = np.quantile(scores.cpu().numpy().astype(float), coarser)      # K - 1
-        cuts = np.where(coarser < 1e-6, -1e9, np.where(coarser > 1 - 1e-6, 1e9, cuts))  # below, above all scores
+        below = np.cumsum(ratios)[:-1].clip(0, 1)                            # K - 1: fraction below each threshold
+        cuts = np.quantile(scores.cpu().numpy().astype(float), below)        # K - 1
+        cuts = np.where(below < 1e-6, -1e9, np.where(below > 1 - 1e-6, 1e9, cuts))  # also for other images
         self.thresholds.copy_(torch.from_numpy(cuts.astype(np.float32)))
 
 
 class DialRouter(ThresholdRouter):
-    """One learned score for every budget; not in the paper. Other thresholds give other lengths without retraining,
-    since a cell's code depends on its own granularity alone, not on its neighbours'. scorer: a GrainRouter"""
+    """One learned score for all budgets; not in the paper. Codes don't depend on the granularities of other regions,
+    and training has random ratios, so other thresholds give other lengths without retraining. scorer: a GrainRouter"""
     def __init__(self, ratios, scorer):
         super().__init__(torch.zeros(len(ratios) - 1))
         self.ratios, self.scorer = torch.tensor(ratios), scorer
@@ -196,26 +193,25 @@ class DialRouter(ThresholdRouter):
         return logits[:, -1] - logits[:, 0]                                  # B, h, w
 
     def forward(self, x, maps, noise=1.0):
-        """In training, each image has ratios of its own: 0.3 of the target, 0.6 of random ones and 0.1 of the coarsest.
-        Its thresholds are quantiles of the batch's noisy scores, so no budget loss is needed. The gate is
-        straight-through, as in GrainRouter. For evaluation, the thresholds are moving averages of the quantiles at the
-        target ratios."""
+        """In training, each image has its own ratios: 0.4 * target + 0.6 * random. Its thresholds are quantiles of the
+        batch's noisy scores at these ratios, so no budget loss is needed. In evaluation, the thresholds are moving
+        averages of the quantiles at the target ratios."""
         if not self.training:
             return super().forward(x, maps)
-        score, ratios = self.score(x, maps), self.ratios.to(x.device)        # B, h, w; K
-        all_scores = all_gather(score)                                       # world B, h, w
-        self.thresholds.lerp_(all_scores.detach().quantile(ratios.cumsum(0)[:-1]), 0.1)
-        uniform = sample_global(torch.Tensor.uniform_, score.shape, x.device)
-        score = 3 * (score - all_scores.mean()) * (all_scores.var() + 1e-12).rsqrt()  # or it could outgrow the noise
-        score = score + noise * uniform.logit(eps=1e-6)                      # logistic: a difference of Gumbels
-        exponential = sample_global(torch.Tensor.exponential_, (len(x), len(ratios)), x.device)  # B, K
-        ratios = 0.3 * ratios + 0.6 * F.normalize(exponential, p=1)          # B, K
-        coarser = (0.1 + ratios.cumsum(1)[:, :-1]).clamp(max=1)              # B, K - 1; target 0.5: from 0.25 to 0.85
-        cuts = all_gather(score.detach()).quantile(coarser.flatten()).view(len(x), -1, 1, 1)  # B, K - 1, 1, 1
-        above = (score[:, None] - cuts).sigmoid()                            # B, K - 1, h, w: P(granularity > k)
-        soft = F.pad(above, (0, 0, 0, 0, 1, 0), value=1.0) - F.pad(above, (0, 0, 0, 0, 0, 1))  # P(>= k) - P(> k)
-        hard = one_hot((score[:, None] > cuts).sum(1), ratios.shape[1])
-        return hard + (soft - soft.detach())                                 # B, K, h, w: exactly one-hot
+        (rank, world), target = rank_world(), self.ratios.to(x.device)       # target: K
+        scores = all_gather(self.score(x, maps))                             # B, h, w; B here counts all ranks' images
+        self.thresholds.lerp_(scores.detach().quantile(target.cumsum(0)[:-1]), 0.1)
+        scores = 3 * F.layer_norm(scores, scores.shape)                      # deviation 3, or they outgrow the noise
+        scores = scores + noise * torch.rand_like(scores).logit(eps=1e-6)    # logistic: a difference of Gumbels
+        random = torch.empty(len(scores), len(target), device=x.device).exponential_()  # B, K
+        ratios = 0.4 * target + 0.6 * random / random.sum(1, keepdim=True)   # B, K; random: uniform on a simplex
+        below = ratios.cumsum(1)[:, :-1].clamp(max=1)                        # B, K - 1; for 1/2, 1/2: from 0.2 to 0.8
+        cuts = scores.detach().quantile(below.flatten()).view(len(scores), -1, 1, 1)  # B, K - 1, 1, 1
+        # ordinal logits: they grow with k while the score is above cut k, so their argmax counts the cuts below it
+        logits = F.pad((scores[:, None] - cuts).cumsum(1), (0, 0, 0, 0, 1, 0))  # B, K, h, w
+        soft = logits.softmax(dim=1)                                         # B, K, h, w
+        gate = one_hot(soft.argmax(dim=1), len(target)) + (soft - soft.detach())  # B, K, h, w: exactly one-hot
+        return gate.chunk(world)[rank]                                       # only the images of this rank
 
 
 class RandomRouter(ThresholdRouter):
@@ -234,7 +230,7 @@ class RandomRouter(ThresholdRouter):
 
 
 class EntropyRouter(ThresholdRouter):
-    """Shannon entropy of the grey levels of each region, with thresholds at quantiles of the training images."""
+    """Shannon entropy of each region's grey levels. The thresholds are quantiles over the training images."""
     def __init__(self, ratios, factor):
         super().__init__(torch.zeros(len(ratios) - 1))                       # in nats; set by `calibrate`
         self.factor = factor
@@ -283,7 +279,7 @@ class Codebook(nn.Module):
     def __init__(self, size, dim, decay=0.99, commitment=0.25, dead_below=0.1):
         super().__init__()
         self.decay, self.commitment, self.dead_below = decay, commitment, dead_below
-        self.register_buffer("codes", torch.zeros(size, dim))                # the entries: vectors; elsewhere: ids
+        self.register_buffer("codes", torch.zeros(size, dim))                # the entries (vectors, not ids)
         self.register_buffer("uses", torch.zeros(size))                      # EMA of the assignments per batch
         self.register_buffer("sums", torch.zeros(size, dim))                 # EMA of the sum of assigned vectors
         self.register_buffer("age", torch.tensor(0.0))                       # batches seen
@@ -327,7 +323,7 @@ class Codebook(nn.Module):
         """Entries are dead if their usage is below dead_below times the mean (batch weight / V). They are replaced by
         vectors of the batch, sampled by weight, plus noise of 1 % of the standard deviation per dimension. Their
         usage becomes the mean. z: (n, D); weight: (n,)"""
-        z, weight = all_gather(z), all_gather(weight).nan_to_num(1.0)        # all ranks; trainers report NaNs later
+        z, weight = all_gather(z), all_gather(weight).nan_to_num(1.0)        # multinomial rejects NaN
         mean_uses = weight.sum() / len(self.uses)
         dead = self.uses < self.dead_below * mean_uses                       # V
         vectors = z[torch.multinomial(weight, min(len(self.uses), len(z)))]  # up to V, D
@@ -379,7 +375,7 @@ def make_level(config, level, c_in, n_blocks):
 
 
 class Encoder(nn.Module):
-    """Image (B, 3, S, S) -> K maps (B, Z, S/F_k, S/F_k), coarse to fine, for the downsampling factors F_k."""
+    """Image (B, 3, S, S) -> K maps (B, Z, H_k, W_k), coarse to fine, where H_k = W_k = S / factors[k]."""
     def __init__(self, config):
         super().__init__()
         self.levels_of = [f.bit_length() - 1 for f in config.factors]        # level i has downsampling factor 2^i
@@ -390,7 +386,7 @@ class Encoder(nn.Module):
         self.downs = nn.ModuleList(nn.Conv2d(c, c, 3, stride=2) for c in widths[:-1])
         self.heads = nn.ModuleList(nn.Sequential(ResBlock(c, c), AttnBlock(c), ResBlock(c, c), norm(c), nn.SiLU(),
                                                  nn.Conv2d(c, config.channels, 3, padding=1))
-                                   for c in [widths[i] for i in self.levels_of])  # from the backbone to Z channels
+                                   for c in map(config.level_width, self.levels_of))  # to Z channels
 
     def forward(self, x):
         h = self.stem(x)                                                     # B, width, S, S
@@ -496,8 +492,8 @@ class DQVAE(nn.Module):
         scores give the thresholds. A learned router becomes a DialRouter: the same MLP with thresholds."""
         self.config = replace(self.config, ratios=ratios)
         if self.config.router in ("learned", "dial"):
-            scorer, self.config.router = getattr(self.router, "scorer", self.router), "dial"
-            self.router = DialRouter(ratios, scorer).to(self.codebook.codes.device)
+            self.config.router = "dial"
+            self.router = DialRouter(ratios, getattr(self.router, "scorer", self.router)).to(self.codebook.codes.device)
         self.router.train(self.training).calibrate(ratios, images, self.encoder)
 
     def forward(self, x, noise=1.0):
@@ -605,9 +601,9 @@ class Layout(nn.Module):
         """The mask of valid next position ids. (tests/naive.py has the same rules as a loop.) prev: (B,) or (B, L) ids,
         -1 at the start; grains: (B, N) granularities known so far, -1 elsewhere -> (B, P) or (B, L, P), bool.
         Candidates are the ids after prev in the granularity of id prev + 1. Writing a region's first cell opens it;
-        its other cells are then pending, and must follow in order. If a cell is pending, the valid ids are the next
-        pending one and all lower ones that open an uncovered region. If not, all that open one are valid, and the EOS.
-        The finest granularity can't skip a region: there only the lowest of these ids is valid. In the class's example:
+        its other cells are then pending, and must follow in order. Valid are: the next pending id (if there is none,
+        the EOS), and all lower ids that open an uncovered region. The finest granularity can't skip a region, so there
+        only the lowest of these is valid. In the class's example:
             prev  -1 -> 0 1 2 3 4      0 -> 1 2 3 4      3 -> 4        coarse codes may skip regions
             prev   4 -> 7     (the first uncovered)      7 -> 8        8 -> 11 (pending)      12 -> 21
         Training calls this with the *final* grains and gets the same mask, for all steps at once: a region that is not
@@ -628,7 +624,7 @@ class Layout(nn.Module):
 
 def attention(q, k, v, mask=None, dropout=0.0):
     """softmax(q k^T / sqrt(d) + mask) v; causal when there is no mask. q: (B, heads, L, d); k, v: (B, heads, M, d)"""
-    if q.is_cuda:                                                            # on CPUs SDPA halves the training speed
+    if q.is_cuda:                                                            # on CPUs, SDPA trains at half the speed
         return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None)  # B, heads, L, d
     if mask is None:
         mask = torch.full((q.shape[2], k.shape[2]), -math.inf, dtype=q.dtype, device=q.device).triu(1)  # L, M
@@ -637,9 +633,9 @@ def attention(q, k, v, mask=None, dropout=0.0):
 
 
 def rope_table(coordinates, d):
-    """2-D rotary position embedding (RoPE; Su et al., "RoFormer", 2021): (n, 2) -> cosines and sines (n, 2, d), the
-    first half of the sines negated. Half of the channel pairs rotate with the row, half with the column, at frequencies
-    from 1 to about 1/10, as grids of codes are small. RoPE itself sees offsets only. (0, 0) is not rotated."""
+    """2-D rotary position embedding (RoPE; Su et al., "RoFormer", 2021): (n, 2) -> the cosines and signed sines that
+    `apply_rope` takes, (n, 2, d). Half of the channel pairs rotate with the row, half with the column, at frequencies
+    from 1 to about 1/10, as grids of codes are small. RoPE encodes offsets only. (0, 0) is not rotated."""
     frequency = 10.0 ** -(torch.arange(d // 4) / (d // 4))                   # d/4
     angle = (coordinates[:, :, None] * frequency).flatten(1)                 # n, d/2: by the row, by the column
     return torch.stack([angle.cos().repeat(1, 2), torch.cat([-angle.sin(), angle.sin()], dim=1)], dim=1)
@@ -663,7 +659,7 @@ class Block(nn.Module):
         self.drop = nn.Dropout(config.dropout)
 
     def queries_keys_values(self, x, rope):
-        """x: (..., C); rope: (..., 3, 1, 2, d) or None -> (..., 3, heads, d)"""
+        """x: (..., C); rope: see DQTransformer.rope_of; it does not rotate values -> (..., 3, heads, d)"""
         qkv = self.qkv(self.norm1(x)).view(*x.shape[:-1], 3, self.heads, -1)  # ..., 3, heads, d
         if self.qk_norm:
             qk, v = qkv.split([2, 1], dim=-3)                                # ..., 2, heads, d; ..., 1, heads, d
@@ -671,24 +667,24 @@ class Block(nn.Module):
         return qkv if rope is None else apply_rope(qkv, rope)                # ..., 3, heads, d
 
     def forward(self, x, rope=None):
-        """Causal attention over the sequence: (B, L, C) -> (B, L, C). rope: see DQTransformer.rope_of"""
+        """Causal attention over the sequence: (B, L, C) -> (B, L, C)."""
         q, k, v = self.queries_keys_values(x, rope).permute(2, 0, 3, 1, 4)   # each B, heads, L, d
         y = attention(q, k, v, dropout=self.dropout if self.training else 0.0)  # B, heads, L, d
         x = x + self.drop(self.proj(y.transpose(1, 2).reshape(x.shape)))     # B, L, C
         return x + self.drop(self.down(F.gelu(self.up(self.norm2(x)))))
 
     def step(self, x, rope, cache, rows, steps, mask):
-        """One token per row: (B, C) -> (B, C). cache (2, B, heads, M, d) holds keys and values; those of x are stored
-        at these rows (B,) and steps (B,). mask (B, heads, 1, M): -inf at masked entries"""
-        qkv = self.queries_keys_values(x, rope)                              # B, 3, heads, d
-        cache[:, rows, :, steps] = qkv[:, 1:]                                # B, 2, heads, d: indexing puts B first
-        y = attention(qkv[:, 0, :, None], *cache, mask)                      # B, heads, 1, d
-        x = torch.addmm(x, y.flatten(1), self.proj.weight.t())               # B, C: x + proj(y) in one kernel
-        return torch.addmm(x, F.gelu(self.up(self.norm2(x))), self.down.weight.t())  # B, C
+        """One token per row: (R, C) -> (R, C). cache (2, R, heads, M, d) holds keys and values; those of x are stored
+        at these rows (R,) and steps (R,). mask (R, heads, 1, M): -inf at masked entries"""
+        qkv = self.queries_keys_values(x, rope)                              # R, 3, heads, d
+        cache[:, rows, :, steps] = qkv[:, 1:]                                # R, 2, heads, d: indexing puts R first
+        y = attention(qkv[:, 0, :, None], *cache, mask)                      # R, heads, 1, d
+        x = torch.addmm(x, y.flatten(1), self.proj.weight.t())               # R, C: x + proj(y) in one kernel
+        return torch.addmm(x, F.gelu(self.up(self.norm2(x))), self.down.weight.t())  # R, C
 
 
 class DQTransformer(nn.Module):
-    """p(image) = prod_t p(pos_t | pairs before) p(code_t | pairs before, pos_t): one stack predicts the position.
+    """p(sequence) = prod_t p(pos_t | pairs before) p(code_t | pairs before, pos_t): one stack predicts the position.
     A second one on top of it predicts the content, which depends on that position. Every conditional is normalised over
     the valid choices, and every valid sequence ends with the last EOS, so the product is normalised too."""
     def __init__(self, config):
@@ -741,8 +737,8 @@ class DQTransformer(nn.Module):
             h = block(h, rope)                                               # B, L, C
         legal = self.layout.legal(prev, self.layout.grains(pos))             # B, L, P
         position_logits = self.position_head(self.position_norm(h)).float()  # B, L, P
-        h = h + self.position(pos)                                           # h now includes the chosen position;
-        rope = self.rope_of(pos, prev)                                       # queries: the chosen cell; keys: prev
+        h = h + self.position(pos)                                           # the position that was chosen at t
+        rope = self.rope_of(pos, prev)                                       # queries: this cell; keys: the one before
         for block in self.content_stack:
             h = block(h, rope)
         content_logits = self.content_head(self.content_norm(h)).float()     # B, L, V
@@ -774,8 +770,7 @@ class SampleOptions(NamedTuple):
 
 
 def apply_guidance(logits, options, B):
-    """Logits (R, n) of B conditional and, with guidance, B unconditional rows (R = B or 2 B) -> (B, n), divided by the
-    temperature."""
+    """Logits (R, n) -> (B, n): classifier-free guidance if R = 2 B, then division by the temperature."""
     logits = logits.float()
     if len(logits) > B:
         cond, uncond = logits.chunk(2)
@@ -809,13 +804,14 @@ def generate_one(model, label=-1, options=SampleOptions(), seed=0, index=0):
     Returns pos and code (L,), up to and including the last EOS: the same as image `index` of `generate`."""
     layout, device = model.layout, model.order.weight.device
     labels = torch.tensor([label] if options.cfg == 1 else [label, -1], device=device)  # R = 1, or 2 with guidance
-    u = torch.from_numpy(1 - numpy_rng(seed, index).random((layout.max_len, 2), np.float32)).to(device)  # L, 2
+    u = 1 - numpy_rng(seed, index).random((layout.max_len, 2), np.float32)   # L, 2: random numbers in (0, 1]
+    u = torch.from_numpy(u).to(device)
     pos, code = torch.zeros(2, 1, 0, dtype=torch.long, device=device)        # each 1, 0
     for t in range(layout.max_len):
         pos, code = F.pad(pos, (0, 1), value=layout.end), F.pad(code, (0, 1), value=-1)  # each 1, t + 1; placeholders
         valid = layout.legal(F.pad(pos, (1, 0), value=-1)[:, t], layout.grains(pos))  # 1, P
         logits, _ = model.logits(pos.expand(len(labels), -1), code.expand(len(labels), -1), labels)  # R, t + 1, P
-        logits = apply_guidance(logits[:, t], options, 1).masked_fill(~valid, -math.inf)  # 1, P; guidance: -inf -> NaN
+        logits = apply_guidance(logits[:, t], options, 1).masked_fill(~valid, -math.inf)  # 1, P; -inf - -inf is NaN
         pos[:, t] = draw(logits, u[t, :1])
         _, logits = model.logits(pos.expand(len(labels), -1), code.expand(len(labels), -1), labels)  # R, t + 1, V
         logits = filter_logits(apply_guidance(logits[:, t], options, 1), options.top_k, options.top_p)  # 1, V
@@ -825,7 +821,7 @@ def generate_one(model, label=-1, options=SampleOptions(), seed=0, index=0):
 
 
 # Fast sampling of many images: continuous batching with a KV cache. B slots (images in progress) decode one pair per
-# step. A slot whose image is complete starts the next one, so the cost scales with the mean length.
+# step. A slot whose image is complete starts another one, so the cost scales with the mean length.
 
 class Job(NamedTuple):
     """The constant inputs of a sampling run for n images. Row n is a dummy for idle slots."""
@@ -902,16 +898,17 @@ def write(layout, state, pos, code):
     state.grains.masked_fill_(done[:, None], -1)
 
 
-def start(model, label, options, seed, given, first, slots, end):
-    """-> the Job and the initial State of B = `slots` slots, with a KV cache of length `end`. See `generate`."""
+def start(model, label, options, seed, given, first, slots, M):
+    """-> the Job and the initial State of B = `slots` slots, with a KV cache of length M. See `generate`."""
     n, layout, config, device = len(label), model.layout, model.config, label.device
     copies = 2 if options.cfg != 1 and model.n_classes else 1                # rows per image
     labels = none_last(torch.stack([label, torch.full_like(label, -1)], dim=1), model.n_classes)[:, :copies]
     # one generator per image: its random numbers, in (0, 1], depend on the seed and its index alone
     uniform = [1 - numpy_rng(seed, first + i).random((layout.max_len, 2), np.float32) for i in range(n + 1)]
-    given = given and F.pad(torch.stack(given, dim=-1), (0, 0, 0, 0, 0, 1), value=-1)  # n + 1, L, 2
-    cache = model.order.weight.new_zeros(2, copies * slots, config.heads, end, config.width // config.heads)
-    with device:
+    if given is not None:
+        given = F.pad(torch.stack(given, dim=-1), (0, 0, 0, 0, 0, 1), value=-1)  # n + 1, L, 2
+    cache = model.order.weight.new_zeros(2, copies * slots, config.heads, M, config.width // config.heads)
+    with device:                                                             # the default for new tensors
         state = State([cache.clone() for _ in range(config.position_layers + config.content_layers)],
                       image=torch.arange(slots), newest=torch.full((), slots - 1), t=torch.full((slots,), 0),
                       last=torch.full((slots,), -1), last_code=torch.full((slots,), -1),
@@ -921,29 +918,50 @@ def start(model, label, options, seed, given, first, slots, end):
     return Job(F.pad(labels, (0, 0, 0, 1)), torch.from_numpy(np.stack(uniform)).to(device), given, options), state
 
 
+def make_stepper(step, model, job, state, graphs):
+    """-> take(M): one step, in which attention reads the first M entries of the cache. On CPUs, the cache has about as
+    many entries, since slices of a much longer one are slower. With graphs, the first step for each M is captured as a
+    CUDA graph. Graphs need fixed addresses, so then the cache has its full length from the start."""
+    captured = {}
+    if graphs:
+        pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(state.t.device)
+    def take(M):
+        if M in captured:
+            return captured[M].replay()
+        size = state.cache[0].shape[3]
+        if not graphs and not size / 2 < M <= size:                          # negative padding crops
+            state.cache[:] = [F.pad(old, (0, 0, 0, M - size)) for old in state.cache]
+        step(model, job, state, M)                                           # also the warm-up; capturing only records
+        if graphs:
+            captured[M] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(captured[M], pool=pool, stream=stream):
+                step(model, job, state, M)
+    return take
+
+
 def check_given(model, n, pos, code):
-    """Raise UserError unless the given pairs (n, L) form a valid prefix, with codebook ids as contents."""
+    """Raise UserError unless the given pairs (n, L) begin valid sequences, with contents below V."""
     layout, V = model.layout, model.config.codebook_size
     require(pos.shape == code.shape == (n, layout.max_len), f"given tensors must have the shape {n}, {layout.max_len}")
     in_range = -1 <= pos.min() and pos.max() <= layout.end and -1 <= code.min() and code.max() < V
     require(in_range, f"given positions must be below {layout.n_positions} and contents below {V} (-1: sampled)")
-    for pos in pos.unique(dim=0).split(8):                                   # in parts: the mask is large
-        known = pos >= 0
-        require((known.int().diff(dim=1) <= 0).all(), "given positions must form a prefix of the sequence")
-        pos = torch.where(known, pos, layout.end)
-        legal = layout.legal(F.pad(pos[:, :-1], (1, 0), value=-1), layout.grains(pos))  # 8, L, P
-        require((legal.gather(2, pos[..., None])[..., 0] | ~known).all(), "given positions leave holes, or overlap")
+    known = pos >= 0
+    require((known.int().diff(dim=1) <= 0).all(), "given positions must form a prefix of the sequence")
+    grains = layout.grains(torch.where(known, pos, layout.end))              # n, N
+    grains = none_last(grains, layout.n_grains - 1).view(n, layout.side, -1)  # uncovered regions become fine
+    whole, _ = layout.pack(grains.new_zeros(n, layout.fine_side, layout.fine_side), grains)  # n, L
+    require((whole == pos)[known].all(), "given positions leave holes, or overlap")
 
 
 def generate(model, label, options=SampleOptions(), seed=0, given=None, slots=None, first=0, graphs=None, bucket=None,
              sync_every=None, compile=False, progress=None):
     """Sample images. label: (n,) classes, -1 for none -> pos, code, each (n, max_len); Layout.unpack reads them. Image
-    i depends on its label, the seed and its index first + i alone. given: optional (pos, code), each (n, max_len), -1
-    where sampled; given positions must form a prefix of the sequence. slots: images decoded concurrently (None: all).
-    progress: called with (i, pos, code) at host synchronisations, where images below i are complete; the last time, i
-    is n. Returning True ends sampling. For speed only: the length that attention reads grows in steps of `bucket`
-    pairs; graphs (None: on GPUs) captures a CUDA graph for each of these lengths; sync_every: steps between these
-    synchronisations; compile: torch.compile the step."""
+    i depends on its label, the options, the seed and its index first + i, but not on other images. given: optional
+    (pos, code), each (n, max_len), -1 where sampled; given positions must form a prefix. slots: images decoded
+    concurrently (None: all). progress: called with (i, pos, code) when host and device synchronise; images below i are
+    complete; the last call has i = n. Sampling ends if it returns True.
+    For speed only: attention reads a multiple of `bucket` pairs; graphs (None: on GPUs): capture a CUDA graph for each
+    of these lengths; sync_every: steps between synchronisations; compile: use torch.compile."""
     options.check()
     n, L, device = len(label), model.layout.max_len, label.device
     last = max(0, model.n_classes - 1)                                       # without classes, 0 means no label, too
@@ -952,11 +970,13 @@ def generate(model, label, options=SampleOptions(), seed=0, given=None, slots=No
         check_given(model, n, *given)
     graphs = device.type == "cuda" if graphs is None else graphs
     bucket, sync_every = bucket or (128 if graphs else 32), sync_every or (32 if graphs else 1)
-    step, slots = torch.compile(decode_one) if compile else decode_one, max(1, min(n, slots or n))
+    step = torch.compile(decode_one) if compile else decode_one
+    slots = max(1, min(n, slots or n))
     with torch.inference_mode(), torch.cuda.device_of(label), torch.autocast(device.type, enabled=False):
-        longest, end = 0, -(-L // bucket) * bucket if graphs else bucket     # longest: upper bound on t
-        job, state = start(model, label, options, seed, given, first, slots, end)
-        take = (captured_steps if graphs else plain_steps)(step, model, job, state)
+        M = -(-L // bucket) * bucket if graphs else bucket                   # L, rounded up, or the first bucket
+        job, state = start(model, label, options, seed, given, first, slots, M)
+        take = make_stepper(step, model, job, state, graphs)
+        longest = 0                                                          # all t are at most this
         for n_steps in itertools.count(1):
             take((longest // bucket + 1) * bucket)
             longest = min(longest + 1, L - 1)
@@ -965,29 +985,6 @@ def generate(model, label, options=SampleOptions(), seed=0, given=None, slots=No
                 if (progress and progress(oldest, state.pos, state.code)) or oldest == n:  # n: all slots are idle
                     break
     return state.pos[:n].clone(), state.code[:n].clone()                     # normal tensors, not inference tensors
-
-
-def plain_steps(step, model, job, state):
-    """-> take(end), which runs one step. On CPUs a contiguous cache of at least `end` pairs is faster than a slice."""
-    def take(end):
-        size = state.cache[0].shape[3]
-        if end > size or end <= size // 2:                                   # negative padding crops
-            state.cache[:] = [F.pad(old, (0, 0, 0, end - size)) for old in state.cache]
-        step(model, job, state, state.cache[0].shape[3])
-    return take
-
-
-def captured_steps(step, model, job, state):
-    """Like plain_steps, with one CUDA graph per `end`. Graphs need fixed addresses, so the cache has full length."""
-    graphs, pool, stream = {}, torch.cuda.graph_pool_handle(), torch.cuda.Stream(state.t.device)
-    def take(end):
-        if end in graphs:
-            return graphs[end].replay()
-        step(model, job, state, end)                                         # also the warm-up; capturing only records
-        graphs[end] = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graphs[end], pool=pool, stream=stream):
-            step(model, job, state, end)
-    return take
 
 
 # ---- 8  Checkpoints ----------------------------------------------------------------------------
@@ -1021,16 +1018,14 @@ def load_checkpoint(path, kind):
     require(os.path.isfile(path), f"no such file: {path} ({maker} writes it)")
     try:
         with zipfile.ZipFile(path) as archive:
-            require(archive.testzip() is None, "wrong checksum")             # torch.load doesn't verify them
+            assert archive.testzip() is None                                 # torch.load verifies no checksums
         checkpoint = torch.load(path, map_location="cpu", mmap=kind == "dq-codes", weights_only=True)  # runs no code
-        found = checkpoint.get("kind", "something else")
+        found, order = checkpoint.get("kind", "something else"), checkpoint.get("layout", "of an older version")
     except Exception as error:
         raise UserError(f"{path} is not a checkpoint, or is corrupt ({type(error).__name__})") from None
     require(found == kind, f"{path} holds {found}; a {kind} is needed ({maker} writes it)")
-    if kind == "dq-transformer":
-        layout = checkpoint.get("layout", "of an older version")
-        require(layout == Layout.name, f"{path} was trained with another token order ({layout}; this version uses "
-                                       f"{Layout.name}); retrain with {maker}")
+    require(order == Layout.name or kind != "dq-transformer", f"{path} was trained with another token order ({order}; "
+            f"this version uses {Layout.name}); retrain with {maker}")
     return checkpoint
 
 
@@ -1091,12 +1086,12 @@ def all_gather(x):
 
 
 def sample_global(fill, shape, device):
-    """Random numbers (B, ...) for the images of this rank. Every rank samples those of the global batch and keeps its
-    slice, so results don't depend on the number of ranks. fill: torch.Tensor.uniform_, for example"""
+    """Random numbers (B, ...) for the images of this rank. Equally seeded, each rank samples for the global batch and
+    keeps its slice, so results don't depend on the world size. fill: torch.Tensor.uniform_, for example"""
     rank, world = rank_world()
     return fill(torch.empty(world * shape[0], *shape[1:], device=device)).chunk(world)[rank]
 
 
 def numpy_rng(*seeds):
-    """A NumPy generator, seeded by integers below 2**64 as 32-bit words: other seeds, if as many, another stream."""
+    """A NumPy generator, seeded by integers below 2**64. Different seeds give different streams."""
     return np.random.default_rng([seed % 2 ** 32 for seed in seeds] + [seed >> 32 for seed in seeds])

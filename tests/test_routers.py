@@ -161,10 +161,8 @@ def test_the_dial_gate_equals_a_loop_over_regions(K):
     torch.manual_seed(1)
     uniform = torch.rand(B, 3, 3)
     exponential = torch.empty(B, K).exponential_()
-    budgets = 0.3 / K + 0.6 * exponential / exponential.sum(1, keepdim=True)  # around equal ratios
-    budgets[:, 0] += 0.1
-    budgets = budgets.tolist()
-    deviation = ((scores - scores.mean()).square().sum() / (scores.numel() - 1)).sqrt()
+    budgets = (0.4 / K + 0.6 * exponential / exponential.sum(1, keepdim=True)).tolist()  # around equal ratios
+    deviation = (scores - scores.mean()).square().mean().sqrt()
     noisy = 3 * (scores - scores.mean()) / deviation + 0.7 * (uniform / (1 - uniform)).log()
     in_order, total = sorted(noisy.flatten().tolist()), 0.0
     for i, y, x in itertools.product(range(B), range(3), range(3)):
@@ -174,8 +172,8 @@ def test_the_dial_gate_equals_a_loop_over_regions(K):
             low = min(int(at), len(in_order) - 2)
             levels.append(in_order[low] + (at - low) * (in_order[low + 1] - in_order[low]))
         assert gate[i, :, y, x].argmax() == sum(noisy[i, y, x] > level for level in levels)
-        above = [1.0, *(1 / (1 + torch.exp(level - noisy[i, y, x])) for level in levels), 0.0]
-        total = total + sum((above[k] - above[k + 1]) * cost[i, k, y, x] for k in range(K))
+        odds = [torch.exp(sum((noisy[i, y, x] - level for level in levels[:k]), torch.tensor(0.0))) for k in range(K)]
+        total = total + sum(odds[k] / sum(odds) * cost[i, k, y, x] for k in range(K))
     wanted, = torch.autograd.grad(total, scores)
     torch.testing.assert_close(gradient, wanted, atol=1e-5, rtol=1e-4)
     assert torch.equal(gate.detach(), one_hot(gate.argmax(1), K))

@@ -86,7 +86,7 @@ def count_step(batch_size, dtype, cfg, end=384):
         label = torch.zeros(batch_size, dtype=torch.long)
     with torch.no_grad():
         # as in dq.generate: the caches hold a whole image
-        job, state = dq.start(model, label, dq.SampleOptions(cfg=cfg), 0, None, first=0, slots=batch_size, end=1152)
+        job, state = dq.start(model, label, dq.SampleOptions(cfg=cfg), 0, None, first=0, slots=batch_size, M=1152)
         with fake_gpu.rehearsal(fused_attention=True) as seen:
             dq.decode_one(model, job, state, end)
     assert not seen.waits, seen.waits
@@ -139,7 +139,7 @@ def sampling(args):
         peak = f"  {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB at most" if device.type == "cuda" else ""
         pos, code = (t[:B] for t in fused())
         length = int(layout.lengths(pos)[0])
-        job, _ = dq.start(model, label[:B], dq.SampleOptions(), 1, None, first=0, slots=1, end=1)
+        job, _ = dq.start(model, label[:B], dq.SampleOptions(), 1, None, first=0, slots=1, M=1)
         u = job.uniform[:B]                                                  # B, L, 2: the random numbers
         with torch.inference_mode():
             naive = 0.0

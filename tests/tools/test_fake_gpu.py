@@ -31,7 +31,7 @@ def test_a_sampling_step_never_waits(dtype, is_given, options):
     model = tiny(8, (4, 2, 1), V=5, classes=("a", "b")).to(META, dtype)
     pairs = torch.zeros(2, 4, model.layout.max_len, dtype=torch.long, device=META)
     label = torch.zeros(4, dtype=torch.long, device=META)
-    job, state = dq.start(model, label, options, 0, tuple(pairs) if is_given else None, first=0, slots=3, end=16)
+    job, state = dq.start(model, label, options, 0, tuple(pairs) if is_given else None, first=0, slots=3, M=16)
     with rehearsal() as seen:
         before = [tensor._version for tensor in (*state.cache, *state[1:])]
         dq.decode_one(model, job, state, 8)
