@@ -1,7 +1,4 @@
-"""What the three scripts share: drawing, device, command-line flags, and training runs with their checkpoints and logs.
-
-Nothing here is needed to understand the method; that is dq.py.
-"""
+"""What the scripts share: drawing, devices, flags, training runs with checkpoints and logs. The method is in dq.py."""
 import argparse
 import contextlib
 import functools
@@ -51,8 +48,7 @@ GRAIN_COLOURS = ("#3a6ea5", "#e07b00", "#c01530")                            # b
 
 def draw_grains(x, grains, factors):
     """An image (3, S, S) with one box per code: blue for the coarsest granularity, then orange, red. grains: (h, w)"""
-    picture = to_picture(x)
-    picture = Image.blend(picture, Image.new("RGB", picture.size, "white"), 0.35)
+    picture = to_picture(0.65 * x + 0.35)                                    # paler, so that the boxes stand out
     pen = ImageDraw.Draw(picture)
     for k, factor in enumerate(factors):                                     # finer boxes are drawn on top
         side = factor * picture.width / x.shape[-1]
@@ -78,9 +74,8 @@ def save_grid(path, pictures, columns, captions=None):
 # ---- The device, and the entry point of a script -----------------------------------------------
 
 def pick_device(name, dtype):
-    """--device and --dtype -> the torch.device, which becomes the current one; a function that opens an autocast
-    context; and what computes, in words: {"device", "dtype", "torch"}. dtype auto: bfloat16 where the hardware
-    computes in it, else float32. UserError if there is no such device."""
+    """--device and --dtype -> the torch.device, a function that opens an autocast context, and a description of both:
+    {"device", "dtype", "torch"}. dtype auto: bfloat16 where the hardware computes in it, else float32."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"                # Apple's GPUs: with --device mps
     if name == "cuda":
@@ -215,8 +210,7 @@ class Schedule:
 
 
 def trainer_flags(description, presets, schedule):
-    """The flags of both trainers. presets: {name: ...}; schedule: a subclass of Schedule -> the parser, and a function
-    like its add_argument for the flags that replace a value of the preset. Without the flag, `override` takes it."""
+    """-> a parser with the flags of both trainers, and its add_argument for flags that replace values of a preset."""
     parser = argparse.ArgumentParser(description=description)
     group = parser.add_argument_group("model and schedule", "Defaults: the preset's; see PRESETS in the script")
     add, replacing = parser.add_argument, group.add_argument
@@ -260,9 +254,8 @@ def prepare(args, schedule, trains=True):
         env_number("RANK", number(int, 0, below=world))                      # torch would wait for ever
         env_number("MASTER_PORT", number(int, 1, below=65_536))
         backend, bound = ("cpu:gloo,cuda:nccl", device) if device.type == "cuda" else ("gloo", None)
-        # a restarted job needs keys of its own: torchrun's store keeps the addresses of the dead processes
-        one_node = env_number("LOCAL_WORLD_SIZE") == world                   # several count their restarts separately
-        attempt = env_number("TORCHELASTIC_RESTART_COUNT") if one_node else 0
+        # the store keeps addresses of dead processes, so a restart needs new keys; several nodes would count separately
+        attempt = env_number("TORCHELASTIC_RESTART_COUNT") if env_number("LOCAL_WORLD_SIZE") == world else 0
         with explained(f"could not join the {world} processes of this job"):  # no MASTER_ADDR, a port in use, ...
             store, rank, _ = next(dist.rendezvous("env://"))
             store = dist.PrefixStore(f"attempt {attempt}", store)
@@ -288,9 +281,8 @@ def lock(folder, file_name=".lock"):
 
 
 def seed_all(*numbers):
-    """Seed Python, NumPy and torch with a hash of these numbers, so that nearby ones give unrelated streams. Done at
-    every step, it makes a resumed run draw the same random numbers, however often it evaluates."""
-    random.seed(str(numbers))                                                # hashes the string
+    """Seed Python, NumPy and torch. Done at every step, this makes resumed runs draw the same random numbers."""
+    random.seed(str(numbers))                                                # a hash: similar seeds, unrelated streams
     np.random.seed(random.getrandbits(32))
     torch.manual_seed(random.getrandbits(64))                                # on all devices
 
@@ -318,10 +310,9 @@ def shuffled_indices(n, batch_size, seed, start=0):
 
 
 class Stop(contextlib.ExitStack):
-    """with Stop() as stop: the first termination signal is deferred to the end of the step, a second one exits at once.
-    A loader, a file server or another rank may block a step for ever, and then Python may not run its signal handlers.
-    So a thread ends the process if the step takes `patience` more seconds. Batch systems wait for 30."""
-    # Ctrl-C and the signals of batch systems; not every system has all of them
+    """with Stop() as stop: a first Ctrl-C or signal of a batch system waits for the end of the step, a second one exits
+    at once. A loader, a file server or another rank may block a step for ever, and then Python may not run its signal
+    handlers. So a thread ends the process if the step takes `patience` more seconds. Batch systems wait for 30."""
     signals = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
 
     def __init__(self, patience=20):
@@ -368,12 +359,13 @@ class Record:
     model: torch.nn.Module
     parts: dict                          # {name: object with a state_dict}: optimizers, discriminator
     extra: dict                          # further entries of the checkpoints
-    may_change: tuple = ("steps", "eval_every", "device", "dtype", "torch", "accumulate")  # settings, when resuming
+    may_change: frozenset = frozenset({"steps", "eval_every", "device", "dtype", "torch", "accumulate"})  # on --resume
     step: int = 0                        # of the latest checkpoint; 0: there is none
     best: float = math.inf               # lowest validation loss
     log_bytes: int = 0                   # length of the log; a killed run may have written more
     news: dict = field(default_factory=dict)                                 # settings to write into the log
     losses: dict = field(default_factory=dict)                               # {step: {name: scalar}}, on the device
+    metrics: dict = field(default_factory=dict)                              # of the latest evaluation, on rank 0
 
     def begin(self, *also):
         """Load the checkpoint to resume if it is of this run, or set a previous run aside, with the files in `also`."""
@@ -399,14 +391,14 @@ class Record:
 
     def steps(self, title, stop, validate):
         """Yield the number of each step to come, under a progress bar. Between two steps, this logs, saves and
-        evaluates, and exits if there was a signal. validate: step -> metrics, validation loss"""
-        first, every = self.step, self.settings["eval_every"]
+        evaluates, and exits if there was a signal. validate: step -> metrics, validation loss; on rank 0"""
+        first, every, rank = self.step, self.settings["eval_every"], dq.rank_world()[0]
         steps = max(first, self.settings["steps"])
         due, began, self.log = {steps, *range(every, steps, every)}, None, self.path.with_suffix(".jsonl")
-        bar = tqdm(range(first, steps + 1), title, steps, initial=first, disable=True if dq.rank_world()[0] else None)
+        bar = tqdm(range(first, steps + 1), title, steps, initial=first, disable=True if rank else None)
         self.write_log(first, self.news)
         for step in bar:
-            if step in due:          # after saving, because it can fail; a run that resumes here evaluates again
+            if step in due and rank == 0:  # after saving, because it can fail; a run that resumes here evaluates again
                 self.metrics, loss = validate(step)
                 if loss < self.best:
                     self.best = loss

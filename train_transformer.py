@@ -1,8 +1,7 @@
 """Stage 2: train a DQ-Transformer on codes.pt.    python train_transformer.py
 
-Reads codes.pt, in which train_vae.py has stored the codes of every image and the frozen DQ-VAE; this script never loads
-an image. Writes into --out: transformer.pt (a checkpoint with all that sample.py needs), transformer.best.pt (that of
-the lowest validation loss), transformer.jsonl (log) and transformer.png (samples, each beside its codes).
+Reads codes.pt: the codes of all images, and the frozen DQ-VAE. Writes into --out: transformer.pt (the checkpoint for
+sample.py), transformer.best.pt (of the lowest validation loss), transformer.jsonl (log) and transformer.png (samples).
 """
 import contextlib
 import math
@@ -26,7 +25,6 @@ class TransformerSchedule(Schedule):
 
 
 SHAPES = dq.SampleOptions(temperature=0.7, cfg=2.0)                          # for few, clearly drawn kinds of image
-# The paper's model. Size, factors and codebook size come from the DQ-VAE, the classes from the data.
 LARGE = dq.TransformerConfig(width=1024, heads=8, position_layers=6, content_layers=18, dropout=0.1, rotary=False)
 PAPER = TransformerSchedule(steps=507_000, batch_size=240, accumulate=4, lr=5e-4, betas=(0.9, 0.95),
                             weight_decay=0.01, warmup=1000, eval_every=5000, decay="cosine", optimizer="adamw",
@@ -49,7 +47,7 @@ PRESETS = {                                                                  # t
     "emoji128": (replace(OURS, width=384, position_layers=3, content_layers=9, dropout=0.1),
                  replace(LONG, steps=20_000, lr=2e-3, betas=(0.9, 0.95), weight_decay=0.05, eval_every=1000)),
     "ffhq256": (LARGE, replace(PAPER, steps=27_700, eval_every=1000)),       # 100 epochs of 66,500 images
-    **dict.fromkeys(["imagenet256", "imagenet256-triple"], (LARGE, PAPER)),
+    **dict.fromkeys(["imagenet256", "imagenet256-triple"], (LARGE, PAPER)),  # the paper's model and schedule
     # for codes of the preset toy: without what is ours, RoPE, QK-norm, Muon and the linear decay
     "toy-paper": (dq.TransformerConfig(rotary=False), replace(TOY, lr=1.5e-3, decay="cosine", optimizer="adamw")),
 }
@@ -58,16 +56,14 @@ PRESETS = {                                                                  # t
 # ---- Flags and data ----------------------------------------------------------------------------
 
 def fit(stored, device):
-    """Choose a preset for codes.pt and a --device -> its name, config and schedule. The codes of a recipe, such as
-    earth64, get the preset of that name. Other codes get one by their number per image and the number of images."""
-    name, vae, images = stored["preset"], stored["config"], len(stored["train"]["label"])
-    gpu = on_gpu(device)
+    """codes.pt -> name, config, schedule: the preset of its recipe, or else one for its number of codes and images."""
+    name, vae, images = stored.get("preset"), stored["config"], len(stored["train"]["label"])
     if name in PRESETS and not name.startswith("folder"):
         return name, *PRESETS[name]
     codes = sum(ratio * (vae["size"] // factor) ** 2 for ratio, factor in zip(vae["ratios"], vae["factors"]))
-    name = ("folder256" if codes * images >= 5e6 else "folder64-large") if gpu else "folder64"
+    name = ("folder256" if codes * images >= 5e6 else "folder64-large") if on_gpu(device) else "folder64"
     config, schedule = PRESETS[name]
-    if codes > 100 and not gpu:                                              # long sequences: fewer images per step
+    if codes > 100 and name == "folder64":                                   # long sequences: fewer images per step
         schedule = replace(schedule, batch_size=8)
     return name, replace(config, dropout=0.3) if images < 500 else config, schedule
 
@@ -85,13 +81,12 @@ def parse(argv=None):
     replacing("--dropout", type=fraction, help="dropout probability")
     replacing("--label-dropout", type=fraction, help="probability of hiding a label; 0: no classifier-free guidance")
     args = parser.parse_args(argv)
-    args.codes, preset = args.codes or args.out / "codes.pt", args.preset or "toy"
-    config, schedule = PRESETS[preset]
+    args.codes = args.codes or args.out / "codes.pt"
+    config, schedule = PRESETS[args.preset or "toy"]
     if not args.preset:
         with contextlib.suppress(Exception):                                 # `read_codes` reports what is wrong
-            stored = torch.load(args.codes, mmap=True, weights_only=True)
-            preset, config, schedule = fit(stored, args.device)
-    args.preset, args.save_every = preset, args.save_every or schedule.eval_every
+            args.preset, config, schedule = fit(torch.load(args.codes, mmap=True, weights_only=True), args.device)
+    args.save_every = args.save_every or schedule.eval_every
     return args, override(config, args), override(schedule, args)
 
 
@@ -108,7 +103,6 @@ def read_codes(path):
 
 class Images:
     """A part of codes.pt, {codes (n, views, H, W), grains, label (n,)}, as M = n * views images."""
-
     def __init__(self, part, factors, uncond=False):
         label = part["label"].repeat_interleave(part["codes"].shape[1])
         self.codes, self.grains = part["codes"].flatten(0, 1), part["grains"].flatten(0, 1)  # M, H, W; M, h, w
@@ -174,7 +168,6 @@ def save_samples(path, model, vae, options, seed, autocast, n=16, batch_size=64)
 
 class Muon(torch.optim.Muon):
     """torch.optim.Muon in float32. The original uses bfloat16, which takes 15 times as long on CPUs that emulate it."""
-
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
@@ -229,9 +222,8 @@ def main(argv=None):
     model = dq.DQTransformer(config).to(device)
     optimizers = make_optimizers(model, schedule, torch.optim.Muon if machine["dtype"] == "bf16" else Muon)
     settings = dict(codes=name, seed=args.seed) | asdict(schedule) | machine
-    options = settings.pop("sampling")
-    if not (config.classes and config.label_dropout):                        # guidance needs the vector "no label"
-        options = options._replace(cfg=1.0)
+    options, guided = settings.pop("sampling"), config.classes and config.label_dropout
+    options = options if guided else options._replace(cfg=1.0)               # guidance needs the vector "no label"
     extra = dict(vae_config=asdict(vae.config), vae_weights=vae.state_dict(), psnr=stored.get("psnr"),
                  sample_options=options._asdict())
     record = Record(args, args.out / "transformer.pt", config, settings, model, optimizers, extra)
@@ -242,8 +234,7 @@ def main(argv=None):
 
     def validate(step):
         metrics = evaluate(model, held_out, device, autocast, args.part, limit=512)
-        if rank == 0:
-            save_samples(args.out / "transformer.png", model, vae, options, args.seed, autocast, batch_size=args.part)
+        save_samples(args.out / "transformer.png", model, vae, options, args.seed, autocast, batch_size=args.part)
         return metrics, metrics["nats_per_image"]
 
     with Stop() as stop:
@@ -260,8 +251,9 @@ def main(argv=None):
                 bits = loss / math.log(2)
                 record.add(step + 1, dict(bits_per_code=bits, position_nats=position, content_nats=content))
             schedule.update(model, optimizers, step)
-    say(f"done: validation loss {record.metrics['nats_per_image']:.1f} nats per image (lowest: {record.best:.1f}), "
-        f"samples: {args.out / 'transformer.png'}; next: python sample.py {shlex.quote(str(args.out))}")
+    if metrics := record.metrics:
+        say(f"done: validation loss {metrics['nats_per_image']:.1f} nats per image (lowest: {record.best:.1f}), "
+            f"samples: {args.out / 'transformer.png'}; next: python sample.py {shlex.quote(str(args.out))}")
 
 
 if __name__ == "__main__":

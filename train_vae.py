@@ -3,14 +3,12 @@
 Writes into --out: vae.pt (checkpoint), vae.best.pt (the one with the lowest validation loss), vae.jsonl (log), vae.png
 (original | reconstruction | granularity map) and, at the end, codes.pt (everything that stage 2 needs).
 """
-import contextlib
 import math
 import os
 import re
 import shlex
 import zlib
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -18,14 +16,13 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import dq
-from common import (Record, Schedule, Stop, distribute, draw_grains, flag, natural, on_gpu, override, path, positive,
-                    prepare, run, save_grid, say, seed_all, set_aside, shuffled_indices, to_picture, trainer_flags,
-                    weight)
-from data import BROKEN, ImageFolder, ToyShapes, describe, find_images, identity, image_side, loader, open_data, stream
+from common import (Record, Schedule, Stop, distribute, draw_grains, explained, flag, natural, on_gpu, override, path,
+                    positive, prepare, run, save_grid, say, seed_all, set_aside, shuffled_indices, to_picture,
+                    trainer_flags, weight)
+from data import BROKEN, ToyShapes, describe, find_images, identity, image_side, loader, open_data, stream
 
 
 # ---- Presets -----------------------------------------------------------------------------------
-
 
 @dataclass
 class VAESchedule(Schedule):
@@ -39,14 +36,13 @@ class VAESchedule(Schedule):
                            "change the results, as budget loss, EMA updates and batch norm see one part at a time")
 
 
-# The paper's (section 4 and the released settings); the learning rate is 4.5e-6 per image of a batch of 120.
+# The paper's (section 4 and the released settings): 50 epochs of 1,217,000 images, learning rate 4.5e-6 x batch size
 SIZES = dict(size=256, codebook_size=1024, code_dim=256, channels=256, width=128,
              encoder_blocks=2, decoder_blocks=3, attention_from=8)
 DUAL = dq.VAEConfig(**SIZES, factors=(16, 8), ratios=(0.5, 0.5), multipliers=(1, 1, 2, 2, 4))
 TRIPLE = dq.VAEConfig(**SIZES, factors=(32, 16, 8), ratios=(0.4, 0.3, 0.3), multipliers=(1, 1, 2, 2, 4, 4))
 PAPER = VAESchedule(steps=507_000, batch_size=120, accumulate=4, lr=5.4e-4, betas=(0.5, 0.9), warmup=1000,
-                    eval_every=5000, clip=0.0, budget_weight=10.0, l2_weight=0.0, perceptual_weight=1.0,
-                    gan_weight=1.0)                                          # 50 epochs of 1,217,000 images
+                    eval_every=5000, clip=0.0, budget_weight=10.0, l2_weight=0.0, perceptual_weight=1.0, gan_weight=1.0)
 
 SMALL = VAESchedule(steps=1500, batch_size=16, lr=2e-3, clip=0.0)
 LONG = replace(SMALL, steps=20_000, batch_size=64, eval_every=1000)
@@ -82,14 +78,11 @@ FEW = 500                                # images; for fewer, codes.pt has crops
 
 # ---- Losses that only training needs -----------------------------------------------------------
 
-
 class Perceptual(nn.Module):
     """LPIPS on VGG16, frozen: forward(x, y (B, 3, S, S) in [-1, 1]) -> (B,), 0 for equal images.
-
-    Zhang et al., "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric", 2018, version 0.1: features
-    after five ReLUs, normalised over the channels; squared differences, weighted per channel, averaged over the image
-    and summed over the five layers.
-    """
+    Zhang et al., "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric", 2018, version 0.1. The
+    features after five ReLUs are normalised over the channels. Their squared differences are weighted per channel,
+    averaged over the image and summed over the five layers."""
     urls = ("https://download.pytorch.org/models/vgg16-397923af.pth",
             "https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/vgg.pth")
 
@@ -111,18 +104,13 @@ class Perceptual(nn.Module):
     @classmethod
     def load(cls, files=()):
         """With the published weights, from `files`, or else from torch's cache or the internet."""
-        lpips, published = cls(), {}
-        try:
-            read = torch.load if files else torch.hub.load_state_dict_from_url
+        lpips, published, read = cls(), {}, torch.load if files else torch.hub.load_state_dict_from_url
+        with explained(f"no weights for the perceptual loss; download {' and '.join(cls.urls)} and pass both files to "
+                       "--perceptual-weights, or turn the loss off with --perceptual-weight 0"):
             for source in files or cls.urls:
                 published |= read(source, map_location="cpu", weights_only=True)
             lpips.load_state_dict({name: published[re.sub(r"weights\.(\d)", r"lin\1.model.1.weight", name)]
                                    for name in lpips.state_dict()})          # VGG16's layers have the same names
-        except Exception as error:                                           # no network, no file, a wrong one ...
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise dq.UserError(f"no weights for the perceptual loss ({reason}); download {' and '.join(cls.urls)} "
-                               "and pass both files to --perceptual-weights, or turn the loss off with "
-                               "--perceptual-weight 0") from None
         return lpips
 
     def forward(self, x, y):
@@ -140,7 +128,6 @@ class Perceptual(nn.Module):
 
 class BatchNorm(nn.BatchNorm2d):
     """Batch norm over the images of all ranks. (torch's SyncBatchNorm needs GPUs.)"""
-
     def forward(self, x):
         rank, world = dq.rank_world()
         return super().forward(dq.all_gather(x)).chunk(world)[rank]          # B, C, H, W
@@ -148,7 +135,6 @@ class BatchNorm(nn.BatchNorm2d):
 
 class Discriminator(nn.Module):
     """PatchGAN (Isola et al. 2017): (B, 3, S, S) -> one logit per overlapping patch, high for real images."""
-
     def __init__(self, width=64):
         super().__init__()
         blocks, c = [nn.Conv2d(3, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)], width
@@ -170,14 +156,12 @@ def hinge_loss(real, fake):
 
 
 def backward(y, last, recon_loss, gan_loss, code_loss, gan_weight=1.0, scale=1.0):
-    """Accumulate the gradients of scale * (recon_loss + weight * gan_loss + code_loss); -> the weight, or None.
-
-    y: reconstruction (B, 3, S, S); last: weight of the last convolution. recon_loss, gan_loss (or None): scalars that
-    depend on the model through y only; code_loss: a scalar of what precedes y (commitment, budget). The weight makes
-    the gradient of gan_loss at `last` as large as that of recon_loss, at most 0.75 times gan_loss, and is multiplied by
-    gan_weight (Esser et al., "Taming Transformers", 2021, equation 7). The gradients are added up at y, so VGG and the
-    discriminator are backpropagated once each, and their parameters receive no gradient.
-    """
+    """Accumulate the gradients of scale * (recon_loss + weight * gan_loss + code_loss). -> the weight, or None
+    y: reconstruction (B, 3, S, S); last: weight of the last convolution. recon_loss and gan_loss (or None): scalars
+    that depend on the model through y only; code_loss: commitment and budget losses, which precede y. The weight is
+    gan_weight times the ratio, at most 0.75, of the gradient norms of recon_loss and gan_loss at `last` (Esser et al.,
+    "Taming Transformers", 2021, equation 7). The gradients are added up at y, so VGG and the discriminator are
+    backpropagated once each, and their parameters receive no gradient."""
     at_y, weight = torch.autograd.grad(recon_loss, y)[0], None               # B, 3, S, S
     if gan_loss is not None:
         gan_at_y, = torch.autograd.grad(gan_loss, y)                         # B, 3, S, S
@@ -190,15 +174,14 @@ def backward(y, last, recon_loss, gan_loss, code_loss, gan_weight=1.0, scale=1.0
 
 
 def compiled(model, **how):
-    """torch.compile all of a DQVAE but its last convolution: `backward` differentiates that layer twice, and
-    a compiled graph allows it only once."""
+    """A DQVAE under torch.compile, except for its last convolution: `backward` differentiates that layer twice, and a
+    compiled graph can be differentiated only once."""
     last = model.decoder.out[-1]
     last.forward = torch.compiler.disable(last.forward)
     return torch.compile(model, **how)
 
 
 # ---- Evaluation --------------------------------------------------------------------------------
-
 
 def auc(score, truth):
     """Area under the ROC curve: the probability that a detailed region scores above a smooth one; ties count half.
@@ -236,8 +219,7 @@ def evaluate(model, images, detailed, autocast, perceptual=None, batch_size=64):
     rounding = (2 / 255) ** 2 / 12                                           # of 8 bits: no reconstruction is better
     metrics = dict(
         psnr=(10 * torch.log10(4 / l2.clamp(min=rounding))).mean().item(),
-        l1=l1.mean().item(), l2=l2.mean().item(),
-        codes_per_image=n_codes, bits_per_pixel=bits / config.size ** 2,
+        l1=l1.mean().item(), l2=l2.mean().item(), codes_per_image=n_codes, bits_per_pixel=bits / config.size ** 2,
         share=[round((grains == k).float().mean().item(), 4) for k in range(K)],
         perplexity=torch.exp(-(p * (p + 1e-12).log()).sum()).item(), codebook_used=(use > 0).float().mean().item())
     if detailed is not None and K > 1 and 0 < detailed.sum() < detailed.numel():
@@ -256,7 +238,6 @@ def show(path, images, reconstructions, grains, factors):
 
 # ---- codes.pt: what stage 2 reads --------------------------------------------------------------
 
-
 def views(x, cropped, mirrored):
     """Images (B, 3, S, S) -> the views to encode, each of this shape: the images; with `cropped` also their corners of
     7/8 of the side, enlarged; with `mirrored` each of these, followed by its mirror image."""
@@ -270,18 +251,15 @@ def views(x, cropped, mirrored):
 def encode_dataset(vae, data, device, autocast, workers, mirrored, stop, batch_size=64, cropped=False):
     """The `views` of all images that can be decoded, in the order of the data set
     -> {codes: (M, views, H, W), grains: (M, views, h, w), label: (M,)} on the CPU, in small integers.
-
-    Each rank encodes its part of the images, and rank 0 collects the codes; the other ranks return None.
-    """
+    Each rank encodes its part of the images, and rank 0 collects the codes; the other ranks return None."""
     (rank, world), M, first, rows = dq.rank_world(), len(data), 0, {}
     small = next(kind for kind in (torch.uint8, torch.int16, torch.int32)
                  if vae.config.codebook_size <= torch.iinfo(kind).max + 1)
     kinds = dict(codes=small, grains=torch.uint8, label=torch.int32)
     # the indices wrap around at the end, so that all ranks have the same number
     own = range(rank, -(-M // world) * world, world)
-    bar = tqdm(loader(data, workers, batch_size=batch_size, sampler=own), "encoding", -(-len(own) // batch_size),
-               leave=False, disable=True if rank else None)
-    for x, label in bar:
+    batches, n_batches = loader(data, workers, batch_size=batch_size, sampler=own), -(-len(own) // batch_size)
+    for x, label in tqdm(batches, "encoding", n_batches, leave=False, disable=True if rank else None):
         with autocast():
             encoded = [vae.encode(view) for view in views(x.to(device), cropped, mirrored)]
         codes, grains = (torch.stack(each, dim=1) for each in zip(*encoded))  # n, views, H, W; n, views, h, w
@@ -294,7 +272,6 @@ def encode_dataset(vae, data, device, autocast, workers, mirrored, stop, batch_s
                 rows[name][first:first + len(of_all)] = of_all[:M - first]
         first += len(of_all)
         if number := stop.asked():
-            bar.close()
             stop.leave(number, "while the images were encoded")
     if rank:
         return None
@@ -306,10 +283,9 @@ def encode_dataset(vae, data, device, autocast, workers, mirrored, stop, batch_s
 
 
 def recipe(preset, config):
-    """The name of the preset if it gives codes like these, else "custom": stage 2 chooses its own preset by it. config:
-    that of the DQ-VAE, as a dict"""
-    made = asdict(PRESETS[preset][0]) if preset in PRESETS else {}
-    same = all(config.get(name) == made.get(name, ...) for name in ("size", "factors", "ratios"))
+    """The name of the preset if it gives codes like those of this VAEConfig, else "custom". Stage 2 chooses by it."""
+    made, _ = PRESETS.get(preset, (None, None))
+    same = made and (made.size, made.factors, made.ratios) == (config.size, config.factors, config.ratios)
     return preset if same else "custom"
 
 
@@ -318,27 +294,20 @@ def write_codes(path, vae, train, val, args, device, autocast, stop, psnr):
     the PSNR of the validation images in dB."""
     vae.eval()
     seed_all(args.seed)                                                      # for the random router
-    cropped = isinstance(train, ImageFolder) and len(train) < FEW
-    parts = [encode_dataset(vae, data, device, autocast, args.workers, mirrored, stop, args.part, crops_too)
-             for data, mirrored, crops_too in ((train, not args.no_flip, cropped), (val, False, False))]
+    parts = [encode_dataset(vae, data, device, autocast, args.workers, mirrored, stop, args.part, cropped)
+             for data, mirrored, cropped in ((train, not args.no_flip, len(train) < FEW), (val, False, False))]
     if dq.rank_world()[0] > 0:
         return
     weights, checksum = {name: x.cpu() for name, x in vae.state_dict().items()}, 0
     for x in (*weights.values(), *parts[0].values(), *parts[1].values()):
         checksum = zlib.crc32(x.contiguous().flatten().view(torch.uint8).numpy(), checksum)
     codes = dict(kind="dq-codes", version=1, name=f"{len(parts[0]['label'])} images (checksum {checksum:08x})",
-                 preset=args.preset, psnr=psnr, classes=train.classes, config=asdict(vae.config),
+                 preset=recipe(args.preset, vae.config), psnr=psnr, classes=train.classes, config=asdict(vae.config),
                  weights=weights, train=parts[0], held_out=parts[1])
     dq.write_file(path, lambda file: torch.save(codes, file))
 
 
 # ---- Training ----------------------------------------------------------------------------------
-
-
-# flags that --encode uses; it takes those that are not given from the checkpoint, where it has them
-ENCODE_FLAGS = {"encode", "out", "preset", "data", "held_out", "no_flip", "seed", "workers", "batch_size", "accumulate",
-                "device", "dtype", "ratios"}
-
 
 def choose(gpu, images, side):
     """-> the preset for so many images, `side` pixels on their short side, on a GPU or a CPU."""
@@ -350,14 +319,12 @@ def choose(gpu, images, side):
 
 
 def parse(argv=None):
-    """-> flags, config, schedule. The flags also have `plan`, a line about the preset; `found`, the images for which it
-    was chosen, or None; and with --encode, `saved`, the checkpoint."""
-    parser, replacing = trainer_flags("Train a DQ-VAE, which encodes images as variable-length codes.", PRESETS,
-                                      VAESchedule)
+    """-> flags, config, schedule. The flags also have `plan`, a line about the preset, and `found`, the images for
+    which it was chosen, or None. With --encode, they have neither, and the config is None."""
+    parser, replacing = trainer_flags("Train a DQ-VAE, a variable-length image tokenizer.", PRESETS, VAESchedule)
     add = parser.add_argument
     add("--data", metavar="DIR", type=path, help="folder of images; default: the built-in toy shapes")
-    add("--held-out", metavar="DIR", type=path,
-        help="folder of validation images, which are not trained on; default: one in 20 of --data")
+    add("--held-out", metavar="DIR", type=path, help="folder of validation images; default: one in 20 of --data")
     add("--no-flip", action="store_true", help="disable horizontal flips, for images with text or arrows")
     add("--workers", type=natural, default=0, help="threads that load images ahead; default: %(default)s")
     add("--perceptual-weights", metavar="FILE", type=path, nargs="+",
@@ -367,25 +334,21 @@ def parse(argv=None):
     replacing("--size", type=positive, help="side of the images in pixels")
     replacing("--factors", type=positive, nargs="+",
               help="downsampling factors, coarse to fine; a single one gives fixed-length codes")
-    replacing("--ratios", type=weight, nargs="+",
-              help="target fraction of the regions for each factor; default: equal, if --factors changes their number. "
-              "With --encode: these may differ from those of training")
+    replacing("--ratios", type=weight, nargs="+", help="target fraction of the regions for each factor; default: equal "
+              "fractions if --factors changes their number. With --encode, they may differ from those of training")
     replacing("--router", choices=dq.ROUTERS, help="what chooses the granularity of a region: a learned gate, the "
-              "entropy of its grey levels, chance, or a learned score for every budget, set by --encode --ratios: dial")
+              "entropy of its grey levels, chance, or (dial) a learned score that suits any --ratios of --encode")
     replacing("--codebook-size", type=positive, help="number of codebook entries")
     replacing("--code-dim", type=positive, help="dimension of a codebook entry")
     args = parser.parse_args(argv)
     if args.encode:
-        given = {name for name, value in vars(args).items() if value not in (None, False)}
-        useless = [f"--{name.replace('_', '-')} has no effect with --encode" for name in sorted(given - ENCODE_FLAGS)]
-        dq.require(not useless, "; ".join(useless))
         parser.set_defaults(**recall(args))
         args = parser.parse_args(argv)
-    elif args.resume and not args.preset:
-        with contextlib.suppress(Exception):                                 # Record.begin says what is wrong with it
-            args.preset = torch.load(args.out / "vae.pt", mmap=True, weights_only=True)["preset"]
+        return args, None, override(PRESETS.get(args.preset, PRESETS["toy"])[1], args)
+    if args.resume and not args.preset and (args.out / "vae.pt").exists():
+        args.preset = dq.load_checkpoint(args.out / "vae.pt", "dq-vae").get("preset")
     gpu, side, args.found = on_gpu(args.device), None, None
-    if args.data and not args.encode and not args.preset:
+    if args.data and not args.preset:
         args.found = find_images(args.data, [args.out, args.held_out])
         side = image_side(args.found) or 32                                  # 0: no header can be read
         args.preset = choose(gpu, math.inf if args.size else len(args.found.files), args.size or side)
@@ -394,19 +357,18 @@ def parse(argv=None):
     if args.factors and not args.ratios and len(args.factors) != len(config.factors):
         args.ratios = [1 / len(args.factors)] * len(args.factors)
     args.save_every = args.save_every or schedule.eval_every
-    if args.router == "dial":
-        dq.require(args.budget_weight is None, "--budget-weight has no effect with --router dial: it meets the budget")
-        args.budget_weight = 0.0
-    config, schedule = config if args.encode else override(config, args), override(schedule, args)
+    if args.router == "dial" and args.budget_weight is None:
+        args.budget_weight = 0.0                                             # this router meets the budget by itself
+    config, schedule = override(config, args), override(schedule, args)
     for name, used, least in (("gan", schedule.gan_weight, 24), ("perceptual", schedule.perceptual_weight, 16)):
-        dq.require(not used or config.size >= least or args.encode, f"the {name} loss needs images of at least {least} "
-                   f"x {least} pixels, not {config.size}; --{name}-weight 0 turns it off")
+        dq.require(not used or config.size >= least, f"the {name} loss needs images of at least {least} x {least} "
+                   f"pixels, not {config.size}; --{name}-weight 0 turns it off")
     args.plan = outline(args.preset, config, schedule, side, gpu)
     return args, config, schedule
 
 
 def outline(preset, config, schedule, side=None, gpu=False):
-    """One line: what this preset trains and, where images with this short side chose it, what would give more."""
+    """One line: what this preset trains. If images with this short side chose it, also why, and what gives more."""
     codes = sum(ratio * (config.size // factor) ** 2 for ratio, factor in zip(config.ratios, config.factors))
     line = f"{config.size} x {config.size} pixels, about {codes:.0f} codes per image, {schedule.steps} steps"
     if side is None:
@@ -431,8 +393,12 @@ def validation_images(data, config):
 
 
 def recall(args):
-    """For --encode: {flag: value} of the training of the DQ-VAE, as far as its checkpoint has them, and under the name
-    `saved` the checkpoint itself."""
+    """The flags {name: value} of a DQ-VAE's training, as far as its checkpoint has them, as defaults of --encode."""
+    used = {"encode", "out", "data", "held_out", "no_flip", "seed", "workers", "batch_size", "accumulate", "device",
+            "dtype", "ratios"}
+    given = {name for name, value in vars(args).items() if value not in (None, False)}
+    useless = [f"--{name.replace('_', '-')} has no effect with --encode" for name in sorted(given - used)]
+    dq.require(not useless, "; ".join(useless))
     saved = dq.load_checkpoint(args.encode, "dq-vae")
     settings, folders = saved.get("settings", {}), saved.get("folders", {})
     known = {name: settings[name] for name in ("seed", "no_flip", "dtype") if name in settings}
@@ -441,7 +407,7 @@ def recall(args):
     trained_on = settings.get("data", "the toy shapes")
     dq.require(args.data or folders or trained_on == "the toy shapes",
                f"{args.encode} does not name the folder of its {trained_on}; name it after --data")
-    return known | dict(preset=recipe(saved.get("preset"), saved.get("config", {})), saved=saved)
+    return known | dict(preset=saved.get("preset", "custom"))
 
 
 def calibration_images(train, device, seed, batch_size=64, workers=0):
@@ -450,14 +416,14 @@ def calibration_images(train, device, seed, batch_size=64, workers=0):
     return (x.to(device) for x, _ in loader(train, workers, batch_size=batch_size, sampler=chosen))
 
 
-def encode_only(args, vae, train, val, device, autocast):
+def encode_only(args, device, autocast):
     """--encode: write codes.pt with a DQ-VAE that is already trained."""
-    path = args.out / "codes.pt"
+    path, vae = args.out / "codes.pt", dq.load_vae(args.encode, device)
+    train, val = open_data(args.data, vae.config.size, seed=args.seed, skip=args.out, held_out=args.held_out)
+    say(describe(train, val))
     if args.ratios:
         with autocast():
-            images = calibration_images(train, device, args.seed, args.part, args.workers)
-            vae.set_ratios(tuple(args.ratios), images)
-        args.preset = recipe(args.preset, asdict(vae.config))
+            vae.set_ratios(tuple(args.ratios), calibration_images(train, device, args.seed, args.part, args.workers))
     set_aside(path, hint="")
     metrics = evaluate(vae, *validation_images(val, vae.config), autocast, batch_size=args.part)[0]
     say(f"ratios {' '.join(f'{ratio:g}' for ratio in metrics['share'])} on the validation images, which makes "
@@ -471,15 +437,12 @@ def main(argv=None):
     args, config, schedule = parse(argv)
     device, autocast, machine = prepare(args, schedule, trains=not args.encode)
     if args.encode:
-        vae = dq.rebuild(dq.DQVAE, dq.VAEConfig, args.saved.get("config"), args.saved.get("weights"), device)
-        config = vae.config
-    train, val = open_data(args.data, config.size, augment=not args.encode, seed=args.seed, skip=args.out,
-                           flip=not args.no_flip, held_out=args.held_out, found=args.found)
+        return encode_only(args, device, autocast)
+    train, val = open_data(args.data, config.size, augment=True, seed=args.seed, skip=args.out, flip=not args.no_flip,
+                           held_out=args.held_out, found=args.found)
     say(describe(train, val))
-    if args.encode:
-        return encode_only(args, vae, train, val, device, autocast)
     say(args.plan)
-    if isinstance(train, ImageFolder) and len(train) < FEW:
+    if len(train) < FEW:
         say(f"note: with only {len(train)} images, expect samples that repeat or blend them; a few thousand images "
             "give new ones. Stage 2 will train on five crops of each image")
     images, detailed = validation_images(val, config)
@@ -503,7 +466,7 @@ def main(argv=None):
     folders = {name: getattr(args, name) and os.path.abspath(getattr(args, name)) for name in ("data", "held_out")}
     extra = dict(preset=args.preset, folders=folders)
     record = Record(args, args.out / "vae.pt", config, settings, model, parts, extra)
-    record.may_change = tuple(name for name in record.may_change if name != "accumulate")
+    record.may_change -= {"accumulate"}                                      # its help says why
     codes = args.out / "codes.pt"
     record.begin(codes.name)
     if record.step >= schedule.steps and codes.exists() and codes.stat().st_mtime >= record.path.stat().st_mtime:
@@ -512,8 +475,6 @@ def main(argv=None):
     forward, last = distribute(compiled(model) if args.compile else model), model.decoder.out[-1]
 
     def validate(step):
-        if dq.rank_world()[0] > 0:
-            return {}, math.inf
         metrics, y, grains = evaluate(model, images, detailed, autocast, perceptual, args.part)
         metrics["loss"] = (metrics["l1"] + schedule.l2_weight * metrics["l2"]
                            + schedule.perceptual_weight * metrics.get("lpips", 0.0))
@@ -530,15 +491,14 @@ def main(argv=None):
                 with autocast():
                     out = forward(x, dq.gumbel_scale(step, schedule.steps))
                     y = out.reconstruction.float()                           # B / parts, 3, S, S
-                    lpips = perceptual(x, y).mean() if perceptual else None
+                    lpips = perceptual(x, y).mean() if perceptual else 0.0
                     gan_loss = -discriminator(y).mean() if adversarial_on else None
                 l1, l2 = (y - x).abs().mean(), (y - x).square().mean()
                 budget = dq.budget_loss(out.gate, config.ratios)
-                recon_loss = l1 + schedule.l2_weight * l2                    # these depend on y only
+                recon_loss = l1 + schedule.l2_weight * l2 + schedule.perceptual_weight * lpips  # depends on y only
                 code_loss = out.commitment + schedule.budget_weight * budget
                 terms, scale = dict(l1=l1, budget=budget, commitment=out.commitment), 1 / schedule.accumulate
                 if perceptual:
-                    recon_loss = recon_loss + schedule.perceptual_weight * lpips
                     terms["lpips"] = lpips
                 gan_weight = backward(y, last.weight, recon_loss, gan_loss, code_loss, schedule.gan_weight, scale)
                 if adversarial_on:                                           # the discriminator's turn, on the same y
@@ -549,13 +509,11 @@ def main(argv=None):
                 record.add(step + 1, dict(loss=recon_loss + code_loss) | terms, scale)
             schedule.update(model, optimizers, step)
         train.augment = False                                                # encode each image once, without crops
-        args.preset = recipe(args.preset, asdict(config))
         write_codes(codes, model, train, val, args, device, autocast, stop, record.metrics.get("psnr"))
     say(f"done: {record.path}, {codes}, {args.out / 'vae.png'} and {record.log}")
     if metrics := record.metrics:
-        out = "" if args.out == Path("out") else f" --out {shlex.quote(str(args.out))}"
         say(f"{metrics['psnr']:.1f} dB PSNR on the validation images at {metrics['codes_per_image']:.1f} codes per "
-            f"image; next: python train_transformer.py{out}")
+            f"image; next: python train_transformer.py --out {shlex.quote(str(args.out))}")
 
 
 if __name__ == "__main__":

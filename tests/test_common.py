@@ -374,6 +374,7 @@ def test_training_writes_logs_pictures_and_checkpoints(stage, fixture, metrics, 
     ("train_transformer.py", ["--codes", "CODES", "--width", 33], "width"),
     ("train_vae.py", ["--encode", "VAE", "--size", 64, "--resume"], "--resume has no effect with --encode; --size has"),
     ("train_vae.py", ["--encode", "VAE", "--compile"], "--compile has no effect with --encode"),
+    ("train_vae.py", ["--encode", "VAE", "--preset", "toy"], "--preset has no effect with --encode"),
     ("train_vae.py", ["--out", "file/x"], "file"),
     ("train_transformer.py", [], "no such file: out/codes.pt (train_vae.py writes it); to make it from a DQ-VAE: "
                                  "python train_vae.py --encode out/vae.pt --out out"),

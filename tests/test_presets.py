@@ -8,7 +8,7 @@
 import argparse
 import itertools
 import math
-from dataclasses import asdict, replace
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -186,12 +186,12 @@ def test_few_images_are_cropped(n, n_views, tmp_path, monkeypatch, capsys):
 
 def test_codes_that_differ_from_those_of_the_preset_are_custom():
     for name, (config, _) in train_vae.PRESETS.items():
-        assert train_vae.recipe(name, asdict(config)) == name
+        assert train_vae.recipe(name, config) == name
     toy = train_vae.PRESETS["toy"][0]
     for changes in (dict(size=64), dict(factors=(8, 2)), dict(ratios=(0.3, 0.7))):
-        assert train_vae.recipe("toy", asdict(replace(toy, **changes))) == "custom"
-    assert train_vae.recipe("toy", asdict(replace(toy, codebook_size=99))) == "toy"
-    assert train_vae.recipe("of a later version", asdict(toy)) == train_vae.recipe(None, {}) == "custom"
+        assert train_vae.recipe("toy", replace(toy, **changes)) == "custom"
+    assert train_vae.recipe("toy", replace(toy, codebook_size=99)) == "toy"
+    assert train_vae.recipe("of a later version", toy) == train_vae.recipe("custom", toy) == "custom"
 
 
 # ------------------------------------------------------------------------------------------------

@@ -204,7 +204,7 @@ def test_batches_of_stage_2():
 
 def test_the_preset_comes_with_the_codes(vae_run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert train_transformer.parse([])[0].preset == "toy"                    # there is no codes.pt
+    assert train_transformer.parse([])[1:] == train_transformer.PRESETS["toy"]  # there is no codes.pt
     (tmp_path / "out").mkdir()
     codes = torch.load(vae_run / "codes.pt", weights_only=True)
     for preset, found in (("emoji64", "emoji64"), ("earth64", "earth64")):
