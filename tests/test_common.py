@@ -291,6 +291,15 @@ def test_evaluations_are_due_at_multiples_and_at_the_end(tmp_path):
     assert evaluated == [4, 8, 9]
 
 
+def test_checkpoints_are_due_between_evaluations(tmp_path, monkeypatch):
+    record, saved = record_of(tmp_path, 9, eval_every=7), []
+    record.args.save_every = 3
+    monkeypatch.setattr(record, "save", lambda path, done, **more: saved.append((path.name, done)))
+    for step in record.steps("", NO_SIGNAL, lambda step: ({}, math.inf)):
+        record.add(step + 1, dict(loss=torch.tensor(1.0)))
+    assert saved == [("vae.pt", done) for done in (3, 6, 7, 9)]
+
+
 @pytest.mark.parametrize("done, checked", [(3, True), (7, True), (10, True), (4, False)])
 def test_losses_are_checked_before_they_are_used(done, checked, tmp_path):
     """A loss that is not finite ends the run at the next step that is evaluated, saved or logged."""
@@ -556,7 +565,7 @@ def test_every_variable_of_torchrun_is_checked(name, value, tmp_path, monkeypatc
     valid = dict(WORLD_SIZE="2", RANK="0", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="29999")
     if name == "TORCHELASTIC_RESTART_COUNT":
         valid["WORLD_SIZE"] = "1"
-    monkeypatch.setattr(common.dist, "init_process_group", lambda *args, **how: dq.require(False, "joined"))
+    monkeypatch.setattr(common.dist, "rendezvous", lambda url: dq.require(False, "joined"))
     for each, text in (valid | {name: value}).items():
         monkeypatch.setenv(each, text)
     flags = [*VAE, "--device", "cuda"] if name == "LOCAL_RANK" else VAE      # CPUs have no number

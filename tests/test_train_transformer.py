@@ -148,11 +148,13 @@ def test_which_weights_decay():
     assert {id(p) for p in muon.param_groups[0]["params"]} == {id(p) for p in blocks if p.dim() == 2}
     assert [muon.param_groups[0][name] for name in ("momentum", "nesterov", "ns_steps")] == [0.95, True, 5]
     # the RMS of an update is 0.2 times the learning rate, about that of AdamW
-    p = muon.param_groups[0]["params"][0]
-    p.grad, before = torch.randn_like(p), p.detach().clone()
-    muon.param_groups[0]["weight_decay"] = 0.0
-    muon.step()
-    assert (p.detach() - before).square().mean().sqrt().item() == pytest.approx(0.2 * 0.02, rel=0.3)
+    schedule = train_transformer.TransformerSchedule(steps=1, batch_size=1, lr=0.02)
+    for kind in (train_transformer.Muon, torch.optim.Muon):
+        muon = train_transformer.make_optimizers(model, schedule, kind)["muon"]
+        p = muon.param_groups[0]["params"][0]
+        p.grad, before = torch.randn_like(p), p.detach().clone()
+        muon.step()
+        assert (p.detach() - before).square().mean().sqrt().item() == pytest.approx(0.2 * 0.02, rel=0.3)
 
 
 @pytest.mark.parametrize("shape", [(24, 8), (8, 24), (16, 16)])

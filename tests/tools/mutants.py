@@ -582,7 +582,7 @@ TRAINING_RUN = of(
     ("a preset for a GPU on the CPU in stage 2", "on_gpu(device)", 'on_gpu("auto")',
      "test_presets.py::test_the_device_of_the_flag_chooses_the_preset", "fit"),
     ("--save-every ignored", "self.args.save_every", 'self.settings["eval_every"]',
-     "survival/test_resume.py::test_ten_steps_killed_and_ten_more_are_twenty_steps"),
+     "test_checkpoints_are_due_between_evaluations"),
     ("batches that cannot be split equally", "schedule.batch_size % parts == 0", "True",
      "test_wrong_input_gives_one_line"),
     ("each epoch in the same order", "dq.numpy_rng(seed, epoch)", "dq.numpy_rng(seed, 0)",

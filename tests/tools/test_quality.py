@@ -316,8 +316,10 @@ def test_a_timed_step_is_a_training_step():
     assert all(not torch.equal(x, before[name]) for name, x in model.named_parameters() if x.dim() > 1)
 
 
-def test_sampling_options_for_a_folder(run, images, capsys):
-    """The FD of two rows, from images that are read and sampled here."""
+def test_sampling_options_for_a_folder(run, images, capsys, monkeypatch):
+    """The FD of two rows, from images that are read and sampled here, in float32 as in the tool."""
+    pick_device = quality.common.pick_device
+    monkeypatch.setattr(quality.common, "pick_device", lambda name, dtype: pick_device(name, "fp32"))
     path, sizes = run / "transformer.pt", ["--n", "6", "--temperatures", "0.5", "1", "--guidance", "1", "2"]
     quality.folder([str(path), "--data", str(images), *sizes], steps=4, batch_size=4)
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
