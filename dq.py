@@ -193,9 +193,9 @@ class DialRouter(ThresholdRouter):
         return logits[:, -1] - logits[:, 0]                                  # B, h, w
 
     def forward(self, x, maps, noise=1.0):
-        """In training, each image has its own ratios: 0.4 * target + 0.6 * random. Its thresholds are quantiles of the
-        batch's noisy scores at these ratios, so no budget loss is needed. In evaluation, the thresholds are moving
-        averages of the quantiles at the target ratios."""
+        """In training, each image has its own ratios, 0.4 * target + 0.6 * a sample of Dirichlet(1/2), which prefers
+        extremes. Its thresholds are quantiles of the batch's noisy scores at these ratios, so no budget loss is needed.
+        In evaluation, the thresholds are moving averages of the quantiles at the target ratios."""
         if not self.training:
             return super().forward(x, maps)
         (rank, world), target = rank_world(), self.ratios.to(x.device)       # target: K
@@ -203,8 +203,8 @@ class DialRouter(ThresholdRouter):
         self.thresholds.lerp_(scores.detach().quantile(target.cumsum(0)[:-1]), 0.1)
         scores = 3 * F.layer_norm(scores, scores.shape)                      # deviation 3, or they outgrow the noise
         scores = scores + noise * torch.rand_like(scores).logit(eps=1e-6)    # logistic: a difference of Gumbels
-        random = torch.empty(len(scores), len(target), device=x.device).exponential_()  # B, K
-        ratios = 0.4 * target + 0.6 * random / random.sum(1, keepdim=True)   # B, K; random: uniform on a simplex
+        squares = torch.randn(len(scores), len(target), device=x.device).square()  # B, K; normalised: Dirichlet(1/2)
+        ratios = 0.4 * target + 0.6 * squares / squares.sum(1, keepdim=True)  # B, K
         below = ratios.cumsum(1)[:, :-1].clamp(max=1)                        # B, K - 1; for 1/2, 1/2: from 0.2 to 0.8
         cuts = scores.detach().quantile(below.flatten()).view(len(scores), -1, 1, 1)  # B, K - 1, 1, 1
         # ordinal logits: they grow with k while the score is above cut k, so their argmax counts the cuts below it
