@@ -16,7 +16,7 @@ Notation used throughout:
     B batch size   K granularities, k = 0 the coarsest   N regions = cells of the coarsest grid, h x w
     s_k codes per region at granularity k (1, 4, 16)   H x W the finest grid   S image side
     Z encoder channels   D code dimension   V codebook size   P position ids   L sequence length   C transformer width
-    d channels per attention head   M length of a KV cache   R = B rows, or 2 B with guidance   n number of items
+    d dimension of a head   M length of a KV cache   R = B rows, or 2 B with guidance   n number of items
     -1 marks "none": no label, start, EOS content, unknown granularity
     grains (B, h, w) granularity of each region   codes (B, H, W) codebook ids on the finest grid, coarse ones repeated
 """
@@ -142,7 +142,7 @@ class GrainRouter(nn.Module):
 
     def forward(self, x, maps, noise=1.0):
         """In training, the gate is a hard Gumbel-softmax sample with scaled noise. In evaluation it is the argmax.
-        Why it learns: the gate multiplies the maps (DQVAE.mix), so the cost c_k = d loss / d gate_k tells how the loss
+        Why it learns: the gate multiplies the maps (DQVAE.mix), so the cost c_k = d loss / d gate_k shows how the loss
         changes as a region moves towards granularity k. The backward pass uses p, the softmax of the noisy logits
         (straight-through): d loss / d logit_k = p_k (c_k - sum_j p_j c_j), so granularities of below-average cost
         become more likely. Unless the noise is annealed to zero (gumbel_scale), the argmax may miss the budget."""
@@ -167,7 +167,7 @@ class ThresholdRouter(nn.Module):
         self.register_buffer("thresholds", thresholds)                       # K - 1
 
     def forward(self, x, maps, noise=1.0):
-        grains = torch.bucketize(self.score(x, maps), self.thresholds)       # B, h, w; ties go to the coarser
+        grains = torch.bucketize(self.score(x, maps), self.thresholds)       # B, h, w; ties take the coarser one
         return one_hot(grains, len(self.thresholds) + 1)                     # B, K, h, w
 
     @torch.no_grad()
@@ -176,13 +176,13 @@ class ThresholdRouter(nn.Module):
         scores = torch.cat([self.score(x, encoder(x)).flatten() for x in images])
         below = np.cumsum(ratios)[:-1].clip(0, 1)                            # K - 1: fraction below each threshold
         cuts = np.quantile(scores.cpu().numpy().astype(float), below)        # K - 1
-        cuts = np.where(below < 1e-6, -1e9, np.where(below > 1 - 1e-6, 1e9, cuts))  # also for other images
+        cuts = np.where(below < 1e-6, -1e9, np.where(below > 1 - 1e-6, 1e9, cuts))  # a ratio of 0 stays 0
         self.thresholds.copy_(torch.from_numpy(cuts.astype(np.float32)))
 
 
 class DialRouter(ThresholdRouter):
     """One learned score for all budgets; not in the paper. Codes don't depend on the granularities of other regions,
-    and training has random ratios, so other thresholds give other lengths without retraining. scorer: a GrainRouter"""
+    and training uses random ratios, so new thresholds give new lengths without retraining. scorer: a GrainRouter"""
     def __init__(self, ratios, scorer):
         super().__init__(torch.zeros(len(ratios) - 1))
         self.ratios, self.scorer = torch.tensor(ratios), scorer
@@ -193,21 +193,21 @@ class DialRouter(ThresholdRouter):
         return logits[:, -1] - logits[:, 0]                                  # B, h, w
 
     def forward(self, x, maps, noise=1.0):
-        """In training, each image has its own ratios, 0.4 * target + 0.6 * a sample of Dirichlet(1/2), which prefers
-        extremes. Its thresholds are quantiles of the batch's noisy scores at these ratios, so no budget loss is needed.
-        In evaluation, the thresholds are moving averages of the quantiles at the target ratios."""
+        """In training, each image has its own ratios, 0.4 * target + 0.6 * random. The random ones are samples of
+        Dirichlet(1/2), often near 0 or 1. The thresholds are quantiles of the batch's noisy scores at these ratios, so
+        no budget loss is needed. In evaluation, they are moving averages of the quantiles at the target ratios."""
         if not self.training:
             return super().forward(x, maps)
         (rank, world), target = rank_world(), self.ratios.to(x.device)       # target: K
         scores = all_gather(self.score(x, maps))                             # B, h, w; B here counts all ranks' images
         self.thresholds.lerp_(scores.detach().quantile(target.cumsum(0)[:-1]), 0.1)
-        scores = 3 * F.layer_norm(scores, scores.shape)                      # deviation 3, or they outgrow the noise
+        scores = 3 * F.layer_norm(scores, scores.shape)                      # std 3, or they would outgrow the noise
         scores = scores + noise * torch.rand_like(scores).logit(eps=1e-6)    # logistic: a difference of Gumbels
         squares = torch.randn(len(scores), len(target), device=x.device).square()  # B, K; normalised: Dirichlet(1/2)
         ratios = 0.4 * target + 0.6 * squares / squares.sum(1, keepdim=True)  # B, K
-        below = ratios.cumsum(1)[:, :-1].clamp(max=1)                        # B, K - 1; for 1/2, 1/2: from 0.2 to 0.8
+        below = ratios.cumsum(1)[:, :-1].clamp(max=1)                        # B, K - 1; K = 2, half each: 0.2 to 0.8
         cuts = scores.detach().quantile(below.flatten()).view(len(scores), -1, 1, 1)  # B, K - 1, 1, 1
-        # ordinal logits: they grow with k while the score is above cut k, so their argmax counts the cuts below it
+        # logit k is the sum of score - cut over the first k cuts, so the argmax is the number of cuts below the score
         logits = F.pad((scores[:, None] - cuts).cumsum(1), (0, 0, 0, 0, 1, 0))  # B, K, h, w
         soft = logits.softmax(dim=1)                                         # B, K, h, w
         gate = one_hot(soft.argmax(dim=1), len(target)) + (soft - soft.detach())  # B, K, h, w: exactly one-hot
@@ -320,7 +320,7 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def restart(self, z, weight):
-        """Entries are dead if their usage is below dead_below times the mean (batch weight / V). They are replaced by
+        """Entries are dead if their usage is below dead_below times the mean, weight.sum() / V. They are replaced by
         vectors of the batch, sampled by weight, plus noise of 1 % of the standard deviation per dimension. Their
         usage becomes the mean. z: (n, D); weight: (n,)"""
         z, weight = all_gather(z), all_gather(weight).nan_to_num(1.0)        # multinomial rejects NaN
@@ -488,7 +488,7 @@ class DQVAE(nn.Module):
         return q, codes, gate, commitment, maps
 
     def set_ratios(self, ratios, images):
-        """Route by other ratios from now on, without training. images: batches of training images (B, 3, S, S), whose
+        """Change the target ratios, without training. images: batches of training images (B, 3, S, S), whose
         scores give the thresholds. A learned router becomes a DialRouter: the same MLP with thresholds."""
         self.config = replace(self.config, ratios=ratios)
         if self.config.router in ("learned", "dial"):
@@ -586,7 +586,7 @@ class Layout(nn.Module):
         grains = self.grains(pos).view(-1, self.side, self.side)             # B, h, w
         blocks = [canvas[:, o:o + side ** 2].view(-1, side, side) for o, side in zip(self.offsets, self.sides)]
         codes = torch.stack([upsample(block, self.fine_side) for block in blocks], dim=1)  # B, K, H, W
-        pick = upsample(grains, self.fine_side).clamp(min=0)[:, None]        # B, 1, H, W; uncovered: any k, all hold -1
+        pick = upsample(grains, self.fine_side).clamp(min=0)[:, None]        # B, 1, H, W; uncovered: -1 for every k
         return codes.gather(1, pick)[:, 0], grains
 
     def grains(self, pos):
@@ -601,13 +601,13 @@ class Layout(nn.Module):
         """The mask of valid next position ids. (tests/naive.py has the same rules as a loop.) prev: (B,) or (B, L) ids,
         -1 at the start; grains: (B, N) granularities known so far, -1 elsewhere -> (B, P) or (B, L, P), bool.
         Candidates are the ids after prev in the granularity of id prev + 1. Writing a region's first cell opens it;
-        its other cells are then pending, and must follow in order. Valid are: the next pending id (if there is none,
-        the EOS), and all lower ids that open an uncovered region. The finest granularity can't skip a region, so there
-        only the lowest of these is valid. In the class's example:
+        its other cells are then pending, and must follow in order. Valid ids are the next pending id (or the EOS, if
+        there is none), and all lower ids that open an uncovered region. The finest granularity can't skip a region, so
+        only its lowest such id is valid. In the class's example:
             prev  -1 -> 0 1 2 3 4      0 -> 1 2 3 4      3 -> 4        coarse codes may skip regions
             prev   4 -> 7     (the first uncovered)      7 -> 8        8 -> 11 (pending)      12 -> 21
-        Training calls this with the *final* grains and gets the same mask, for all steps at once: a region that is not
-        open yet counts as uncovered, whether its final granularity is this one or a finer one."""
+        Training calls this with the *final* grains and gets the same mask, for all steps at once: a region whose final
+        granularity is this one or a finer one counts as uncovered until it opens."""
         following = (prev + 1).clamp(max=self.end)[..., None]                # B, (L,) 1: the id after prev
         covered_by = F.pad(none_last(grains, self.n_grains), (0, 1), value=self.n_grains)  # B, N + 1; K: uncovered
         covered_by = covered_by.gather(1, self.region.expand(len(grains), -1))  # B, P
@@ -616,7 +616,7 @@ class Layout(nn.Module):
         pending = candidate & (covered_by == self.grain) & (self.first_id < following)
         opening = candidate & (covered_by >= self.grain) & self.opens        # the last of these is the EOS
         must_take = pending | (opening & self.finest)                         # cannot be skipped
-        limit = torch.where(must_take, self.ids, self.end).amin(-1, keepdim=True)  # B, (L,) 1: the first of those
+        limit = torch.where(must_take, self.ids, self.end).amin(-1, keepdim=True)  # B, (L,) 1: the first, else `end`
         return (pending | opening) & (self.ids <= limit)
 
 
@@ -635,7 +635,7 @@ def attention(q, k, v, mask=None, dropout=0.0):
 def rope_table(coordinates, d):
     """2-D rotary position embedding (RoPE; Su et al., "RoFormer", 2021): (n, 2) -> the cosines and signed sines that
     `apply_rope` takes, (n, 2, d). Half of the channel pairs rotate with the row, half with the column, at frequencies
-    from 1 to about 1/10, as grids of codes are small. RoPE encodes offsets only. (0, 0) is not rotated."""
+    from 1 to about 1/10, as grids of codes are small. RoPE encodes only relative positions. (0, 0) is not rotated."""
     frequency = 10.0 ** -(torch.arange(d // 4) / (d // 4))                   # d/4
     angle = (coordinates[:, :, None] * frequency).flatten(1)                 # n, d/2: by the row, by the column
     return torch.stack([angle.cos().repeat(1, 2), torch.cat([-angle.sin(), angle.sin()], dim=1)], dim=1)
@@ -746,7 +746,7 @@ class DQTransformer(nn.Module):
 
     def forward(self, pos, code, label=None):
         """-> {"position": (B,), "content": (B,)}: negative log-likelihoods of the images, in nats.
-        Positions with a single valid id and contents of EOS contribute 0."""
+        A position with a single valid id contributes 0. So does the content of an EOS."""
         position, content = self.logits(pos, code, label)
         nll = dict(position=F.cross_entropy(position.flatten(0, 1), pos.flatten(), reduction="none"),  # B L
                    content=F.cross_entropy(content.flatten(0, 1), code.flatten(), reduction="none", ignore_index=-1))
@@ -811,7 +811,7 @@ def generate_one(model, label=-1, options=SampleOptions(), seed=0, index=0):
         pos, code = F.pad(pos, (0, 1), value=layout.end), F.pad(code, (0, 1), value=-1)  # each 1, t + 1; placeholders
         valid = layout.legal(F.pad(pos, (1, 0), value=-1)[:, t], layout.grains(pos))  # 1, P
         logits, _ = model.logits(pos.expand(len(labels), -1), code.expand(len(labels), -1), labels)  # R, t + 1, P
-        logits = apply_guidance(logits[:, t], options, 1).masked_fill(~valid, -math.inf)  # 1, P; -inf - -inf is NaN
+        logits = apply_guidance(logits[:, t], options, 1).masked_fill(~valid, -math.inf)  # 1, P; removes NaN, too
         pos[:, t] = draw(logits, u[t, :1])
         _, logits = model.logits(pos.expand(len(labels), -1), code.expand(len(labels), -1), labels)  # R, t + 1, V
         logits = filter_logits(apply_guidance(logits[:, t], options, 1), options.top_k, options.top_p)  # 1, V
@@ -889,7 +889,7 @@ def write(layout, state, pos, code):
     state.pos[state.image, state.t], state.code[state.image, state.t] = pos, code
     state.grains.scatter_(1, layout.region[pos][:, None], layout.grain[pos][:, None])
     done = pos == layout.end                                                 # B
-    nth_done = done.cumsum(0)                                                # B: the j-th to end gets image newest + j
+    nth_done = done.cumsum(0)                                                # B: the j-th done slot gets newest + j
     torch.where(done, state.newest + nth_done, state.image, out=state.image).clamp_(max=len(state.pos) - 1)
     state.newest.add_(nth_done[-1])
     state.t.add_(1).masked_fill_(done, 0)
@@ -919,9 +919,9 @@ def start(model, label, options, seed, given, first, slots, M):
 
 
 def make_stepper(step, model, job, state, graphs):
-    """-> take(M): one step, in which attention reads the first M entries of the cache. On CPUs, the cache has about as
-    many entries, since slices of a much longer one are slower. With graphs, the first step for each M is captured as a
-    CUDA graph. Graphs need fixed addresses, so then the cache has its full length from the start."""
+    """-> take(M): one step, in which attention reads the first M entries of the cache. Without graphs, the cache is
+    resized to about M, since slices of a much longer one are slower. With graphs, the first step for each M is captured
+    as a CUDA graph. Graphs need fixed addresses, so then the cache has its full length from the start."""
     captured = {}
     if graphs:
         pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(state.t.device)
@@ -929,7 +929,7 @@ def make_stepper(step, model, job, state, graphs):
         if M in captured:
             return captured[M].replay()
         size = state.cache[0].shape[3]
-        if not graphs and not size / 2 < M <= size:                          # negative padding crops
+        if not graphs and not M <= size < 2 * M:                             # negative padding crops
             state.cache[:] = [F.pad(old, (0, 0, 0, M - size)) for old in state.cache]
         step(model, job, state, M)                                           # also the warm-up; capturing only records
         if graphs:
@@ -948,7 +948,7 @@ def check_given(model, n, pos, code):
     known = pos >= 0
     require((known.int().diff(dim=1) <= 0).all(), "given positions must form a prefix of the sequence")
     grains = layout.grains(torch.where(known, pos, layout.end))              # n, N
-    grains = none_last(grains, layout.n_grains - 1).view(n, layout.side, -1)  # uncovered regions become fine
+    grains = torch.where(grains < 0, layout.n_grains - 1, grains).view(n, layout.side, -1)  # uncovered: the finest
     whole, _ = layout.pack(grains.new_zeros(n, layout.fine_side, layout.fine_side), grains)  # n, L
     require((whole == pos)[known].all(), "given positions leave holes, or overlap")
 
@@ -960,8 +960,8 @@ def generate(model, label, options=SampleOptions(), seed=0, given=None, slots=No
     (pos, code), each (n, max_len), -1 where sampled; given positions must form a prefix. slots: images decoded
     concurrently (None: all). progress: called with (i, pos, code) when host and device synchronise; images below i are
     complete; the last call has i = n. Sampling ends if it returns True.
-    For speed only: attention reads a multiple of `bucket` pairs; graphs (None: on GPUs): capture a CUDA graph for each
-    of these lengths; sync_every: steps between synchronisations; compile: use torch.compile."""
+    For speed only. bucket: the number of pairs that attention reads is a multiple of it; graphs (None: on GPUs): use a
+    CUDA graph for each of these numbers; sync_every: steps between synchronisations; compile: use torch.compile."""
     options.check()
     n, L, device = len(label), model.layout.max_len, label.device
     last = max(0, model.n_classes - 1)                                       # without classes, 0 means no label, too
@@ -1086,7 +1086,7 @@ def all_gather(x):
 
 
 def sample_global(fill, shape, device):
-    """Random numbers (B, ...) for the images of this rank. Equally seeded, each rank samples for the global batch and
+    """Random numbers (B, ...) for the images of this rank. All ranks share a seed; each samples the global batch and
     keeps its slice, so results don't depend on the world size. fill: torch.Tensor.uniform_, for example"""
     rank, world = rank_world()
     return fill(torch.empty(world * shape[0], *shape[1:], device=device)).chunk(world)[rank]
