@@ -804,8 +804,7 @@ def generate_one(model, label=-1, options=SampleOptions(), seed=0, index=0):
     Returns pos and code (L,), up to and including the last EOS: the same as image `index` of `generate`."""
     layout, device = model.layout, model.order.weight.device
     labels = torch.tensor([label] if options.cfg == 1 else [label, -1], device=device)  # R = 1, or 2 with guidance
-    u = 1 - numpy_rng(seed, index).random((layout.max_len, 2), np.float32)   # L, 2: random numbers in (0, 1]
-    u = torch.from_numpy(u).to(device)
+    u = 1 - torch.from_numpy(numpy_rng(seed, index).random((layout.max_len, 2), np.float32)).to(device)  # L, 2; not 0
     pos, code = torch.zeros(2, 1, 0, dtype=torch.long, device=device)        # each 1, 0
     for t in range(layout.max_len):
         pos, code = F.pad(pos, (0, 1), value=layout.end), F.pad(code, (0, 1), value=-1)  # each 1, t + 1; placeholders
