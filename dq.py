@@ -8,7 +8,7 @@ with Dynamic Vector Quantization", CVPR 2023 (arXiv 2305.11718). The sections:
     4  encoder, decoder, DQVAE        image -> codes and granularities -> image
     5  sequences                      Layout: codes and granularities <-> (position, content) pairs
     6  DQ-Transformer                 a position stack and, on top of it, a content stack
-    7  sampling                       the simple loop first, then one decoding step with a KV cache, for many images
+    7  sampling                       a simple loop, then continuous batching with a KV cache
     8  checkpoints                    atomic writes, safe loading
     9  distributed training           helpers; with one process, all_gather(x) and all_reduce_sum(x) return x
 
@@ -176,13 +176,13 @@ class ThresholdRouter(nn.Module):
         scores = torch.cat([self.score(x, encoder(x)).flatten() for x in images])
         below = np.cumsum(ratios)[:-1].clip(0, 1)                            # K - 1: fraction below each threshold
         cuts = np.quantile(scores.cpu().numpy().astype(float), below)        # K - 1
-        cuts = np.where(below < 1e-6, -1e9, np.where(below > 1 - 1e-6, 1e9, cuts))  # a ratio of 0 stays 0
+        cuts = np.where(below < 1e-6, -1e9, np.where(below > 1 - 1e-6, 1e9, cuts))  # ratio 0: no region
         self.thresholds.copy_(torch.from_numpy(cuts.astype(np.float32)))
 
 
 class DialRouter(ThresholdRouter):
-    """One learned score for all budgets; not in the paper. Codes don't depend on the granularities of other regions,
-    and training uses random ratios, so new thresholds give new lengths without retraining. scorer: a GrainRouter"""
+    """One learned score for all budgets; not in the paper. Training uses random ratios, so new thresholds give new
+    lengths without retraining. A region's codes don't depend on the others' granularities. scorer: a GrainRouter"""
     def __init__(self, ratios, scorer):
         super().__init__(torch.zeros(len(ratios) - 1))
         self.ratios, self.scorer = torch.tensor(ratios), scorer
@@ -193,7 +193,7 @@ class DialRouter(ThresholdRouter):
         return logits[:, -1] - logits[:, 0]                                  # B, h, w
 
     def forward(self, x, maps, noise=1.0):
-        """In training, each image has its own ratios, 0.4 * target + 0.6 * random. The random ones are samples of
+        """In training, each image has its own ratios, 0.4 * target + 0.6 * random. The random ones come from
         Dirichlet(1/2), often near 0 or 1. The thresholds are quantiles of the batch's noisy scores at these ratios, so
         no budget loss is needed. In evaluation, they are moving averages of the quantiles at the target ratios."""
         if not self.training:
@@ -201,12 +201,12 @@ class DialRouter(ThresholdRouter):
         (rank, world), target = rank_world(), self.ratios.to(x.device)       # target: K
         scores = all_gather(self.score(x, maps))                             # B, h, w; B here counts all ranks' images
         self.thresholds.lerp_(scores.detach().quantile(target.cumsum(0)[:-1]), 0.1)
-        scores = 3 * F.layer_norm(scores, scores.shape)                      # std 3, or they would outgrow the noise
+        scores = 3 * F.layer_norm(scores, scores.shape)                      # std 3: they can't outgrow the noise
         scores = scores + noise * torch.rand_like(scores).logit(eps=1e-6)    # logistic: a difference of Gumbels
         squares = torch.randn(len(scores), len(target), device=x.device).square()  # B, K; normalised: Dirichlet(1/2)
         ratios = 0.4 * target + 0.6 * squares / squares.sum(1, keepdim=True)  # B, K
-        below = ratios.cumsum(1)[:, :-1].clamp(max=1)                        # B, K - 1; K = 2, half each: 0.2 to 0.8
-        cuts = scores.detach().quantile(below.flatten()).view(len(scores), -1, 1, 1)  # B, K - 1, 1, 1
+        below = ratios.cumsum(1)[:, :-1].clamp(max=1)                        # B, K - 1; targets 0.5, 0.5: 0.2 to 0.8
+        cuts = scores.detach().quantile(below.flatten()).view(len(scores), -1, 1, 1)  # B, K - 1, 1, 1; thresholds
         # logit k is the sum of score - cut over the first k cuts, so the argmax is the number of cuts below the score
         logits = F.pad((scores[:, None] - cuts).cumsum(1), (0, 0, 0, 0, 1, 0))  # B, K, h, w
         soft = logits.softmax(dim=1)                                         # B, K, h, w
@@ -280,7 +280,7 @@ class Codebook(nn.Module):
         super().__init__()
         self.decay, self.commitment, self.dead_below = decay, commitment, dead_below
         self.register_buffer("codes", torch.zeros(size, dim))                # the entries (vectors, not ids)
-        self.register_buffer("uses", torch.zeros(size))                      # EMA of the assignments per batch
+        self.register_buffer("uses", torch.zeros(size))                      # EMA of assignment counts per batch
         self.register_buffer("sums", torch.zeros(size, dim))                 # EMA of the sum of assigned vectors
         self.register_buffer("age", torch.tensor(0.0))                       # batches seen
 
@@ -323,10 +323,10 @@ class Codebook(nn.Module):
         """Entries are dead if their usage is below dead_below times the mean, weight.sum() / V. They are replaced by
         vectors of the batch, sampled by weight, plus noise of 1 % of the standard deviation per dimension. Their
         usage becomes the mean. z: (n, D); weight: (n,)"""
-        z, weight = all_gather(z), all_gather(weight).nan_to_num(1.0)        # multinomial rejects NaN
+        z, weight = all_gather(z), all_gather(weight).nan_to_num(1.0)        # a diverged gate is NaN
         mean_uses = weight.sum() / len(self.uses)
         dead = self.uses < self.dead_below * mean_uses                       # V
-        vectors = z[torch.multinomial(weight, min(len(self.uses), len(z)))]  # up to V, D
+        vectors = z[torch.multinomial(weight, min(len(self.uses), len(z)))]  # <= V, D
         fresh = vectors[(dead.cumsum(0) - 1) % len(vectors)]                 # V, D: the i-th dead one gets vectors[i]
         fresh = fresh + 0.01 * fresh.std(0, correction=0) * torch.randn_like(fresh)  # so that equal vectors don't tie
         self.codes.copy_(torch.where(dead[:, None], fresh, self.codes))
@@ -561,8 +561,8 @@ class Layout(nn.Module):
             c, cells, first = side // self.side, torch.arange(side ** 2), self.offsets[k]
             row, column = cells // side, cells % side
             grain[first:self.eos[k] + 1] = k
-            region[first:self.eos[k]] = row // c * self.side + column // c  # c x c cells per region
-            first_id[first:self.eos[k]] = first + row // c * c * side + column // c * c  # its top left
+            region[first:self.eos[k]] = (row // c) * self.side + column // c  # c x c cells per region
+            first_id[first:self.eos[k]] = first + (row // c) * c * side + (column // c) * c  # its top left
             coordinates[first:self.eos[k]] = (torch.stack([row, column], dim=1) + 0.5) * (self.fine_side / side)
         tables = dict(ids=torch.arange(P, dtype=torch.int32), grain=grain, region=region, first_id=first_id,
                       opens=first_id == torch.arange(P),                     # a region's first id, or an EOS
@@ -582,11 +582,11 @@ class Layout(nn.Module):
 
     def unpack(self, pos, code):
         """pos, code (B, L) -> codes (B, H, W), grains (B, h, w); -1 where nothing has been written yet."""
-        canvas = pos.new_full((len(pos), self.n_positions), -1).scatter(1, pos, code)  # B, P: a content per id
+        canvas = pos.new_full((len(pos), self.n_positions), -1).scatter(1, pos, code)  # B, P: the content of each id
         grains = self.grains(pos).view(-1, self.side, self.side)             # B, h, w
         blocks = [canvas[:, o:o + side ** 2].view(-1, side, side) for o, side in zip(self.offsets, self.sides)]
         codes = torch.stack([upsample(block, self.fine_side) for block in blocks], dim=1)  # B, K, H, W
-        pick = upsample(grains, self.fine_side).clamp(min=0)[:, None]        # B, 1, H, W; uncovered: -1 for every k
+        pick = upsample(grains, self.fine_side).clamp(min=0)[:, None]        # B, 1, H, W; uncovered: all k hold -1
         return codes.gather(1, pick)[:, 0], grains
 
     def grains(self, pos):
@@ -600,21 +600,21 @@ class Layout(nn.Module):
     def legal(self, prev, grains):
         """The mask of valid next position ids. (tests/naive.py has the same rules as a loop.) prev: (B,) or (B, L) ids,
         -1 at the start; grains: (B, N) granularities known so far, -1 elsewhere -> (B, P) or (B, L, P), bool.
-        Candidates are the ids after prev in the granularity of id prev + 1. Writing a region's first cell opens it;
-        its other cells are then pending, and must follow in order. Valid ids are the next pending id (or the EOS, if
-        there is none), and all lower ids that open an uncovered region. The finest granularity can't skip a region, so
-        only its lowest such id is valid. In the class's example:
+        Candidates are the ids after prev, up to the next EOS. Writing a region's first cell opens the region. Its other
+        cells are then pending, and must follow in order. Valid ids are the next pending one (or the EOS, if there is
+        none), and all lower ids that open an uncovered region. The finest granularity skips no region: only the lowest
+        of these ids is valid. In the class's example:
             prev  -1 -> 0 1 2 3 4      0 -> 1 2 3 4      3 -> 4        coarse codes may skip regions
             prev   4 -> 7     (the first uncovered)      7 -> 8        8 -> 11 (pending)      12 -> 21
-        Training calls this with the *final* grains and gets the same mask, for all steps at once: a region whose final
-        granularity is this one or a finer one counts as uncovered until it opens."""
+        Training passes the *final* grains, for all steps at once. The mask is the same, since a region that will get
+        this granularity or a finer one counts as uncovered until it opens."""
         following = (prev + 1).clamp(max=self.end)[..., None]                # B, (L,) 1: the id after prev
-        covered_by = F.pad(none_last(grains, self.n_grains), (0, 1), value=self.n_grains)  # B, N + 1; K: uncovered
-        covered_by = covered_by.gather(1, self.region.expand(len(grains), -1))  # B, P
-        covered_by = covered_by if prev.dim() == 1 else covered_by[:, None]  # B, (1,) P
+        region_grain = F.pad(none_last(grains, self.n_grains), (0, 1), value=self.n_grains)  # B, N + 1; K: uncovered
+        region_grain = region_grain.gather(1, self.region.expand(len(grains), -1))  # B, P
+        region_grain = region_grain if prev.dim() == 1 else region_grain[:, None]  # B, (1,) P
         candidate = (self.ids >= following) & (self.grain == self.grain[following])  # B, (L,) P
-        pending = candidate & (covered_by == self.grain) & (self.first_id < following)
-        opening = candidate & (covered_by >= self.grain) & self.opens        # the last of these is the EOS
+        pending = candidate & (region_grain == self.grain) & (self.first_id < following)
+        opening = candidate & (region_grain >= self.grain) & self.opens        # the last of these is the EOS
         must_take = pending | (opening & self.finest)                         # cannot be skipped
         limit = torch.where(must_take, self.ids, self.end).amin(-1, keepdim=True)  # B, (L,) 1: the first, else `end`
         return (pending | opening) & (self.ids <= limit)
@@ -684,8 +684,8 @@ class Block(nn.Module):
 
 
 class DQTransformer(nn.Module):
-    """p(sequence) = prod_t p(pos_t | pairs before) p(code_t | pairs before, pos_t): one stack predicts the position.
-    A second one on top of it predicts the content, which depends on that position. Every conditional is normalised over
+    """p(sequence) = prod_t p(pos_t | pairs before) p(code_t | pairs before, pos_t): one stack predicts the position;
+    a second one, on top of it, predicts the content given that position. Every conditional is normalised over
     the valid choices, and every valid sequence ends with the last EOS, so the product is normalised too."""
     def __init__(self, config):
         super().__init__()
@@ -738,7 +738,7 @@ class DQTransformer(nn.Module):
         legal = self.layout.legal(prev, self.layout.grains(pos))             # B, L, P
         position_logits = self.position_head(self.position_norm(h)).float()  # B, L, P
         h = h + self.position(pos)                                           # the position that was chosen at t
-        rope = self.rope_of(pos, prev)                                       # queries: this cell; keys: the one before
+        rope = self.rope_of(pos, prev)                                       # query t: at pos[t]; key t: at pos[t - 1]
         for block in self.content_stack:
             h = block(h, rope)
         content_logits = self.content_head(self.content_norm(h)).float()     # B, L, V
@@ -810,7 +810,7 @@ def generate_one(model, label=-1, options=SampleOptions(), seed=0, index=0):
         pos, code = F.pad(pos, (0, 1), value=layout.end), F.pad(code, (0, 1), value=-1)  # each 1, t + 1; placeholders
         valid = layout.legal(F.pad(pos, (1, 0), value=-1)[:, t], layout.grains(pos))  # 1, P
         logits, _ = model.logits(pos.expand(len(labels), -1), code.expand(len(labels), -1), labels)  # R, t + 1, P
-        logits = apply_guidance(logits[:, t], options, 1).masked_fill(~valid, -math.inf)  # 1, P; removes NaN, too
+        logits = apply_guidance(logits[:, t], options, 1).masked_fill(~valid, -math.inf)  # 1, P; -inf - -inf is NaN
         pos[:, t] = draw(logits, u[t, :1])
         _, logits = model.logits(pos.expand(len(labels), -1), code.expand(len(labels), -1), labels)  # R, t + 1, V
         logits = filter_logits(apply_guidance(logits[:, t], options, 1), options.top_k, options.top_p)  # 1, V
@@ -824,7 +824,7 @@ def generate_one(model, label=-1, options=SampleOptions(), seed=0, index=0):
 
 class Job(NamedTuple):
     """The constant inputs of a sampling run for n images. Row n is a dummy for idle slots."""
-    condition: torch.Tensor              # (n + 1, 1), or (n + 1, 2) with guidance: rows of the embedding
+    condition: torch.Tensor              # (n + 1, 1), or (n + 1, 2) with guidance: embedding indices
     uniform: torch.Tensor                # n + 1, L, 2: random numbers for position and content
     given: torch.Tensor                  # n + 1, L, 2: position and content, -1 where they are sampled; or None
     options: SampleOptions
@@ -939,7 +939,8 @@ def make_stepper(step, model, job, state, graphs):
 
 
 def check_given(model, n, pos, code):
-    """Raise UserError unless the given pairs (n, L) begin valid sequences, with contents below V."""
+    """Raise UserError unless the given pairs (n, L) are prefixes of valid sequences, with contents below V. The check:
+    a valid prefix does not change if all other regions are made fine and the image is packed."""
     layout, V = model.layout, model.config.codebook_size
     require(pos.shape == code.shape == (n, layout.max_len), f"given tensors must have the shape {n}, {layout.max_len}")
     in_range = -1 <= pos.min() and pos.max() <= layout.end and -1 <= code.min() and code.max() < V
@@ -949,7 +950,7 @@ def check_given(model, n, pos, code):
     grains = layout.grains(torch.where(known, pos, layout.end))              # n, N
     grains = torch.where(grains < 0, layout.n_grains - 1, grains).view(n, layout.side, -1)  # uncovered: the finest
     whole, _ = layout.pack(grains.new_zeros(n, layout.fine_side, layout.fine_side), grains)  # n, L
-    require((whole == pos)[known].all(), "given positions leave holes, or overlap")
+    require((whole == pos)[known].all(), "given positions have holes or overlaps")
 
 
 def generate(model, label, options=SampleOptions(), seed=0, given=None, slots=None, first=0, graphs=None, bucket=None,
@@ -959,8 +960,8 @@ def generate(model, label, options=SampleOptions(), seed=0, given=None, slots=No
     (pos, code), each (n, max_len), -1 where sampled; given positions must form a prefix. slots: images decoded
     concurrently (None: all). progress: called with (i, pos, code) when host and device synchronise; images below i are
     complete; the last call has i = n. Sampling ends if it returns True.
-    For speed only. bucket: the number of pairs that attention reads is a multiple of it; graphs (None: on GPUs): use a
-    CUDA graph for each of these numbers; sync_every: steps between synchronisations; compile: use torch.compile."""
+    For speed only. bucket: attention reads a multiple of this many cache entries; graphs (None: on GPUs): capture a
+    CUDA graph per multiple; sync_every: steps between synchronisations; compile: use torch.compile."""
     options.check()
     n, L, device = len(label), model.layout.max_len, label.device
     last = max(0, model.n_classes - 1)                                       # without classes, 0 means no label, too
@@ -990,7 +991,7 @@ def generate(model, label, options=SampleOptions(), seed=0, given=None, slots=No
 
 def write_file(path, save, sync=True):
     """Atomic write: save(file) to a temporary file, then rename it, so that a failure leaves the older file intact.
-    sync: wait until the disk has the data; False for files that are easy to make again."""
+    sync: wait until the disk has the data; False for files that are easy to recreate."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:

@@ -297,7 +297,7 @@ SEQUENCES = of(
     ("ids may repeat", "(prev + 1).clamp", "prev.clamp", "test_every_legal_walk_is_a_complete_tiling"),
     ("granularities may be skipped", "(self.ids >= following) & (self.grain == self.grain[following])",
      "self.ids >= following", "test_packed_sequences_are_legal_at_each_step"),
-    ("regions may be covered twice", "candidate & (covered_by >= self.grain)", "candidate",
+    ("regions may be covered twice", "candidate & (region_grain >= self.grain)", "candidate",
      "test_every_legal_walk_is_a_complete_tiling"),
     ("regions may open in the middle", "... & self.opens", "(...)", "test_packed_sequences_are_legal_at_each_step"),
     ("regions may stay half written", "pending | opening & self.finest", "opening & self.finest",
