@@ -176,13 +176,13 @@ class ThresholdRouter(nn.Module):
         scores = torch.cat([self.score(x, encoder(x)).flatten() for x in images])
         below = np.cumsum(ratios)[:-1].clip(0, 1)                            # K - 1: fraction below each threshold
         cuts = np.quantile(scores.cpu().numpy().astype(float), below)        # K - 1
-        cuts = np.where(below < 1e-6, -1e9, np.where(below > 1 - 1e-6, 1e9, cuts))  # ratio 0: no region
+        cuts = np.where(below < 1e-6, -1e9, np.where(below > 1 - 1e-6, 1e9, cuts))  # a ratio of 0 gets none
         self.thresholds.copy_(torch.from_numpy(cuts.astype(np.float32)))
 
 
 class DialRouter(ThresholdRouter):
     """One learned score for all budgets; not in the paper. Training uses random ratios, so new thresholds give new
-    lengths without retraining. A region's codes don't depend on the others' granularities. scorer: a GrainRouter"""
+    lengths without retraining. Regions that keep their granularity then keep their codes. scorer: a GrainRouter"""
     def __init__(self, ratios, scorer):
         super().__init__(torch.zeros(len(ratios) - 1))
         self.ratios, self.scorer = torch.tensor(ratios), scorer
@@ -194,19 +194,19 @@ class DialRouter(ThresholdRouter):
 
     def forward(self, x, maps, noise=1.0):
         """In training, each image has its own ratios, 0.4 * target + 0.6 * random. The random ones come from
-        Dirichlet(1/2), often near 0 or 1. The thresholds are quantiles of the batch's noisy scores at these ratios, so
-        no budget loss is needed. In evaluation, they are moving averages of the quantiles at the target ratios."""
+        Dirichlet(1/2), often near 0 or 1. Quantiles of the batch's noisy scores at these ratios separate the
+        granularities, so no budget loss is needed. Evaluation uses moving averages of quantiles at the target."""
         if not self.training:
             return super().forward(x, maps)
         (rank, world), target = rank_world(), self.ratios.to(x.device)       # target: K
         scores = all_gather(self.score(x, maps))                             # B, h, w; B here counts all ranks' images
         self.thresholds.lerp_(scores.detach().quantile(target.cumsum(0)[:-1]), 0.1)
-        scores = 3 * F.layer_norm(scores, scores.shape)                      # std 3: they can't outgrow the noise
+        scores = 3 * F.layer_norm(scores, scores.shape)                      # a fixed std, so that noise matters
         scores = scores + noise * torch.rand_like(scores).logit(eps=1e-6)    # logistic: a difference of Gumbels
         squares = torch.randn(len(scores), len(target), device=x.device).square()  # B, K; normalised: Dirichlet(1/2)
         ratios = 0.4 * target + 0.6 * squares / squares.sum(1, keepdim=True)  # B, K
-        below = ratios.cumsum(1)[:, :-1].clamp(max=1)                        # B, K - 1; targets 0.5, 0.5: 0.2 to 0.8
-        cuts = scores.detach().quantile(below.flatten()).view(len(scores), -1, 1, 1)  # B, K - 1, 1, 1; thresholds
+        below = ratios.cumsum(1)[:, :-1].clamp(max=1)                        # B, K - 1; 0.2 to 0.8 if the target is 0.5
+        cuts = scores.detach().quantile(below.flatten()).view(len(scores), -1, 1, 1)  # B, K - 1, 1, 1
         # logit k is the sum of score - cut over the first k cuts, so the argmax is the number of cuts below the score
         logits = F.pad((scores[:, None] - cuts).cumsum(1), (0, 0, 0, 0, 1, 0))  # B, K, h, w
         soft = logits.softmax(dim=1)                                         # B, K, h, w
@@ -266,7 +266,7 @@ def budget_loss(gate, ratios):
 # ---- 3  Codebook -------------------------------------------------------------------------------
 
 def straight_through(z, q):
-    """Returns q, whose gradient is passed to z unchanged, because nearest-neighbour lookup has no gradient."""
+    """Return q. Its gradient is passed to z unchanged, because nearest-neighbour lookup has no gradient."""
     return z + (q - z).detach()
 
 
@@ -308,8 +308,8 @@ class Codebook(nn.Module):
     @torch.no_grad()
     def update(self, z, weight, ids):
         """EMA update (online k-means): every entry becomes sums / uses, the moving average of its assigned vectors.
-        The encoder changes quickly at first, so the averaging window starts short: in batch number `age`, counted from
-        1, the decay is age / (9 + age), at most self.decay. z: (n, D); weight, ids: (n,)"""
+        The encoder changes quickly at first, so the averaging window starts short: the decay is age / (9 + age), at
+        most self.decay, where age is the number of batches so far. z: (n, D); weight, ids: (n,)"""
         self.age += 1
         decay = (self.age / (9 + self.age)).clamp(max=self.decay)
         uses = torch.zeros_like(self.uses).index_add_(0, ids, weight)        # V
@@ -323,7 +323,7 @@ class Codebook(nn.Module):
         """Entries are dead if their usage is below dead_below times the mean, weight.sum() / V. They are replaced by
         vectors of the batch, sampled by weight, plus noise of 1 % of the standard deviation per dimension. Their
         usage becomes the mean. z: (n, D); weight: (n,)"""
-        z, weight = all_gather(z), all_gather(weight).nan_to_num(1.0)        # a diverged gate is NaN
+        z, weight = all_gather(z), all_gather(weight).nan_to_num(1.0)        # multinomial rejects NaN
         mean_uses = weight.sum() / len(self.uses)
         dead = self.uses < self.dead_below * mean_uses                       # V
         vectors = z[torch.multinomial(weight, min(len(self.uses), len(z)))]  # <= V, D
@@ -554,7 +554,7 @@ class Layout(nn.Module):
 
         grain = torch.zeros(P, dtype=torch.long)                             # granularity of an id
         region = torch.full((P,), N)                                         # its region; N for an EOS
-        first_id = torch.arange(P)                                           # first id of its region, same granularity
+        first_id = torch.arange(P)                                           # the region's first id at this granularity
         # row and column of a code's centre in cells of the finest grid; (0, 0) for EOS ids and for the start (row P)
         coordinates = torch.zeros(P + 1, 2)
         for k, side in enumerate(self.sides):
@@ -586,7 +586,7 @@ class Layout(nn.Module):
         grains = self.grains(pos).view(-1, self.side, self.side)             # B, h, w
         blocks = [canvas[:, o:o + side ** 2].view(-1, side, side) for o, side in zip(self.offsets, self.sides)]
         codes = torch.stack([upsample(block, self.fine_side) for block in blocks], dim=1)  # B, K, H, W
-        pick = upsample(grains, self.fine_side).clamp(min=0)[:, None]        # B, 1, H, W; uncovered: all k hold -1
+        pick = upsample(grains, self.fine_side).clamp(min=0)[:, None]        # B, 1, H, W; uncovered: any k gives -1
         return codes.gather(1, pick)[:, 0], grains
 
     def grains(self, pos):
@@ -601,13 +601,13 @@ class Layout(nn.Module):
         """The mask of valid next position ids. (tests/naive.py has the same rules as a loop.) prev: (B,) or (B, L) ids,
         -1 at the start; grains: (B, N) granularities known so far, -1 elsewhere -> (B, P) or (B, L, P), bool.
         Candidates are the ids after prev, up to the next EOS. Writing a region's first cell opens the region. Its other
-        cells are then pending, and must follow in order. Valid ids are the next pending one (or the EOS, if there is
-        none), and all lower ids that open an uncovered region. The finest granularity skips no region: only the lowest
-        of these ids is valid. In the class's example:
+        cells are then pending, and must follow in order. Valid are the next pending id (else the EOS) and every lower
+        id that opens an uncovered region. At the finest granularity, only the lowest of these is valid, as no region
+        may be skipped. In the class's example:
             prev  -1 -> 0 1 2 3 4      0 -> 1 2 3 4      3 -> 4        coarse codes may skip regions
             prev   4 -> 7     (the first uncovered)      7 -> 8        8 -> 11 (pending)      12 -> 21
-        Training passes the *final* grains, for all steps at once. The mask is the same, since a region that will get
-        this granularity or a finer one counts as uncovered until it opens."""
+        Training passes the *final* grains, for all steps at once. The mask is the same: until it opens, a region whose
+        final granularity is this one, or a finer one, counts as uncovered."""
         following = (prev + 1).clamp(max=self.end)[..., None]                # B, (L,) 1: the id after prev
         region_grain = F.pad(none_last(grains, self.n_grains), (0, 1), value=self.n_grains)  # B, N + 1; K: uncovered
         region_grain = region_grain.gather(1, self.region.expand(len(grains), -1))  # B, P
@@ -674,8 +674,8 @@ class Block(nn.Module):
         return x + self.drop(self.down(F.gelu(self.up(self.norm2(x)))))
 
     def step(self, x, rope, cache, rows, steps, mask):
-        """One token per row: (R, C) -> (R, C). cache (2, R, heads, M, d) holds keys and values; those of x are stored
-        at these rows (R,) and steps (R,). mask (R, heads, 1, M): -inf at masked entries"""
+        """One token per row: (R, C) -> (R, C). cache (2, R, heads, M, d) holds keys and values; those of x are
+        written at the given rows (R,) and steps (R,). mask (R, heads, 1, M): -inf at masked entries"""
         qkv = self.queries_keys_values(x, rope)                              # R, 3, heads, d
         cache[:, rows, :, steps] = qkv[:, 1:]                                # R, 2, heads, d: indexing puts R first
         y = attention(qkv[:, 0, :, None], *cache, mask)                      # R, heads, 1, d
@@ -810,7 +810,7 @@ def generate_one(model, label=-1, options=SampleOptions(), seed=0, index=0):
         pos, code = F.pad(pos, (0, 1), value=layout.end), F.pad(code, (0, 1), value=-1)  # each 1, t + 1; placeholders
         valid = layout.legal(F.pad(pos, (1, 0), value=-1)[:, t], layout.grains(pos))  # 1, P
         logits, _ = model.logits(pos.expand(len(labels), -1), code.expand(len(labels), -1), labels)  # R, t + 1, P
-        logits = apply_guidance(logits[:, t], options, 1).masked_fill(~valid, -math.inf)  # 1, P; -inf - -inf is NaN
+        logits = apply_guidance(logits[:, t], options, 1).masked_fill(~valid, -math.inf)  # 1, P; guidance made NaNs
         pos[:, t] = draw(logits, u[t, :1])
         _, logits = model.logits(pos.expand(len(labels), -1), code.expand(len(labels), -1), labels)  # R, t + 1, V
         logits = filter_logits(apply_guidance(logits[:, t], options, 1), options.top_k, options.top_p)  # 1, V
@@ -928,9 +928,9 @@ def make_stepper(step, model, job, state, graphs):
         if M in captured:
             return captured[M].replay()
         size = state.cache[0].shape[3]
-        if not graphs and not M <= size < 2 * M:                             # negative padding crops
-            state.cache[:] = [F.pad(old, (0, 0, 0, M - size)) for old in state.cache]
-        step(model, job, state, M)                                           # also the warm-up; capturing only records
+        if not graphs and (size < M or size >= 2 * M):
+            state.cache[:] = [F.pad(old, (0, 0, 0, M - size)) for old in state.cache]  # negative padding crops
+        step(model, job, state, M)                                           # a capture would only record the step
         if graphs:
             captured[M] = torch.cuda.CUDAGraph()
             with torch.cuda.graph(captured[M], pool=pool, stream=stream):
@@ -939,8 +939,8 @@ def make_stepper(step, model, job, state, graphs):
 
 
 def check_given(model, n, pos, code):
-    """Raise UserError unless the given pairs (n, L) are prefixes of valid sequences, with contents below V. The check:
-    a valid prefix does not change if all other regions are made fine and the image is packed."""
+    """Raise UserError unless the given pairs (n, L) are prefixes of valid sequences, with contents below V. Method:
+    make all other regions fine, and pack. A valid prefix comes back unchanged."""
     layout, V = model.layout, model.config.codebook_size
     require(pos.shape == code.shape == (n, layout.max_len), f"given tensors must have the shape {n}, {layout.max_len}")
     in_range = -1 <= pos.min() and pos.max() <= layout.end and -1 <= code.min() and code.max() < V
@@ -960,7 +960,7 @@ def generate(model, label, options=SampleOptions(), seed=0, given=None, slots=No
     (pos, code), each (n, max_len), -1 where sampled; given positions must form a prefix. slots: images decoded
     concurrently (None: all). progress: called with (i, pos, code) when host and device synchronise; images below i are
     complete; the last call has i = n. Sampling ends if it returns True.
-    For speed only. bucket: attention reads a multiple of this many cache entries; graphs (None: on GPUs): capture a
+    For speed only. bucket: the length that attention reads is a multiple of this; graphs (None: on GPUs): capture a
     CUDA graph per multiple; sync_every: steps between synchronisations; compile: use torch.compile."""
     options.check()
     n, L, device = len(label), model.layout.max_len, label.device
@@ -981,8 +981,8 @@ def generate(model, label, options=SampleOptions(), seed=0, given=None, slots=No
             take((longest // bucket + 1) * bucket)
             longest = min(longest + 1, L - 1)
             if n_steps % sync_every == 0:
-                oldest, longest = torch.stack([state.image.min(), state.t.max()]).tolist()
-                if (progress and progress(oldest, state.pos, state.code)) or oldest == n:  # n: all slots are idle
+                n_done, longest = torch.stack([state.image.min(), state.t.max()]).tolist()  # images below are complete
+                if (progress and progress(n_done, state.pos, state.code)) or n_done == n:
                     break
     return state.pos[:n].clone(), state.code[:n].clone()                     # normal tensors, not inference tensors
 
@@ -1019,7 +1019,7 @@ def load_checkpoint(path, kind):
     try:
         with zipfile.ZipFile(path) as archive:
             assert archive.testzip() is None                                 # torch.load verifies no checksums
-        checkpoint = torch.load(path, map_location="cpu", mmap=kind == "dq-codes", weights_only=True)  # runs no code
+        checkpoint = torch.load(path, map_location="cpu", mmap=kind == "dq-codes", weights_only=True)  # no pickled code
         found, order = checkpoint.get("kind", "something else"), checkpoint.get("layout", "of an older version")
     except Exception as error:
         raise UserError(f"{path} is not a checkpoint, or is corrupt ({type(error).__name__})") from None
