@@ -60,7 +60,7 @@ class VAEConfig:
     size: int = 32                       # side of the square images, in pixels
     factors: tuple = (8, 4)              # downsampling factor of each granularity, coarse to fine
     ratios: tuple = (0.5, 0.5)           # target fraction of regions per granularity
-    router: str = "learned"              # learned | entropy | random | dial
+    router: str = "learned"              # learned | entropy | random | dial; see section 2
     codebook_size: int = 256             # V
     code_dim: int = 8                    # D
     channels: int = 64                   # Z, channels of the encoder's maps and of the decoder's input
@@ -99,7 +99,7 @@ class TransformerConfig:
     dropout: float = 0.0
     label_dropout: float = 0.1           # probability of dropping the label, for classifier-free guidance
     rotary: bool = True                  # 2-D RoPE; not in the paper
-    qk_norm: bool = False                # QK-norm (ViT-22B) without learned scales, in most presets; not in the paper
+    qk_norm: bool = False                # QK-norm (ViT-22B) without learned scales; not in the paper
 
     def __post_init__(self):
         self.factors, self.classes = tuple(self.factors), tuple(self.classes)
@@ -142,10 +142,10 @@ class GrainRouter(nn.Module):
 
     def forward(self, x, maps, noise=1.0):
         """In training, the gate is a hard Gumbel-softmax sample with scaled noise. In evaluation it is the argmax.
-        Why it learns: the gate multiplies the maps (DQVAE.mix), so the cost c_k = d loss / d gate_k shows how the loss
-        changes as a region moves towards granularity k. The backward pass uses p, the softmax of the noisy logits
-        (straight-through): d loss / d logit_k = p_k (c_k - sum_j p_j c_j), so granularities of below-average cost
-        become more likely. Unless the noise is annealed to zero (gumbel_scale), the argmax may miss the budget."""
+        Why it learns: the gate multiplies the maps (DQVAE.mix), so c_k = d loss / d gate_k estimates the cost of
+        granularity k for a region. The backward pass uses p, the softmax of the noisy logits (straight-through):
+        d loss / d logit_k = p_k (c_k - sum_j p_j c_j), so granularities of below-average cost become more likely.
+        Unless the noise is annealed to zero (gumbel_scale), the argmax may miss the budget."""
         logits = self.logits(maps)                                           # B, K, h, w
         if not self.training:
             return one_hot(logits.argmax(dim=1), logits.shape[1])
@@ -176,13 +176,13 @@ class ThresholdRouter(nn.Module):
         scores = torch.cat([self.score(x, encoder(x)).flatten() for x in images])
         below = np.cumsum(ratios)[:-1].clip(0, 1)                            # K - 1: fraction below each threshold
         cuts = np.quantile(scores.cpu().numpy().astype(float), below)        # K - 1
-        cuts = np.where(below < 1e-6, -1e9, np.where(below > 1 - 1e-6, 1e9, cuts))  # a ratio of 0 gets none
+        cuts = np.where(below < 1e-6, -1e9, np.where(below > 1 - 1e-6, 1e9, cuts))  # ratio 0: no regions
         self.thresholds.copy_(torch.from_numpy(cuts.astype(np.float32)))
 
 
 class DialRouter(ThresholdRouter):
     """One learned score for all budgets; not in the paper. Training uses random ratios, so new thresholds give new
-    lengths without retraining. Regions that keep their granularity then keep their codes. scorer: a GrainRouter"""
+    lengths without retraining. A region that keeps its granularity keeps its codes. scorer: a GrainRouter"""
     def __init__(self, ratios, scorer):
         super().__init__(torch.zeros(len(ratios) - 1))
         self.ratios, self.scorer = torch.tensor(ratios), scorer
@@ -194,12 +194,12 @@ class DialRouter(ThresholdRouter):
 
     def forward(self, x, maps, noise=1.0):
         """In training, each image has its own ratios, 0.4 * target + 0.6 * random. The random ones come from
-        Dirichlet(1/2), often near 0 or 1. Quantiles of the batch's noisy scores at these ratios separate the
-        granularities, so no budget loss is needed. Evaluation uses moving averages of quantiles at the target."""
+        Dirichlet(1/2), often near 0 or 1. The thresholds are quantiles of the batch's noisy scores at these ratios, so
+        no budget loss is needed. Evaluation uses moving averages of the thresholds for the target."""
         if not self.training:
             return super().forward(x, maps)
         (rank, world), target = rank_world(), self.ratios.to(x.device)       # target: K
-        scores = all_gather(self.score(x, maps))                             # B, h, w; B here counts all ranks' images
+        scores = all_gather(self.score(x, maps))                             # B, h, w; here B is the global batch size
         self.thresholds.lerp_(scores.detach().quantile(target.cumsum(0)[:-1]), 0.1)
         scores = 3 * F.layer_norm(scores, scores.shape)                      # a fixed std, so that noise matters
         scores = scores + noise * torch.rand_like(scores).logit(eps=1e-6)    # logistic: a difference of Gumbels
@@ -207,7 +207,7 @@ class DialRouter(ThresholdRouter):
         ratios = 0.4 * target + 0.6 * squares / squares.sum(1, keepdim=True)  # B, K
         below = ratios.cumsum(1)[:, :-1].clamp(max=1)                        # B, K - 1; 0.2 to 0.8 if the target is 0.5
         cuts = scores.detach().quantile(below.flatten()).view(len(scores), -1, 1, 1)  # B, K - 1, 1, 1
-        # logit k is the sum of score - cut over the first k cuts, so the argmax is the number of cuts below the score
+        # logit k sums score - cut over the first k (ascending) cuts, so the argmax counts the cuts below the score
         logits = F.pad((scores[:, None] - cuts).cumsum(1), (0, 0, 0, 0, 1, 0))  # B, K, h, w
         soft = logits.softmax(dim=1)                                         # B, K, h, w
         gate = one_hot(soft.argmax(dim=1), len(target)) + (soft - soft.detach())  # B, K, h, w: exactly one-hot
@@ -323,7 +323,7 @@ class Codebook(nn.Module):
         """Entries are dead if their usage is below dead_below times the mean, weight.sum() / V. They are replaced by
         vectors of the batch, sampled by weight, plus noise of 1 % of the standard deviation per dimension. Their
         usage becomes the mean. z: (n, D); weight: (n,)"""
-        z, weight = all_gather(z), all_gather(weight).nan_to_num(1.0)        # multinomial rejects NaN
+        z, weight = all_gather(z), all_gather(weight).nan_to_num(1.0)        # NaN if the loss diverged
         mean_uses = weight.sum() / len(self.uses)
         dead = self.uses < self.dead_below * mean_uses                       # V
         vectors = z[torch.multinomial(weight, min(len(self.uses), len(z)))]  # <= V, D
@@ -601,13 +601,13 @@ class Layout(nn.Module):
         """The mask of valid next position ids. (tests/naive.py has the same rules as a loop.) prev: (B,) or (B, L) ids,
         -1 at the start; grains: (B, N) granularities known so far, -1 elsewhere -> (B, P) or (B, L, P), bool.
         Candidates are the ids after prev, up to the next EOS. Writing a region's first cell opens the region. Its other
-        cells are then pending, and must follow in order. Valid are the next pending id (else the EOS) and every lower
-        id that opens an uncovered region. At the finest granularity, only the lowest of these is valid, as no region
-        may be skipped. In the class's example:
+        cells are then pending, and must follow in order. Two kinds of id are valid: the next pending one (the EOS, if
+        nothing is pending), and all ids before it that open an uncovered region. At the finest granularity, only the
+        first of these is valid, because no region may be skipped. In the class's example:
             prev  -1 -> 0 1 2 3 4      0 -> 1 2 3 4      3 -> 4        coarse codes may skip regions
             prev   4 -> 7     (the first uncovered)      7 -> 8        8 -> 11 (pending)      12 -> 21
-        Training passes the *final* grains, for all steps at once. The mask is the same: until it opens, a region whose
-        final granularity is this one, or a finer one, counts as uncovered."""
+        Training passes the *final* grains, for all steps at once. The mask is the same: a region of the current
+        granularity or a finer one counts as uncovered until its first cell is written."""
         following = (prev + 1).clamp(max=self.end)[..., None]                # B, (L,) 1: the id after prev
         region_grain = F.pad(none_last(grains, self.n_grains), (0, 1), value=self.n_grains)  # B, N + 1; K: uncovered
         region_grain = region_grain.gather(1, self.region.expand(len(grains), -1))  # B, P
@@ -635,7 +635,7 @@ def attention(q, k, v, mask=None, dropout=0.0):
 def rope_table(coordinates, d):
     """2-D rotary position embedding (RoPE; Su et al., "RoFormer", 2021): (n, 2) -> the cosines and signed sines that
     `apply_rope` takes, (n, 2, d). Half of the channel pairs rotate with the row, half with the column, at frequencies
-    from 1 to about 1/10, as grids of codes are small. RoPE encodes only relative positions. (0, 0) is not rotated."""
+    from 1 to about 1/10, because the grids are small. RoPE encodes only relative positions. (0, 0) is not rotated."""
     frequency = 10.0 ** -(torch.arange(d // 4) / (d // 4))                   # d/4
     angle = (coordinates[:, :, None] * frequency).flatten(1)                 # n, d/2: by the row, by the column
     return torch.stack([angle.cos().repeat(1, 2), torch.cat([-angle.sin(), angle.sin()], dim=1)], dim=1)
@@ -717,7 +717,7 @@ class DQTransformer(nn.Module):
     def rope_of(self, queries, keys):
         """RoPE tables for queries and keys at the ids (...), -1 for the start -> (..., 3, 1, 2, d), or None."""
         if self.config.rotary:
-            ids = torch.stack([queries, keys, torch.full_like(keys, -1)], dim=-1)  # ..., 3; values are not rotated
+            ids = torch.stack([queries, keys, torch.full_like(keys, -1)], dim=-1)  # ..., 3; -1: values are not rotated
             return self.rope[ids].unsqueeze(-3)                              # ..., 3, 1, 2, d
 
     def logits(self, pos, code, label=None):
@@ -810,7 +810,7 @@ def generate_one(model, label=-1, options=SampleOptions(), seed=0, index=0):
         pos, code = F.pad(pos, (0, 1), value=layout.end), F.pad(code, (0, 1), value=-1)  # each 1, t + 1; placeholders
         valid = layout.legal(F.pad(pos, (1, 0), value=-1)[:, t], layout.grains(pos))  # 1, P
         logits, _ = model.logits(pos.expand(len(labels), -1), code.expand(len(labels), -1), labels)  # R, t + 1, P
-        logits = apply_guidance(logits[:, t], options, 1).masked_fill(~valid, -math.inf)  # 1, P; guidance made NaNs
+        logits = apply_guidance(logits[:, t], options, 1).masked_fill(~valid, -math.inf)  # 1, P; -inf - -inf: NaN
         pos[:, t] = draw(logits, u[t, :1])
         _, logits = model.logits(pos.expand(len(labels), -1), code.expand(len(labels), -1), labels)  # R, t + 1, V
         logits = filter_logits(apply_guidance(logits[:, t], options, 1), options.top_k, options.top_p)  # 1, V
@@ -820,7 +820,7 @@ def generate_one(model, label=-1, options=SampleOptions(), seed=0, index=0):
 
 
 # Fast sampling of many images: continuous batching with a KV cache. B slots (images in progress) decode one pair per
-# step. A slot whose image is complete starts another one, so the cost scales with the mean length.
+# step. A slot whose image is complete starts the next image, so the cost scales with the mean length.
 
 class Job(NamedTuple):
     """The constant inputs of a sampling run for n images. Row n is a dummy for idle slots."""
@@ -864,7 +864,7 @@ def decode_one(model, job, state, M):
     mask = h.new_zeros(R, model.config.heads, 1, M).masked_fill(future, -math.inf)
     caches = [cache[..., :M, :] for cache in state.cache]
 
-    # where: the position stack, then sample one of the valid ids
+    # position: its stack, then sample one of the valid ids
     rope = model.rope_of(last, last)                                         # R, 3, 1, 2, d
     for block, cache in zip(model.position_stack, caches):
         h = block.step(h, rope, cache, rows, steps, mask)                    # R, C
@@ -872,7 +872,7 @@ def decode_one(model, job, state, M):
     logits = logits.masked_fill(~model.layout.legal(state.last, state.grains[:, :-1]), -math.inf)
     pos = unless_given(draw(logits, u[0]), given[0])                         # B
 
-    # what: the content stack, then sample a codebook id
+    # content: its stack, then sample a codebook id
     h = h + model.position(per_row(pos))                                     # R, C
     rope = model.rope_of(per_row(pos), last)
     for block, cache in zip(model.content_stack, caches[len(model.position_stack):]):
@@ -902,7 +902,7 @@ def start(model, label, options, seed, given, first, slots, M):
     n, layout, config, device = len(label), model.layout, model.config, label.device
     copies = 2 if options.cfg != 1 and model.n_classes else 1                # rows per image
     labels = none_last(torch.stack([label, torch.full_like(label, -1)], dim=1), model.n_classes)[:, :copies]
-    # one generator per image: its random numbers, in (0, 1], depend on the seed and its index alone
+    # one generator per image: numbers in (0, 1] that depend only on the seed and the image's index
     uniform = [1 - numpy_rng(seed, first + i).random((layout.max_len, 2), np.float32) for i in range(n + 1)]
     if given is not None:
         given = F.pad(torch.stack(given, dim=-1), (0, 0, 0, 0, 0, 1), value=-1)  # n + 1, L, 2
@@ -930,7 +930,7 @@ def make_stepper(step, model, job, state, graphs):
         size = state.cache[0].shape[3]
         if not graphs and (size < M or size >= 2 * M):
             state.cache[:] = [F.pad(old, (0, 0, 0, M - size)) for old in state.cache]  # negative padding crops
-        step(model, job, state, M)                                           # a capture would only record the step
+        step(model, job, state, M)                                           # capturing does not run the step
         if graphs:
             captured[M] = torch.cuda.CUDAGraph()
             with torch.cuda.graph(captured[M], pool=pool, stream=stream):
@@ -940,7 +940,7 @@ def make_stepper(step, model, job, state, graphs):
 
 def check_given(model, n, pos, code):
     """Raise UserError unless the given pairs (n, L) are prefixes of valid sequences, with contents below V. Method:
-    make all other regions fine, and pack. A valid prefix comes back unchanged."""
+    give all other regions the finest granularity, and pack. A valid prefix comes back unchanged."""
     layout, V = model.layout, model.config.codebook_size
     require(pos.shape == code.shape == (n, layout.max_len), f"given tensors must have the shape {n}, {layout.max_len}")
     in_range = -1 <= pos.min() and pos.max() <= layout.end and -1 <= code.min() and code.max() < V
@@ -959,9 +959,9 @@ def generate(model, label, options=SampleOptions(), seed=0, given=None, slots=No
     i depends on its label, the options, the seed and its index first + i, but not on other images. given: optional
     (pos, code), each (n, max_len), -1 where sampled; given positions must form a prefix. slots: images decoded
     concurrently (None: all). progress: called with (i, pos, code) when host and device synchronise; images below i are
-    complete; the last call has i = n. Sampling ends if it returns True.
+    complete; the last call has i = n. Returning True ends sampling.
     For speed only. bucket: the length that attention reads is a multiple of this; graphs (None: on GPUs): capture a
-    CUDA graph per multiple; sync_every: steps between synchronisations; compile: use torch.compile."""
+    CUDA graph per length; sync_every: steps between synchronisations; compile: use torch.compile."""
     options.check()
     n, L, device = len(label), model.layout.max_len, label.device
     last = max(0, model.n_classes - 1)                                       # without classes, 0 means no label, too
@@ -1051,7 +1051,7 @@ def load_transformer(path, device):
             rebuild(DQVAE, VAEConfig, saved.get("vae_config"), saved.get("vae_weights"), device))
 
 
-# ---- 9  Distributed training, and random numbers that do not depend on it ----------------------
+# ---- 9  Distributed training, and random numbers independent of the world size -----------------
 
 def rank_world():
     """-> rank and world size under torchrun, (0, 1) without it."""
