@@ -152,7 +152,7 @@ class Remote:
                 raise Lost(NOT_RUN if self.deadline == self.until else f"not done after {10 * self.limit:g} seconds")
             kind, *reply = worker.read_answer(self.connection.recv_bytes(worker.MAX_BYTES))
         except (EOFError, OSError):
-            late = self.waited + time.monotonic() - start >= self.limit      # then the kernel has ended the process
+            late = self.waited + time.monotonic() - start >= 0.8 * self.limit  # start and threads count, too
             raise Lost(f"not done after {self.limit:g} seconds of computing" if late else "its process died") from None
         except Lost:
             raise
