@@ -1018,7 +1018,7 @@ def load_checkpoint(path, kind):
     require(os.path.isfile(path), f"no such file: {path} ({maker} writes it)")
     try:
         with zipfile.ZipFile(path) as archive:
-            assert archive.testzip() is None                                 # torch.load verifies no checksums
+            require(archive.testzip() is None, "wrong checksum")             # torch.load verifies no checksums
         checkpoint = torch.load(path, map_location="cpu", mmap=kind == "dq-codes", weights_only=True)  # no pickled code
         found, order = checkpoint.get("kind", "something else"), checkpoint.get("layout", "of an older version")
     except Exception as error:
@@ -1093,5 +1093,5 @@ def sample_global(fill, shape, device):
 
 
 def numpy_rng(*seeds):
-    """A NumPy generator, seeded by integers below 2**64. Different seeds give different streams."""
+    """A NumPy generator, seeded by integers below 2**64. As many other seeds give another stream."""
     return np.random.default_rng([seed % 2 ** 32 for seed in seeds] + [seed >> 32 for seed in seeds])

@@ -143,16 +143,16 @@ class Remote:
 
     def ask(self, **order):
         """-> the tensors that were sent, and the reply"""
-        data, tensors = message(order)
-        start = time.monotonic()
+        (data, tensors), start, before = message(order), time.monotonic(), 0.0
         try:
+            before = self.clock()
             self.connection.send_bytes(data)
             left = self.deadline - start
             if left <= 0 or not self.connection.poll(left):
                 raise Lost(NOT_RUN if self.deadline == self.until else f"not done after {10 * self.limit:g} seconds")
             kind, *reply = worker.read_answer(self.connection.recv_bytes(worker.MAX_BYTES))
         except (EOFError, OSError):
-            late = self.waited + time.monotonic() - start >= 0.8 * self.limit  # start and threads count, too
+            late = before + time.monotonic() - start >= 0.95 * self.limit    # the kernel counts start-up, and in ticks
             raise Lost(f"not done after {self.limit:g} seconds of computing" if late else "its process died") from None
         except Lost:
             raise

@@ -317,7 +317,7 @@ def test_a_timed_step_is_a_training_step():
 
 
 def test_sampling_options_for_a_folder(run, images, capsys, monkeypatch):
-    """The FD of two rows, from images that are read and sampled here, in float32 as in the tool."""
+    """The FD of two rows, from images that are read and sampled here. The tool, too, computes in float32."""
     pick_device = quality.common.pick_device
     monkeypatch.setattr(quality.common, "pick_device", lambda name, dtype: pick_device(name, "fp32"))
     path, sizes = run / "transformer.pt", ["--n", "6", "--temperatures", "0.5", "1", "--guidance", "1", "2"]
