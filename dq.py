@@ -223,9 +223,9 @@ class RandomRouter(ThresholdRouter):
         side = maps[0].shape[-1]
         if self.training:
             return sample_global(torch.Tensor.uniform_, (len(x), side, side), x.device)  # B, h, w
-        # seeded by torch's seed and the image's checksum: the same routing in any batch and on any rank
-        keys = [zlib.crc32(image.contiguous().numpy()) for image in x.float().cpu()]
-        scores = [numpy_rng(torch.initial_seed(), key).random((side, side), np.float32) for key in keys]
+        # seeded by the image's checksum: the same routing in any batch, on any rank and in any run
+        seeds = [zlib.crc32(image.contiguous().numpy()) for image in x.float().cpu()]
+        scores = [numpy_rng(seed).random((side, side), np.float32) for seed in seeds]
         return torch.from_numpy(np.stack(scores)).to(x.device)               # B, h, w
 
 

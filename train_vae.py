@@ -293,7 +293,6 @@ def write_codes(path, vae, train, val, args, device, autocast, stop, psnr):
     """Encode all images and write what stage 2 needs: the codes, the DQ-VAE, the classes, the name of the preset, and
     the PSNR of the validation images in dB."""
     vae.eval()
-    seed_all(args.seed)                                                      # for the random router
     parts = [encode_dataset(vae, data, device, autocast, args.workers, mirrored, stop, args.part, cropped)
              for data, mirrored, cropped in ((train, not args.no_flip, len(train) < FEW), (val, False, False))]
     if dq.rank_world()[0] > 0:

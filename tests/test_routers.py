@@ -215,17 +215,15 @@ def test_other_ratios_without_training(router, ratios):
 
 
 @torch.no_grad()
-def test_random_routes_depend_on_seed_and_image_alone():
-    """In evaluation. So codes do not depend on how images are distributed over ranks."""
+def test_random_routes_depend_on_the_image_alone():
+    """In evaluation. So codes do not depend on how images are distributed over ranks, nor on what was drawn before."""
     router, maps = RandomRouter((0.5, 0.5)).eval(), [torch.zeros(6, 1, 8, 8)]
     x = torch.rand(6, 3, 16, 16)
-    torch.manual_seed(3)
     gate = router(x, maps)
+    torch.manual_seed(3)
     alone = torch.cat([router(x[i:i + 1], [maps[0][:1]]) for i in (5, 0, 3)])
     assert torch.equal(alone, gate[[5, 0, 3]])
     assert not torch.equal(gate[0], gate[1]) and 0.4 < gate[:, 1].mean() < 0.6
-    torch.manual_seed(4)
-    assert not torch.equal(router(x, maps), gate)
 
 
 @pytest.mark.parametrize("ratios, targets", [((0, 1), [0, 1]), ((1, 0), [1, 0]), ((0, 0.5, 0.5), [0, 0.5, 0.5])])

@@ -412,11 +412,11 @@ def test_codes_hold_all_that_stage_2_needs(vae_run, images):
                 assert (found[name][:, v] == each.cpu()).double().mean() >= same
 
 
-def test_random_routing_of_codes_depends_only_on_the_seed(tmp_path):
-    """Random numbers that were drawn before have no influence. The size, factors and ratios are those of a preset."""
+def test_random_routing_of_codes_depends_only_on_the_images(tmp_path):
+    """So `--encode` routes as training did. The size, factors and ratios are those of a preset."""
     vae, data = dq.DQVAE(dq.VAEConfig(codebook_size=16, router="random")), ToyShapes(32, n=8)
     grains = []
-    for before, seed in ((1, 5), (2, 5), (1, 6)):
+    for before, seed in ((1, 5), (2, 6)):
         torch.manual_seed(before)
         args = SimpleNamespace(seed=seed, workers=0, no_flip=True, part=8, preset="toy")
         stop = SimpleNamespace(asked=lambda: 0, alive=0.0)
@@ -424,7 +424,7 @@ def test_random_routing_of_codes_depends_only_on_the_seed(tmp_path):
         codes = dq.load_checkpoint(tmp_path / "codes.pt", "dq-codes")
         grains.append(codes["train"]["grains"].clone())
         assert codes["preset"] == "toy"
-    assert torch.equal(grains[0], grains[1]) and not torch.equal(grains[0], grains[2])
+    assert torch.equal(*grains)
 
 
 def test_an_exact_reconstruction_has_a_finite_psnr():
@@ -464,7 +464,7 @@ def test_encode_takes_what_the_checkpoint_knows(images, tmp_path, monkeypatch):
     assert codes[0]["name"] == codes[1]["name"] and codes[0]["train"]["codes"].shape[1] == 5  # crops
     assert codes[0]["preset"] == codes[1]["preset"] == "folder32"
     assert torch.equal(codes[0]["held_out"]["codes"], codes[1]["held_out"]["codes"])
-    assert codes[1]["psnr"] == pytest.approx(codes[0]["psnr"], abs=0.05)     # by other random routes
+    assert codes[1]["psnr"] == pytest.approx(codes[0]["psnr"], abs=1e-4)
     assert call(train_vae.main, "--encode", first / "vae.pt", "--out", again, "--data", images) is None
     same = dq.load_checkpoint(again / "codes.pt", "dq-codes")                # the folder is known, and so is --held-out
     assert same["name"] == codes[0]["name"] and len(same["held_out"]["label"]) == 2
