@@ -919,22 +919,23 @@ def start(model, label, options, seed, given, first, slots, M):
 
 def make_stepper(step, model, job, state, graphs):
     """-> take(M): one step, in which attention reads the first M entries of the cache. Without graphs, the cache is
-    resized to about M, since slices of a much longer one are slower. With graphs, the first step for each M is captured
-    as a CUDA graph. Graphs need fixed addresses, so then the cache has its full length from the start."""
-    captured = {}
-    if graphs:
-        pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(state.t.device)
+    resized to about M, since slices of a much longer one are slower. With graphs, the step is captured as a CUDA graph
+    once for each M. Graphs need fixed addresses, so then the cache has its full length from the start."""
+    if not graphs:
+        def take(M):
+            size = state.cache[0].shape[3]
+            if size < M or size >= 2 * M:
+                state.cache[:] = [F.pad(old, (0, 0, 0, M - size)) for old in state.cache]  # negative padding crops
+            step(model, job, state, M)
+        return take
+    captured, pool, stream = {}, torch.cuda.graph_pool_handle(), torch.cuda.Stream(state.t.device)
     def take(M):
         if M in captured:
             return captured[M].replay()
-        size = state.cache[0].shape[3]
-        if not graphs and (size < M or size >= 2 * M):
-            state.cache[:] = [F.pad(old, (0, 0, 0, M - size)) for old in state.cache]  # negative padding crops
-        step(model, job, state, M)                                           # capturing does not run the step
-        if graphs:
-            captured[M] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(captured[M], pool=pool, stream=stream):
-                step(model, job, state, M)
+        step(model, job, state, M)                                           # a capture records, and does not run
+        captured[M] = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(captured[M], pool=pool, stream=stream):
+            step(model, job, state, M)
     return take
 
 
