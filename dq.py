@@ -16,7 +16,7 @@ Notation used throughout:
     B batch size   K granularities, k = 0 the coarsest   N regions = cells of the coarsest grid, h x w
     s_k codes per region at granularity k (1, 4, 16)   H x W the finest grid   S image side
     Z encoder channels   D code dimension   V codebook size   P position ids   L sequence length   C transformer width
-    d dimension of a head   M length of a KV cache   R = B rows, or 2 B with guidance   n number of items
+    d dimension of a head   M entries of the KV cache in use   R = B rows, or 2 B with guidance   n number of items
     -1 marks "none": no label, start, EOS content, unknown granularity
     grains (B, h, w) granularity of each region   codes (B, H, W) codebook ids on the finest grid, coarse ones repeated
 """
@@ -181,8 +181,8 @@ class ThresholdRouter(nn.Module):
 
 
 class DialRouter(ThresholdRouter):
-    """One learned score for all budgets; not in the paper. Training uses random ratios, so new thresholds give new
-    lengths without retraining. A region that keeps its granularity keeps its codes. scorer: a GrainRouter"""
+    """One learned score for all budgets; not in the paper. Training uses random ratios, so new thresholds change the
+    sequence lengths without retraining. Regions of unchanged granularity keep their codes. scorer: a GrainRouter"""
     def __init__(self, ratios, scorer):
         super().__init__(torch.zeros(len(ratios) - 1))
         self.ratios, self.scorer = torch.tensor(ratios), scorer
@@ -195,7 +195,7 @@ class DialRouter(ThresholdRouter):
     def forward(self, x, maps, noise=1.0):
         """In training, each image has its own ratios, 0.4 * target + 0.6 * random. The random ones come from
         Dirichlet(1/2), often near 0 or 1. The thresholds are quantiles of the batch's noisy scores at these ratios, so
-        no budget loss is needed. Evaluation uses moving averages of the thresholds for the target."""
+        no budget loss is needed. For evaluation, `thresholds` averages the noise-free quantiles at the target."""
         if not self.training:
             return super().forward(x, maps)
         (rank, world), target = rank_world(), self.ratios.to(x.device)       # target: K
@@ -378,26 +378,26 @@ class Encoder(nn.Module):
     """Image (B, 3, S, S) -> K maps (B, Z, H_k, W_k), coarse to fine, where H_k = W_k = S / factors[k]."""
     def __init__(self, config):
         super().__init__()
-        self.levels_of = [f.bit_length() - 1 for f in config.factors]        # level i has downsampling factor 2^i
-        widths = [config.level_width(i) for i in range(self.levels_of[0] + 1)]
+        self.head_levels = [f.bit_length() - 1 for f in config.factors]        # level i has downsampling factor 2^i
+        widths = [config.level_width(i) for i in range(self.head_levels[0] + 1)]
         self.stem = nn.Conv2d(3, config.width, 3, padding=1)
         self.levels = nn.ModuleList(make_level(config, i, c_in, config.encoder_blocks)
                                     for i, c_in in enumerate([config.width, *widths[:-1]]))
         self.downs = nn.ModuleList(nn.Conv2d(c, c, 3, stride=2) for c in widths[:-1])
         self.heads = nn.ModuleList(nn.Sequential(ResBlock(c, c), AttnBlock(c), ResBlock(c, c), norm(c), nn.SiLU(),
                                                  nn.Conv2d(c, config.channels, 3, padding=1))
-                                   for c in map(config.level_width, self.levels_of))  # to Z channels
+                                   for c in map(config.level_width, self.head_levels))  # to Z channels
 
     def forward(self, x):
         h = self.stem(x)                                                     # B, width, S, S
         maps = {}
         for i, level in enumerate(self.levels):
             h = level(h)                                                     # B, c_i, S/2^i, S/2^i
-            if i in self.levels_of:
-                maps[i] = self.heads[self.levels_of.index(i)](h)             # B, Z, S/2^i, S/2^i
+            if i in self.head_levels:
+                maps[i] = self.heads[self.head_levels.index(i)](h)             # B, Z, S/2^i, S/2^i
             if i < len(self.downs):
                 h = self.downs[i](F.pad(h, (0, 1, 0, 1)))                    # B, c_i, S/2^(i+1), S/2^(i+1); as in VQGAN
-        return [maps[i] for i in self.levels_of]
+        return [maps[i] for i in self.head_levels]
 
 
 class PositionEmbedding(nn.Module):
@@ -417,7 +417,7 @@ class PositionEmbedding(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Quantised grid (B, Z, H, W) -> image (B, 3, S, S). The decoder sees codes only, never the granularities."""
+    """Embedded codes (B, Z, H, W) -> image (B, 3, S, S). The decoder sees codes only, never the granularities."""
     def __init__(self, config):
         super().__init__()
         top = config.factors[-1].bit_length() - 1
@@ -603,7 +603,7 @@ class Layout(nn.Module):
         Candidates are the ids after prev, up to the next EOS. Writing a region's first cell opens the region. Its other
         cells are then pending, and must follow in order. Two kinds of id are valid: the next pending one (the EOS, if
         nothing is pending), and all ids before it that open an uncovered region. At the finest granularity, only the
-        first of these is valid, because no region may be skipped. In the class's example:
+        lowest of these ids is valid, because no region may be skipped. In the class's example:
             prev  -1 -> 0 1 2 3 4      0 -> 1 2 3 4      3 -> 4        coarse codes may skip regions
             prev   4 -> 7     (the first uncovered)      7 -> 8        8 -> 11 (pending)      12 -> 21
         Training passes the *final* grains, for all steps at once. The mask is the same: a region of the current
@@ -648,7 +648,7 @@ def apply_rope(x, rope):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block. `forward` trains on whole sequences, `step` decodes one token with a KV cache."""
+    """Pre-norm transformer block. `forward` takes whole sequences, `step` decodes one token with a KV cache."""
     def __init__(self, config):
         super().__init__()
         C = config.width
@@ -659,7 +659,7 @@ class Block(nn.Module):
         self.drop = nn.Dropout(config.dropout)
 
     def queries_keys_values(self, x, rope):
-        """x: (..., C); rope: see DQTransformer.rope_of; it does not rotate values -> (..., 3, heads, d)"""
+        """x: (..., C); rope: from DQTransformer.rope_of, the identity for values -> (..., 3, heads, d)"""
         qkv = self.qkv(self.norm1(x)).view(*x.shape[:-1], 3, self.heads, -1)  # ..., 3, heads, d
         if self.qk_norm:
             qk, v = qkv.split([2, 1], dim=-3)                                # ..., 2, heads, d; ..., 1, heads, d
@@ -721,7 +721,7 @@ class DQTransformer(nn.Module):
             return self.rope[ids].unsqueeze(-3)                              # ..., 3, 1, 2, d
 
     def logits(self, pos, code, label=None):
-        """pos, code (B, L), label (B,), -1 or None: no label -> position logits (B, L, P), -inf where not valid, and
+        """pos, code (B, L); label (B,), -1 or None: no label -> position logits (B, L, P), -inf where not valid, and
         content logits (B, L, V). Entry t depends on the label and the pairs before t; the content logits also depend on
         pos[:, t]. Input t of the position stack is the condition (t = 0) or pair t - 1, plus the learned order[t]."""
         B, L = pos.shape
@@ -810,7 +810,7 @@ def generate_one(model, label=-1, options=SampleOptions(), seed=0, index=0):
         pos, code = F.pad(pos, (0, 1), value=layout.end), F.pad(code, (0, 1), value=-1)  # each 1, t + 1; placeholders
         valid = layout.legal(F.pad(pos, (1, 0), value=-1)[:, t], layout.grains(pos))  # 1, P
         logits, _ = model.logits(pos.expand(len(labels), -1), code.expand(len(labels), -1), labels)  # R, t + 1, P
-        logits = apply_guidance(logits[:, t], options, 1).masked_fill(~valid, -math.inf)  # 1, P; -inf - -inf: NaN
+        logits = apply_guidance(logits[:, t], options, 1).masked_fill(~valid, -math.inf)  # 1, P; guided -inf is NaN
         pos[:, t] = draw(logits, u[t, :1])
         _, logits = model.logits(pos.expand(len(labels), -1), code.expand(len(labels), -1), labels)  # R, t + 1, V
         logits = filter_logits(apply_guidance(logits[:, t], options, 1), options.top_k, options.top_p)  # 1, V
@@ -832,7 +832,7 @@ class Job(NamedTuple):
 
 class State(NamedTuple):
     """The mutable decoding state of B slots. R = B rows, or 2 B with guidance: conditional, then unconditional ones."""
-    cache: list                          # keys and values of each layer: 2, R, heads, M, d
+    cache: list                          # keys and values of each layer: 2, R, heads, >= M, d
     image: torch.Tensor                  # B: index of the slot's image; n when the slot is idle
     newest: torch.Tensor                 # scalar: index of the most recently started image
     t: torch.Tensor                      # B: step within the image
@@ -844,8 +844,8 @@ class State(NamedTuple):
 
 
 def decode_one(model, job, state, M):
-    """Sample one pair in every slot. Attention reads the first M entries of the cache; all t are below M.
-    It changes only `state`, in place. It never synchronises host and device, so CUDA graphs can capture it."""
+    """Sample one pair in every slot. Attention reads the first M entries of the cache, so all t must be below M.
+    This changes only `state`, in place, and never synchronises host and device, so CUDA graphs can capture it."""
     options, image, t = job.options, state.image, state.t
     B, R = len(t), state.cache[0].shape[1]
     u = job.uniform[image, t].unbind(1)                                      # 2 x (B,)
@@ -918,9 +918,9 @@ def start(model, label, options, seed, given, first, slots, M):
 
 
 def make_stepper(step, model, job, state, graphs):
-    """-> take(M): one step, in which attention reads the first M entries of the cache. Without graphs, the cache is
-    resized to about M, since slices of a much longer one are slower. With graphs, the step is captured as a CUDA graph
-    once for each M. Graphs need fixed addresses, so then the cache has its full length from the start."""
+    """Return take(M), which runs a step whose attention reads the first M entries of the cache. Without graphs, the
+    cache is kept shorter than 2 M, since slices of a long cache are slower. With graphs, each M has a CUDA graph, which
+    is captured after its first step. Graphs need fixed addresses, so the cache has its full length from the start."""
     if not graphs:
         def take(M):
             size = state.cache[0].shape[3]
@@ -943,15 +943,15 @@ def check_given(model, n, pos, code):
     """Raise UserError unless the given pairs (n, L) are prefixes of valid sequences, with contents below V. Method:
     give all other regions the finest granularity, and pack. A valid prefix comes back unchanged."""
     layout, V = model.layout, model.config.codebook_size
-    require(pos.shape == code.shape == (n, layout.max_len), f"given tensors must have the shape {n}, {layout.max_len}")
+    require(pos.shape == code.shape == (n, layout.max_len), f"given tensors must have shape ({n}, {layout.max_len})")
     in_range = -1 <= pos.min() and pos.max() <= layout.end and -1 <= code.min() and code.max() < V
     require(in_range, f"given positions must be below {layout.n_positions} and contents below {V} (-1: sampled)")
     known = pos >= 0
-    require((known.int().diff(dim=1) <= 0).all(), "given positions must form a prefix of the sequence")
     grains = layout.grains(torch.where(known, pos, layout.end))              # n, N
     grains = torch.where(grains < 0, layout.n_grains - 1, grains).view(n, layout.side, -1)  # uncovered: the finest
     whole, _ = layout.pack(grains.new_zeros(n, layout.fine_side, layout.fine_side), grains)  # n, L
-    require((whole == pos)[known].all(), "given positions have holes or overlaps")
+    prefix = (known.int().diff(dim=1) <= 0).all() and (whole == pos)[known].all()  # -1 comes last
+    require(prefix, "given positions must form a prefix of a valid sequence")
 
 
 def generate(model, label, options=SampleOptions(), seed=0, given=None, slots=None, first=0, graphs=None, bucket=None,
@@ -959,10 +959,10 @@ def generate(model, label, options=SampleOptions(), seed=0, given=None, slots=No
     """Sample images. label: (n,) classes, -1 for none -> pos, code, each (n, max_len); Layout.unpack reads them. Image
     i depends on its label, the options, the seed and its index first + i, but not on other images. given: optional
     (pos, code), each (n, max_len), -1 where sampled; given positions must form a prefix. slots: images decoded
-    concurrently (None: all). progress: called with (i, pos, code) when host and device synchronise; images below i are
-    complete; the last call has i = n. Returning True ends sampling.
-    For speed only. bucket: the length that attention reads is a multiple of this; graphs (None: on GPUs): capture a
-    CUDA graph per length; sync_every: steps between synchronisations; compile: use torch.compile."""
+    concurrently (None: all). progress: called with (n_done, pos, code) when host and device synchronise. The first
+    n_done images are then complete, in the last call all of them. Returning True ends sampling.
+    The other arguments change the speed only. bucket: attention reads a multiple of this many cache entries; graphs
+    (None: on GPUs): capture CUDA graphs; sync_every: steps between synchronisations; compile: use torch.compile."""
     options.check()
     n, L, device = len(label), model.layout.max_len, label.device
     last = max(0, model.n_classes - 1)                                       # without classes, 0 means no label, too
@@ -982,7 +982,7 @@ def generate(model, label, options=SampleOptions(), seed=0, given=None, slots=No
             take((longest // bucket + 1) * bucket)
             longest = min(longest + 1, L - 1)
             if n_steps % sync_every == 0:
-                n_done, longest = torch.stack([state.image.min(), state.t.max()]).tolist()  # images below are complete
+                n_done, longest = torch.stack([state.image.min(), state.t.max()]).tolist()  # n_done: images complete
                 if (progress and progress(n_done, state.pos, state.code)) or n_done == n:
                     break
     return state.pos[:n].clone(), state.code[:n].clone()                     # normal tensors, not inference tensors
@@ -1046,7 +1046,7 @@ def load_vae(path, device):
 
 
 def load_transformer(path, device):
-    """-> DQTransformer and DQVAE. path: a checkpoint, or what `load_checkpoint` returned"""
+    """-> DQTransformer and DQVAE. path: a file, or the dict from `load_checkpoint`"""
     saved = path if isinstance(path, dict) else load_checkpoint(path, "dq-transformer")
     return (rebuild(DQTransformer, TransformerConfig, saved.get("config"), saved.get("weights"), device),
             rebuild(DQVAE, VAEConfig, saved.get("vae_config"), saved.get("vae_weights"), device))
@@ -1077,7 +1077,7 @@ def all_reduce_sum(x):
 
 
 def all_gather(x):
-    """The tensors (B, ...) of all ranks, with gradient. -> (world B, ...)"""
+    """Concatenate x (B, ...) of all ranks, differentiably. -> (world B, ...)"""
     rank, world = rank_world()
     if world == 1:
         return x
@@ -1094,5 +1094,5 @@ def sample_global(fill, shape, device):
 
 
 def numpy_rng(*seeds):
-    """A NumPy generator, seeded by integers below 2**64. As many other seeds give another stream."""
+    """A NumPy generator, seeded by integers below 2**64. Tuples of one length give different streams."""
     return np.random.default_rng([seed % 2 ** 32 for seed in seeds] + [seed >> 32 for seed in seeds])

@@ -182,7 +182,7 @@ def test_what_can_not_be_drawn_is_refused(device):
 
 @pytest.mark.parametrize("row, column, value, why", [
     (1, 2, -1, "prefix"),                    # a position that is sampled, before one that is given
-    (0, 0, 3, "holes"), (1, 1, 0, "holes"),  # a coarse code twice, or out of order
+    (0, 0, 3, "prefix"), (1, 1, 0, "prefix"),  # a coarse code twice, or out of order
     (0, 0, 22, "below 22"), (1, 0, -2, "below 22")])
 def test_given_positions_that_are_no_valid_prefix_are_refused(row, column, value, why, device):
     model, label = tiny(8, (4, 2), V=5, device=device), torch.full((2,), -1, device=device)
@@ -200,7 +200,7 @@ def test_given_pairs_of_another_shape_are_refused(device):
     none = torch.full((3, model.layout.max_len), -1, device=device)
     generate(model, label, given=(none, none))
     for pos, code in ((none[:2], none[:2]), (none[:, :3], none[:, :3]), (none, none[:2])):
-        with pytest.raises(dq.UserError, match="given tensors must have the shape 3, 18"):
+        with pytest.raises(dq.UserError, match=r"given tensors must have shape \(3, 18\)"):
             generate(model, label, given=(pos, code))
 
 
