@@ -16,7 +16,7 @@ Notation used throughout:
     B batch size   K granularities, k = 0 the coarsest   N regions = cells of the coarsest grid, h x w
     s_k codes per region at granularity k (1, 4, 16)   H x W the finest grid   S image side
     Z encoder channels   D code dimension   V codebook size   P position ids   L sequence length   C transformer width
-    d dimension of a head   M entries of the KV cache in use   R = B rows, or 2 B with guidance   n number of items
+    d dimension of a head   M entries of the KV cache in use   R rows: B, or 2 B with guidance   n number of items
     -1 marks "none": no label, start, EOS content, unknown granularity
     grains (B, h, w) granularity of each region   codes (B, H, W) codebook ids on the finest grid, coarse ones repeated
 """
@@ -109,7 +109,7 @@ class TransformerConfig:
 
 
 # ---- 2  Dynamic grained coding and the budget loss ----------------------------------------------
-# Every router has score(x, maps) -> (B, h, w), higher where finer codes should go, and forward(x, maps, noise) -> gate
+# Every router has score(x, maps) -> (B, h, w), higher for finer codes, and forward(x, maps, noise) -> gate
 # (B, K, h, w), one-hot over K. x: images (B, 3, S, S); maps: the encoder's K feature maps; noise: Gumbel noise scale.
 
 def norm(channels):
@@ -181,8 +181,8 @@ class ThresholdRouter(nn.Module):
 
 
 class DialRouter(ThresholdRouter):
-    """One learned score for all budgets; not in the paper. Training uses random ratios, so new thresholds change the
-    sequence lengths without retraining. Regions of unchanged granularity keep their codes. scorer: a GrainRouter"""
+    """A dial for the budget: one learned score serves all ratios. It is trained with random ratios, so new thresholds
+    change the sequence lengths without retraining. Not in the paper. scorer: a GrainRouter"""
     def __init__(self, ratios, scorer):
         super().__init__(torch.zeros(len(ratios) - 1))
         self.ratios, self.scorer = torch.tensor(ratios), scorer
@@ -194,20 +194,20 @@ class DialRouter(ThresholdRouter):
 
     def forward(self, x, maps, noise=1.0):
         """In training, each image has its own ratios, 0.4 * target + 0.6 * random. The random ones come from
-        Dirichlet(1/2), often near 0 or 1. The thresholds are quantiles of the batch's noisy scores at these ratios, so
-        no budget loss is needed. For evaluation, `thresholds` averages the noise-free quantiles at the target."""
+        Dirichlet(1/2), often near 0 or 1. The cuts are quantiles of the batch's noisy scores at these ratios, so no
+        budget loss is needed. For evaluation, `thresholds` is an EMA of noise-free quantiles at the target ratios."""
         if not self.training:
             return super().forward(x, maps)
         (rank, world), target = rank_world(), self.ratios.to(x.device)       # target: K
         scores = all_gather(self.score(x, maps))                             # B, h, w; here B is the global batch size
         self.thresholds.lerp_(scores.detach().quantile(target.cumsum(0)[:-1]), 0.1)
-        scores = 3 * F.layer_norm(scores, scores.shape)                      # a fixed std, so that noise matters
+        scores = 3 * F.layer_norm(scores, scores.shape)                      # a fixed std: scores do not outgrow noise
         scores = scores + noise * torch.rand_like(scores).logit(eps=1e-6)    # logistic: a difference of Gumbels
         squares = torch.randn(len(scores), len(target), device=x.device).square()  # B, K; normalised: Dirichlet(1/2)
         ratios = 0.4 * target + 0.6 * squares / squares.sum(1, keepdim=True)  # B, K
         below = ratios.cumsum(1)[:, :-1].clamp(max=1)                        # B, K - 1; 0.2 to 0.8 if the target is 0.5
         cuts = scores.detach().quantile(below.flatten()).view(len(scores), -1, 1, 1)  # B, K - 1, 1, 1
-        # logit k sums score - cut over the first k (ascending) cuts, so the argmax counts the cuts below the score
+        # cuts ascend; logit k is the sum of score - cut over the first k, so the argmax counts the cuts below the score
         logits = F.pad((scores[:, None] - cuts).cumsum(1), (0, 0, 0, 0, 1, 0))  # B, K, h, w
         soft = logits.softmax(dim=1)                                         # B, K, h, w
         gate = one_hot(soft.argmax(dim=1), len(target)) + (soft - soft.detach())  # B, K, h, w: exactly one-hot
@@ -272,7 +272,7 @@ def straight_through(z, q):
 
 class Codebook(nn.Module):
     """Vector quantization with one codebook for all granularities, trained by exponential moving averages (EMA).
-    forward(z (B, D, H, W), weight (B, H, W)) -> quantised z (B, D, H, W), ids (B, H, W), commitment loss. `weight`
+    forward(z (B, D, H, W), weight (B, H, W)) -> quantized z (B, D, H, W), ids (B, H, W), commitment loss. `weight`
     makes every *code* count once: each cell of a coarse code that covers 4 cells has weight 1/4.
     A training step restarts dead entries, assigns vectors to entries, and updates the entries. At the start every entry
     is dead, so the first restart is also the data-dependent initialisation."""
@@ -323,7 +323,7 @@ class Codebook(nn.Module):
         """Entries are dead if their usage is below dead_below times the mean, weight.sum() / V. They are replaced by
         vectors of the batch, sampled by weight, plus noise of 1 % of the standard deviation per dimension. Their
         usage becomes the mean. z: (n, D); weight: (n,)"""
-        z, weight = all_gather(z), all_gather(weight).nan_to_num(1.0)        # NaN if the loss diverged
+        z, weight = all_gather(z), all_gather(weight).nan_to_num(1.0)        # multinomial rejects NaN
         mean_uses = weight.sum() / len(self.uses)
         dead = self.uses < self.dead_below * mean_uses                       # V
         vectors = z[torch.multinomial(weight, min(len(self.uses), len(z)))]  # <= V, D
@@ -480,7 +480,7 @@ class DQVAE(nn.Module):
         return upsample(weight, self.config.size // self.config.factors[-1])[:, 0]  # B, H, W
 
     def quantize(self, x, noise=1.0):
-        """Image -> quantised grid (B, D, H, W), codes, gate, commitment loss, the encoder's maps."""
+        """Image -> quantized grid (B, D, H, W), codes, gate, commitment loss, the encoder's maps."""
         maps = self.encoder(x)
         gate = self.router(x, maps, noise)                                   # B, K, h, w
         z = self.pre_quant(self.mix(maps, gate))                             # B, D, H, W
@@ -520,10 +520,10 @@ def none_last(ids, n):
 class Layout(nn.Module):
     """Converts between (codes, grains) and the sequence of (position, content) pairs of an image.
     Cell i of granularity k has the position id  offset_k + i. Cells are counted in raster order over the whole grid
-    (as the authors number them). One EOS id follows, then the ids of the next granularity. An id therefore
-    determines granularity, location and order, and the sequence of an image is its codes *sorted by id*, with every EOS
-    id in its place: coarse codes first, each granularity row by row. The content of an EOS is -1. Sequences are padded
-    with the last EOS: nothing else is valid after it, so padding has probability 1 and adds nothing to the loss.
+    (as the authors number them), and an EOS id ends each granularity. An id therefore determines granularity, location
+    and order, and the sequence of an image is its codes *sorted by id*, with every EOS id in its place: coarse codes
+    first, each granularity row by row. The content of an EOS is -1. Sequences are padded with the last EOS: nothing
+    else is valid after it, so padding has probability 1 and adds nothing to the loss.
 
     Example, 2 x 2 regions of which the second is fine (factors 2 and 1, 4 x 4 pixels):
         grains   codes      ids: coarse 0 to 3, EOS 4; fine 5 to 8 (first row), 9 to 12, 13 to 16, 17 to 20, EOS 21
@@ -555,7 +555,7 @@ class Layout(nn.Module):
         grain = torch.zeros(P, dtype=torch.long)                             # granularity of an id
         region = torch.full((P,), N)                                         # its region; N for an EOS
         first_id = torch.arange(P)                                           # the region's first id at this granularity
-        # row and column of a code's centre in cells of the finest grid; (0, 0) for EOS ids and for the start (row P)
+        # centre (row, column) of each code, in finest-grid cells; (0, 0) for EOS ids and for the start (index P)
         coordinates = torch.zeros(P + 1, 2)
         for k, side in enumerate(self.sides):
             c, cells, first = side // self.side, torch.arange(side ** 2), self.offsets[k]
@@ -575,8 +575,8 @@ class Layout(nn.Module):
         grain_at_id = F.pad(grains.flatten(1), (0, 1))[:, self.region]       # B, P: granularity of the id's region
         present = self.is_eos | (grain_at_id == self.grain)                  # B, P
         pos, order = torch.where(present, self.ids, self.end).sort(dim=1)    # B, P: absent ids become `end`, sort last
-        steps = [self.fine_side // side for side in self.sides]              # one code fills step x step cells
-        code = torch.cat([F.pad(codes[:, ::step, ::step].flatten(1), (0, 1), value=-1) for step in steps], 1)  # B, P
+        strides = [self.fine_side // side for side in self.sides]            # one code fills stride x stride cells
+        code = torch.cat([F.pad(codes[:, ::s, ::s].flatten(1), (0, 1), value=-1) for s in strides], 1)  # B, P
         code = code.masked_fill(~present, -1).gather(1, order)
         return pos[:, :self.max_len].long(), code[:, :self.max_len]
 
@@ -659,7 +659,7 @@ class Block(nn.Module):
         self.drop = nn.Dropout(config.dropout)
 
     def queries_keys_values(self, x, rope):
-        """x: (..., C); rope: from DQTransformer.rope_of, the identity for values -> (..., 3, heads, d)"""
+        """x: (..., C); rope: from DQTransformer.rope_of; values are not rotated -> (..., 3, heads, d)"""
         qkv = self.qkv(self.norm1(x)).view(*x.shape[:-1], 3, self.heads, -1)  # ..., 3, heads, d
         if self.qk_norm:
             qk, v = qkv.split([2, 1], dim=-3)                                # ..., 2, heads, d; ..., 1, heads, d
@@ -721,7 +721,7 @@ class DQTransformer(nn.Module):
             return self.rope[ids].unsqueeze(-3)                              # ..., 3, 1, 2, d
 
     def logits(self, pos, code, label=None):
-        """pos, code (B, L); label (B,), -1 or None: no label -> position logits (B, L, P), -inf where not valid, and
+        """pos, code (B, L); label (B,), -1 or None: no label -> position logits (B, L, P), -inf at invalid ids, and
         content logits (B, L, V). Entry t depends on the label and the pairs before t; the content logits also depend on
         pos[:, t]. Input t of the position stack is the condition (t = 0) or pair t - 1, plus the learned order[t]."""
         B, L = pos.shape
@@ -779,8 +779,8 @@ def apply_guidance(logits, options, B):
 
 
 def filter_logits(logits, top_k, top_p):
-    """Top-k filtering (ties are kept), then top-p (nucleus) filtering of the renormalised rest: the fewest entries that
-    reach p are kept, all others become -inf. logits: (B, V)"""
+    """Top-k filtering (ties are kept), then top-p (nucleus) filtering of the kept entries, renormalised: the fewest
+    that reach p are kept. All others become -inf. logits: (B, V)"""
     if 0 < top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
     if top_p < 1:
@@ -804,13 +804,13 @@ def generate_one(model, label=-1, options=SampleOptions(), seed=0, index=0):
     Returns pos and code (L,), up to and including the last EOS: the same as image `index` of `generate`."""
     layout, device = model.layout, model.order.weight.device
     labels = torch.tensor([label] if options.cfg == 1 else [label, -1], device=device)  # R = 1, or 2 with guidance
-    u = 1 - torch.from_numpy(numpy_rng(seed, index).random((layout.max_len, 2), np.float32)).to(device)  # L, 2; not 0
+    u = 1 - torch.from_numpy(numpy_rng(seed, index).random((layout.max_len, 2), np.float32)).to(device)  # L, 2; > 0
     pos, code = torch.zeros(2, 1, 0, dtype=torch.long, device=device)        # each 1, 0
     for t in range(layout.max_len):
         pos, code = F.pad(pos, (0, 1), value=layout.end), F.pad(code, (0, 1), value=-1)  # each 1, t + 1; placeholders
         valid = layout.legal(F.pad(pos, (1, 0), value=-1)[:, t], layout.grains(pos))  # 1, P
         logits, _ = model.logits(pos.expand(len(labels), -1), code.expand(len(labels), -1), labels)  # R, t + 1, P
-        logits = apply_guidance(logits[:, t], options, 1).masked_fill(~valid, -math.inf)  # 1, P; guided -inf is NaN
+        logits = apply_guidance(logits[:, t], options, 1).masked_fill(~valid, -math.inf)  # 1, P; guided -inf: NaN
         pos[:, t] = draw(logits, u[t, :1])
         _, logits = model.logits(pos.expand(len(labels), -1), code.expand(len(labels), -1), labels)  # R, t + 1, V
         logits = filter_logits(apply_guidance(logits[:, t], options, 1), options.top_k, options.top_p)  # 1, V
@@ -820,7 +820,7 @@ def generate_one(model, label=-1, options=SampleOptions(), seed=0, index=0):
 
 
 # Fast sampling of many images: continuous batching with a KV cache. B slots (images in progress) decode one pair per
-# step. A slot whose image is complete starts the next image, so the cost scales with the mean length.
+# step. A slot whose image is complete starts the next image. So if B << n, the cost scales with the mean length.
 
 class Job(NamedTuple):
     """The constant inputs of a sampling run for n images. Row n is a dummy for idle slots."""
@@ -918,30 +918,30 @@ def start(model, label, options, seed, given, first, slots, M):
 
 
 def make_stepper(step, model, job, state, graphs):
-    """Return take(M), which runs a step whose attention reads the first M entries of the cache. Without graphs, the
+    """Return run_step(M), which runs a step whose attention reads the first M entries of the cache. Without graphs, the
     cache is kept shorter than 2 M, since slices of a long cache are slower. With graphs, each M has a CUDA graph, which
     is captured after its first step. Graphs need fixed addresses, so the cache has its full length from the start."""
     if not graphs:
-        def take(M):
+        def run_step(M):
             size = state.cache[0].shape[3]
             if size < M or size >= 2 * M:
                 state.cache[:] = [F.pad(old, (0, 0, 0, M - size)) for old in state.cache]  # negative padding crops
             step(model, job, state, M)
-        return take
+        return run_step
     captured, pool, stream = {}, torch.cuda.graph_pool_handle(), torch.cuda.Stream(state.t.device)
-    def take(M):
+    def run_step(M):
         if M in captured:
             return captured[M].replay()
         step(model, job, state, M)                                           # a capture records, and does not run
         captured[M] = torch.cuda.CUDAGraph()
         with torch.cuda.graph(captured[M], pool=pool, stream=stream):
             step(model, job, state, M)
-    return take
+    return run_step
 
 
 def check_given(model, n, pos, code):
-    """Raise UserError unless the given pairs (n, L) are prefixes of valid sequences, with contents below V. Method:
-    give all other regions the finest granularity, and pack. A valid prefix comes back unchanged."""
+    """Raise UserError unless the given pairs (n, L) are prefixes of valid sequences, with contents below V.
+    `pack` must reproduce a prefix if all uncovered regions get the finest granularity."""
     layout, V = model.layout, model.config.codebook_size
     require(pos.shape == code.shape == (n, layout.max_len), f"given tensors must have shape ({n}, {layout.max_len})")
     in_range = -1 <= pos.min() and pos.max() <= layout.end and -1 <= code.min() and code.max() < V
@@ -956,17 +956,17 @@ def check_given(model, n, pos, code):
 
 def generate(model, label, options=SampleOptions(), seed=0, given=None, slots=None, first=0, graphs=None, bucket=None,
              sync_every=None, compile=False, progress=None):
-    """Sample images. label: (n,) classes, -1 for none -> pos, code, each (n, max_len); Layout.unpack reads them. Image
-    i depends on its label, the options, the seed and its index first + i, but not on other images. given: optional
+    """Sample images. Returns pos and code, each (n, max_len), for Layout.unpack. label: (n,) classes, or -1. Image i
+    depends on its label, the options, the seed and its index first + i, but not on other images. given: optional
     (pos, code), each (n, max_len), -1 where sampled; given positions must form a prefix. slots: images decoded
     concurrently (None: all). progress: called with (n_done, pos, code) when host and device synchronise. The first
-    n_done images are then complete, in the last call all of them. Returning True ends sampling.
+    n_done images are then complete, and at the end n_done is n. If `progress` returns True, sampling ends.
     The other arguments change the speed only. bucket: attention reads a multiple of this many cache entries; graphs
     (None: on GPUs): capture CUDA graphs; sync_every: steps between synchronisations; compile: use torch.compile."""
     options.check()
     n, L, device = len(label), model.layout.max_len, label.device
     last = max(0, model.n_classes - 1)                                       # without classes, 0 means no label, too
-    require(((label >= -1) & (label <= last)).all(), f"labels must be -1 (none) to {last}")
+    require(((label >= -1) & (label <= last)).all(), f"labels must be in [-1, {last}]; -1: none")
     if given is not None:
         check_given(model, n, *given)
     graphs = device.type == "cuda" if graphs is None else graphs
@@ -976,10 +976,10 @@ def generate(model, label, options=SampleOptions(), seed=0, given=None, slots=No
     with torch.inference_mode(), torch.cuda.device_of(label), torch.autocast(device.type, enabled=False):
         M = -(-L // bucket) * bucket if graphs else bucket                   # L, rounded up, or the first bucket
         job, state = start(model, label, options, seed, given, first, slots, M)
-        take = make_stepper(step, model, job, state, graphs)
+        run_step = make_stepper(step, model, job, state, graphs)
         longest = 0                                                          # all t are at most this
         for n_steps in itertools.count(1):
-            take((longest // bucket + 1) * bucket)
+            run_step((longest // bucket + 1) * bucket)
             longest = min(longest + 1, L - 1)
             if n_steps % sync_every == 0:
                 n_done, longest = torch.stack([state.image.min(), state.t.max()]).tolist()  # n_done: images complete
@@ -1002,13 +1002,13 @@ def write_file(path, save, sync=True):
                 os.fsync(file)
         os.replace(temporary, path)
     except (OSError, RuntimeError, ValueError) as error:
-        raise UserError(f"could not write {path} ({str(error).splitlines()[0]}); the previous file is intact") from None
+        raise UserError(f"could not write {path} ({str(error).splitlines()[0]}); any previous file is intact") from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def save_checkpoint(path, kind, config, model, **state):
-    """One file: kind, config as a plain dict, weights, and whatever a trainer needs to resume."""
+    """One file: kind (dq-vae, dq-transformer), config as a dict, weights, and what a trainer needs to resume."""
     checkpoint = dict(kind=kind, layout=Layout.name, config=asdict(config), weights=model.state_dict(), **state)
     write_file(path, lambda file: torch.save(checkpoint, file))
 
@@ -1019,12 +1019,13 @@ def load_checkpoint(path, kind):
     require(os.path.isfile(path), f"no such file: {path} ({maker} writes it)")
     try:
         with zipfile.ZipFile(path) as archive:
-            require(archive.testzip() is None, "wrong checksum")             # torch.load verifies no checksums
+            if archive.testzip():                                            # torch.load verifies no checksums
+                raise zipfile.BadZipFile
         checkpoint = torch.load(path, map_location="cpu", mmap=kind == "dq-codes", weights_only=True)  # no pickled code
-        found, order = checkpoint.get("kind", "something else"), checkpoint.get("layout", "of an older version")
+        found, order = checkpoint.get("kind", "unknown"), checkpoint.get("layout", "of an older version")
     except Exception as error:
         raise UserError(f"{path} is not a checkpoint, or is corrupt ({type(error).__name__})") from None
-    require(found == kind, f"{path} holds {found}; a {kind} is needed ({maker} writes it)")
+    require(found == kind, f"{path} is of kind {found}, not {kind} ({maker} writes it)")
     require(order == Layout.name or kind != "dq-transformer", f"{path} was trained with another token order ({order}; "
             f"this version uses {Layout.name}); retrain with {maker}")
     return checkpoint
@@ -1094,5 +1095,5 @@ def sample_global(fill, shape, device):
 
 
 def numpy_rng(*seeds):
-    """A NumPy generator, seeded by integers below 2**64. Tuples of one length give different streams."""
+    """A NumPy generator, seeded by integers below 2**64. Distinct tuples of equal length give distinct streams."""
     return np.random.default_rng([seed % 2 ** 32 for seed in seeds] + [seed >> 32 for seed in seeds])

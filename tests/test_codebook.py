@@ -166,7 +166,7 @@ def test_a_batch_of_few_different_vectors_gives_codes_that_differ():
     assert torch.pdist(book.codes).min() > 1e-5, "two codes are equal, so one of them will never be chosen"
 
 
-def test_the_first_batch_is_quantised_by_codes_of_its_own():
+def test_the_first_batch_is_quantized_by_codes_of_its_own():
     """All codes are dead at first. They must be initialised before the nearest code is searched, not after."""
     book, z = Codebook(64, 2).train(), torch.randn(4, 2, 4, 4)
     q, ids, loss = book(z, torch.ones(4, 4, 4))

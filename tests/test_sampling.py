@@ -173,7 +173,7 @@ def test_no_image_is_drawn_for_no_label(device):
 def test_what_can_not_be_drawn_is_refused(device):
     model = tiny(8, (4, 2), V=5, classes=("a", "b"), device=device)
     for label, classes in ((2, ("a", "b")), (-2, ("a", "b")), (1, ())):      # -2 would be the last class
-        with pytest.raises(dq.UserError, match=f"labels must be -1 .none. to {max(0, len(classes) - 1)}"):
+        with pytest.raises(dq.UserError, match=rf"labels must be in \[-1, {max(0, len(classes) - 1)}\]"):
             generate(tiny(8, (4, 2), V=5, classes=classes, device=device), torch.tensor([0, label], device=device))
     for bad in (dict(cfg=float("inf")), dict(cfg=float("nan")), dict(temperature=float("inf")), dict(top_p=0.0)):
         with pytest.raises(dq.UserError):

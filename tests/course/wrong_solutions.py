@@ -56,7 +56,7 @@ WRONG = {
         ("raster order, whatever the granularity", "pos, order = torch.where(_1, self.ids, self.end).sort(dim=1)",
          "pos = torch.where(_1, self.ids, self.end); order = self.region[pos].sort(dim=1, stable=True)[1]; "
          "pos = pos.gather(1, order)"),
-        ("column by column", "codes[:, ::step, ::step]", "codes[:, ::step, ::step].mT"),
+        ("column by column", "codes[:, ::s, ::s]", "codes[:, ::s, ::s].mT"),
         ("no EOS between the granularities", "self.is_eos | (_1 == self.grain)", "_1 == self.grain"),
     ],
     "Layout.unpack": [

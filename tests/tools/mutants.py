@@ -226,7 +226,7 @@ CODEBOOK = of(
      "if self.training: self.restart(...)\nids = self.assign(...)\nif self.training: self.update(...)",
      "ids = self.assign(...)\nif self.training: self.update(flat.detach(), weight.flatten(), ids)\n"
      "if self.training: self.restart(flat.detach(), weight.flatten())",
-     "test_the_first_batch_is_quantised_by_codes_of_its_own"),
+     "test_the_first_batch_is_quantized_by_codes_of_its_own"),
 )
 
 NETWORKS = of(
@@ -453,7 +453,7 @@ FILES = of(
     ("files are written in place", 'path.with_name(path.name + ".tmp")', "path", "test_a_file_is_whole_or_as_it_was"),
     ("temporary files stay", "temporary.unlink(missing_ok=True)", "pass", "test_a_file_is_whole_or_as_it_was"),
     ("checkpoints run code", "True", "False", "test_a_checkpoint_runs_no_code", "load_checkpoint"),
-    ("checksums are not verified", "archive.testzip() is None", "True", "test_a_flipped_bit_is_seen"),
+    ("checksums are not verified", "archive.testzip()", "None", "test_a_flipped_bit_is_seen"),
     ("any kind of checkpoint", "found == kind", "True", "test_checkpoints"),
     ("checkpoints with another token order", "order == Layout.name or kind != 'dq-transformer'", "True",
      "test_checkpoints_of_other_orders_are_refused"),
