@@ -120,7 +120,7 @@ def sampling(args):
     matrices = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)]
     read = sum(w.numel() for w in matrices) * dtype.itemsize                 # bytes per step
     print(f"Sampling {side} x {side} regions, half of them fine; {args.position_layers} + {args.content_layers} "
-          f"layers, width {args.width}, {args.dtype}; {hardware(device)}")
+          f"layers, width {args.width}, {args.dtype}{', compiled' if args.compile else ''}; {hardware(device)}")
     copying = f"; copy bandwidth {copy_bandwidth(device):.0f} GB/s" if device.type == "cuda" else ""
     print(f"jobs of {args.images} images per slot; medians of {args.rounds} rounds{copying}")
     print(f"{'batch':>5}{'images/s':>10}{'ms per code':>12}{'weights GB/s':>14}{'naive images/s':>16}"
@@ -132,7 +132,7 @@ def sampling(args):
         label = torch.full((n,), -1, device=device)
 
         def fused():
-            return dq.generate(drawing, label, seed=1, given=given, slots=B)
+            return dq.generate(drawing, label, seed=1, given=given, slots=B, compile=args.compile)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         seconds = statistics.median(compare(device, args.rounds, fused=fused)["fused"]) / args.images  # for B images
@@ -411,7 +411,7 @@ if __name__ == "__main__":
     add("--content-layers", type=int, default=6, help="sampling")
     add("--dtype", choices=["fp32", "bf16"], default="fp32", help="sampling, stage2")
     add("--count", action="store_true", help="sampling: count kernels and bytes in a step of the paper's model")
-    add("--compile", action="store_true", help="stage1, stage2: use torch.compile for ours")
+    add("--compile", action="store_true", help="use torch.compile for ours")
     add("--preset", choices=list(train_vae.PRESETS), default="toy", help="stage2")
     add("--steps", type=int, default=20, help="stage2: steps per round")
     add("--accumulate", type=int, help="stage2: gradient accumulation steps; default: the preset's")
