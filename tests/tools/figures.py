@@ -269,7 +269,7 @@ class Walk:
         if len(eos) == 1:
             found[eos[0]] = "at the end"
         for k, t in enumerate(eos[:-1]):
-            found[t + 1] = f"after the EOS of {self.names[k]}"
+            found[t + 1] = f"after the {self.names[k]} EOS"
         return sorted((found | {0: "at the start"}).items())
 
 
@@ -528,15 +528,15 @@ def draw_places(walk, t):
 
 def caption_places(walk, t, when):
     p, came, legal = walk.place[t].exp(), int(walk.pos[t]), walk.place[t].isfinite()
-    text = f"{when[0].upper()}{when[1:]}. " + ("In colour: written so far. " if t else "")
+    text = f"{when[0].upper()}{when[1:]}. " + ("Coloured: generated so far. " if t else "")
     if legal.sum() == 1 and walk.layout.is_eos[came]:
         return text + "The image is complete: EOS is certain."
     if legal.sum() == 1:
         return text + f"The {walk.names[int(walk.grain[t])]} codes fill the rest in order: the next one is certain."
     text += "" if t else "Red: probabilities of the first code's position, in percent. "
     eos = int((legal & walk.layout.is_eos).nonzero())
-    came_text = "EOS, so the whole panel is framed" if came == eos else f"the frame, p {p[came]:.1%}"
-    return text + f"Actual next: {came_text}. EOS: p {p[eos]:.1%}."
+    came_text = "EOS, so the whole panel is framed" if came == eos else f"framed, p {p[came]:.1%}"
+    return text + f"Actual next position: {came_text}. EOS: p {p[eos]:.1%}."
 
 
 def draw_walk(walk, class_name=""):
