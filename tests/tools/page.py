@@ -1,4 +1,4 @@
-"""One HTML file in which both models run: where each code goes, what each draw chose from, what else could have come.
+"""One HTML file in which both models run: where each code goes, what each step sampled from, what else could have come.
 
 python tests/tools/page.py [CHECKPOINT] [--data DIR [--held-out DIR]] [--out FILE.html]
 

@@ -370,7 +370,7 @@ function show_b() {
   rich($("legendB"), `Height in nats: [where where], [what what]. Dashed: ln ${V} = ${limit.toFixed(2)} nats, what ` +
     `a code costs without ` +
     `a model. Below: the patch of each code; ${NAMES.map((name, k) => `[g${Math.min(k, 2)} ${name}]`).join(", ")}` +
-    (left < 0 ? "." : "; [pin drawn by the model]."));
+    (left < 0 ? "." : "; [pin sampled by the model]."));
 
   const [where, what] = nats(trace), total = (where + what) / Math.LN2,
     n = trace.pairs.filter(([, code]) => code >= 0).length;
@@ -378,8 +378,8 @@ function show_b() {
     [total.toFixed(0), "bits in all"], [(total / S ** 2).toFixed(3), "bits per pixel"]]);
   const most = dear.indexOf(Math.max(...dear)), name = CONFIG.classes[label()];
   rich($("seeB"), (left < 0 ? "These are the codes of the image in panel A. " : left > 0 ?
-    `The first ${plural(left, "pair")} ${left === 1 ? "is" : "are"} the image's; the model drew the rest. ` :
-    "The model drew all of this" +
+    `The first ${plural(left, "pair")} ${left === 1 ? "is" : "are"} the image's; the model sampled the rest. ` :
+    "The model sampled all of this" +
     (view.given.length ? ". " : `, as python sample.py --n 1${name ? ` --label "${name}"` : ""} --seed ${view.seed} ` +
       `--temperature ${view.temperature} ` +
     `--top-p ${view.top_p} --cfg ${view.cfg} does, up to the rounding of the weights. `)) +
@@ -451,12 +451,12 @@ function show_c() {
         square(written[i][0], {fill: "var(--pin)", "fill-opacity": 0.9 * x / Math.max(...codes_only, 1e-9)}));
       if (x >= 0.01) write(written[i][0], (100 * x).toFixed(0));
     });
-    said = `In percent: where the content stack looks from the framed place. ` +
+    said = `In percent: where the content stack looks from the framed position. ` +
       `${n_classes ? "The class" : "The start"} and EOS get ${percent(rest)}.`;
   }
   if (!is_eos(pos)) shapes.push(square(pos, {class: "target"}));
   $("canvas").replaceChildren(image(finished, `the image after ${plural(t, "pair")}`), overlay(...shapes));
-  $("overlays").replaceChildren(...[["none", "Image"], ["order", "Order"], ["next", "Next place"],
+  $("overlays").replaceChildren(...[["none", "Image"], ["order", "Order"], ["next", "Next position"],
     ["attention", "Attention"]].map(([each, text]) =>
     button(text, () => change({over: each}), pressed(over === each))));
   const heads = step.attention.flatMap(
@@ -468,13 +468,13 @@ function show_c() {
 }
 
 // ---------------------------------------------------------------------------------------------------------------
-// D  Two draws
+// D  Two samples
 
 function why_not(place, prev, grains) {                      // in words, what `legal` says
   const {grain, region, opens} = layout.ids[place];
-  if (place <= prev) return "it lies behind the last place, and each granularity goes row by row";
+  if (place <= prev) return "it lies behind the last position, and each granularity goes row by row";
   if (grains[region] >= 0 && grains[region] < grain) return `a ${NAMES[grains[region]]} code covers it`;
-  return opens || grains[region] === grain ? "a place in front of it must come first" :
+  return opens || grains[region] === grain ? "a position in front of it must come first" :
     "a region begins at its first cell";
 }
 
@@ -517,7 +517,7 @@ function show_d() {
   $("eos").replaceChildren(el("i", {style: {opacity: 0.75 * p[end]}}),
     el("span", {}, ends ? `EOS, no more ${NAMES[grain]} codes: ${percent(p[end])}` : "EOS can't come yet"));
   Object.assign($("eos"), {className: pos === end ? "here" : "", disabled: !ends, onclick: force([end, -1])});
-  $("whereD").textContent = n_legal === 1 ? "only one place is valid" : `${n_legal} are valid, in percent`;
+  $("whereD").textContent = n_legal === 1 ? "only one position is valid" : `${n_legal} are valid, in percent`;
   let total = 0;
   bar($("barWhere"), [...p.keys()].filter((i) => p[i] > 0).map(
     (i, n) => [total, (total += p[i]), short(i), `color-mix(in oklab, var(--where) ${n % 2 ? 76 : 100}%, black)`]),
@@ -533,13 +533,13 @@ function show_d() {
 
   const given = t < (view.given ? view.given.length : trace.pairs.length),
     of = given ? "the sequence is given" : "the sequence has";
-  rich($("seeD"), (n_legal === 1 ? `The place is certain: ${describe(pos)}. ` :
-    `[pin u = ${u[0].toFixed(3)}] draws ${describe(drawn)}${drawn === pos ? "" : `; ${of} ${describe(pos)}`}. `) +
-    (is_eos(pos) ? "" : `[pin u = ${u[1].toFixed(3)}] draws code ${drawn_code} ` +
+  rich($("seeD"), (n_legal === 1 ? `The position is certain: ${describe(pos)}. ` :
+    `[pin u = ${u[0].toFixed(3)}] gives ${describe(drawn)}${drawn === pos ? "" : `; ${of} ${describe(pos)}`}. `) +
+    (is_eos(pos) ? "" : `[pin u = ${u[1].toFixed(3)}] gives code ${drawn_code} ` +
       `(${percent(q[drawn_code])})${code === drawn_code ? "" : `; ${of} code ${code} (${percent(q[code])})`}. `) +
-    (!given ? "The model drew this pair and all after it." : drawn === pos && (is_eos(pos) || code === drawn_code) ?
-      "The draw agrees with the given pair." :
-      "A frame marks the given pair; “Draw from here” lets the pins decide."));
+    (!given ? "The model sampled this pair and all after it." : drawn === pos && (is_eos(pos) || code === drawn_code) ?
+      "The sample agrees with the given pair." :
+      "A frame marks the given pair; “Sample from here” lets the pins decide."));
   show_options(before, given);
 }
 
@@ -597,8 +597,8 @@ function show_options(before, given) {
   $("actions").replaceChildren(...(
     n_classes ? [choice("Class", classes, label(), (value) => set({label: +value}))] : []),
     button("New u", () => set({seed: view.seed + 1})),
-    button("Draw from here", () => change({given: before}), {class: given ? "main" : ""}),
-    button("Draw all", () => change({given: [], t: null})),
+    button("Sample from here", () => change({given: before}), {class: given ? "main" : ""}),
+    button("Sample all", () => change({given: [], t: null})),
     button("Back to the image", () => change({given: null}), {disabled: view.given === null}));
 }
 
@@ -640,7 +640,7 @@ function first_difference(a, b) {                            // -> step, and in 
   const t = a.findIndex((pair, i) => !b[i] || !same(pair, b[i]));
   if (t < 0) return [-1, "The same sequence."];
   const [[p, c], [q, d]] = [a[t], b[t]];
-  return [t, `First differs at pair ${t + 1}: ${p === q ? `code ${c} instead of ${d}` : `place ${short(
+  return [t, `First differs at pair ${t + 1}: ${p === q ? `code ${c} instead of ${d}` : `position ${short(
     p)} instead of ${short(q)}`}.`];
 }
 
@@ -685,7 +685,7 @@ function draw_branches(list) {
   rich($("seeE"), !best ? "Force a choice in panel D, then keep its image here." :
     `log p is in nats, under the model as it is. The likeliest of the others is ${letter(best)}, ` +
     `${times} ${best.nats < base.nats ? "more" : "less"} likely than ${letter(base)}. ` + (
-    view.keep ? "" : "Each leaves the sequence at one pair: by another place, another code, or EOS at once."));
+    view.keep ? "" : "Each leaves the sequence at one pair: by another position, another code, or EOS at once."));
 }
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -739,13 +739,13 @@ async function show_f() {
   $("actionsF").replaceChildren(
     ...(n_classes ? [choice("Class", [...CONFIG.classes.entries(), [-1, "no class"]], label(),
       (value) => change({label: +value}))] : []),
-    button("Draw eight others", () => change({mapseed: mapseed + 1, kept: null}), {class: "main"}),
+    button("Sample eight others", () => change({mapseed: mapseed + 1, kept: null}), {class: "main"}),
     button("Release the coarse codes", () => change({kept: null}), {disabled: kept === null}));
-  rich($("seeF"), kept === null ? `${plural(count(grains), "code")} per image, all at the same places. ` +
-    (plain ? "They are drawn at temperature 0.7 with guidance 2, like those of sample.py. " :
+  rich($("seeF"), kept === null ? `${plural(count(grains), "code")} per image, all at the same positions. ` +
+    (plain ? "They are sampled at temperature 0.7 with guidance 2, like those of sample.py. " :
       "The sliders of panel D apply. ") +
-    `Click an image to keep its ${NAMES[0]} codes and draw the others again.` :
-    `All eight have the [g0 ${NAMES[0]} codes] of image ${kept + 1}; the model drew only the others again.`);
+    `Click an image to keep its ${NAMES[0]} codes and sample the others again.` :
+    `All eight have the [g0 ${NAMES[0]} codes] of image ${kept + 1}; the model sampled only the others again.`);
   const held = kept === null ? null : await run("F", generate(label(), how, uniform(mapseed, kept), tiling), 0, 10);
   if (kept !== null && !held) return;
   const given = tiling.map((pair, t) => (held && layout.ids[pair[0]].grain === 0 ? held.pairs[t] : pair));
@@ -815,7 +815,7 @@ function start() {
     `them for detail. ` +
     layout.cells.map((cells, k) => `[g${Math.min(k, 2)} ${k ? "a" : "A"} ${NAMES[k]} region] gets ` +
       `${plural(cells, "code")}`).join(", ") + ".");
-  rich($("introB"), "Sorted by granularity and place, the codes form a sequence of pairs. Each tile is one pair. " +
+  rich($("introB"), "Sorted by granularity and position, the codes form a sequence of pairs. Each tile is one pair. " +
     "Its height is what the pair costs " +
     "under the model: [where violet for where], [what green for what]. A tall tile is a surprise.");
   rich($("foot"), `tests/tools/page.py made this page from ${DATA.source}. The matrices of the transformer are ` +
