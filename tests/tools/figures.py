@@ -199,20 +199,17 @@ def curves(path):
 class Walk:
     """One image on its way through both models. M: number of its pairs, up to and including the last EOS.
 
-    x: (3, S, S) in [-1, 1]; label: -1 for none; seed: for the random router only.
+    x: (3, S, S) in [-1, 1]; label: -1 for none
     """
 
     @torch.inference_mode()
-    def __init__(self, model, vae, x, label=-1, seed=0):
+    def __init__(self, model, vae, x, label=-1):
         self.config, self.layout, self.router, self.x = vae.config, model.layout, type(vae.router).__name__, x
         K, label = self.layout.n_grains, torch.tensor([label])
         self.names = {1: ["fixed"], 2: ["coarse", "fine"], 3: ["coarse", "medium", "fine"]}.get(K)
         self.names = self.names or [f"granularity {k}" for k in range(K)]
-        with torch.random.fork_rng([]):
-            torch.manual_seed(seed)
-            seen = vae(x[None])
-            torch.manual_seed(seed)                                          # so a random router repeats its choice
-            self.score = vae.router.score(x[None], seen.maps)[0]             # h, w
+        seen = vae(x[None])
+        self.score = vae.router.score(x[None], seen.maps)[0]                 # h, w
         self.grains, self.codes = seen.grains[0], seen.codes[0]              # h, w; H, W
 
         pos, code = self.layout.pack(seen.codes, seen.grains)                # each 1, max_len
@@ -613,7 +610,7 @@ def walk_through(args):
     if args.label is not None:
         label = sample.label_number(args.label, classes)
     class_name = sample.caption(label, classes) if label >= 0 else ""
-    walk = Walk(model, vae, x, label, args.seed)
+    walk = Walk(model, vae, x, label)
     of_class = f"class {class_name}" if class_name else "no class"
     print(f"A walk through {name} ({size} x {size} pixels, {of_class}), by the models of {args.checkpoint}\n")
     print("\n".join([*tell_grains(walk), *tell_codes(walk), *tell_pairs(walk, args.pairs), *tell_moments(walk),
@@ -769,7 +766,7 @@ def main(argv=None):
     add("checkpoint", nargs="?", type=Path, default=Path("out/transformer.pt"), help="what train_transformer.py wrote")
     add("--image", metavar="FILE", type=Path, help="any image; None: a held-out toy image")
     add("--label", help="its class, by name or number; None: that of the toy image, or none")
-    add("--seed", type=int, default=0, help="index of the toy image, and seed of a random router")
+    add("--seed", type=int, default=0, help="index of the toy image")
     add("--pairs", metavar="N", type=int, default=9, help="print at most so many pairs of each granularity")
     add("--out", metavar="PNG", type=Path, help="file to write; None: walk.png in the checkpoint's folder")
 

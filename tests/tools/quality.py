@@ -203,7 +203,6 @@ class Evaluator:
     def of_vae(self, vae, autocast):
         """Metrics of other real images and of their reconstructions."""
         images, label = self.other
-        torch.manual_seed(self.seed)                                         # the random router samples
         y = reconstructed(vae, images, autocast)
         return {"other real images": self.measure(images, label), "reconstructions": self.measure(y, label)}
 
