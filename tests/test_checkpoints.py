@@ -28,7 +28,7 @@ def test_checkpoints(tmp_path):
     for a, b in zip(model.state_dict().values(), loaded.state_dict().values()):
         assert torch.equal(a, b)
     assert [p.name for p in tmp_path.iterdir()] == ["vae.pt"]                # no temporary file is left
-    with pytest.raises(ValueError, match="not dq-transformer"):
+    with pytest.raises(ValueError, match="is of kind dq-vae, not dq-transformer"):
         dq.load_transformer(path, torch.device("cpu"))
     whole = path.read_bytes()
     for missing in ({"kind": "dq-vae"}, {"kind": "dq-vae", "config": {"colour": 1}, "weights": {}}):

@@ -181,8 +181,9 @@ def test_what_can_not_be_drawn_is_refused(device):
 
 
 @pytest.mark.parametrize("row, column, value, why", [
-    (1, 2, -1, "prefix"),                    # a position that is sampled, before one that is given
-    (0, 0, 3, "prefix"), (1, 1, 0, "prefix"),  # a coarse code twice, or out of order
+    (1, 2, -1, "prefix of a valid sequence"),  # a position that is sampled, before one that is given
+    (0, 0, 3, "prefix of a valid sequence"),  # a coarse code twice
+    (1, 1, 0, "prefix of a valid sequence"),  # out of order
     (0, 0, 22, "below 22"), (1, 0, -2, "below 22")])
 def test_given_positions_that_are_no_valid_prefix_are_refused(row, column, value, why, device):
     model, label = tiny(8, (4, 2), V=5, device=device), torch.full((2,), -1, device=device)
